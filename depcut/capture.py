@@ -1,0 +1,391 @@
+"""Model and example inputs to a `Program`, by one torch.export in the training IR."""
+
+from __future__ import annotations
+
+import traceback as tb
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export.graph_signature import InputKind
+from torch.fx import traceback
+from torch.utils import _pytree as pytree
+
+from depcut import provenance
+from depcut.errors import CaptureError, InputError
+from depcut.inputs import Inputs, normalize
+from depcut.program import ModuleCall, Program
+
+
+def capture(model: nn.Module, inputs: Inputs = None) -> Program:
+    """Capture what a model computes; the model is left as it was.
+
+    Args:
+        model: Any module that torch.export can capture.
+        inputs: A tensor, a tuple of positional or a dict of keyword arguments; inferred if None.
+
+    Raises:
+        CaptureError: The model is scripted or quantized, or cannot be exported.
+        InputError: The inputs are of the wrong kind, or the model does not take them.
+    """
+    _check_model(model)
+    args, kwargs = normalize(model, inputs)
+    program = _capture(model, args, kwargs, training=False)
+    if program.unused and _has_dormant_modules(model, program):
+        # Parts that only run in training (auxiliary heads) must shrink along.
+        try:
+            return _capture(model, args, kwargs, training=True)
+        except CaptureError:
+            return program
+    return program
+
+
+def _check_model(model: object) -> None:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(
+            "the model is scripted (torch.jit): its code cannot be rewritten",
+            where=type(model).__name__,
+            remedy="pass the nn.Module it was scripted from",
+        )
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"model is a {type(model).__name__}, not a torch.nn.Module",
+            where="model",
+            remedy="pass the module itself",
+        )
+    for name, module in model.named_modules():
+        quantized = ".quantized" in type(module).__module__ and hasattr(module, "_packed_params")
+        scripted = isinstance(module, torch.jit.ScriptModule)
+        if quantized or scripted or ".quantized.modules" in type(module).__module__:
+            kind = "scripted" if scripted else "quantized"
+            raise CaptureError(
+                f"the model holds a {kind} module: {type(module).__name__}",
+                where=f"layer {name!r}",
+                remedy=f"shrink the model first, then have it {kind}",
+            )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_quantized:
+            raise CaptureError(
+                "the model holds a quantized tensor", where=name, remedy="shrink, then quantize"
+            )
+        if tensor.is_floating_point() and tensor.device.type != "meta":
+            if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+                _report_non_finite(name, tensor, isinstance(tensor, nn.Parameter))
+
+
+def _report_non_finite(name: str, tensor: torch.Tensor, parameter: bool) -> None:
+    if not parameter:
+        return
+    bad = int((~torch.isfinite(tensor)).sum())
+    raise InputError(
+        f"{bad} of {tensor.numel()} weights are not finite (NaN or infinite)",
+        where=name,
+        remedy="repair the checkpoint; a ranking of such weights would mean nothing",
+    )
+
+
+@contextmanager
+def modes(model: nn.Module, training: bool) -> Iterator[None]:
+    """Eval mode for the time of the context; with `training`, containers stay in training mode."""
+    saved = [(m, m.training) for m in model.modules()]
+    try:
+        for module, _ in saved:
+            module.training = training and any(True for _ in module.children())
+        yield
+    finally:
+        for module, flag in saved:
+            module.training = flag
+
+
+@contextmanager
+def _fast_paths_off() -> Iterator[None]:
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextmanager
+def _recorded_calls(
+    model: nn.Module, marks: list[fx.Node], calls: list[ModuleCall]
+) -> Iterator[None]:
+    """Hooks that note for every module call which nodes are its arguments and results."""
+    open_calls: list[tuple[Any, ...]] = []
+
+    def reference(leaf: Any) -> Any:
+        node = provenance.node_of(leaf)
+        return _Mark(provenance.mark(node, marks)) if node is not None else leaf
+
+    def flat(tree: Any) -> tuple[tuple[Any, ...], pytree.TreeSpec]:
+        leaves, spec = pytree.tree_flatten(tree)
+        return tuple(map(reference, leaves)), spec
+
+    def hooks(name: str, module: nn.Module) -> list[Any]:
+        def before(_: nn.Module, args: Any, kwargs: Any) -> None:
+            open_calls.append(flat((args, kwargs)))
+
+        def after(_: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+            calls.append(ModuleCall(name, *open_calls.pop(), *flat(result)))
+
+        return [
+            module.register_forward_pre_hook(before, with_kwargs=True),
+            module.register_forward_hook(after, with_kwargs=True),
+        ]
+
+    handles = [h for name, module in model.named_modules() if name for h in hooks(name, module)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Mark(int):
+    """A module call's reference to a node, until the final graph is known."""
+
+
+def _dynamic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def spec(leaf: Any) -> Any:
+        batched = isinstance(leaf, torch.Tensor) and leaf.ndim > 0
+        return {0: torch.export.Dim.AUTO} if batched else None
+
+    return pytree.tree_map(spec, kwargs if kwargs else args)
+
+
+def _export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> torch.export.ExportedProgram:
+    try:
+        return torch.export.export(
+            model, args, kwargs, dynamic_shapes=_dynamic(args, kwargs), strict=False
+        )
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"torch.export cannot capture the model: {_first_line(error)}",
+            where=_user_line(error, model),
+            remedy="make that line traceable (no branches on tensor values, no .item()), "
+            "or pass other inputs=; torch.export.export(model, args, strict=False) reproduces it",
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
+
+
+def _user_line(error: BaseException, model: nn.Module) -> str:
+    """The innermost line of the traceback outside of torch."""
+    frames = [
+        f
+        for f in tb.extract_tb(error.__traceback__)
+        if "/torch/" not in f.filename and "/depcut/" not in f.filename and f.filename[0] != "<"
+    ]
+    if not frames:
+        return type(model).__name__
+    last = frames[-1]
+    return f"{last.filename}:{last.lineno}: {last.line}"
+
+
+def _capture(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool
+) -> Program:
+    marks: list[fx.Node] = []
+    calls: list[ModuleCall] = []
+    with (
+        warnings.catch_warnings(),
+        modes(model, training),
+        _fast_paths_off(),
+        provenance.traced_attributes(model),
+        _recorded_calls(model, marks, calls),
+        provenance.ProvenanceMode(marks),
+        traceback.preserve_node_meta(),
+    ):
+        warnings.simplefilter("ignore")
+        exported = _export(model, args, kwargs)
+    return _program(model, exported, marks, calls, args, kwargs, training)
+
+
+def _program(
+    model: nn.Module,
+    exported: torch.export.ExportedProgram,
+    marks: list[fx.Node],
+    calls: list[ModuleCall],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    training: bool,
+) -> Program:
+    graph_module = exported.graph_module
+    _inline(graph_module)
+    graph = graph_module.graph
+    named = {n.name: n for n in graph.nodes if n.op == "placeholder"}
+    tensors, parameters, anonymous = {}, set(), set()
+    held = {id(t) for t in _held_tensors(model).values()}
+    for spec in exported.graph_signature.input_specs:
+        if spec.kind == InputKind.USER_INPUT or spec.target is None:
+            continue
+        tensors[named[spec.arg.name]] = spec.target  # type: ignore[union-attr]
+        if spec.kind == InputKind.PARAMETER:
+            parameters.add(spec.target)
+        elif spec.kind == InputKind.CONSTANT_TENSOR:
+            constant = exported.constants.get(spec.target)
+            if id(constant) not in held and attribute(model, spec.target) is None:
+                anonymous.add(spec.target)
+    found = {n.meta[provenance.MARK]: n for n in graph.nodes if provenance.MARK in n.meta}
+    symbolic = [
+        n
+        for n in graph.nodes
+        if n.op == "placeholder" and n not in tensors and _is_symbolic(n.meta.get("val"))
+    ]
+    batch = _sizes(symbolic[0].meta["val"])[0] if symbolic else 1
+    used = {name for node, name in tensors.items() if node.users}
+    return Program(
+        graph=graph_module,
+        tensors=tensors,
+        parameters=frozenset(parameters),
+        anonymous=frozenset(anonymous),
+        sizes={n: _sizes(n.meta.get("val")) for n in graph.nodes},
+        marks=found,
+        calls=tuple(_resolved(call, found) for call in calls),
+        args=args,
+        kwargs=kwargs,
+        batch=batch,
+        dynamic=bool(symbolic),
+        training=training,
+        aliases=_aliases(model),
+        in_spec=exported.call_spec.in_spec,
+        out_spec=exported.call_spec.out_spec,
+        unused=frozenset(parameters - used),
+    )
+
+
+def _resolved(call: ModuleCall, found: dict[int, fx.Node]) -> ModuleCall:
+    def leaf(value: Any) -> Any:
+        return found.get(int(value)) if isinstance(value, _Mark) else value
+
+    return ModuleCall(
+        call.module,
+        tuple(map(leaf, call.leaves)),
+        call.spec,
+        tuple(map(leaf, call.out_leaves)),
+        call.out_spec,
+    )
+
+
+def attribute(model: nn.Module, name: str) -> Any:
+    """The attribute at a qualified name, or None."""
+    value: Any = model
+    for part in name.split("."):
+        value = getattr(value, part, None)
+        if value is None:
+            return None
+    return value
+
+
+def _held_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{key}" if name else key: value
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    names: dict[int, list[str]] = {}
+    for name, tensor in (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ):
+        names.setdefault(id(tensor), []).append(name)
+    return {name: tuple(group) for group in names.values() for name in group if len(group) > 1}
+
+
+def _has_dormant_modules(model: nn.Module, program: Program) -> bool:
+    """Whether a module with parameters takes no part at all in the captured graph."""
+    unused = {p for p in program.unused if not set(program.aliases.get(p, ())) - program.unused}
+    for name, module in model.named_modules():
+        own = {f"{name}.{p}" if name else p for p, _ in module.named_parameters()}
+        if own and own <= unused and any(True for _ in module.children()):
+            return True
+    return False
+
+
+def _is_symbolic(value: Any) -> bool:
+    return (
+        isinstance(value, torch.Tensor)
+        and value.ndim > 0
+        and isinstance(value.shape[0], torch.SymInt)
+    )
+
+
+def _sizes(value: Any) -> Any:
+    """Sizes of a tensor, or of each tensor of a list; symbolic ones as hints."""
+    if isinstance(value, torch.Tensor):
+        return tuple(s if type(s) is int else _hint(s) for s in value.shape)
+    if isinstance(value, list | tuple):
+        return [_sizes(v) for v in value] if not value or _has_tensor(value) else None
+    return None
+
+
+def _hint(size: Any) -> int:
+    return int(size.node.hint) if size.node.hint is not None else 1
+
+
+def _has_tensor(values: Any) -> bool:
+    return any(isinstance(v, torch.Tensor) for v in values)
+
+
+def _inline(graph_module: fx.GraphModule) -> None:
+    """Replace wrap_with_autocast / wrap_with_set_grad_enabled by their bodies, in order."""
+    while True:
+        node = next((n for n in graph_module.graph.nodes if _is_wrapper(n)), None)
+        if node is None:
+            break
+        _inline_one(graph_module, node)
+    graph_module.graph.lint()
+
+
+def _is_wrapper(node: fx.Node) -> bool:
+    return node.op == "call_function" and str(node.target).startswith("wrap_with")
+
+
+def _inline_one(graph_module: fx.GraphModule, node: fx.Node) -> None:
+    at = next(
+        i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr"
+    )
+    body_node = node.args[at]
+    assert isinstance(body_node, fx.Node)
+    body = getattr(graph_module, str(body_node.target))
+    settings = node.args[:at]
+    autocast = "autocast" in str(node.target)
+    graph = graph_module.graph
+    with graph.inserting_before(node):
+        token = graph.call_function(torch.amp.autocast_mode._enter_autocast, settings) if autocast else None
+        if token is not None:
+            token.meta["nn_module_stack"] = node.meta.get("nn_module_stack")
+        holders = [n for n in body.graph.nodes if n.op == "placeholder"]
+        env: dict[fx.Node, Any] = dict(zip(holders, node.args[at + 1 :], strict=True))
+        for inner in body.graph.nodes:
+            if inner.op == "call_function":
+                env[inner] = graph.node_copy(inner, lambda n: env[n])
+            elif inner.op == "get_attr":
+                name = f"{body_node.target}_{inner.target}"
+                setattr(graph_module, name, getattr(body, str(inner.target)))
+                env[inner] = graph.get_attr(name)
+        if token is not None:
+            graph.call_function(torch.amp.autocast_mode._exit_autocast, (token,))
+        results = next(n for n in body.graph.nodes if n.op == "output").args[0]
+    results = results if isinstance(results, list | tuple) else (results,)
+    for user in list(node.users):
+        user.replace_all_uses_with(env[results[user.args[1]]])  # type: ignore[index]
+        graph.erase_node(user)
+    graph.erase_node(node)
+    if not body_node.users:
+        graph.erase_node(body_node)

@@ -1,0 +1,283 @@
+"""The `depcut` command: demo, analyze, shrink, export, bench."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from torch import nn
+
+from depcut.api import analyze
+from depcut.demo import run_demo
+from depcut.errors import DepcutError, InputError
+from depcut.export import export
+from depcut.latency import Candidate, bench
+from depcut.loading import build_model, example_inputs, load_weights, save_weights
+from depcut.plan import Plan
+from depcut.report import compare
+
+_EPILOG = """\
+MODEL is package.module:factory; the factory is called without arguments and returns the model.
+Modules in the current folder are found. Example: torchvision.models:resnet18
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: What follows the program's name; `sys.argv` when left out.
+
+    Returns:
+        The exit code: 0, 2 after a message on standard error, 130 after an interrupt.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except DepcutError as error:
+        sys.stderr.write(f"depcut {options.command}: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> None:
+    run_demo(
+        options.out,
+        ratio=options.ratio,
+        epochs=options.epochs,
+        retrain_epochs=options.retrain_epochs,
+        threads=options.threads,
+        rounds=options.rounds,
+        seed=options.seed,
+    )
+
+
+def _analyze(options: argparse.Namespace) -> None:
+    analysis = analyze(_model(options), example_inputs(options.input_shape))
+    print(analysis.explain(options.explain) if options.explain else analysis)
+
+
+def _shrink(options: argparse.Namespace) -> None:
+    dense = _model(options)
+    inputs = example_inputs(options.input_shape)
+    plan = analyze(dense, inputs).plan(
+        options.ratio,
+        of=options.of,
+        score=options.score,
+        allocation=options.allocation,
+        align=options.align,
+        keep=tuple(options.keep),
+        seed=options.seed,
+    )
+    slim = plan.apply(dense, inputs)
+    out = _folder(options.out)
+    plan.save(out / "plan.json")
+    save_weights(slim, out / "weights.safetensors")
+    written = [out / "plan.json", out / "weights.safetensors"]
+    if options.onnx:
+        written.append(export(slim, out / "model.onnx", inputs).path)
+    print(compare(dense, slim, inputs, runtime="onnxruntime" if options.time else None))
+    print("written:", ", ".join(map(str, written)))
+
+
+def _export(options: argparse.Namespace) -> None:
+    inputs = example_inputs(options.input_shape)
+    print(export(_slim(options, _model(options)), options.out, inputs))
+
+
+def _bench(options: argparse.Namespace) -> None:
+    inputs = example_inputs(options.input_shape)
+    candidates: dict[str, Candidate] = {}
+    for target in options.targets:
+        is_file = target.endswith(".onnx")
+        candidates[target] = target if is_file else build_model(target)
+    first = next(iter(candidates.values()))
+    if isinstance(first, nn.Module) and options.weights:
+        load_weights(first, options.weights)
+    if options.plan:
+        if not isinstance(first, nn.Module):
+            raise InputError(
+                f"{first} is a file: no plan applies to it",
+                where="--plan",
+                remedy="name the model first, as package.module:factory",
+            )
+        candidates[f"{options.targets[0]} after {options.plan}"] = _slim(options, first)
+    print(
+        bench(
+            candidates,
+            inputs,
+            runtime=options.runtime,
+            threads=options.threads,
+            rounds=options.rounds,
+        )
+    )
+
+
+def _model(options: argparse.Namespace) -> nn.Module:
+    """The dense model with its weights, if some are named."""
+    model = build_model(options.model)
+    if options.weights:
+        load_weights(model, options.weights)
+    return model
+
+
+def _slim(options: argparse.Namespace, model: nn.Module) -> nn.Module:
+    """The model after the plan and with the slim weights that the options name, if any."""
+    if options.plan:
+        model = Plan.load(options.plan).apply(model, example_inputs(options.input_shape))
+    elif options.slim_weights:
+        raise InputError(
+            "--slim-weights without --plan",
+            remedy="name the plan that made the model slim, or use --weights",
+        )
+    if options.slim_weights:
+        load_weights(model, options.slim_weights)
+    return model
+
+
+def _folder(path: Path) -> Path:
+    """The folder, made if it is not there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DepcutError(
+            f"the folder cannot be made: {error}", where=str(path), remedy="choose another --out"
+        ) from error
+    return path
+
+
+def _version() -> str:
+    try:
+        return version("depcut")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and leaves the lines of the epilog as they are."""
+
+
+class _Command:
+    """One command under construction.
+
+    Args:
+        parser: Its parser.
+        run: What it runs.
+    """
+
+    def __init__(
+        self, parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None]
+    ) -> None:
+        self.add = parser.add_argument
+        parser.set_defaults(run=run)
+
+    def model(self) -> None:
+        """The options of all commands that build one model."""
+        self.add("model", metavar="MODEL", help="package.module:factory")
+        self.inputs()
+
+    def inputs(self) -> None:
+        """Weights and example inputs."""
+        self.add(
+            "--weights", type=Path, metavar="FILE", help="safetensors file for the dense model"
+        )
+        self.add(
+            "--input-shape",
+            action="append",
+            default=[],
+            metavar="SHAPE",
+            help="sizes of an input, such as 2,3,224,224 or 2,32:int64; once per positional "
+            "argument; inferred from the first layer if left out",
+        )
+
+    def plan(self) -> None:
+        """The options that make the model slim before it is used."""
+        self.add("--plan", type=Path, metavar="FILE", help="plan to apply to the model first")
+        self.add(
+            "--slim-weights",
+            type=Path,
+            metavar="FILE",
+            help="safetensors file to load after the plan was applied",
+        )
+
+    def timing(self) -> None:
+        """The options of timing."""
+        self.add("--threads", type=int, default=1, help="threads that one operator may use")
+        self.add("--rounds", type=int, default=30, help="turns that every candidate has")
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The parser with its five commands."""
+    parser = argparse.ArgumentParser(
+        prog="depcut",
+        description="Structured pruning of PyTorch models, verified: a smaller dense model out.",
+    )
+    parser.add_argument("--version", action="version", version=f"depcut {_version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(
+        name: str, run: Callable[[argparse.Namespace], None], text: str, epilog: str = _EPILOG
+    ) -> _Command:
+        described = f"{text[0].upper()}{text[1:]}."
+        added = commands.add_parser(
+            name, help=text, description=described, epilog=epilog, formatter_class=_Help
+        )
+        return _Command(added, run)
+
+    demo = command(
+        "demo", _demo, "train, shrink, export and time a small ResNet on real digits", epilog=""
+    )
+    demo.add("--out", type=Path, metavar="DIR", help="folder for the ONNX files; else a new one")
+    demo.add("--ratio", type=float, default=0.5, help="share of the MACs to remove")
+    demo.add("--epochs", type=int, default=12, help="passes over the data before shrinking")
+    demo.add("--retrain-epochs", type=int, default=4, help="passes after it")
+    demo.add("--seed", type=int, default=0, help="seed of data split, weights and order")
+    demo.timing()
+
+    analyzed = command("analyze", _analyze, "show what can shrink, and why the rest cannot")
+    analyzed.model()
+    analyzed.add("--explain", metavar="NAME", help="say all about one layer instead")
+
+    shrunk = command("shrink", _shrink, "write a plan and the weights of the smaller model")
+    shrunk.model()
+    shrunk.add("--ratio", type=float, required=True, help="share to remove, between 0 and 1")
+    shrunk.add("--of", default="macs", help="what to remove that share of: macs, params, channels")
+    shrunk.add("--score", default="magnitude", help="criterion that ranks the units")
+    shrunk.add("--allocation", default="global", help="how groups share the budget")
+    shrunk.add("--align", type=int, default=8, help="kept widths are multiples of this")
+    shrunk.add(
+        "--keep",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="layers or parameters whose width must stay; may be repeated",
+    )
+    shrunk.add("--seed", type=int, default=0, help="seed of random scores")
+    shrunk.add("--out", type=Path, required=True, metavar="DIR", help="folder for what is written")
+    shrunk.add("--onnx", action="store_true", help="write the smaller model as ONNX too")
+    shrunk.add("--time", action="store_true", help="time both models in onnxruntime")
+
+    exported = command("export", _export, "write a model as ONNX, checked in onnxruntime")
+    exported.model()
+    exported.plan()
+    exported.add("--out", type=Path, required=True, metavar="FILE", help="ONNX file to write")
+
+    timed = command("bench", _bench, "time models or ONNX files in turns")
+    timed.add(
+        "targets",
+        nargs="+",
+        metavar="TARGET",
+        help="MODEL or an .onnx file; the first is what the others are compared with",
+    )
+    timed.inputs()
+    timed.plan()
+    timed.add(
+        "--runtime", choices=("onnxruntime", "torch"), default="onnxruntime", help="what runs them"
+    )
+    timed.timing()
+    return parser

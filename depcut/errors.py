@@ -1,0 +1,56 @@
+"""Every error that a user of depcut can cause: what happened, where, and what to do about it."""
+
+from __future__ import annotations
+
+
+class DepcutError(Exception):
+    """Base of all depcut errors; its message says what, where and what to do.
+
+    Args:
+        what: The mistake or obstacle, with the values involved.
+        where: Layer, tensor or source line that it concerns.
+        remedy: What the user can do about it.
+    """
+
+    def __init__(self, what: str, *, where: str | None = None, remedy: str | None = None) -> None:
+        self.what, self.where, self.remedy = what, where, remedy
+        lines = [what]
+        if where:
+            lines.append(f"  where: {where}")
+        if remedy:
+            lines.append(f"  to do: {remedy}")
+        super().__init__("\n".join(lines))
+
+
+class CaptureError(DepcutError):
+    """The model could not be turned into a graph."""
+
+
+class InputError(DepcutError, ValueError):
+    """An argument has the wrong kind, range or name."""
+
+
+class BudgetError(DepcutError, ValueError):
+    """The requested ratio cannot be reached, or nothing can be removed at all."""
+
+
+class PlanError(DepcutError, ValueError):
+    """A plan is malformed or belongs to another architecture."""
+
+
+class RuleError(DepcutError):
+    """An operator rule is wrong: registered twice, or inconsistent with the captured graph."""
+
+
+class VerificationError(DepcutError):
+    """The smaller model does not compute what the dense model computes on the kept units."""
+
+
+class ExportError(DepcutError):
+    """The model could not be written as ONNX, or the file disagrees with PyTorch."""
+
+
+def listed(names: list[str], limit: int = 8) -> str:
+    """The names, comma-separated, the ones past `limit` as a count."""
+    shown = ", ".join(names[:limit])
+    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,0 +1,146 @@
+"""Example inputs: the forms a user may pass, and inference where they are left out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from depcut.errors import InputError
+
+Inputs = torch.Tensor | tuple[Any, ...] | list[Any] | dict[str, Any] | None
+
+USUAL_SIZES = (224, 32, 28, 64, 96, 256, 299, 384, 512)
+_HOW = "pass a tensor, a tuple of positional arguments or a dict of keyword arguments"
+
+
+def normalize(model: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs) on the model's device, with a batch of at least two.
+
+    Args:
+        model: The model they are for.
+        inputs: A tensor, a tuple of positional or a dict of keyword arguments; None infers them
+            from the model's `dummy_inputs` or its first layer.
+
+    Raises:
+        InputError: The inputs have another kind, or cannot be inferred.
+    """
+    if inputs is None:
+        inputs = infer(model)
+    args: tuple[Any, ...]
+    if isinstance(inputs, torch.Tensor):
+        args, kwargs = (inputs,), {}
+    elif isinstance(inputs, tuple | list):
+        args, kwargs = tuple(inputs), {}
+    elif hasattr(inputs, "keys"):
+        args, kwargs = (), dict(inputs)
+    else:
+        raise InputError(f"inputs is a {type(inputs).__name__}", where="inputs=", remedy=_HOW)
+    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    if not tensors:
+        raise InputError("inputs holds no tensor", where="inputs=", remedy=_HOW)
+    device = device_of(model)
+    single = tensors[0].ndim > 0 and tensors[0].shape[0] == 1
+
+    def prepare(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        if single and leaf.ndim and leaf.shape[0] == 1:
+            # A batch of one would be captured as a constant.
+            leaf = torch.cat([leaf, leaf])
+        return leaf.detach().to(device)
+
+    args, kwargs = pytree.tree_map(prepare, (args, kwargs))
+    return args, kwargs
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Device of the first parameter or buffer; the CPU where there is none."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def infer(model: nn.Module) -> Inputs:
+    """Example inputs from the model's own dummy inputs or from its first layer.
+
+    Raises:
+        InputError: The first layer leaves it open, or no usual size runs.
+    """
+    dummy = _dummy_inputs(model)
+    if dummy is not None:
+        return dummy
+    first = next((m for m in model.modules() if isinstance(m, _FIRST)), None)
+    if first is None:
+        raise InputError(
+            "the inputs cannot be inferred: the model holds no Conv, Linear or Embedding layer",
+            where=type(model).__name__,
+            remedy=f"{_HOW}, e.g. depcut.shrink(model, 0.5, torch.randn(2, 3, 224, 224))",
+        )
+    generator = torch.Generator().manual_seed(0)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    tried = []
+    for shape in _candidates(first):
+        if isinstance(first, nn.Embedding):
+            example = torch.randint(0, first.num_embeddings, shape, generator=generator)
+        else:
+            example = torch.randn(shape, generator=generator).to(dtype)
+        example = example.to(device_of(model))
+        if _runs(model, example):
+            return example
+        tried.append(str(tuple(shape)))
+    raise InputError(
+        f"the inputs cannot be inferred: none of the shapes {', '.join(tried)} runs",
+        where=type(model).__name__,
+        remedy=f"{_HOW}, with a batch of 2",
+    )
+
+
+_FIRST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding)
+
+
+def _candidates(first: nn.Module) -> list[tuple[int, ...]]:
+    if isinstance(first, nn.Linear):
+        return [(2, first.in_features), (2, 16, first.in_features)]
+    if isinstance(first, nn.Embedding):
+        return [(2, 16), (2, 32), (2, 64), (2, 128), (2, 8)]
+    assert isinstance(first, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    rank = len(first.kernel_size)
+    sizes = USUAL_SIZES if rank < 3 else (32, 16, 64, 112)
+    return [(2, first.in_channels, *([size] * rank)) for size in sizes]
+
+
+def _runs(model: nn.Module, example: torch.Tensor) -> bool:
+    modes = {m: m.training for m in model.modules()}
+    try:
+        for module in modes:
+            module.training = False
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+            parameters = {n: mode.from_tensor(t) for n, t in _tensors(model)}
+            torch.func.functional_call(model, parameters, (mode.from_tensor(example),))
+        return True
+    except Exception:  # any failure of the user's forward means: not this size
+        return False
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+def _dummy_inputs(model: nn.Module) -> dict[str, Any] | None:
+    try:
+        dummy = getattr(model, "dummy_inputs", None)
+    except (AttributeError, NotImplementedError, ValueError):
+        return None
+    if not isinstance(dummy, dict):
+        return None
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    if "input_ids" in dummy and isinstance(vocabulary, int):
+        dummy = {**dummy, "input_ids": dummy["input_ids"] % vocabulary}
+    return dummy

@@ -1,0 +1,143 @@
+"""What the command line names becomes objects: models, weights, example inputs. Nothing pickled."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+
+from depcut.errors import DepcutError, InputError
+
+_DTYPES = {
+    name: getattr(torch, name)
+    for name in ("float16", "bfloat16", "float32", "float64", "int32", "int64", "bool")
+}
+
+
+def build_model(target: str) -> nn.Module:
+    """Import `package.module:factory` and call the factory without arguments.
+
+    Args:
+        target: The import path; the factory may be a function, a class or an attribute path such
+            as `models:Net.tiny`. Modules in the current folder are found.
+
+    Returns:
+        The model that the factory returns.
+
+    Raises:
+        InputError: The path leads nowhere, the factory fails, or it returns no module.
+    """
+    module_name, _, attributes = target.partition(":")
+    if not module_name or not attributes:
+        raise InputError(
+            f"{target!r} is no import path", remedy="write package.module:factory, e.g. models:net"
+        )
+    if os.getcwd() not in sys.path:  # noqa: PTH109  (sys.path holds strings)
+        # A console script's path starts at its own folder, not at the user's.
+        sys.path.insert(0, os.getcwd())  # noqa: PTH109
+    try:
+        found: Any = importlib.import_module(module_name)
+        for name in attributes.split("."):
+            found = getattr(found, name)
+        model = found()
+    except Exception as error:
+        raise InputError(
+            f"cannot build the model: {type(error).__name__}: {error}",
+            where=target,
+            remedy="the factory must be importable from here and take no arguments",
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"the factory returned a {type(model).__name__}",
+            where=target,
+            remedy="it must return a torch.nn.Module",
+        )
+    return model
+
+
+def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Fill the model from a safetensors file; every tensor must be there and fit.
+
+    Args:
+        model: The model to fill. Tensors that it shares are stored once.
+        path: The file.
+
+    Raises:
+        InputError: The file is missing or no safetensors file, or belongs to another model.
+    """
+    try:
+        load_model(model, os.fspath(path), strict=True)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise InputError(
+            f"the weights cannot be loaded: {error}",
+            where=str(path),
+            remedy="pass a safetensors file that was saved from this very model",
+        ) from error
+
+
+def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write the model's state as safetensors; the file appears complete or not at all.
+
+    Args:
+        model: The model. Tensors that it shares are written once.
+        path: The file to write.
+
+    Raises:
+        DepcutError: The file cannot be written.
+    """
+    target = Path(path)
+    try:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+            draft = Path(folder) / target.name
+            save_model(model, os.fspath(draft))
+            draft.replace(target)
+    except OSError as error:
+        raise DepcutError(
+            f"the weights cannot be written: {error}",
+            where=str(path),
+            remedy="choose another folder or free some space",
+        ) from error
+
+
+def example_inputs(shapes: Sequence[str]) -> tuple[Tensor, ...] | None:
+    """Random tensors of the shapes written on the command line.
+
+    Args:
+        shapes: One entry per positional argument: sizes, and after a colon the data type if it is
+            not float32, as in "2,3,224,224" and "2,32:int64".
+
+    Returns:
+        The tensors: normal deviates, or zeros and ones for integers and booleans, which are valid
+        indices of any table. None when there are no shapes.
+
+    Raises:
+        InputError: A shape cannot be read.
+    """
+    generator = torch.Generator().manual_seed(0)
+    return tuple(_example(text, generator) for text in shapes) or None
+
+
+def _example(text: str, generator: torch.Generator) -> Tensor:
+    """One random tensor."""
+    sizes, _, name = text.partition(":")
+    dtype = _DTYPES.get(name or "float32")
+    parts = [part.strip() for part in sizes.split(",")]
+    if dtype is None or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise InputError(
+            f"cannot read the input shape {text!r}",
+            where="--input-shape",
+            remedy=f"write sizes like 2,3,224,224 or 2,32:int64; types: {', '.join(_DTYPES)}",
+        )
+    shape = [int(part) for part in parts]
+    if dtype.is_floating_point:
+        return torch.randn(shape, generator=generator).to(dtype)
+    return torch.randint(0, 2, shape, generator=generator).to(dtype)

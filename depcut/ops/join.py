@@ -1,0 +1,205 @@
+"""Joining and cutting: cat, stack, split, slices, padding, rolling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import fx
+
+from depcut import axes
+from depcut.axes import Term
+from depcut.ops.registry import Op, Output, dim_of, dims_of, rule
+
+
+@rule("aten.cat", "aten.concat", "aten.concatenate")
+def cat(op: Op) -> Output:
+    """Lay tensors end to end along one dimension."""
+    shapes = [op.dims(n) for n in op.arg("tensors")]
+    shapes = [s for s in shapes if len(s) != 1 or s[0].size] or shapes[:1]
+    dim = dim_of(op.arg("dim"), len(shapes[0]))
+    out: list[Term] = []
+    for i in range(len(shapes[0])):
+        if i == dim:
+            out.append(axes.concat(*(s[i] for s in shapes)))
+            continue
+        for other in shapes[1:]:
+            op.unify(shapes[0][i], other[i])
+        out.append(axes.resolve(shapes[0][i]))
+    return tuple(out)
+
+
+@rule("aten.stack")
+def stack(op: Op) -> Output:
+    """Lay tensors along a new dimension."""
+    nodes = op.arg("tensors")
+    x = op.dims(nodes[0])
+    for node in nodes[1:]:
+        for a, b in zip(x, op.dims(node), strict=True):
+            op.unify(a, b)
+    dim = dim_of(op.arg("dim"), len(x) + 1)
+    return (*x[:dim], op.frozen(len(nodes), "tensors stacked one by one"), *x[dim:])
+
+
+@rule("aten.unbind")
+def unbind(op: Op) -> Output:
+    """One tensor an index: the dimension must stay."""
+    x = op.dims("self")
+    dim = dim_of(op.arg("dim"), len(x))
+    op.freeze(x[dim], "unbound into one tensor an index")
+    return [(*x[:dim], *x[dim + 1 :])] * x[dim].size
+
+
+def _split(op: Op, dim: int, sizes: list[int]) -> list[Term]:
+    return axes.pieces(op.dims("self")[dim], sizes)
+
+
+def _outputs(op: Op, dim: int, parts: Sequence[Term]) -> Output:
+    x = op.dims("self")
+    return [(*x[:dim], part, *x[dim + 1 :]) for part in parts]
+
+
+@rule("aten.split.Tensor", "aten.chunk", "aten.unsafe_split.Tensor", "aten.unsafe_chunk")
+def split(op: Op) -> Output:
+    """Pieces of one size: they must keep equally many indices, as the code cuts evenly."""
+    dim = dim_of(op.arg("dim"), len(op.dims("self")))
+    sizes = [s[dim] for s in op.sizes[op.node]]
+    parts = _split(op, dim, sizes)
+    if len(set(sizes)) > 1:
+        for part in parts:
+            op.freeze(part, "cut into pieces of unequal sizes by one number")
+    op.tie(parts)
+    if op.has("split_size"):
+        op.literal("split_size", term=parts[0])
+    return _outputs(op, dim, parts)
+
+
+@rule("aten.split_with_sizes", "aten.split.sizes", "aten.unsafe_split_with_sizes")
+def split_with_sizes(op: Op) -> Output:
+    """Pieces of given sizes."""
+    dim = dim_of(op.arg("dim"), len(op.dims("self")))
+    parts = _split(op, dim, [s[dim] for s in op.sizes[op.node]])
+    op.literals("split_sizes" if op.has("split_sizes") else "split_size", parts)
+    return _outputs(op, dim, parts)
+
+
+@rule("aten.tensor_split.sections")
+def tensor_split(op: Op) -> Output:
+    """Nearly equal pieces."""
+    dim = dim_of(op.arg("dim"), len(op.dims("self")))
+    sizes = [s[dim] for s in op.sizes[op.node]]
+    parts = _split(op, dim, sizes)
+    if len(set(sizes)) > 1:
+        for part in parts:
+            op.freeze(part, "cut into pieces of unequal sizes by one number")
+    op.tie(parts)
+    return _outputs(op, dim, parts)
+
+
+def _bound(op: Op, name: str, term: Term, at: int) -> None:
+    """Record a cut position: counted from the front, or from the back where it is negative."""
+    value = op.arg(name)
+    if isinstance(value, int) and value != 0 and abs(value) <= term.size:
+        head, tail = axes.pieces(term, [at, term.size - at])
+        if value < 0:
+            op.literal(name, term=tail, sign=-1)
+        elif value < term.size:
+            op.literal(name, term=head)
+
+
+@rule("aten.slice", "aten.narrow", "aten.slice_scatter")
+def slice_(op: Op) -> Output:
+    """A range of one dimension."""
+    x = list(op.dims(op.node.args[0]))
+    dim = dim_of(op.arg("dim"), len(x))
+    term, scatter = x[dim], "slice_scatter" in str(op.node.target)
+    size = op.dims("src")[dim].size if scatter else op.out_sizes[dim]
+    start = op.arg("start")
+    end = op.arg("end") if op.has("end") else None
+    step = op.arg("step") if op.has("step") else 1
+    if size == term.size:
+        part = term
+    elif step != 1 or isinstance(start, fx.Node) or isinstance(end, fx.Node):
+        part = _stepped(op, term, start, size, step)
+    else:
+        first = min(max(start + term.size if (start or 0) < 0 else start or 0, 0), term.size)
+        part = axes.pieces(term, [first, size, term.size - first - size])[1]
+        _bound(op, "start", term, first)
+        if op.has("end") and end is not None:
+            _bound(op, "end", term, first + size)
+        elif op.has("length"):
+            op.literal("length", term=part)
+    if scatter:
+        op.broadcast((*x[:dim], axes.resolve(part), *x[dim + 1 :]), op.dims("src"))
+        return tuple(map(axes.resolve, x))
+    x[dim] = axes.resolve(part)
+    return tuple(x)
+
+
+def _stepped(op: Op, term: Term, start: object, size: int, step: object) -> Term:
+    """Every step-th index: the step is an inner factor, of which one index is taken."""
+    if isinstance(step, int) and isinstance(start, int | None) and term.size == size * step:
+        outer = axes.axis(size)
+        op.unify(term, axes.product(outer, op.frozen(step, "stepped over by a slice")))
+        return axes.resolve(outer)
+    op.freeze(term, "sliced at positions that do not follow its width")
+    return op.frozen(size, "sliced at positions that do not follow its width")
+
+
+@rule("aten.select", "aten.select_scatter")
+def select(op: Op) -> Output:
+    """One index of a dimension."""
+    x, index = op.dims("self"), op.arg("index")
+    dim = dim_of(op.arg("dim"), len(x))
+    if not isinstance(index, int):
+        op.freeze(x[dim], "indexed by a value")
+    else:
+        at = index % x[dim].size
+        axes.pieces(x[dim], [at, 1, x[dim].size - at - 1])
+        _bound(op, "index", axes.resolve(x[dim]), at)
+    rest = (*x[:dim], *x[dim + 1 :])
+    if op.has("src"):
+        op.broadcast(rest, op.dims("src"))
+        return tuple(map(axes.resolve, x))
+    return rest
+
+
+@rule("aten.pad", "aten.constant_pad_nd")
+def pad(op: Op) -> Output:
+    """Constants before and after: they own no parameter and follow what they meet."""
+    x, amounts = list(op.dims("self")), op.arg("pad")
+    constant = not op.has("mode") or op.arg("mode") == "constant"
+    for i in range(len(amounts) // 2):
+        dim, (before, after) = len(x) - 1 - i, amounts[2 * i : 2 * i + 2]
+        if before == 0 and after == 0:
+            continue
+        if not constant or isinstance(before, fx.Node) or before < 0 or after < 0:
+            op.freeze(x[dim], "padded by position")
+            x[dim] = op.frozen(op.out_sizes[dim], "padded by position")
+            continue
+        ends = axes.axis(before) if before else None, axes.axis(after) if after else None
+        for j, end in enumerate(ends):
+            if end is not None:
+                op.literal("pad", 2 * i + j, term=end)
+        x[dim] = axes.concat(*(t for t in (ends[0], x[dim], ends[1]) if t is not None))
+    return tuple(x)
+
+
+@rule("aten.roll")
+def roll(op: Op) -> Output:
+    """Rotate a dimension: the ends change places."""
+    x = list(op.dims("self"))
+    shifts, dims = op.arg("shifts"), op.arg("dims")
+    if not dims or any(not isinstance(s, int) for s in shifts):
+        for term in x:
+            op.freeze(term, "rolled")
+        return tuple(x)
+    for i, (shift, dim) in enumerate(zip(shifts, dims_of(dims, len(x)), strict=True)):
+        term = x[dim]
+        if axes.is_frozen(term) or shift % term.size == 0:
+            continue
+        at = -shift % term.size
+        head, tail = axes.pieces(term, [at, term.size - at])
+        negative = shift < 0
+        op.literal("shifts", i, term=head if negative else tail, sign=-1 if negative else 1)
+        x[dim] = axes.concat(tail, head)
+    return tuple(x)

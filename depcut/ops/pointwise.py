@@ -1,0 +1,79 @@
+"""Pointwise operators: dimensions unify one by one, a size of 1 broadcasts."""
+
+from __future__ import annotations
+
+from depcut import axes
+from depcut.ops.registry import Dims, Op, Output, rule
+
+# Pointwise in effect, but not tagged so by torch because they copy, cast, draw or return a view.
+_UNTAGGED = """
+aten.to aten.type_as aten.contiguous aten.clone aten.alias aten.detach aten.detach_ aten.dropout
+aten.dropout_ aten.feature_dropout aten.feature_dropout_ aten.alpha_dropout aten.alpha_dropout_
+aten.lift_fresh_copy aten.lift_fresh aten.zeros_like aten.ones_like aten.full_like aten.empty_like
+aten.rand_like aten.randn_like aten.where aten.masked_fill aten.masked_fill_ aten.fill_ aten.fill
+aten.zero_ aten.copy_ aten.copy aten.bernoulli aten.bernoulli_ aten.float aten.half aten.double
+aten.silu aten.silu_ aten.celu aten.celu_ aten.selu aten.selu_ aten.hardswish aten.hardswish_
+aten.hardsigmoid aten.hardsigmoid_ aten.hardtanh aten.hardtanh_ aten.relu6 aten.relu6_
+aten.leaky_relu aten.leaky_relu_ aten.log_sigmoid aten.mish aten.mish_ aten.softplus
+aten.rrelu aten.rrelu_ aten.hardshrink aten.softshrink aten.gelu aten.gelu_ aten.elu aten.elu_
+aten.clip aten.clip_ aten.square aten.square_ aten.divide aten.multiply aten.subtract
+aten.true_divide aten.floor_divide aten.nan_to_num aten.nan_to_num_ aten.uniform_ aten.normal_
+aten.requires_grad_ aten.pin_memory aten._to_copy aten.expand_copy aten.threshold aten.threshold_
+aten.positive aten.negative aten.absolute aten.fix aten.isfinite aten.isinf aten.isnan
+aten.resolve_conj aten.resolve_neg aten.special_expit
+aten.exponential_ aten.random_ aten.min.other aten.max.other aten.native_dropout
+aten.float_power aten.logical_and aten.logical_or aten.logical_not aten.greater aten.less
+aten.eq_ aten.quantize_per_tensor aten.fake_quantize_per_tensor_affine aten.lerp aten.lerp_
+""".split()
+
+
+@rule("pointwise", *_UNTAGGED)
+def pointwise(op: Op) -> Output:
+    """Unify all tensor arguments; the outputs have the broadcast dimensions."""
+    out = op.broadcast(*(op.dims(n) for n in op.tensors()))
+    sizes = op.sizes[op.node]
+    if sizes and isinstance(sizes[0], tuple):
+        return [fit(op, out, s) for s in sizes]
+    return fit(op, out, op.out_sizes)
+
+
+def fit(op: Op, out: Dims, sizes: tuple[int, ...]) -> Dims:
+    """Leading dimensions of size 1 that broadcasting added or dropped."""
+    if len(out) > len(sizes):
+        out = out[len(out) - len(sizes) :]
+    return (axes.UNIT,) * (len(sizes) - len(out)) + tuple(map(axes.resolve, out))
+
+
+@rule("aten.prelu", "aten._prelu_kernel")
+def prelu(op: Op) -> Output:
+    """One slope for all, or one a channel (dimension 1)."""
+    dims, weight = op.dims("self"), op.dims("weight")
+    channel = 1 if len(dims) > 1 else 0
+    slopes = [t for t in weight if t.size > 1]
+    if slopes:
+        op.unify(dims[channel], slopes[0])
+    return dims
+
+
+@rule("aten._assert_tensor_metadata", "aten._assert_async", "aten._assert_scalar")
+def nothing(op: Op) -> Output:
+    """Checks that return nothing."""
+    return None
+
+
+@rule("aten.sym_constrain_range_for_size", "aten.sym_constrain_range")
+def constrain(op: Op) -> Output:
+    """Hints about sizes."""
+    return None
+
+
+@rule("aten.glu")
+def glu(op: Op) -> Output:
+    """First half times the gate of the second: the halves are one axis."""
+    dims = list(op.dims("self"))
+    dim = op.arg("dim") % len(dims)
+    half = dims[dim].size // 2
+    first, second = axes.pieces(dims[dim], [half, half])
+    op.unify(first, second)
+    dims[dim] = axes.resolve(first)
+    return tuple(dims)

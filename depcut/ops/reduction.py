@@ -1,0 +1,115 @@
+"""Reductions: the reduced dimensions go, the others pass."""
+
+from __future__ import annotations
+
+from depcut import axes
+from depcut.axes import Term
+from depcut.ops.registry import Op, Output, dim_of, dims_of, rule
+
+
+def _reduce(op: Op) -> tuple[list[int], Output]:
+    """The dimensions reduced, and the output terms."""
+    source = op.node.args[0]
+    x = op.dims(source)
+    reduced = dims_of(op.arg("dim") if op.has("dim") else None, len(x))
+    keep = bool(op.has("keepdim") and op.arg("keepdim"))
+    out: list[Term] = []
+    for i, term in enumerate(x):
+        if i not in reduced:
+            out.append(term)
+        elif keep:
+            out.append(axes.UNIT)
+    sizes = op.sizes[op.node]
+    if sizes and isinstance(sizes[0], tuple):
+        return reduced, [tuple(out)] * len(sizes)
+    return reduced, tuple(out)
+
+
+@rule("aten.sum", "aten.nansum", "aten.linalg_vector_norm", "aten.norm", "aten.count_nonzero")
+def total(op: Op) -> Output:
+    """Sums and vector norms: a removed index is as good as zero."""
+    reduced, out = _reduce(op)
+    for dim in reduced:
+        op.contract(op.node.args[0], dim)  # type: ignore[arg-type]
+    return out
+
+
+@rule(
+    *"""aten.mean aten.nanmean aten.var aten.std aten.var_mean aten.std_mean aten.amax aten.amin
+    aten.max.dim aten.min.dim aten.max.default aten.min.default aten.logsumexp aten.median
+    aten.any aten.all aten.aminmax aten.prod""".split()
+)
+def statistic(op: Op) -> Output:
+    """Means, extrema and the like: their value depends on which indices there are."""
+    reduced, out = _reduce(op)
+    x = op.dims(op.node.args[0])
+    returns_positions = isinstance(out, list)
+    for dim in reduced:
+        if returns_positions and "mean" not in str(op.node.target):
+            op.freeze(x[dim], "its positions are returned by an extremum")
+        else:
+            op.statistic(x[dim])
+    return out
+
+
+@rule("aten.argmax", "aten.argmin")
+def position(op: Op) -> Output:
+    """The position of an extremum: the positions must stay what they are."""
+    reduced, out = _reduce(op)
+    for dim in reduced:
+        op.freeze(op.dims("self")[dim], "positions along it are returned")
+    return out
+
+
+@rule(
+    *"""aten.softmax aten.log_softmax aten._softmax aten._log_softmax aten.cumsum aten.cumsum_
+    aten.cumprod aten.logcumsumexp aten.sort aten.argsort aten.flip aten.cummax aten.cummin
+    aten.diff aten.softmin""".split()
+)
+def along(op: Op) -> Output:
+    """Operators along a dimension whose every value depends on all indices or on their order."""
+    name = str(op.node.target).split(".")[1].strip("_")
+    source = op.node.args[0]
+    x = list(op.dims(source))
+    dims = op.arg("dims") if op.has("dims") else op.arg("dim")
+    sizes = op.sizes[op.node]
+    for i, dim in enumerate(dims_of(dims, len(x))):
+        op.freeze(x[dim], f"{name} runs along it")
+        if op.out_sizes[dim] != x[dim].size:
+            x[dim] = op.frozen(op.out_sizes[dim], f"{name} changes its length")
+    for other in op.tensors()[1:]:
+        for term in op.dims(other):
+            op.freeze(term, f"second argument of {name}")
+    return [tuple(x)] * len(sizes) if isinstance(sizes[0], tuple) else tuple(x)
+
+
+@rule("aten.topk", "aten.kthvalue", "aten.mode")
+def topk(op: Op) -> Output:
+    """Chooses positions along a dimension."""
+    x = list(op.dims("self"))
+    dim = dim_of(op.arg("dim"), len(x))
+    op.freeze(x[dim], "positions along it are chosen by value")
+    out = tuple(
+        op.frozen(n, "chosen by value") if i == dim and len(op.out_sizes) == len(x) else x[i]
+        for i, n in enumerate(op.out_sizes)
+    )
+    return [out] * len(op.sizes[op.node])
+
+
+@rule("aten.tril", "aten.triu", "aten.tril_", "aten.triu_")
+def triangle(op: Op) -> Output:
+    """Keeps a triangle of the last two dimensions."""
+    x = op.dims("self")
+    for term in x[-2:]:
+        op.freeze(term, "a triangle of it is kept by position")
+    return x
+
+
+@rule("aten.cosine_similarity")
+def cosine(op: Op) -> Output:
+    """Normalised dot product along a dimension."""
+    x = op.broadcast(op.dims("x1"), op.dims("x2"))
+    dim = dim_of(op.arg("dim"), len(x))
+    for name in ("x1", "x2"):
+        op.contract(name, dim - len(x))
+    return tuple(t for i, t in enumerate(x) if i != dim)

@@ -1,0 +1,221 @@
+"""The table of operator rules, and the `Op` object that a rule receives.
+
+A rule is one function for one family of operators. It unifies the terms of the operator's
+dimensions, returns those of its outputs, and records beside them what else depends on widths:
+the size literals among its arguments, what it contracts, its MACs. A target without a rule is
+never guessed: the dimensions it touches are frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import fx
+
+from depcut import axes
+from depcut.axes import Reason, Term
+from depcut.errors import RuleError
+
+Dims = tuple[Term, ...]
+Output = Dims | list[Dims] | None
+Path = tuple[int | str, ...]
+Rule = Callable[["Op"], Output]
+
+_RULES: dict[str, Rule] = {}
+
+
+def rule(*targets: str) -> Callable[[Rule], Rule]:
+    """Register an operator rule, e.g. `@depcut.rule("aten.linear.default")`.
+
+    Args:
+        targets: Operator names as torch.export prints them; without the overload ("aten.linear")
+            the rule holds for every overload that has none of its own.
+
+    Raises:
+        RuleError: One of the targets has a rule already.
+    """
+
+    def register(function: Rule) -> Rule:
+        for target in targets:
+            if target in _RULES:
+                raise RuleError(
+                    f"{target} has a rule already: {_RULES[target].__module__}."
+                    f"{_RULES[target].__name__}",
+                    remedy="change that rule, or register the new one for another overload",
+                )
+            _RULES[target] = function
+        return function
+
+    return register
+
+
+def unregister(*targets: str) -> None:
+    """Take rules out of the table, so that others can be registered for the same targets."""
+    for target in targets:
+        _RULES.pop(target, None)
+
+
+def rule_for(target: Any) -> Rule | None:
+    """The rule of an operator: of its overload, of its name, or, by torch's tag, pointwise."""
+    name = str(target)
+    found = _RULES.get(name) or _RULES.get(name.rpartition(".")[0])
+    if found is None and torch.Tag.pointwise in getattr(target, "tags", ()):
+        return _RULES["pointwise"]
+    return found
+
+
+@dataclass(frozen=True)
+class Literal:
+    """A size among an operator's arguments: it equals `sign` times the count of `term`."""
+
+    path: Path
+    term: Term
+    sign: int = 1
+
+
+@dataclass
+class Effects:
+    """What a rule found out about one node, besides unifying."""
+
+    out: Output = None
+    literals: list[Literal] = field(default_factory=list)
+    pins: dict[str, float] = field(default_factory=dict)
+    contracts: list[tuple[fx.Node, int]] = field(default_factory=list)
+    statistics: list[Term] = field(default_factory=list)
+    macs: list[tuple[float, Dims]] = field(default_factory=list)
+    ties: list[list[Term]] = field(default_factory=list)
+    rescales: list[tuple[fx.Node, fx.Node, int]] = field(default_factory=list)
+
+
+@lru_cache(maxsize=4096)
+def _schema(target: Any) -> dict[str, tuple[int, Any]]:
+    arguments = target._schema.arguments
+    return {
+        a.name: (i, a.default_value if a.has_default_value() else None)
+        for i, a in enumerate(arguments)
+    }
+
+
+class Op:
+    """One node as its rule sees it: arguments by schema name, dimensions as terms.
+
+    Args:
+        node: The graph node.
+        env: Terms of the nodes before it.
+        sizes: Sizes (hints) of every tensor of the graph, by node.
+    """
+
+    def __init__(
+        self, node: fx.Node, env: dict[fx.Node, Output], sizes: dict[fx.Node, Any]
+    ) -> None:
+        self.node, self.env, self.sizes = node, env, sizes
+        self.effects = Effects()
+
+    def arg(self, name: str) -> Any:
+        """The argument of that name, or its default."""
+        position, default = _schema(self.node.target)[name]
+        if position < len(self.node.args):
+            return self.node.args[position]
+        return self.node.kwargs.get(name, default)
+
+    def has(self, name: str) -> bool:
+        """Whether the operator's schema has an argument of that name."""
+        return name in _schema(self.node.target)
+
+    def dims(self, tensor: str | fx.Node | Any) -> Dims:
+        """The resolved terms of a tensor argument, given by name or as a node."""
+        node = self.arg(tensor) if isinstance(tensor, str) else tensor
+        terms = self.env[node]
+        if not isinstance(terms, tuple):
+            raise RuleError(f"{node} is not a single tensor", where=str(self.node))
+        return tuple(map(axes.resolve, terms))
+
+    def tensors(self) -> list[fx.Node]:
+        """All tensor nodes among the arguments."""
+        return [n for n in self.node.all_input_nodes if isinstance(self.env.get(n), tuple)]
+
+    @property
+    def out_sizes(self) -> tuple[int, ...]:
+        """Sizes of the (first) output."""
+        sizes = self.sizes[self.node]
+        return sizes[0] if sizes and isinstance(sizes[0], tuple) else sizes
+
+    def unify(self, a: Term, b: Term) -> None:
+        """Make two terms denote the same indices."""
+        axes.unify(a, b, self.node.name)
+
+    def freeze(self, term: Term, why: str) -> None:
+        """Freeze a term with a reason."""
+        axes.freeze(term, Reason(why, self.node.name))
+
+    def frozen(self, size: int, why: str) -> Term:
+        """A fresh frozen dimension."""
+        return axes.axis(size, Reason(why, self.node.name))
+
+    def broadcast(self, *shapes: Dims) -> Dims:
+        """Unify shapes aligned at the right; a size of 1 couples nothing."""
+        out: list[Term] = [axes.UNIT] * max(map(len, shapes), default=0)
+        for shape in shapes:
+            for i in range(-1, -len(shape) - 1, -1):
+                if shape[i].size == 1:
+                    continue
+                if out[i].size == 1:
+                    out[i] = shape[i]
+                else:
+                    self.unify(out[i], shape[i])
+        return tuple(out)
+
+    def literal(self, name: str, *sub: int, term: Term, sign: int = 1) -> None:
+        """Record that an argument (or an item of it) is the size of `term`; defaults are skipped."""
+        position, _ = _schema(self.node.target)[name]
+        if position < len(self.node.args):
+            path: Path = (position, *sub)
+        elif name in self.node.kwargs:
+            path = (name, *sub)
+        else:
+            return
+        self.effects.literals.append(Literal(path, term, sign))
+
+    def literals(self, name: str, terms: Sequence[Term]) -> None:
+        """Record a list of sizes; a -1 adapts by itself."""
+        values = self.arg(name)
+        for i, term in enumerate(terms):
+            if not isinstance(values[i], int) or values[i] >= 0:
+                self.literal(name, i, term=term)
+
+    def pin(self, name: str, value: float) -> None:
+        """Record an argument whose default depends on a width: it must stay at `value`."""
+        self.effects.pins[name] = value
+
+    def contract(self, tensor: str | fx.Node, dim: int) -> None:
+        """Record that the operator sums over a dimension of one of its arguments."""
+        node = self.arg(tensor) if isinstance(tensor, str) else tensor
+        self.effects.contracts.append((node, dim % len(self.dims(node))))
+
+    def statistic(self, *terms: Term) -> None:
+        """Record that the result depends on which indices of `terms` there are (norms, means)."""
+        self.effects.statistics += terms
+
+    def macs(self, *terms: Term, times: float = 1.0) -> None:
+        """Record multiply-accumulates: the product of the counts of all terms."""
+        self.effects.macs.append((times, terms))
+
+    def tie(self, terms: Sequence[Term]) -> None:
+        """Demand that all terms keep equally many indices (not the same ones)."""
+        self.effects.ties.append(list(terms))
+
+
+def dim_of(dim: int, ndim: int) -> int:
+    """A dimension number made non-negative."""
+    return dim % ndim if ndim else 0
+
+
+def dims_of(dim: Any, ndim: int) -> list[int]:
+    """A dimension argument (None or empty: all) as a list of non-negative numbers."""
+    if dim is None or (isinstance(dim, list | tuple) and not dim):
+        return list(range(ndim))
+    return [dim_of(d, ndim) for d in (dim if isinstance(dim, list | tuple) else [dim])]

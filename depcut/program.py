@@ -1,0 +1,112 @@
+"""The captured model as data: graph, tensor names, sizes, module calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+from torch.utils import _pytree as pytree
+
+Sizes = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ModuleCall:
+    """One call of one module: its arguments and results, graph nodes where they are computed.
+
+    Attributes:
+        module: Qualified name of the module called.
+        leaves: Flattened (args, kwargs); nodes for what the graph computes, else the value.
+        spec: How to unflatten `leaves`.
+        out_leaves: Flattened result, alike.
+        out_spec: How to unflatten `out_leaves`.
+    """
+
+    module: str
+    leaves: tuple[Any, ...]
+    spec: pytree.TreeSpec
+    out_leaves: tuple[Any, ...]
+    out_spec: pytree.TreeSpec
+
+
+@dataclass(frozen=True)
+class Program:
+    """A model captured by torch.export (training IR), higher-order wrappers inlined.
+
+    Attributes:
+        graph: The graph; nodes carry `meta["val"]`, source lines and literal provenance.
+        tensors: Qualified parameter, buffer or constant name of each placeholder that is one.
+        parameters: Names among these that are parameters.
+        anonymous: Names of constants typed into the code, which no attribute holds.
+        sizes: Sizes (hints for dynamic ones) of every node that is a tensor or a list of tensors.
+        marks: Nodes by the numbers that provenance expressions use.
+        calls: Every module call, in order of completion.
+        args: Positional example inputs.
+        kwargs: Keyword example inputs.
+        batch: Size of the dynamic batch dimension of the example inputs; 1 where there is none.
+        dynamic: Whether dimension 0 of the inputs is dynamic.
+        training: Whether containers were captured in training mode (for auxiliary heads).
+        aliases: Names that share one tensor, by each of these names.
+        in_spec: Structure of (args, kwargs).
+        out_spec: Structure of the result.
+    """
+
+    graph: fx.GraphModule
+    tensors: dict[fx.Node, str]
+    parameters: frozenset[str]
+    anonymous: frozenset[str]
+    sizes: dict[fx.Node, Any]
+    marks: dict[int, fx.Node]
+    calls: tuple[ModuleCall, ...]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    batch: int
+    dynamic: bool
+    training: bool
+    aliases: dict[str, tuple[str, ...]]
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    unused: frozenset[str] = field(default_factory=frozenset)
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        """The placeholders that stand for user inputs."""
+        nodes = self.graph.graph.nodes
+        return [n for n in nodes if n.op == "placeholder" and n not in self.tensors]
+
+    @property
+    def outputs(self) -> list[Any]:
+        """The flattened results."""
+        return list(next(n for n in self.graph.graph.nodes if n.op == "output").args[0])
+
+
+def module_of(node: fx.Node) -> str:
+    """Qualified name of the innermost module whose forward created a node."""
+    stack = node.meta.get("nn_module_stack") or {}
+    for entry in reversed(list(stack.values())):
+        name = str(entry[0])
+        if not name.startswith("_empty"):
+            return name.partition("@")[0].removeprefix("L['self'].")
+    return ""
+
+
+def where(node: fx.Node | None) -> str:
+    """Layer name and the user's source line of a node, for messages."""
+    if node is None:
+        return "the model"
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
+    frames = [
+        (lines[i], lines[i + 1] if i + 1 < len(lines) else "")
+        for i, line in enumerate(lines)
+        if line.startswith("File ")
+    ]
+    own = [f for f in frames if "/torch/nn/" not in f[0]] or frames
+    layer = module_of(node)
+    text = f"layer {layer!r}" if layer else "the model's forward"
+    if own:
+        place, code = own[-1]
+        parts = place.split('"')
+        line = place.partition("line ")[2].partition(",")[0]
+        text += f", {parts[1].rpartition('/')[2] if len(parts) > 1 else place}:{line}: {code}"
+    return text + f" (node {node.name})"

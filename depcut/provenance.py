@@ -1,0 +1,198 @@
+"""Where integer literals of a captured graph come from: module attributes and tensor sizes.
+
+While a model is captured, every plain int attribute of its modules is replaced by an int that
+remembers its name and survives arithmetic, and every tensor size read by the model's code becomes
+one too. A torch-function mode sees the calls that receive such ints and annotates the nodes they
+create, so that the rewrite knows which attribute supplies each size, e.g. `("attr", "attn",
+("num_heads",))` or `("//", ("size", 17, 2), ("attr", ...))`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import fx, nn
+from torch.fx import traceback
+from torch.fx.experimental import proxy_tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+Expr = int | tuple[Any, ...]
+
+KEY = "depcut_literals"
+MARK = "depcut_mark"
+
+OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "//": operator.floordiv,
+    "%": operator.mod,
+}
+
+
+class Traced(int):
+    """An int that remembers the expression it came from."""
+
+    expr: Expr
+
+    def __new__(cls, value: int, expr: Expr) -> Traced:
+        """An int of that value with that provenance."""
+        self = super().__new__(cls, value)
+        self.expr = expr
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are plain ints."""
+        return (int, (int(self),))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> int:
+        """A plain int."""
+        return int(self)
+
+
+def _traced_operator(symbol: str, reflected: bool) -> Callable[[Traced, Any], Any]:
+    compute = OPERATORS[symbol]
+
+    def method(self: Traced, other: Any) -> Any:
+        pair = (other, int(self)) if reflected else (int(self), other)
+        if type(other) is not int and type(other) is not Traced:
+            # A SymInt raises instead of returning NotImplemented, so it must meet a plain int.
+            return compute(*pair) if not isinstance(other, float) else compute(*map(float, pair))
+        value = compute(*(int(v) for v in pair))
+        mine, its = self.expr, getattr(other, "expr", other)
+        return Traced(value, (symbol, its, mine) if reflected else (symbol, mine, its))
+
+    return method
+
+
+for _symbol, _name in (("+", "add"), ("-", "sub"), ("*", "mul"), ("//", "floordiv"), ("%", "mod")):
+    setattr(Traced, f"__{_name}__", _traced_operator(_symbol, False))
+    setattr(Traced, f"__r{_name}__", _traced_operator(_symbol, True))
+
+
+def node_of(value: Any) -> fx.Node | None:
+    """The graph node that produces a tensor or SymInt during the capture in progress."""
+    mode = proxy_tensor.get_proxy_mode()
+    if mode is None or not isinstance(value, torch.Tensor | torch.SymInt):
+        return None
+    slot: Any = cast(Any, proxy_tensor.get_proxy_slot)(value, mode.tracer, None)
+    if isinstance(value, torch.SymInt) and slot is not None and not isinstance(slot, fx.Proxy):
+        slot = slot.force()
+    proxy = slot if slot is None or isinstance(slot, fx.Proxy) else slot.proxy
+    return proxy.node if proxy is not None else None
+
+
+def mark(node: fx.Node, marks: list[fx.Node]) -> int:
+    """A number that finds the node again after passes have copied the graph."""
+    if MARK not in node.meta:
+        node.meta[MARK] = len(marks)
+        marks.append(node)
+    return cast(int, node.meta[MARK])
+
+
+class ProvenanceMode(TorchFunctionMode):
+    """Hands out traced sizes and annotates the calls that receive traced ints.
+
+    Args:
+        marks: Nodes referred to so far; grows during the capture.
+    """
+
+    def __init__(self, marks: list[fx.Node]) -> None:
+        super().__init__()
+        self.marks = marks
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Intercept one call of the torch API."""
+        kwargs = kwargs or {}
+        if func in _SIZE_READERS:
+            return self._size(func, args, kwargs)
+        literals = tuple(_ints(pytree.tree_leaves((args, kwargs))))
+        if all(expr is None for _, expr in literals):
+            return func(*args, **kwargs)
+        with traceback.annotate({KEY: literals}):
+            return func(*args, **kwargs)
+
+    def _size(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = func(*args, **kwargs)
+        node = node_of(args[0])
+        if node is None:
+            return out
+        number = mark(node, self.marks)
+        if isinstance(out, torch.Size):
+            return torch.Size(
+                [
+                    Traced(s, ("size", number, i)) if type(s) is int else s
+                    for i, s in enumerate(out)
+                ]
+            )
+        if type(out) is not int:
+            return out
+        if func is torch.Tensor.numel:
+            return Traced(out, ("numel", number))
+        dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+        return Traced(out, ("size", number, int(dim) % args[0].dim()))
+
+
+def _ints(leaves: list[Any]) -> Iterator[tuple[int, Expr | None]]:
+    """All plain ints among the arguments of a call, in order, with their provenance."""
+    for leaf in leaves:
+        if isinstance(leaf, slice):
+            yield from _ints([leaf.start, leaf.stop, leaf.step])
+        elif type(leaf) is int or type(leaf) is Traced:
+            yield int(leaf), getattr(leaf, "expr", None)
+
+
+_SIZE_READERS = {torch.Tensor.shape.__get__, torch.Tensor.size, torch.Tensor.numel}  # type: ignore[attr-defined]
+
+
+def _trace_value(value: Any, module: str, path: tuple[Any, ...]) -> Any:
+    """The attribute value with its ints traced; the same object where it holds none."""
+    if type(value) is int:
+        return Traced(value, ("attr", module, path)) if value > 1 else value
+    if type(value) in (list, tuple):
+        items = [_trace_value(v, module, (*path, i)) for i, v in enumerate(value)]
+        changed = any(new is not old for new, old in zip(items, value, strict=True))
+        return type(value)(items) if changed else value
+    if type(value) is dict and all(isinstance(k, str | int) for k in value):
+        new = {k: _trace_value(v, module, (*path, k)) for k, v in value.items()}
+        return new if any(new[k] is not value[k] for k in value) else value
+    return value
+
+
+@contextmanager
+def traced_attributes(model: nn.Module) -> Iterator[None]:
+    """Within the context every int attribute of every module remembers its name."""
+    saved: list[tuple[nn.Module, str, Any]] = []
+    try:
+        for name, module in model.named_modules():
+            for attribute, value in list(vars(module).items()):
+                if attribute in _INTERNAL:
+                    continue
+                traced = _trace_value(value, name, (attribute,))
+                if traced is not value:
+                    saved.append((module, attribute, value))
+                    module.__dict__[attribute] = traced
+        yield
+    finally:
+        for module, attribute, value in saved:
+            module.__dict__[attribute] = value
+
+
+_INTERNAL = frozenset(vars(nn.Module()))
+
+
+def literals_of(node: fx.Node) -> tuple[tuple[int, Expr | None], ...]:
+    """The ints that the call behind a node received, in order; provenance None: typed in."""
+    custom = node.meta.get("custom") or {}
+    return cast(tuple[tuple[int, Expr | None], ...], custom.get(KEY, ()))

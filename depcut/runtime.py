@@ -1,0 +1,205 @@
+"""What export and timing share: a model's arguments in order, onnxruntime sessions, their feeds."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from onnxruntime import InferenceSession
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from depcut.errors import ExportError, InputError
+from depcut.inputs import infer
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+
+
+def bind_inputs(model: nn.Module, inputs: Any) -> inspect.BoundArguments:
+    """The model's arguments in the order of its signature, whatever form they were given in.
+
+    Args:
+        model: The model whose forward takes them.
+        inputs: A tensor, a tuple of positional or a dict of keyword arguments; None infers them.
+
+    Returns:
+        The arguments, bound to their names.
+
+    Raises:
+        InputError: The kind of `inputs` is none of these, forward does not take them, or they
+            cannot be inferred.
+    """
+    given = infer(model) if inputs is None else inputs
+    given = dict(given) if isinstance(given, Mapping) else given
+    if isinstance(given, Tensor):
+        given = (given,)
+    if not isinstance(given, (tuple, list, dict)):
+        raise InputError(
+            f"inputs is a {type(inputs).__name__}",
+            where=type(model).__name__,
+            remedy="pass a tensor, a tuple of positional arguments or a dict of keyword arguments",
+        )
+    signature = inspect.signature(model.forward)
+    try:
+        return signature.bind(**given) if isinstance(given, dict) else signature.bind(*given)
+    except TypeError as error:
+        raise InputError(
+            f"the inputs do not fit forward: {error}",
+            where=f"{type(model).__name__}.forward{signature}",
+            remedy="pass what a call of the model takes",
+        ) from error
+
+
+def open_session(path: str | os.PathLike[str], threads: int = 1) -> InferenceSession:
+    """An onnxruntime session on the CPU, with all optimisations and a stated number of threads.
+
+    Args:
+        path: The ONNX file.
+        threads: Threads that one operator may use.
+
+    Returns:
+        The session.
+
+    Raises:
+        ExportError: The runtime does not load the file.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Idle workers that spin would take the cores from the other sessions of a comparison.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ExportError(
+            f"onnxruntime {ort.__version__} does not load the file: {first_line(error)}",
+            where=Path(path).name,
+            remedy="if a kernel is missing for the data type, export model.float()",
+        ) from error
+
+
+def session_feeds(session: InferenceSession, values: Mapping[str, Any]) -> dict[str, Array]:
+    """The runtime's input dictionary for a model's arguments.
+
+    Args:
+        session: The session to feed.
+        values: Arguments by name. Where the names are not the graph's (nested arguments have other
+            ones there), their order counts; what is no tensor is part of the graph and left out.
+
+    Returns:
+        Arrays by input name.
+
+    Raises:
+        ExportError: The graph takes another number of tensors.
+    """
+    names = [entry.name for entry in session.get_inputs()]
+    if set(names) <= {name for name, value in values.items() if isinstance(value, Tensor)}:
+        return {name: as_array(values[name]) for name in names}
+    tensors = [leaf for leaf in pytree.tree_leaves(dict(values)) if isinstance(leaf, Tensor)]
+    if len(names) != len(tensors):
+        raise ExportError(
+            f"the graph takes {len(names)} tensors ({', '.join(names)}), not {len(tensors)}",
+            remedy="pass the inputs that the file was exported with",
+        )
+    return {name: as_array(tensor) for name, tensor in zip(names, tensors, strict=True)}
+
+
+def batch_size(arguments: inspect.BoundArguments) -> int:
+    """Dimension 0 of the first tensor that has one.
+
+    Args:
+        arguments: What `bind_inputs` returned.
+
+    Returns:
+        The batch size.
+
+    Raises:
+        InputError: No argument is a tensor with a dimension.
+    """
+    leaves = pytree.tree_leaves(dict(arguments.arguments))
+    sizes = [leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0]
+    if not sizes:
+        raise InputError("no tensor among the inputs", remedy="pass the tensors forward works on")
+    return int(sizes[0])
+
+
+def resized(arguments: inspect.BoundArguments, batch: int) -> inspect.BoundArguments:
+    """The same arguments at another batch size: rows repeated, in reverse order.
+
+    Args:
+        arguments: What `bind_inputs` returned.
+        batch: The batch size to come to. Tensors whose dimension 0 is not the batch stay.
+
+    Returns:
+        New arguments; the given ones are left alone.
+    """
+    present = batch_size(arguments)
+
+    def resize(leaf: Any) -> Any:
+        if batch == present or not isinstance(leaf, Tensor) or leaf.dim() == 0:
+            return leaf
+        if leaf.shape[0] != present:
+            return leaf
+        rows = torch.arange(batch - 1, -1, -1, device=leaf.device) % present
+        return leaf.index_select(0, rows)
+
+    values = pytree.tree_map(resize, dict(arguments.arguments))
+    return inspect.BoundArguments(arguments.signature, values)
+
+
+def as_array(tensor: Tensor) -> Array:
+    """The tensor's values as the runtime takes them.
+
+    Args:
+        tensor: Any tensor, on any device.
+
+    Returns:
+        Its values in NumPy.
+
+    Raises:
+        ExportError: NumPy and the runtime have no such data type.
+    """
+    if tensor.dtype == torch.bfloat16:
+        raise ExportError(
+            "onnxruntime's CPU provider has hardly a kernel for bfloat16",
+            remedy="export model.float() or model.half()",
+        )
+    values: Array = tensor.detach().cpu().numpy()
+    return values
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model in evaluation mode, and every submodule back into its own mode afterwards.
+
+    Args:
+        model: The model; no other state of it changes.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, with its class.
+
+    Args:
+        error: The error.
+
+    Returns:
+        One line.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
