@@ -1,0 +1,41 @@
+"""depcut: a structured-pruning compiler for PyTorch models."""
+
+from __future__ import annotations
+
+from depcut.analysis import Analysis, analyze
+from depcut.api import shrink
+from depcut.coupling import Frozen, Group, Member
+from depcut.errors import (
+    BudgetError,
+    CaptureError,
+    DepcutError,
+    ExportError,
+    InputError,
+    PlanError,
+    RuleError,
+    VerificationError,
+)
+from depcut.ops.registry import Op, rule
+from depcut.plan import Plan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Analysis",
+    "BudgetError",
+    "CaptureError",
+    "DepcutError",
+    "ExportError",
+    "Frozen",
+    "Group",
+    "InputError",
+    "Member",
+    "Op",
+    "Plan",
+    "PlanError",
+    "RuleError",
+    "VerificationError",
+    "analyze",
+    "rule",
+    "shrink",
+]

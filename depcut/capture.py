@@ -261,6 +261,7 @@ def _program(
         aliases=_aliases(model),
         in_spec=exported.call_spec.in_spec,
         out_spec=exported.call_spec.out_spec,
+        constants={n: exported.constants[n] for n in anonymous},
         unused=frozenset(parameters - used),
     )
 

@@ -159,7 +159,10 @@ def _version() -> str:
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and leaves the lines of the epilog as they are."""
+    """Shows defaults that say something, and leaves the lines of the epilog as they are."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default else action.help
 
 
 class _Command:

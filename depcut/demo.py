@@ -64,7 +64,7 @@ class DemoResult:
     timing: BenchResult
 
     def __rich__(self) -> Table:
-        table = Table(title="dense and slim, both from their ONNX files")
+        table = Table(title="a ResNet on digits: dense and slim")
         for column in ("", "dense", "slim", "slim / dense"):
             table.add_column(column, justify="right" if column else "left")
         dense, slim = self.dense, self.slim
@@ -75,16 +75,17 @@ class DemoResult:
             f"{slim.accuracy:.2%}",
             f"{gained:+.2f} points",
         )
-        table.add_row("  before retraining", "", f"{self.cut_accuracy:.2%}", "")
-        for label, before, after in (
+        table.add_row("- not retrained", "", f"{self.cut_accuracy:.2%}", "")
+        for label, full, less in (
             ("parameters", dense.params, slim.params),
             ("MACs per image", dense.macs, slim.macs),
-            ("file size in bytes", dense.file.bytes, slim.file.bytes),
+            ("file, bytes", dense.file.bytes, slim.file.bytes),
         ):
-            table.add_row(label, quantity(before), quantity(after), f"{after / before:.1%}")
+            table.add_row(label, quantity(full), quantity(less), f"{less / full:.1%}")
         times = self.timing.timings
         speedup = self.timing.speedup("dense", "slim")
-        table.add_row("latency", str(times["dense"]), str(times["slim"]), str(speedup))
+        before, after = (f"{1e3 * times[name].median:.3g} ms" for name in ("dense", "slim"))
+        table.add_row("latency", before, after, str(speedup))
         table.caption = self.timing.conditions
         return table
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
@@ -50,6 +51,8 @@ class Program:
         aliases: Names that share one tensor, by each of these names.
         in_spec: Structure of (args, kwargs).
         out_spec: Structure of the result.
+        constants: Values of the anonymous constants.
+        unused: Parameters that the graph does not use.
     """
 
     graph: fx.GraphModule
@@ -67,6 +70,7 @@ class Program:
     aliases: dict[str, tuple[str, ...]]
     in_spec: pytree.TreeSpec
     out_spec: pytree.TreeSpec
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
     unused: frozenset[str] = field(default_factory=frozenset)
 
     @property

@@ -1,0 +1,387 @@
+"""What can shrink with what, what cannot and why; and plans made from it."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from io import StringIO
+from typing import Any
+
+import networkx as nx
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from depcut import allocate, axes, cost
+from depcut.allocate import Counts
+from depcut.axes import Indices
+from depcut.capture import capture
+from depcut.cost import Cost
+from depcut.coupling import Coupling, Frozen, Group, infer, layer_of
+from depcut.errors import BudgetError, InputError, listed
+from depcut.inputs import Inputs
+from depcut.plan import Plan, make_plan
+from depcut.program import Program
+from depcut.scores import Criterion, Scores, score
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """Groups of coupled dimensions of one model.
+
+    Attributes:
+        model: The model analysed; it is only read.
+        coupling: What inference found.
+    """
+
+    model: nn.Module
+    coupling: Coupling
+
+    @property
+    def program(self) -> Program:
+        """The captured model."""
+        return self.coupling.program
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """Units that can only be removed together."""
+        return self.coupling.groups
+
+    @property
+    def frozen(self) -> tuple[Frozen, ...]:
+        """Dimensions that cannot shrink, each with its reason and source line."""
+        return self.coupling.frozen
+
+    @cached_property
+    def costs(self) -> dict[str, Cost]:
+        """MACs, parameters and channels as functions of the kept counts."""
+        return {name: build(self.coupling) for name, build in cost.COSTS.items()}
+
+    @property
+    def macs(self) -> int:
+        """MACs of one example of the dense model."""
+        return round(self.costs["macs"].total)
+
+    @property
+    def params(self) -> int:
+        """Parameters of the dense model, shared ones once."""
+        return round(self.costs["params"].total)
+
+    @cached_property
+    def graph(self) -> nx.DiGraph:
+        """Layers and groups: an edge from a layer to a group it produces, to a layer that consumes."""
+        graph = nx.DiGraph()
+        for group in self.groups:
+            graph.add_node(group.name, kind="group", size=group.size, tied=group.tied)
+            for member in group.members:
+                layer = "layer:" + layer_of(member.tensor)
+                graph.add_node(layer, kind="layer")
+                ends = (layer, group.name) if member.role == "producer" else (group.name, layer)
+                graph.add_edge(*ends, tensor=member.tensor, dim=member.dim)
+        return graph
+
+    def plan(
+        self,
+        ratio: float,
+        *,
+        of: str = "macs",
+        score: str | Criterion = "magnitude",
+        allocation: str = "global",
+        align: int = 8,
+        keep: Iterable[str] = (),
+        ratios: Mapping[str, float] | None = None,
+        seed: int = 0,
+    ) -> Plan:
+        """Choose the units that stay.
+
+        Args:
+            ratio: Fraction removed of the quantity named by `of`, in (0, 1).
+            of: "macs", "params" or "channels" (every group loses that share).
+            score: Name of a criterion, or a function of (coupling, model, seed).
+            allocation: "global" or "uniform".
+            align: Kept widths are multiples of it where the width allows; 1: any width.
+            keep: Globs over module or parameter names whose width must stay.
+            ratios: Fraction of units removed, by glob, for groups that the budget does not decide.
+            seed: For criteria that draw.
+
+        Raises:
+            InputError: An option has a wrong value, or a name matches nothing.
+            BudgetError: The ratio cannot be reached, or nothing can be removed.
+        """
+        _check_ratio(ratio, "ratio=")
+        settings = dict(ratio=float(ratio), of=of, align=align, allocation=allocation, seed=seed)
+        settings["score"] = score if isinstance(score, str) else getattr(score, "__name__", "")
+        if of not in cost.COSTS:
+            raise InputError(
+                f"unknown quantity {of!r}", where="of=", remedy=f"use one of {', '.join(cost.COSTS)}"
+            )
+        if isinstance(align, bool) or not isinstance(align, int) or align < 1:
+            raise InputError(
+                f"align is {align!r}", where="align=", remedy="pass an integer of at least 1"
+            )
+        if not self.groups:
+            self._nothing()
+        held = self._held(keep)
+        scores = self._score(score, seed)
+        fixed = self._fixed(ratios or {}, held)
+        counts = self._counts(ratio, of, allocation, align, held, fixed, scores)
+        kept = {
+            g.name: _best(s, n)
+            for g, s, n in zip(self.groups, scores, counts, strict=True)
+            if n < g.size
+        }
+        return make_plan(self.coupling, self.model, kept, settings)
+
+    def plan_keeping(self, kept: Mapping[str, Sequence[int] | Indices]) -> Plan:
+        """A plan from kept units by group name; groups not named keep everything.
+
+        Raises:
+            PlanError: Unknown group, impossible units, or unequal counts where they are tied.
+        """
+        return make_plan(self.coupling, self.model, kept, {"units": "given"})
+
+    def _score(self, criterion: str | Criterion, seed: int) -> Scores:
+        return score(criterion, self.coupling, self.model, seed)
+
+    def _counts(
+        self,
+        ratio: float,
+        of: str,
+        allocation: str,
+        align: int,
+        held: set[int],
+        fixed: dict[int, int],
+        scores: Scores,
+    ) -> Counts:
+        quantity = self.costs[of]
+        if of == "channels":
+            allocation = "uniform"
+        # Axes whose narrowing only generated code can express come last.
+        awkward = self._awkward() - held
+        for soft in ([awkward, set()] if awkward else [set()]):
+            where = allocate.space(self.coupling, align, held | set(fixed) | soft)
+            counts = _Fixed(quantity, fixed)
+            try:
+                sequence = allocate.order(allocation, self.coupling, where, scores, counts.cost)
+                met = allocate.meet(where, sequence, counts.cost, quantity.total * (1 - ratio), of)
+            except BudgetError:
+                if soft:
+                    continue
+                raise
+            return counts.applied(met)
+        raise AssertionError("unreachable")
+
+    def _awkward(self) -> set[int]:
+        """Groups pinned by an implicit argument, next to a free factor that is not."""
+        pinned = set()
+        for effects in self.coupling.effects.values():
+            for node, dim in effects.contracts if effects.pins else ():
+                dims = self.coupling.env[node]
+                if isinstance(dims, tuple):
+                    pinned |= set(axes.leaves(axes.resolve(dims[dim])))
+        index = self.coupling.group_of
+        out = set()
+        for dims in self.coupling.dims.values():
+            for term in dims:
+                free = {leaf for leaf in axes.leaves(term) if leaf in index}
+                if free & pinned and free - pinned:
+                    out |= {index[a].index for a in free & pinned}
+        return out
+
+    def _nothing(self) -> None:
+        reasons: dict[str, list[str]] = {}
+        for f in self.frozen:
+            if f.size > 1:
+                reasons.setdefault(f.reason, []).append(f.tensor)
+        text = "; ".join(f"{why} ({listed(names, 2)})" for why, names in reasons.items())
+        raise BudgetError(
+            f"nothing can be removed: {text or 'the model has no parameters of two dimensions'}",
+            where=type(self.model).__name__,
+            remedy="see print(depcut.analyze(model, inputs)); a hidden layer is needed",
+        )
+
+    def _matching(self, pattern: str, option: str) -> set[int]:
+        found = {g.index for g in self.groups if _matches(g, pattern)}
+        names = {layer_of(n) for n in self.coupling.dims} | set(self.coupling.dims)
+        known = any(fnmatchcase(n, pattern) or n.startswith(pattern + ".") for n in names)
+        if not found and not known:
+            close = difflib.get_close_matches(pattern, sorted(names), 3, 0.4)
+            raise InputError(
+                f"{pattern!r} matches no module, parameter or group",
+                where=option,
+                remedy=f"did you mean {', '.join(close)}?" if close else "see print(analysis)",
+            )
+        return found
+
+    def _held(self, keep: Iterable[str]) -> set[int]:
+        patterns = [keep] if isinstance(keep, str) else list(keep)
+        return {i for p in patterns for i in self._matching(p, "keep=")}
+
+    def _fixed(self, ratios: Mapping[str, float], held: set[int]) -> dict[int, int]:
+        fixed: dict[int, int] = {}
+        for pattern, ratio in ratios.items():
+            if ratio != 0:
+                _check_ratio(ratio, f"ratios[{pattern!r}]")
+            for index in self._matching(pattern, "ratios="):
+                size = self.groups[index].size
+                fixed[index] = max(1, size - round(size * ratio))
+        by_tie: dict[int, int] = {}
+        for index, count in fixed.items():
+            tie = self.groups[index].tied
+            if tie is not None:
+                by_tie[tie] = min(count, by_tie.get(tie, count))
+        for group in self.groups:
+            if group.tied in by_tie:
+                fixed[group.index] = by_tie[group.tied]  # type: ignore[index]
+        return {i: n for i, n in fixed.items() if i not in held}
+
+    def explain(self, name: str) -> str:
+        """Why a layer can or cannot shrink, and with whom.
+
+        Args:
+            name: A module or parameter name.
+
+        Raises:
+            InputError: The model has no such layer.
+        """
+        tensors = [
+            n for n in self.coupling.dims if n == name or layer_of(n) == name or n.startswith(name + ".")
+        ]
+        if not tensors:
+            names = sorted({layer_of(n) for n in self.coupling.dims})
+            close = difflib.get_close_matches(name, names, 3, 0.4)
+            raise InputError(
+                f"the model has no layer {name!r} with parameters",
+                where="explain",
+                remedy=f"did you mean {', '.join(close)}?" if close else f"layers: {listed(names)}",
+            )
+        lines = [name]
+        for tensor in tensors:
+            for dim, term in enumerate(self.coupling.dims[tensor]):
+                lines.append(f"  {tensor} dim {dim} ({term.size}): {self._explain_term(term, tensor, dim)}")
+        return "\n".join(lines)
+
+    def _explain_term(self, term: axes.Term, tensor: str, dim: int) -> str:
+        index, texts = self.coupling.group_of, []
+        for leaf in dict.fromkeys(axes.leaves(term)):
+            group = index.get(leaf)
+            if group is not None:
+                others = [layer_of(m.tensor) for m in group.members if m.tensor != tensor]
+                others = list(dict.fromkeys(others))
+                texts.append(
+                    f"group {group.name!r}, {group.size} units"
+                    + (f", with {listed(others, 6)}" if others else "")
+                    + (f", as many as its tie {group.tied}" if group.tied is not None else "")
+                )
+        for frozen in self.frozen:
+            if (frozen.tensor, frozen.dim) == (tensor, dim):
+                texts.append(f"frozen: {frozen.reason} [{frozen.where}]")
+        return "; ".join(texts) or "stays: one index"
+
+    @property
+    def frozen_share(self) -> float:
+        """Share of the parameters of which no index can be removed."""
+        total = stuck = 0
+        for name, dims in self.coupling.dims.items():
+            if name in self.program.parameters:
+                size = math.prod(t.size for t in dims)
+                total += size
+                stuck += size * all(map(axes.is_frozen, dims))
+        return stuck / total if total else 1.0
+
+    def __str__(self) -> str:
+        table = Table(title=f"{type(self.model).__name__}: {len(self.groups)} groups")
+        for column in ("group", "units", "narrows", "read by", "tie"):
+            table.add_column(column, overflow="fold")
+        for g in self.groups:
+            readers = dict.fromkeys(layer_of(m.tensor) for m in g.members if m.role == "consumer")
+            tie = "" if g.tied is None else str(g.tied)
+            table.add_row(g.name, str(g.size), listed(list(g.layers), 4), listed(list(readers), 4), tie)
+        reasons: dict[str, int] = {}
+        for f in self.frozen:
+            reasons[f.reason] = reasons.get(f.reason, 0) + 1
+        console = Console(file=StringIO(), width=110)
+        console.print(table)
+        console.print(f"{self.macs:,} MACs, {self.params:,} parameters, {self.frozen_share:.1%} frozen")
+        for why, times in sorted(reasons.items(), key=lambda item: -item[1]):
+            console.print(f"  frozen: {why} ({times} dimensions)", highlight=False)
+        for target, nodes in self.coupling.unknown.items():
+            console.print(f"  no working rule: {target} at {listed(nodes, 3)}", highlight=False)
+        file: Any = console.file
+        return str(file.getvalue()).rstrip()
+
+
+class _Fixed:
+    """A cost in which some groups' counts are given."""
+
+    def __init__(self, quantity: Cost, fixed: dict[int, int]) -> None:
+        self.fixed = fixed
+        self.at = np.array(list(fixed), dtype=np.int64)
+        self.to = np.array(list(fixed.values()), dtype=np.int64)
+        self.cost: Cost = _Pinned(quantity, self) if fixed else quantity  # type: ignore[assignment]
+
+    def applied(self, counts: Counts) -> Counts:
+        out = counts.copy()
+        out[self.at] = self.to
+        return out
+
+
+class _Pinned:
+    """The cost with the given counts put in before it is evaluated."""
+
+    def __init__(self, quantity: Cost, fixed: _Fixed) -> None:
+        self.quantity, self.fixed = quantity, fixed
+        self.dense = quantity.dense
+        self.total = quantity.total
+
+    def __call__(self, counts: Counts) -> float:
+        return self.quantity(self.fixed.applied(counts))
+
+    def gradient(self, counts: Counts) -> Any:
+        return self.quantity.gradient(self.fixed.applied(counts))
+
+
+def _matches(group: Group, pattern: str) -> bool:
+    for member in group.members:
+        if member.role == "producer":
+            layer = layer_of(member.tensor)
+            if fnmatchcase(member.tensor, pattern) or fnmatchcase(layer, pattern):
+                return True
+            if layer.startswith(pattern + "."):
+                return True
+    return fnmatchcase(group.name, pattern)
+
+
+def _best(values: Any, count: int) -> Indices:
+    """The highest-scored units, ascending; the earlier of equals."""
+    return np.sort(np.argsort(-values, kind="stable")[:count])
+
+
+def _check_ratio(ratio: object, where: str) -> None:
+    number = isinstance(ratio, int | float | np.floating) and not isinstance(ratio, bool)
+    if not number or not 0 < ratio < 1:  # type: ignore[operator]
+        raise InputError(
+            f"the ratio is {ratio!r}; it is the fraction removed, between 0 and 1 exclusive",
+            where=where,
+            remedy="pass e.g. 0.5 to remove half",
+        )
+
+
+def analyze(model: nn.Module, inputs: Inputs = None) -> Analysis:
+    """Find out what can be removed from a model; it is only read.
+
+    Args:
+        model: Any module that torch.export can capture.
+        inputs: A tensor, a tuple of positional or a dict of keyword arguments; left out, inferred
+            from the first layer where that is unambiguous.
+
+    Raises:
+        CaptureError: The model cannot be captured.
+        InputError: The inputs are of the wrong kind, or cannot be inferred.
+    """
+    return Analysis(model, infer(capture(model, inputs)))

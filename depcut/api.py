@@ -1,0 +1,62 @@
+"""One call from a model to a smaller one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TypeVar, cast
+
+import torch
+from torch import nn
+
+from depcut.analysis import _check_ratio, analyze
+from depcut.inputs import Inputs
+from depcut.scores import Criterion
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def shrink(
+    model: ModelT,
+    ratio: float,
+    inputs: Inputs = None,
+    *,
+    of: str = "macs",
+    score: str | Criterion = "magnitude",
+    allocation: str = "global",
+    align: int = 8,
+    keep: Iterable[str] = (),
+    ratios: Mapping[str, float] | None = None,
+    seed: int = 0,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> ModelT:
+    """A smaller model of the same class that computes the same on the units that stay.
+
+    Args:
+        model: Any module that torch.export can capture; it is not changed.
+        ratio: Fraction removed of the quantity named by `of`, in (0, 1).
+        inputs: A tensor, a tuple of positional or a dict of keyword arguments; left out, inferred
+            from the first layer where that is unambiguous.
+        of: "macs", "params" or "channels" (every group loses that share).
+        score: Name of a criterion ("magnitude", "l1", "l2", "random") or a function.
+        allocation: "global" (least score per cost first) or "uniform" (same share everywhere).
+        align: Kept widths are multiples of it where the width allows; 1: any width.
+        keep: Globs over module or parameter names whose width must stay.
+        ratios: Fraction of units removed, by glob, for groups that the budget does not decide.
+        seed: For criteria that draw.
+        optimizer: One that trains `model`; its state is sliced and it trains the result from now on.
+
+    Raises:
+        DepcutError: See `depcut.analyze`, `Analysis.plan` and `Plan.apply`.
+    """
+    _check_ratio(ratio, "ratio=")
+    plan = analyze(model, inputs).plan(
+        ratio,
+        of=of,
+        score=score,
+        allocation=allocation,
+        align=align,
+        keep=keep,
+        ratios=ratios,
+        seed=seed,
+    )
+    return cast(ModelT, plan.apply(model, optimizer=optimizer))

@@ -1,0 +1,185 @@
+"""MACs and parameters as polynomials in the kept counts: no re-tracing, microseconds a candidate.
+
+The count of a term is a sum of products of axis counts, and the cost of an operator a product of
+counts. Both are compiled once into integer arrays.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from depcut import axes
+from depcut.axes import Axis, Term
+from depcut.capture import capture
+from depcut.coupling import Coupling, infer
+from depcut.inputs import Inputs
+from depcut.ops.registry import Dims
+
+Counts = NDArray[np.float64]
+Polynomial = dict[tuple[int, ...], float]
+
+
+def _expand(term: Term, number: dict[Axis, int]) -> Polynomial:
+    """The count of a resolved term as monomials: group numbers to coefficient."""
+    if isinstance(term, Axis):
+        return {(number[term],): 1.0} if term in number else {(): float(term.size)}
+    if isinstance(term, axes.Product):
+        out: Polynomial = {(): 1.0}
+        for factor in term.factors:
+            inner, product = _expand(factor, number), {}
+            for m, a in out.items():
+                for n, b in inner.items():
+                    key = tuple(sorted(m + n))
+                    product[key] = product.get(key, 0.0) + a * b
+            out = product
+        return out
+    total: Polynomial = {}
+    for part in term.parts:
+        for m, a in _expand(part, number).items():
+            total[m] = total.get(m, 0.0) + a
+    return total
+
+
+def _padded(rows: list[tuple[int, ...]], fill: int) -> NDArray[np.int64]:
+    width = max(map(len, rows), default=0)
+    return np.array([[*r, *([fill] * (width - len(r)))] for r in rows], dtype=np.int64).reshape(
+        len(rows), width
+    )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A quantity as a function of how many units each group keeps.
+
+    Attributes:
+        monomials: Group numbers whose counts are multiplied, one row a monomial; padded with the
+            number of groups, which stands for 1.
+        coefficients: Factor of each monomial.
+        starts: First monomial of each slot (the count of one term).
+        items: Slots that are multiplied, one row a summand; padded with slot 0, which is 1.
+        times: Factor of each summand.
+        dense: Counts of the dense model.
+    """
+
+    monomials: NDArray[np.int64]
+    coefficients: Counts
+    starts: NDArray[np.int64]
+    items: NDArray[np.int64]
+    times: Counts
+    dense: Counts
+
+    def __call__(self, counts: NDArray[np.number]) -> float:
+        """The quantity for the given kept counts (one number a group)."""
+        values = np.append(np.asarray(counts, dtype=np.float64), 1.0)
+        slots = np.add.reduceat(
+            self.coefficients * values[self.monomials].prod(axis=1), self.starts
+        )
+        return float((self.times * slots[self.items].prod(axis=1)).sum())
+
+    @property
+    def total(self) -> float:
+        """The quantity of the dense model."""
+        return self(self.dense)
+
+    def gradient(self, counts: NDArray[np.number]) -> Counts:
+        """Change of the quantity a unit, for every group, at the given counts."""
+        values = np.append(np.asarray(counts, dtype=np.float64), 1.0)
+        factors = values[self.monomials]
+        slots = np.add.reduceat(self.coefficients * factors.prod(axis=1), self.starts)
+        picked = slots[self.items]
+        by_slot = np.zeros(len(slots))
+        for j in range(picked.shape[1]):
+            others = np.delete(picked, j, axis=1).prod(axis=1)
+            np.add.at(by_slot, self.items[:, j], self.times * others)
+        by_slot[0] = 0.0
+        lengths = np.diff(np.append(self.starts, len(self.coefficients)))
+        weight = np.repeat(by_slot, lengths) * self.coefficients
+        out = np.zeros(len(values))
+        for j in range(factors.shape[1]):
+            np.add.at(out, self.monomials[:, j], weight * np.delete(factors, j, axis=1).prod(axis=1))
+        return out[:-1]
+
+
+def compile_cost(coupling: Coupling, items: Iterable[tuple[float, Dims]]) -> Cost:
+    """Compile a sum of products of counts.
+
+    Args:
+        coupling: Whose groups the counts are of.
+        items: (factor, terms whose counts are multiplied) summands.
+    """
+    number = {g.axis: g.index for g in coupling.groups}
+    slots: dict[tuple[tuple[tuple[int, ...], float], ...], int] = {((), 1.0): 0}  # type: ignore[dict-item]
+    rows: dict[tuple[int, ...], float] = {}
+    polynomials: list[Polynomial] = [{(): 1.0}]
+    for times, terms in items:
+        row = []
+        for term in map(axes.resolve, terms):
+            polynomial = _expand(term, number)
+            if len(polynomial) == 1 and () in polynomial:
+                times *= polynomial[()]
+                continue
+            key = tuple(sorted(polynomial.items()))
+            if key not in slots:
+                slots[key] = len(polynomials)
+                polynomials.append(polynomial)
+            row.append(slots[key])
+        signature = tuple(sorted(row))
+        rows[signature] = rows.get(signature, 0.0) + times
+    flat = [(m, c) for p in polynomials for m, c in p.items()]
+    sizes = [len(p) for p in polynomials]
+    return Cost(
+        monomials=_padded([m for m, _ in flat], len(coupling.groups)),
+        coefficients=np.array([c for _, c in flat]),
+        starts=np.cumsum([0, *sizes[:-1]]),
+        items=_padded(list(rows) or [()], 0),
+        times=np.array(list(rows.values()) or [0.0]),
+        dense=np.array([g.size for g in coupling.groups], dtype=np.float64),
+    )
+
+
+def macs(coupling: Coupling) -> Cost:
+    """Multiply-accumulates of one example (convolutions, matrix products, attention)."""
+    batch = coupling.program.batch
+    return compile_cost(
+        coupling, [(t / batch, d) for e in coupling.effects.values() for t, d in e.macs]
+    )
+
+
+def params(coupling: Coupling) -> Cost:
+    """Number of parameters; shared ones once."""
+    program = coupling.program
+    names = [
+        n
+        for n in coupling.dims
+        if n in program.parameters and program.aliases.get(n, (n,))[0] == n
+    ]
+    return compile_cost(coupling, [(1.0, coupling.dims[n]) for n in names])
+
+
+def channels(coupling: Coupling) -> Cost:
+    """Number of units, all groups together."""
+    return compile_cost(coupling, [(1.0, (g.axis,)) for g in coupling.groups])
+
+
+COSTS = {"macs": macs, "params": params, "channels": channels}
+
+
+def count_macs(model: nn.Module, inputs: Inputs = None) -> int:
+    """Multiply-accumulates of one example.
+
+    Args:
+        model: Any model that depcut can capture.
+        inputs: Example inputs, as for `depcut.shrink`.
+    """
+    return round(macs(infer(capture(model, inputs))).total)
+
+
+def count_params(model: nn.Module) -> int:
+    """Number of parameters; shared ones once."""
+    return sum(math.prod(p.shape) for p in model.parameters())

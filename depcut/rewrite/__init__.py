@@ -1,0 +1,1 @@
+"""Making the smaller model: the only stage that makes tensors."""

@@ -1,0 +1,88 @@
+"""Plan to smaller model: slice, set attributes, generate what the code cannot express."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from depcut.errors import VerificationError
+from depcut.keep import Keep
+from depcut.rewrite.graph import CannotGenerate, generate, parent_of
+from depcut.rewrite.literals import solve
+from depcut.rewrite.module import set_attributes
+from depcut.rewrite.tensors import narrowed_copy
+
+
+@dataclass
+class Slim:
+    """A smaller model in the making.
+
+    Attributes:
+        model: The module.
+        keep: What stays of the dense one.
+        generated: Modules that were generated, with the reason.
+    """
+
+    model: nn.Module
+    keep: Keep
+    generated: dict[str, str] = field(default_factory=dict)
+
+    def replace(self, name: str, why: str) -> str:
+        """Generate a module, or the closest enclosing one whose graph is closed.
+
+        Returns:
+            The name of the module that was generated.
+
+        Raises:
+            VerificationError: Not even the whole model could be generated.
+        """
+        problem = ""
+        while True:
+            if name in self.generated:
+                if not name:
+                    break
+                name = parent_of(name)
+                continue
+            try:
+                module = generate(self.model, self.keep, name)
+            except CannotGenerate as error:
+                problem = str(error)
+                if not name:
+                    break
+                name = parent_of(name)
+                continue
+            self._put(name, module)
+            self.generated[name] = why
+            return name
+        raise VerificationError(
+            f"no module could be generated from the graph: {problem}",
+            where="the whole model",
+            remedy="keep the layers concerned with keep=; please report the model",
+        )
+
+    def _put(self, name: str, module: nn.Module) -> None:
+        if not name:
+            self.model = module
+            return
+        parent = self.model.get_submodule(parent_of(name))
+        parent._modules[name.rpartition(".")[2]] = module
+
+
+def rewrite(model: nn.Module, keep: Keep) -> Slim:
+    """The smaller model, not verified yet.
+
+    Args:
+        model: The dense model; it is not changed.
+        keep: What stays.
+    """
+    solution = solve(keep, model)
+    slim = Slim(narrowed_copy(model, keep), keep)
+    owners = {name.rpartition(".")[0] for name in keep.tensors}
+    owners |= {name.partition(".parametrizations.")[0] for name in keep.tensors}
+    set_attributes(slim.model, solution.values, owners)
+    wanted = solution.modules
+    for name in sorted(wanted, key=lambda n: -n.count(".") - bool(n)):
+        if name not in slim.generated:
+            slim.replace(name, wanted[name])
+    return slim

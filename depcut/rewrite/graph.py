@@ -1,0 +1,383 @@
+"""Submodules generated from the captured graph, where a class's code cannot express the sizes.
+
+The generated module takes the place of the original: same parameters, buffers and children, which
+it calls as modules; only the original's own lines are replaced by the graph with new literals.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from depcut.errors import InputError
+from depcut.keep import Keep
+from depcut.program import ModuleCall, Program
+
+_MODE_FLAGS = ("train", "training")
+_PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.device)
+
+
+class CannotGenerate(Exception):
+    """The graph of a module call is not closed: the enclosing module must be generated instead."""
+
+
+class _Opaque(Exception):
+    """A child cannot be called as a module, since something inside of it is used outside."""
+
+    def __init__(self, child: int) -> None:
+        super().__init__()
+        self.child = child
+
+
+def parent_of(name: str) -> str:
+    """The enclosing module's name."""
+    return name.rpartition(".")[0]
+
+
+def stack_entries(node: fx.Node) -> list[str]:
+    """Qualified names (with call numbers) of the modules whose forward a node is inside of."""
+    stack = node.meta.get("nn_module_stack") or {}
+    names = [str(entry[0]).removeprefix("L['self'].") for entry in stack.values()]
+    return [n for n in names if not n.startswith("_empty")]
+
+
+def generate(slim: nn.Module, keep: Keep, name: str) -> GeneratedModule:
+    """The module `name` of the slim model with its own lines generated from the graph.
+
+    Args:
+        slim: The narrowed copy, whose module is read but not changed.
+        keep: What stays.
+        name: Qualified name; "" for the whole model.
+
+    Raises:
+        CannotGenerate: It uses values that are not among its arguments.
+    """
+    call = _call_of(keep.coupling.program, name)
+    inline: set[int] = set()
+    while True:
+        builder = _Builder(keep, name, call, inline)
+        try:
+            graph = builder.build()
+        except _Opaque as leak:
+            inline.add(leak.child)
+            continue
+        return GeneratedModule(slim.get_submodule(name), graph, call, builder.constants)
+
+
+def _call_of(program: Program, name: str) -> ModuleCall:
+    if not name:
+        leaves = tuple(program.inputs)
+        return ModuleCall("", leaves, program.in_spec, tuple(program.outputs), program.out_spec)
+    calls = [c for c in program.calls if c.module == name]
+    if len(calls) != 1:
+        raise CannotGenerate(f"{name} is called {len(calls)} times")
+    return calls[0]
+
+
+@dataclass
+class _Builder:
+    """Builds the graph of one module call."""
+
+    keep: Keep
+    name: str
+    call: ModuleCall
+    inline: set[int]
+
+    def __post_init__(self) -> None:
+        self.program = self.keep.coupling.program
+        self.graph = fx.Graph()
+        self.env: dict[fx.Node, Any] = {}
+        self.constants: dict[str, Any] = {}
+
+    def build(self) -> fx.Graph:
+        """The graph, with a placeholder for every leaf of (args, kwargs)."""
+        for i, leaf in enumerate(self.call.leaves):
+            placeholder = self.graph.placeholder(f"in_{i}")
+            if isinstance(leaf, fx.Node):
+                self.env.setdefault(leaf, placeholder)
+        done: set[int] = set()
+        self.children = self._children()
+        for node in self.program.graph.graph.nodes:
+            if node in self.env or not self._is_inside(node):
+                continue
+            child = self.children.get(node)
+            if child is None:
+                self._copy(node)
+            elif id(child) not in done:
+                done.add(id(child))
+                self._call_child(child)
+        self.graph.output([self._value(leaf) for leaf in self.call.out_leaves])
+        self.graph.eliminate_dead_code(_has_effect)
+        return self.graph
+
+    def _is_inside(self, node: fx.Node) -> bool:
+        if node.op not in ("call_function", "get_attr"):
+            return False
+        return not self.name or self.name in stack_entries(node)
+
+    def _children(self) -> dict[fx.Node, ModuleCall]:
+        """For each node of a child's forward, the outermost child call that can be kept."""
+        prefix = f"{self.name}." if self.name else ""
+        by_entry: dict[str, list[ModuleCall]] = {}
+        for call in self.program.calls:
+            if call.module.startswith(prefix) and call.module != self.name:
+                by_entry.setdefault(call.module, []).append(call)
+        out: dict[fx.Node, ModuleCall] = {}
+        for node in self.program.graph.graph.nodes:
+            if not self._is_inside(node):
+                continue
+            entries = stack_entries(node)
+            at = entries.index(self.name) + 1 if self.name in entries else 0
+            for entry in entries[at:]:
+                base, _, number = entry.partition("@")
+                calls = by_entry.get(base, [])
+                which = int(number) if number else 0
+                if which >= len(calls) or id(calls[which]) in self.inline:
+                    continue
+                if self._is_callable(calls[which]):
+                    out[node] = calls[which]
+                    break
+        return out
+
+    def _is_callable(self, call: ModuleCall) -> bool:
+        leaves = (*call.leaves, *call.out_leaves)
+        return all(isinstance(leaf, (fx.Node, *_PLAIN)) for leaf in leaves)
+
+    def _call_child(self, call: ModuleCall) -> None:
+        try:
+            leaves = [self._value(leaf) for leaf in call.leaves]
+        except CannotGenerate:
+            raise _Opaque(id(call)) from None
+        args, kwargs = pytree.tree_unflatten(leaves, call.spec)
+        relative = call.module[len(self.name) + 1 :] if self.name else call.module
+        result = self.graph.call_module(relative, args, kwargs)
+        paths = pytree.tree_unflatten(list(range(len(call.out_leaves))), call.out_spec)
+        for index, value in _paths(paths, result, self.graph):
+            leaf = call.out_leaves[index]
+            if isinstance(leaf, fx.Node):
+                self.env[leaf] = value
+
+    def _value(self, leaf: Any) -> Any:
+        if not isinstance(leaf, fx.Node):
+            return leaf
+        if leaf not in self.env:
+            self._outside(leaf)
+        return self.env[leaf]
+
+    def _outside(self, node: fx.Node) -> None:
+        """A value from outside of the call: a parameter, a constant, or a size."""
+        name = self.program.tensors.get(node)
+        if name is not None:
+            self.env[node] = self._parameter(name)
+        elif node.op == "call_function" and self._is_size(node):
+            self.env[node] = self._size(node)
+        elif node in self.children:
+            raise _Opaque(id(self.children[node]))
+        else:
+            raise CannotGenerate(f"{self.name} uses {node.name}, which is not an argument")
+
+    def _parameter(self, name: str) -> fx.Node:
+        if name in self.program.anonymous:
+            key = "_depcut_" + name.replace(".", "_")
+            self.constants[key] = self.program.constants[name]
+            return self.graph.get_attr(key)
+        prefix = f"{self.name}." if self.name else ""
+        for alias in self.program.aliases.get(name, (name,)):
+            if alias.startswith(prefix):
+                return self.graph.get_attr(alias[len(prefix) :])
+        raise CannotGenerate(f"{self.name} uses {name}, which it does not own")
+
+    @staticmethod
+    def _is_size(node: fx.Node) -> bool:
+        return isinstance(node.meta.get("val"), torch.SymInt | int) or "sym_size" in str(node.target)
+
+    def _size(self, node: fx.Node) -> fx.Node:
+        wanted = str(node.meta["val"])
+        for source, copy in list(self.env.items()):
+            value = source.meta.get("val")
+            if isinstance(value, torch.Tensor) and isinstance(copy, fx.Node):
+                for dim, size in enumerate(value.shape):
+                    if str(size) == wanted:
+                        return self.graph.call_function(torch.ops.aten.sym_size.int, (copy, dim))
+        if all(isinstance(a, int | fx.Node) for a in node.args) and node.target in (
+            operator.mul, operator.add, operator.sub, operator.floordiv,
+        ):
+            return self.graph.call_function(
+                node.target, tuple(self._value(a) for a in node.args)
+            )
+        raise CannotGenerate(f"{self.name} uses the size {wanted}, which is not at hand")
+
+    def _copy(self, node: fx.Node) -> None:
+        if node.op == "get_attr":
+            key = f"_depcut_{str(node.target).replace('.', '_')}"
+            self.constants[key] = getattr(self.program.graph, str(node.target))
+            self.env[node] = self.graph.get_attr(key)
+            return
+        new = self.graph.node_copy(node, self._value)
+        self.env[node] = new
+        set_literals(new, node, self.keep, self.graph)
+        self._follow_mode(new, node)
+
+    def _follow_mode(self, new: fx.Node, node: fx.Node) -> None:
+        """Let train() and eval() of the owning module decide, not the mode of the capture."""
+        schema = getattr(node.target, "_schema", None)
+        if schema is None:
+            return
+        entries = stack_entries(node)
+        owner = entries[-1].partition("@")[0] if entries else self.name
+        relative = owner[len(self.name) :].lstrip(".") if owner.startswith(self.name) else ""
+        for i, argument in enumerate(schema.arguments):
+            if argument.name in _MODE_FLAGS and i < len(new.args):
+                with self.graph.inserting_before(new):
+                    flag = self.graph.get_attr(f"{relative}.training" if relative else "training")
+                new.update_arg(i, flag)
+
+
+def set_literals(new: fx.Node, node: fx.Node, keep: Keep, graph: fx.Graph) -> None:
+    """Write the new size literals and pinned arguments into the copy of a node."""
+    for literal, value, dense, count in keep.literals(node):
+        if isinstance(value, int):
+            if value != literal.sign * count:
+                _set(new, literal.path, literal.sign * count)
+        elif dense != count:
+            current = _get(new, literal.path)
+            with graph.inserting_before(new):
+                scaled = graph.call_function(operator.mul, (current, count))
+                _set(new, literal.path, graph.call_function(operator.floordiv, (scaled, dense)))
+    for name, pinned in keep.pins(node).items():
+        new.kwargs = {**new.kwargs, name: pinned}
+
+
+def _get(node: fx.Node, path: tuple[int | str, ...]) -> Any:
+    value: Any = node.args[path[0]] if isinstance(path[0], int) else node.kwargs[path[0]]
+    for step in path[1:]:
+        value = value[step]
+    return value
+
+
+def _set(node: fx.Node, path: tuple[int | str, ...], value: Any) -> None:
+    def replaced(container: Any, rest: tuple[int | str, ...]) -> Any:
+        if not rest:
+            return value
+        items = list(container)
+        items[rest[0]] = replaced(items[rest[0]], rest[1:])  # type: ignore[index, call-overload]
+        return items
+
+    head = path[0]
+    if isinstance(head, int):
+        node.update_arg(head, replaced(node.args[head], path[1:]))
+    else:
+        node.update_kwarg(head, replaced(node.kwargs[head], path[1:]))
+
+
+def _paths(tree: Any, value: Any, graph: fx.Graph) -> Iterator[tuple[int, Any]]:
+    """(leaf number, node that reads it) for every leaf of a child's result."""
+    if isinstance(tree, int):
+        yield tree, value
+        return
+    items = tree.items() if hasattr(tree, "items") else enumerate(tree)
+    for key, item in items:
+        yield from _paths(item, graph.call_function(operator.getitem, (value, key)), graph)
+
+
+def _has_effect(node: fx.Node) -> bool:
+    if node.op in ("placeholder", "output"):
+        return True
+    if node.op == "call_module":
+        return True
+    name = str(node.target)
+    return node.op == "call_function" and (
+        "autocast" in name or (hasattr(node.target, "_schema") and node.target._schema.is_mutable)
+    )
+
+
+class GeneratedModule(nn.Module):
+    """Stands in for a module whose code cannot express the new sizes; see `code`.
+
+    Parameters, buffers, children, hooks and mode are the original's. It takes any batch size, and
+    its arguments in the way in which the enclosing code passes them.
+
+    Args:
+        original: The module it replaces.
+        graph: What it computes: a placeholder a leaf of (args, kwargs), a list as result.
+        call: The captured call, for the structure of arguments and result.
+        constants: Tensors typed into the original's code.
+    """
+
+    def __init__(
+        self, original: nn.Module, graph: fx.Graph, call: ModuleCall, constants: dict[str, Any]
+    ) -> None:
+        super().__init__()
+        for key, value in vars(original).items():
+            if key in _SHARED or "hook" in key:
+                self.__dict__[key] = value
+        self.training = original.training
+        for key, value in constants.items():
+            self.register_buffer(key, value.detach().clone(), persistent=False)
+        self.replaces = f"{type(original).__module__}.{type(original).__qualname__}"
+        self.graph, self.in_spec, self.out_spec = graph, call.spec, call.out_spec
+        self.signature = inspect.signature(type(original).forward)
+        self._compile()
+
+    def _compile(self) -> None:
+        source = self.graph.python_code("self")
+        namespace = dict(source.globals)
+        exec(compile(source.src, f"<depcut {self.replaces}>", "exec"), namespace)
+        self.__dict__["_run"] = namespace["forward"]
+
+    @property
+    def code(self) -> str:
+        """The generated Python source of the forward."""
+        return str(self.graph.python_code("self").src)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the compiled function, which is made anew."""
+        return {k: v for k, v in self.__dict__.items() if k != "_run"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore, and compile the graph again."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._compile()
+
+    def extra_repr(self) -> str:
+        """Which class it replaces."""
+        return f"generated by depcut for {self.replaces}"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph; arguments and result have the original's structure."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if spec != self.in_spec:
+            leaves = self._rebound(args, kwargs)
+        return pytree.tree_unflatten(self._run(self, *leaves), self.out_spec)
+
+    def _rebound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """The leaves of a call that passes the same arguments by position or keyword otherwise."""
+        names = list(self.signature.parameters)[1:]
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        positional, keywords = pytree.tree_unflatten(
+            list(range(self.in_spec.num_leaves)), self.in_spec
+        )
+        wanted = [*names[: len(positional)], *keywords]
+        given = {k: v for k, v in given.items() if k in wanted or v is not None}
+        if set(given) == set(wanted):
+            args = tuple(given[n] for n in names[: len(positional)])
+            kwargs = {k: given[k] for k in keywords}
+            leaves, spec = pytree.tree_flatten((args, kwargs))
+            if spec == self.in_spec:
+                return leaves
+        raise InputError(
+            f"a generated {self.replaces.rpartition('.')[2]} takes the arguments it was captured "
+            f"with: {', '.join(wanted)}; got {', '.join(given)}",
+            where=self.replaces,
+            remedy="call it in that way, or pass such inputs= to depcut.shrink",
+        )
+
+
+_SHARED = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")

@@ -1,0 +1,71 @@
+"""Optimizer state follows its parameters: momenta are sliced like the weights they belong to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from depcut.errors import InputError
+from depcut.keep import Keep
+from depcut.rewrite.tensors import take
+
+
+def narrow_optimizer(
+    optimizer: torch.optim.Optimizer, model: nn.Module, slim: nn.Module, keep: Keep
+) -> None:
+    """Point an optimizer at the smaller model: parameters exchanged, their state sliced.
+
+    Args:
+        optimizer: Any optimizer whose per-parameter state has the parameter's shape or is scalar
+            (SGD, Adam, AdamW, RMSprop, ...); changed in place.
+        model: The dense model, whose parameters it holds.
+        slim: The smaller model.
+        keep: What stays.
+
+    Raises:
+        InputError: It holds none of the model's parameters, or state of another shape.
+    """
+    old = dict(model.named_parameters(remove_duplicate=False))
+    new = dict(slim.named_parameters(remove_duplicate=False))
+    names = {id(p): n for n, p in reversed(list(old.items()))}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    if not any(id(p) in names for p in held):
+        raise InputError(
+            "the optimizer holds no parameter of the model",
+            where="optimizer=",
+            remedy="pass the optimizer that trains this very model",
+        )
+    states: dict[torch.Tensor, Any] = {}
+    for parameter in held:
+        state = optimizer.state.get(parameter, {})
+        name = names.get(id(parameter))
+        if name is None:
+            states[parameter] = state
+        elif state:
+            states[new[name]] = _sliced(state, parameter, name, keep)
+    for group in optimizer.param_groups:
+        group["params"] = [new[names[id(p)]] if id(p) in names else p for p in group["params"]]
+    optimizer.state.clear()
+    optimizer.state.update(states)
+
+
+def _sliced(state: dict[str, Any], parameter: torch.Tensor, name: str, keep: Keep) -> Any:
+    picked = keep.tensors.get(name)
+    out = {}
+    for key, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            out[key] = value
+        elif value.shape == parameter.shape:
+            out[key] = take(value, picked) if picked else value.clone()
+        elif value.numel() == 1 or picked is None:
+            out[key] = value.clone()
+        else:
+            raise InputError(
+                f"state {key!r} of shape {tuple(value.shape)} does not follow its parameter of "
+                f"shape {tuple(parameter.shape)}",
+                where=name,
+                remedy="shrink without optimizer= and make a new optimizer for the slim model",
+            )
+    return out

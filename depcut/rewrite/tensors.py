@@ -1,0 +1,86 @@
+"""Slice parameters and buffers, and copy everything else around them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from depcut.axes import Indices
+from depcut.capture import attribute
+from depcut.keep import Keep
+
+
+def take(tensor: torch.Tensor, picked: tuple[Indices | None, ...]) -> torch.Tensor:
+    """The kept indices of each dimension (None: all) as a new contiguous tensor.
+
+    Args:
+        tensor: Any tensor.
+        picked: One index array or None for each of its dimensions.
+    """
+    out = tensor.detach()
+    for dim, kept in enumerate(picked):
+        if kept is not None:
+            out = out.index_select(dim, torch.from_numpy(kept).to(tensor.device))
+    if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        out = out.contiguous(memory_format=torch.channels_last)
+    return out
+
+
+def _like(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """The new values with the old tensor's class, gradient flag and attributes."""
+    if isinstance(old, nn.Parameter):
+        out: torch.Tensor = nn.Parameter(new, requires_grad=old.requires_grad)
+    else:
+        out = new.requires_grad_(old.requires_grad) if old.is_floating_point() else new
+    for key, value in vars(old).items():
+        if not key.startswith("_"):
+            setattr(out, key, copy.copy(value))
+    return out
+
+
+def narrowed_copy(model: nn.Module, keep: Keep) -> nn.Module:
+    """A deep copy of the model in which only the kept indices of every tensor exist.
+
+    Tied tensors stay tied, hooks and attributes are copied, no dense tensor is copied on the way.
+
+    Args:
+        model: The dense model.
+        keep: What stays.
+    """
+    memo: dict[int, Any] = {}
+    held: list[torch.Tensor] = []
+    for name, picked in keep.tensors.items():
+        old = attribute(model, name)
+        if isinstance(old, torch.Tensor) and id(old) not in memo:
+            memo[id(old)] = _like(old, take(old, picked))
+            held.append(old)
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, torch.Tensor) and not value.is_leaf and id(value) not in memo:
+                # A result that a pre-forward hook computes anew; deepcopy refuses such tensors.
+                memo[id(value)] = value.detach().clone()
+    slim = copy.deepcopy(model, memo)
+    _rescale(model, slim, keep)
+    return slim
+
+
+def _rescale(model: nn.Module, slim: nn.Module, keep: Keep) -> None:
+    """Magnitudes of weight norm, so that the kept part of each weight is what it was."""
+    program = keep.coupling.program
+    for effects in keep.coupling.effects.values():
+        for g_node, v_node, dim in effects.rescales:
+            g, v = program.tensors.get(g_node), program.tensors.get(v_node)
+            if g is None or v is None or v not in keep.tensors:
+                continue
+            picked = keep.tensors[v]
+            dense, small = attribute(model, v).detach(), attribute(slim, v).detach()
+            others = [i for i in range(dense.ndim) if i != dim]
+            before = dense.norm(dim=others, keepdim=True)
+            if picked[dim] is not None:
+                at = torch.from_numpy(picked[dim]).to(dense.device)
+                before = before.index_select(dim, at)
+            after = small.norm(dim=others, keepdim=True)
+            attribute(slim, g).data.mul_((after / before.clamp_min(1e-12)).reshape(attribute(slim, g).shape))

@@ -1,0 +1,61 @@
+"""How much each unit matters: one vector a group, by name or by a user's own function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from depcut.coupling import Coupling
+from depcut.errors import InputError
+from depcut.scores import magnitude
+
+Scores = list[NDArray[np.float64]]
+Criterion = Callable[[Coupling, nn.Module, int], Scores]
+
+CRITERIA: dict[str, Criterion] = {
+    "magnitude": magnitude.l2,
+    "l2": magnitude.l2,
+    "l1": magnitude.l1,
+    "random": magnitude.uniform_random,
+}
+
+
+def score(criterion: str | Criterion, coupling: Coupling, model: nn.Module, seed: int) -> Scores:
+    """Scores of all units: one vector a group, of length `group.size`, higher is kept.
+
+    Args:
+        criterion: Name, or a function of (coupling, model, seed) with the same result.
+        coupling: Groups and where they occur.
+        model: Whose weights are read.
+        seed: For criteria that draw.
+
+    Raises:
+        InputError: Unknown name, or the criterion returned something else than such vectors.
+    """
+    if not callable(criterion):
+        if criterion not in CRITERIA:
+            raise InputError(
+                f"unknown criterion {criterion!r}",
+                where="score=",
+                remedy=f"use one of {', '.join(CRITERIA)}, or pass a function",
+            )
+        criterion = CRITERIA[criterion]
+    scores = [np.asarray(s, dtype=np.float64) for s in criterion(coupling, model, seed)]
+    sizes = [s.shape for s in scores]
+    if sizes != [(g.size,) for g in coupling.groups]:
+        raise InputError(
+            "the criterion returned vectors that do not match the groups",
+            where=f"score={getattr(criterion, '__name__', criterion)!r}",
+            remedy="return one vector of length group.size for every group, in order",
+        )
+    for group, values in zip(coupling.groups, scores, strict=True):
+        if not np.isfinite(values).all():
+            raise InputError(
+                f"{int((~np.isfinite(values)).sum())} of {group.size} scores are not finite",
+                where=f"group {group.name!r}",
+                remedy="look for NaN or infinite weights in its layers, or use another criterion",
+            )
+    return scores
