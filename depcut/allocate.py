@@ -8,8 +8,10 @@ of the prefix that is carried out, since the cost falls with every step.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+import networkx as nx
 import numpy as np
 from numpy.typing import NDArray
 
@@ -52,29 +54,37 @@ class Space:
         return np.where(self.held, 0, free)
 
 
-def space(coupling: Coupling, align: int, held: set[int]) -> Space:
+def space(
+    coupling: Coupling, align: int, held: set[int], ties: Iterable[tuple[int, int]] = ()
+) -> Space:
     """The steps that respect ties and alignment.
 
     Args:
         coupling: The groups.
         align: Kept widths are multiples of it where they can be; 1: any width.
         held: Numbers of groups that keep everything.
+        ties: Further pairs of groups that keep equal counts.
     """
-    classes: dict[object, int] = {}
-    class_of = np.array(
-        [classes.setdefault(g.tied if g.tied is not None else ("own", g.index), len(classes)) for g in coupling.groups],
-        dtype=np.int64,
-    )
-    sizes = np.zeros(len(classes), dtype=np.int64)
-    steps = np.ones(len(classes), dtype=np.int64)
-    frozen = np.zeros(len(classes), dtype=np.bool_)
-    natural = _steps(coupling, align)
+    equal = nx.Graph()
+    equal.add_nodes_from(g.index for g in coupling.groups)
+    representative: dict[int, int] = {}
     for group in coupling.groups:
-        number = class_of[group.index]
-        sizes[number] = group.size
-        steps[number] = max(steps[number], natural[group.index])
-        frozen[number] |= group.index in held
-    return Space(class_of, sizes, steps, frozen)
+        if group.tied is not None:
+            equal.add_edge(group.index, representative.setdefault(group.tied, group.index))
+    equal.add_edges_from(ties)
+    classes = [sorted(c) for c in nx.connected_components(equal)]
+    natural = _steps(coupling, align)
+    class_of = np.zeros(len(coupling.groups), dtype=np.int64)
+    sizes, steps, frozen = [], [], []
+    for number, members in enumerate(classes):
+        class_of[members] = number
+        size = coupling.groups[members[0]].size
+        step = math.lcm(*(int(natural[m]) for m in members))
+        sizes.append(size)
+        steps.append(step if size % step == 0 else int(natural[members].max()))
+        uneven = any(coupling.groups[m].size != size for m in members)
+        frozen.append(uneven or any(m in held for m in members))
+    return Space(class_of, np.array(sizes), np.array(steps), np.array(frozen, dtype=np.bool_))
 
 
 def _steps(coupling: Coupling, align: int) -> Counts:

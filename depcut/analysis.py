@@ -27,6 +27,7 @@ from depcut.errors import BudgetError, InputError, listed
 from depcut.inputs import Inputs
 from depcut.plan import Plan, make_plan
 from depcut.program import Program
+from depcut.rewrite.preferences import preferences
 from depcut.scores import Criterion, Scores, score
 
 
@@ -161,37 +162,19 @@ class Analysis:
         quantity = self.costs[of]
         if of == "channels":
             allocation = "uniform"
-        # Axes whose narrowing only generated code can express come last.
-        awkward = self._awkward() - held
-        for soft in ([awkward, set()] if awkward else [set()]):
-            where = allocate.space(self.coupling, align, held | set(fixed) | soft)
-            counts = _Fixed(quantity, fixed)
+        liked = preferences(self.coupling)
+        options = [(liked.ties, liked.holds - held), ((), frozenset())]
+        pinned = _Fixed(quantity, fixed)
+        for i, (ties, soft) in enumerate(options):
+            where = allocate.space(self.coupling, align, held | set(fixed) | soft, ties)
             try:
-                sequence = allocate.order(allocation, self.coupling, where, scores, counts.cost)
-                met = allocate.meet(where, sequence, counts.cost, quantity.total * (1 - ratio), of)
+                sequence = allocate.order(allocation, self.coupling, where, scores, pinned.cost)
+                target = quantity.total * (1 - ratio)
+                return pinned.applied(allocate.meet(where, sequence, pinned.cost, target, of))
             except BudgetError:
-                if soft:
-                    continue
-                raise
-            return counts.applied(met)
-        raise AssertionError("unreachable")
-
-    def _awkward(self) -> set[int]:
-        """Groups pinned by an implicit argument, next to a free factor that is not."""
-        pinned = set()
-        for effects in self.coupling.effects.values():
-            for node, dim in effects.contracts if effects.pins else ():
-                dims = self.coupling.env[node]
-                if isinstance(dims, tuple):
-                    pinned |= set(axes.leaves(axes.resolve(dims[dim])))
-        index = self.coupling.group_of
-        out = set()
-        for dims in self.coupling.dims.values():
-            for term in dims:
-                free = {leaf for leaf in axes.leaves(term) if leaf in index}
-                if free & pinned and free - pinned:
-                    out |= {index[a].index for a in free & pinned}
-        return out
+                if i + 1 == len(options):
+                    raise
+        raise AssertionError("the last option returns or raises")
 
     def _nothing(self) -> None:
         reasons: dict[str, list[str]] = {}

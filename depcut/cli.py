@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from torch import nn
 
-from depcut.api import analyze
+import depcut
+from depcut.analysis import analyze
 from depcut.demo import run_demo
 from depcut.errors import DepcutError, InputError
 from depcut.export import export
@@ -80,7 +80,10 @@ def _shrink(options: argparse.Namespace) -> None:
     save_weights(slim, out / "weights.safetensors")
     written = [out / "plan.json", out / "weights.safetensors"]
     if options.onnx:
-        written.append(export(slim, out / "model.onnx", inputs).path)
+        made_by = {"plan_digest": plan.digest, "ratio": str(options.ratio), "of": options.of}
+        written.append(export(slim, out / "model.onnx", inputs, metadata=made_by).path)
+    for name, reason in plan.report["generated"].items():
+        print(f"generated module in place of {name}: {reason}")
     print(compare(dense, slim, inputs, runtime="onnxruntime" if options.time else None))
     print("written:", ", ".join(map(str, written)))
 
@@ -151,13 +154,6 @@ def _folder(path: Path) -> Path:
     return path
 
 
-def _version() -> str:
-    try:
-        return version("depcut")
-    except PackageNotFoundError:
-        return "(not installed)"
-
-
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows defaults that say something, and leaves the lines of the epilog as they are."""
 
@@ -220,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="depcut",
         description="Structured pruning of PyTorch models, verified: a smaller dense model out.",
     )
-    parser.add_argument("--version", action="version", version=f"depcut {_version()}")
+    parser.add_argument("--version", action="version", version=f"depcut {depcut.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(

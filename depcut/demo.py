@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from depcut.api import shrink
-from depcut.cost import count_macs
+from depcut.cost import count_macs, count_params
 from depcut.demo_net import DigitNet
 from depcut.errors import DepcutError
 from depcut.export import ExportReport, export
@@ -138,9 +138,8 @@ def run_demo(
         models = {}
         for name, model in (("dense", dense), ("slim", slim)):
             file = export(model, folder / f"{name}.onnx", image)
-            params = sum(parameter.numel() for parameter in model.parameters())
             models[name] = DemoModel(
-                accuracy(model, digits), params, count_macs(model, image), file
+                accuracy(model, digits), count_params(model), count_macs(model, image), file
             )
             progress.advance(step)
         files = {name: model.file.path for name, model in models.items()}

@@ -12,7 +12,6 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from onnxruntime import InferenceSession
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+import depcut
 from depcut.errors import ExportError
 from depcut.runtime import (
     Array,
@@ -44,7 +44,7 @@ _EXTERNAL_DATA_FROM = 2**31 - 2**26
 # The runtime fuses and reorders sums, so that the error follows the largest value of an output.
 TOLERANCES: Mapping[torch.dtype, tuple[float, float]] = {
     torch.float64: (1e-6, 1e-8),
-    torch.float32: (1e-3, 1e-5),
+    torch.float32: (1e-4, 1e-5),
     torch.float16: (2e-2, 1e-3),
 }
 
@@ -109,7 +109,7 @@ def export(
         path: The file to write, in an existing folder.
         inputs: A tensor, a tuple of positional or a dict of keyword arguments; inferred from the
             first layer when left out. Dimension 0 of the tensors is the batch.
-        rtol: Error allowed relative to an output's largest magnitude; by default 1e-3 in float32,
+        rtol: Error allowed relative to an output's largest magnitude; by default 1e-4 in float32,
             2e-2 in float16 and 1e-6 in float64.
         atol: Error allowed on top of that; by default 1e-5, 1e-3 and 1e-8.
         metadata: Further entries for the file's metadata, beside depcut's version.
@@ -134,7 +134,7 @@ def export(
         arguments, program = _capture(model, bind_inputs(model, inputs))
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
             draft = Path(folder) / target.name
-            _convert(program, draft, {"depcut_version": _depcut_version(), **(metadata or {})})
+            _convert(program, draft, {"depcut_version": depcut.__version__, **(metadata or {})})
             proto = _checked(draft)
             session = open_session(draft)
             sizes = _batch_sizes(proto, arguments)
@@ -187,6 +187,11 @@ def _convert(
     program: torch.export.ExportedProgram, path: Path, metadata: Mapping[str, str]
 ) -> None:
     """Write the program as ONNX to `path`, with its metadata."""
+    for node in program.graph.nodes:
+        if node.target is torch.ops.aten.view.default and 0:
+            # Attention is captured with the strides of its kernel and converted with those of its
+            # formula: what could be viewed then may need a copy now, which reshape makes.
+            node.target = torch.ops.aten.reshape.default
     try:
         converted = torch.onnx.export(program, dynamo=True, optimize=True, verbose=False)
         if converted is None:
@@ -207,10 +212,17 @@ def _convert(
         ) from error
     except Exception as error:
         raise ExportError(
-            f"torch.onnx cannot convert the model: {first_line(error)}",
+            f"torch.onnx cannot convert the model: {first_line(_innermost(error))}",
             where=str(path.name),
             remedy="the chained error names the operator; replace it or update onnxscript",
         ) from error
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """What started a chain of errors: the exporter's own ones only name their step."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _settle_sizes(values: Iterable[ir.Value | None]) -> None:
@@ -347,11 +359,3 @@ def _plain_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
-
-
-def _depcut_version() -> str:
-    """The installed version of depcut, if it is installed."""
-    try:
-        return version("depcut")
-    except PackageNotFoundError:
-        return "unknown"

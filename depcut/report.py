@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 from torch import nn
 
-from depcut.cost import count_macs
+from depcut.cost import count_macs, count_params
 from depcut.latency import BenchResult, Runtime, Speedup, Timing, bench
 from depcut.tables import rendered
 
@@ -20,7 +20,7 @@ class Figures:
     Attributes:
         params: Number of parameters, shared ones counted once.
         bytes: Memory of parameters and buffers, shared ones counted once.
-        macs: Multiply-accumulates of one call on the inputs.
+        macs: Multiply-accumulates of one example.
         latency: Measured time of one call, if it was measured.
     """
 
@@ -68,7 +68,7 @@ class Comparison:
         for label, dense, slim in (
             ("parameters", self.dense.params, self.slim.params),
             ("bytes", self.dense.bytes, self.slim.bytes),
-            ("MACs", self.dense.macs, self.slim.macs),
+            ("MACs per example", self.dense.macs, self.slim.macs),
         ):
             table.add_row(label, quantity(dense), quantity(slim), f"{_share(slim, dense):.1%}")
         if self.speedup and self.dense.latency and self.slim.latency:
@@ -139,10 +139,9 @@ def quantity(number: float) -> str:
 
 def _figures(model: nn.Module, inputs: Any, latency: Timing | None) -> Figures:
     """Count what a model holds and does."""
-    # By identity: `parameters()` already yields shared tensors once, buffers may share with them.
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return Figures(
-        params=sum(parameter.numel() for parameter in model.parameters()),
+        params=count_params(model),
         bytes=sum(tensor.nbytes for tensor in tensors.values()),
         macs=count_macs(model, inputs),
         latency=latency,

@@ -22,6 +22,9 @@ def batch_norm(op: Op) -> Output:
     _couple(op, channels, "weight", "bias", "running_mean", "running_var")
     if "instance_norm" in str(op.node.target) and len(x) < 3:
         op.freeze(channels, "instance norm without a spatial dimension")
+    flag = "use_input_stats" if op.has("use_input_stats") else "training"
+    if op.has(flag) and op.arg(flag):
+        op.statistic(*x[:1], *x[2:])
     out = tuple(map(axes.resolve, x))
     sizes = op.sizes[op.node]
     if sizes and isinstance(sizes[0], tuple):

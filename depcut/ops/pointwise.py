@@ -23,7 +23,7 @@ aten.positive aten.negative aten.absolute aten.fix aten.isfinite aten.isinf aten
 aten.resolve_conj aten.resolve_neg aten.special_expit
 aten.exponential_ aten.random_ aten.min.other aten.max.other aten.native_dropout
 aten.float_power aten.logical_and aten.logical_or aten.logical_not aten.greater aten.less
-aten.eq_ aten.quantize_per_tensor aten.fake_quantize_per_tensor_affine aten.lerp aten.lerp_
+aten.__and__ aten.__or__ aten.__xor__ aten.eq_ aten.quantize_per_tensor aten.fake_quantize_per_tensor_affine aten.lerp aten.lerp_
 """.split()
 
 
@@ -61,9 +61,16 @@ def nothing(op: Op) -> Output:
     return None
 
 
-@rule("aten.sym_constrain_range_for_size", "aten.sym_constrain_range")
-def constrain(op: Op) -> Output:
-    """Hints about sizes."""
+@rule(
+    "aten.sym_constrain_range_for_size",
+    "aten.sym_constrain_range",
+    "aten.sym_size",
+    "aten.sym_numel",
+    "aten.sym_stride",
+    "aten.sym_storage_offset",
+)
+def number(op: Op) -> Output:
+    """Sizes of tensors as numbers: they adapt by themselves."""
     return None
 
 

@@ -22,11 +22,13 @@ class Slim:
         model: The module.
         keep: What stays of the dense one.
         generated: Modules that were generated, with the reason.
+        inlined: Modules whose lines went into an enclosing generated one, with what forced it.
     """
 
     model: nn.Module
     keep: Keep
     generated: dict[str, str] = field(default_factory=dict)
+    inlined: dict[str, str] = field(default_factory=dict)
 
     def replace(self, name: str, why: str) -> str:
         """Generate a module, or the closest enclosing one whose graph is closed.
@@ -37,24 +39,21 @@ class Slim:
         Raises:
             VerificationError: Not even the whole model could be generated.
         """
-        problem = ""
         while True:
-            if name in self.generated:
-                if not name:
-                    break
-                name = parent_of(name)
-                continue
-            try:
-                module = generate(self.model, self.keep, name)
-            except CannotGenerate as error:
-                problem = str(error)
-                if not name:
-                    break
-                name = parent_of(name)
-                continue
-            self._put(name, module)
-            self.generated[name] = why
-            return name
+            problem = "its generated code differs, too"
+            if name not in self.generated:
+                try:
+                    module = generate(self.model, self.keep, name, set(self.inlined))
+                    self._put(name, module)
+                    self.generated[name] = why
+                    return name
+                except CannotGenerate as error:
+                    problem = str(error)
+            if not name:
+                break
+            self.generated.pop(name, None)
+            self.inlined[name] = problem
+            name = parent_of(name)
         raise VerificationError(
             f"no module could be generated from the graph: {problem}",
             where="the whole model",
@@ -83,6 +82,6 @@ def rewrite(model: nn.Module, keep: Keep) -> Slim:
     set_attributes(slim.model, solution.values, owners)
     wanted = solution.modules
     for name in sorted(wanted, key=lambda n: -n.count(".") - bool(n)):
-        if name not in slim.generated:
+        if name not in slim.generated and name not in slim.inlined:
             slim.replace(name, wanted[name])
     return slim

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
@@ -22,6 +23,14 @@ from depcut.program import ModuleCall, Program
 
 _MODE_FLAGS = ("train", "training")
 _PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.device)
+
+
+_ARITHMETIC = (operator.mul, operator.add, operator.sub, operator.floordiv)
+
+
+def _symbolic(size: Any) -> Any:
+    """The sympy expression of a size."""
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 
 class CannotGenerate(Exception):
@@ -48,19 +57,22 @@ def stack_entries(node: fx.Node) -> list[str]:
     return [n for n in names if not n.startswith("_empty")]
 
 
-def generate(slim: nn.Module, keep: Keep, name: str) -> GeneratedModule:
+def generate(
+    slim: nn.Module, keep: Keep, name: str, inlined: set[str]
+) -> GeneratedModule:
     """The module `name` of the slim model with its own lines generated from the graph.
 
     Args:
         slim: The narrowed copy, whose module is read but not changed.
         keep: What stays.
         name: Qualified name; "" for the whole model.
+        inlined: Modules that must not be called, as their code cannot express the sizes either.
 
     Raises:
         CannotGenerate: It uses values that are not among its arguments.
     """
     call = _call_of(keep.coupling.program, name)
-    inline: set[int] = set()
+    inline = {id(c) for c in keep.coupling.program.calls if c.module in inlined}
     while True:
         builder = _Builder(keep, name, call, inline)
         try:
@@ -199,19 +211,21 @@ class _Builder:
         return isinstance(node.meta.get("val"), torch.SymInt | int) or "sym_size" in str(node.target)
 
     def _size(self, node: fx.Node) -> fx.Node:
-        wanted = str(node.meta["val"])
+        """A dynamic size, read off a tensor at hand one of whose sizes is a multiple of it."""
+        wanted = _symbolic(node.meta["val"])
         for source, copy in list(self.env.items()):
             value = source.meta.get("val")
-            if isinstance(value, torch.Tensor) and isinstance(copy, fx.Node):
-                for dim, size in enumerate(value.shape):
-                    if str(size) == wanted:
-                        return self.graph.call_function(torch.ops.aten.sym_size.int, (copy, dim))
-        if all(isinstance(a, int | fx.Node) for a in node.args) and node.target in (
-            operator.mul, operator.add, operator.sub, operator.floordiv,
-        ):
-            return self.graph.call_function(
-                node.target, tuple(self._value(a) for a in node.args)
-            )
+            if not isinstance(value, torch.Tensor) or not isinstance(copy, fx.Node):
+                continue
+            for dim, size in enumerate(value.shape):
+                times = _symbolic(size) / wanted if isinstance(size, torch.SymInt) else None
+                if times is not None and times.is_Integer:
+                    read = self.graph.call_function(torch.ops.aten.sym_size.int, (copy, dim))
+                    if times == 1:
+                        return read
+                    return self.graph.call_function(operator.floordiv, (read, int(times)))
+        if node.target in _ARITHMETIC:
+            return self.graph.call_function(node.target, tuple(map(self._value, node.args)))
         raise CannotGenerate(f"{self.name} uses the size {wanted}, which is not at hand")
 
     def _copy(self, node: fx.Node) -> None:
@@ -235,6 +249,9 @@ class _Builder:
         relative = owner[len(self.name) :].lstrip(".") if owner.startswith(self.name) else ""
         for i, argument in enumerate(schema.arguments):
             if argument.name in _MODE_FLAGS and i < len(new.args):
+                if new.args[i] is not False:
+                    # True in an eval capture: the code insists (weight standardisation).
+                    continue
                 with self.graph.inserting_before(new):
                     flag = self.graph.get_attr(f"{relative}.training" if relative else "training")
                 new.update_arg(i, flag)

@@ -69,6 +69,10 @@ def solve(keep: Keep, model: nn.Module) -> Solution:
     def settled(attribute: Attribute) -> int | None:
         return values.get(attribute, read(model, attribute))
 
+    for demand in demands:
+        if isinstance(demand.expr, tuple) and evaluate(demand.expr, keep, settled) != demand.target:
+            _derive_one(demand, keep, values, settled)
+
     stuck: dict[fx.Node, str] = {}
     for demand in demands:
         why = _unmet(demand, keep, conflicts, settled)
@@ -94,13 +98,13 @@ def _demands(keep: Keep) -> Iterator[_Demand]:
         found = list(keep.literals(node))
         if not found:
             continue
-        provenance = _by_path(node)
+        provenance = by_path(node)
         for literal, value, _, new in found:
             if isinstance(value, int):
                 yield _Demand(node, provenance.get(literal.path), value, literal.sign * new)
 
 
-def _by_path(node: fx.Node) -> dict[tuple[int | str, ...], Expr | None]:
+def by_path(node: fx.Node) -> dict[tuple[int | str, ...], Expr | None]:
     """Provenance of every int argument, matched in order with the ints that the call received."""
     received = literals_of(node)
     out: dict[tuple[int | str, ...], Expr | None] = {}
@@ -177,11 +181,32 @@ def _derive(
     if found is None:
         return False
     attribute, value = found
-    values[attribute] = value
-    if evaluate(demand.expr, keep, lookup) != demand.target:
-        del values[attribute]
+    if evaluate(demand.expr, keep, lambda a: value if a == attribute else lookup(a)) != demand.target:
         return False
+    values[attribute] = value
     return True
+
+
+def _derive_one(
+    demand: _Demand, keep: Keep, values: dict[Attribute, int], settled: Lookup
+) -> None:
+    """Solve for one attribute of several that nothing else decides, the others as they are."""
+    assert isinstance(demand.expr, tuple)
+    for candidate in _attributes(demand.expr):
+        if candidate not in values and _derive(
+            demand, keep, values, lambda a, c=candidate: None if a == c else settled(a)  # type: ignore[misc]
+        ):
+            return
+
+
+def _attributes(expr: Expr | None) -> Iterator[Attribute]:
+    if not isinstance(expr, tuple):
+        return
+    if expr[0] == "attr":
+        yield _attribute(expr)
+    elif expr[0] in OPERATORS:
+        yield from _attributes(expr[1])
+        yield from _attributes(expr[2])
 
 
 def _invert(

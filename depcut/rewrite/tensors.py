@@ -78,9 +78,9 @@ def _rescale(model: nn.Module, slim: nn.Module, keep: Keep) -> None:
             picked = keep.tensors[v]
             dense, small = attribute(model, v).detach(), attribute(slim, v).detach()
             others = [i for i in range(dense.ndim) if i != dim]
-            before = dense.norm(dim=others, keepdim=True)
+            before = torch.linalg.vector_norm(dense, dim=others, keepdim=True)
             if picked[dim] is not None:
                 at = torch.from_numpy(picked[dim]).to(dense.device)
                 before = before.index_select(dim, at)
-            after = small.norm(dim=others, keepdim=True)
+            after = torch.linalg.vector_norm(small, dim=others, keepdim=True)
             attribute(slim, g).data.mul_((after / before.clamp_min(1e-12)).reshape(attribute(slim, g).shape))

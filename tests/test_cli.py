@@ -1,0 +1,245 @@
+"""The command line in real processes: files written, messages, exit codes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+
+from depcut.cli import main
+
+COMMANDS = ("demo", "analyze", "shrink", "export", "bench")
+
+MODELS = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, width=32):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x):
+        return self.head(self.conv2(self.conv1(x).relu()).relu().mean((2, 3)))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(20, 32)
+        self.inner = nn.Linear(32, 64)
+        self.outer = nn.Linear(64, 32)
+        self.head = nn.Linear(32, 20, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids):
+        h = self.table(ids)
+        return self.head(h + self.outer(self.inner(h).relu()))
+
+
+def net():
+    torch.manual_seed(0)
+    return Net()
+
+
+def tied():
+    torch.manual_seed(0)
+    return Tied()
+
+
+def broken():
+    raise ValueError("no such checkpoint")
+
+
+number = int
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("project")
+    (path / "my_models.py").write_text(MODELS)
+    return path
+
+
+def depcut(folder, *arguments):
+    # The console script is a two-liner around this, and need not be installed for the tests.
+    code = "import sys; from depcut.cli import main; sys.exit(main())"
+    root = str(Path(__file__).parent.parent)
+    script = f"import sys; sys.path[0] = {root!r}; {code}"
+    return subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def succeeds(folder, *arguments):
+    done = depcut(folder, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+def fails(folder, *arguments):
+    done = depcut(folder, *arguments)
+    assert done.returncode == 2, done
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def shrunk(folder):
+    out = folder / "out"
+    text = succeeds(
+        folder, "shrink", "my_models:net", "--ratio", 0.5, "--input-shape", "2,3,16,16",
+        "--out", out, "--onnx",
+    )  # fmt: skip
+    return out, text
+
+
+def test_version_and_help(folder):
+    assert succeeds(folder, "--version").startswith("depcut ")
+    text = succeeds(folder, "--help")
+    assert all(command in text for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert "(default: None)" not in text
+    assert ("package.module:factory" in text) == (command != "demo")
+
+
+def test_no_command_is_an_error(folder):
+    assert "COMMAND" in fails(folder)
+
+
+def test_analyze(folder):
+    text = succeeds(folder, "analyze", "my_models:net", "--input-shape", "2,3,16,16")
+    assert "conv1" in text
+    one = succeeds(folder, "analyze", "my_models:net", "--explain", "conv1")
+    assert "conv1" in one
+    assert one != text
+
+
+def test_shrink_writes_plan_weights_and_graph(shrunk):
+    out, text = shrunk
+    assert sorted(file.name for file in out.iterdir()) == [
+        "model.onnx", "plan.json", "weights.safetensors",
+    ]  # fmt: skip
+    json.loads((out / "plan.json").read_text())
+    for part in ("parameters", "MACs", "written", "plan.json"):
+        assert part in text
+
+
+def test_written_files_rebuild_the_slim_model(folder, shrunk):
+    out, _ = shrunk
+    text = succeeds(
+        folder, "export", "my_models:net", "--plan", out / "plan.json", "--slim-weights",
+        out / "weights.safetensors", "--out", folder / "again.onnx", "--input-shape", "2,3,16,16",
+    )  # fmt: skip
+    assert "agrees with PyTorch" in text
+    first, second = (onnx.load(file).graph for file in (out / "model.onnx", folder / "again.onnx"))
+    assert len(first.initializer) > 0
+    assert list(first.initializer) == list(second.initializer)
+
+
+def test_tied_weights_survive(folder):
+    out = folder / "tied"
+    succeeds(
+        folder, "shrink", "my_models:tied", "--ratio", 0.3, "--of", "params", "--out", out,
+        "--input-shape", "2,6:int64",
+    )  # fmt: skip
+    succeeds(
+        folder, "export", "my_models:tied", "--plan", out / "plan.json", "--slim-weights",
+        out / "weights.safetensors", "--out", out / "net.onnx", "--input-shape", "2,6:int64",
+    )  # fmt: skip
+
+
+def test_dense_weights_are_loaded(folder):
+    from safetensors.torch import save_file
+
+    sys.path.insert(0, str(folder))
+    try:
+        import my_models
+    finally:
+        sys.path.pop(0)
+    dense = my_models.Net()
+    save_file(dense.state_dict(), folder / "dense.safetensors")
+    shape = ("--input-shape", "2,3,16,16")
+    succeeds(
+        folder, "export", "my_models:net", "--weights", "dense.safetensors", "--out", "a.onnx",
+        *shape,
+    )  # fmt: skip
+    save_file({"x": dense.head.bias.detach()}, folder / "other.safetensors")
+    message = fails(
+        folder, "export", "my_models:net", "--weights", "other.safetensors", "--out", "b.onnx",
+        *shape,
+    )  # fmt: skip
+    assert "cannot be loaded" in message
+    assert not (folder / "b.onnx").exists()
+
+
+def test_bench_of_a_model_and_its_slim_version(folder, shrunk):
+    out, _ = shrunk
+    text = succeeds(
+        folder, "bench", "my_models:net", "--plan", out / "plan.json", "--rounds", 6,
+        "--input-shape", "1,3,16,16", "--runtime", "torch",
+    )  # fmt: skip
+    assert "95 % interval" in text
+    assert "my_models:net after" in " ".join(text.split())
+
+
+def test_bench_of_files(folder, shrunk):
+    out, _ = shrunk
+    file = out / "model.onnx"
+    text = succeeds(folder, "bench", file, "--rounds", 6, "--input-shape", "1,3,16,16")
+    assert "onnxruntime" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("analyze", "my_models"), "is no import path"),
+        (("analyze", "no_such_module:net"), "cannot build the model"),
+        (("analyze", "my_models:missing"), "cannot build the model"),
+        (("analyze", "my_models:broken"), "no such checkpoint"),
+        (("analyze", "my_models:number"), "the factory returned a int"),
+        (("analyze", "my_models:net", "--weights", "none.safetensors"), "cannot be loaded"),
+        (("analyze", "my_models:net", "--weights", "my_models.py"), "cannot be loaded"),
+        (("analyze", "my_models:net", "--input-shape", "2,x"), "cannot read the input shape"),
+        (("analyze", "my_models:net", "--input-shape", "2,3:f8"), "cannot read the input shape"),
+        (("shrink", "my_models:net", "--ratio", "1.5", "--out", "never"), "ratio"),
+        (("export", "my_models:net", "--out", "no/folder/x.onnx"), "does not exist"),
+        (("export", "my_models:net", "--slim-weights", "w", "--out", "x.onnx"), "without --plan"),
+        (("export", "my_models:net", "--plan", "none.json", "--out", "x.onnx"), "none.json"),
+        (("bench", "none.onnx", "--input-shape", "1,3"), "no file"),
+        (("bench", "my_models:net", "--rounds", "2"), "rounds=2"),
+    ],
+)
+def test_mistakes_are_messages(folder, arguments, says, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert says in printed.err
+    assert printed.err.startswith(f"depcut {arguments[0]}: ")
+    assert "to do: " in printed.err
+    assert printed.out == ""
+    assert not (folder / "never").exists()
+
+
+def test_a_mistake_in_a_real_process(folder):
+    assert "to do: " in fails(folder, "analyze", "my_models:missing")

@@ -1,0 +1,98 @@
+"""Public architectures: half of the MACs gone, and everything still works.
+
+A handful run by default, all of them with `-m sweep`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import zoo
+from oracle import assert_untouched, call, gradients, outputs, snapshot
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import depcut
+
+FAST = (
+    "tv/resnet18",
+    "tv/shufflenet_v2_x1_0",
+    "hf/swin",
+    "hf/llama",
+    "hf/gpt2",
+    "hf/bert",
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _libraries() -> None:
+    for name in ("torchvision", "timm", "transformers"):
+        if not available(name):
+            pytest.skip(f"{name} is not installed")
+    zoo.libraries()
+
+
+def available(name: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(name) is not None
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_half_of_a_public_architecture(name: str) -> None:
+    halve(name)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", [name for name in zoo.ZOO if name not in FAST])
+def test_half_of_every_public_architecture(name: str) -> None:
+    halve(name)
+
+
+def halve(name: str) -> None:
+    """Shrink by half of the MACs and demand all that a user may rely on."""
+    member, model = zoo.ZOO[name], zoo.build(name)
+    before = snapshot(model)
+    slim = depcut.shrink(model, 0.5, member.inputs(2), align=1)
+    assert_untouched(model, before)
+    assert type(slim) is type(model)
+    assert list(slim.state_dict()) == list(model.state_dict())
+    assert macs(slim, member.inputs(2)) / macs(model, member.inputs(2)) == pytest.approx(
+        0.5, abs=0.02
+    )
+    for batch in (2, 3):
+        dense, narrow = outputs(model, member.inputs(batch)), outputs(slim, member.inputs(batch))
+        assert [t.shape for t in narrow] == [t.shape for t in dense]
+        assert all(t.isfinite().all() for t in narrow)
+    learns(slim, model, member.inputs(2))
+
+
+def learns(slim: nn.Module, model: nn.Module, inputs: zoo.Inputs) -> None:
+    """The same parameters get finite gradients, and train mode runs."""
+    found = gradients(slim, inputs)
+    assert set(found) == set(gradients(model, inputs))
+    assert all(gradient.isfinite().all() for gradient in found.values())
+    slim.train()
+    with torch.no_grad():
+        call(slim, inputs)
+
+
+def macs(model: nn.Module, inputs: zoo.Inputs) -> float:
+    """Multiply-accumulates as torch counts them: matrix products, convolutions and attention."""
+    counter = FlopCounterMode(display=False)
+    with counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        call(model, inputs)
+    return counter.get_total_flops() / 2
