@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import traceback as tb
 import warnings
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ def capture(model: nn.Module, inputs: Inputs = None) -> Program:
     """
     _check_model(model)
     args, kwargs = normalize(model, inputs)
+    _check_inputs(model, args, kwargs)
     program = _capture(model, args, kwargs, training=False)
     if program.unused and _has_dormant_modules(model, program):
         # Parts that only run in training (auxiliary heads) must shrink along.
@@ -74,6 +76,18 @@ def _check_model(model: object) -> None:
         if tensor.is_floating_point() and tensor.device.type != "meta":
             if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
                 _report_non_finite(name, tensor, isinstance(tensor, nn.Parameter))
+
+
+def _check_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise InputError(
+            f"the model does not take these inputs: {error}",
+            where=f"{type(model).__name__}.forward{signature}",
+            remedy="pass inputs= as a tuple of its positional or a dict of its keyword arguments",
+        ) from None
 
 
 def _report_non_finite(name: str, tensor: torch.Tensor, parameter: bool) -> None:

@@ -21,6 +21,7 @@ import onnx_ir as ir
 import torch
 from onnxruntime import InferenceSession
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 import depcut
@@ -187,11 +188,6 @@ def _convert(
     program: torch.export.ExportedProgram, path: Path, metadata: Mapping[str, str]
 ) -> None:
     """Write the program as ONNX to `path`, with its metadata."""
-    for node in program.graph.nodes:
-        if node.target is torch.ops.aten.view.default and 0:
-            # Attention is captured with the strides of its kernel and converted with those of its
-            # formula: what could be viewed then may need a copy now, which reshape makes.
-            node.target = torch.ops.aten.reshape.default
     try:
         converted = torch.onnx.export(program, dynamo=True, optimize=True, verbose=False)
         if converted is None:
@@ -352,10 +348,15 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _plain_attention() -> Iterator[None]:
-    """Keep nn.MultiheadAttention off its fused inference path, which has no ONNX form."""
+    """Attention by its formula: no fused kernel has an ONNX form.
+
+    nn.MultiheadAttention has an inference path of its own; and a graph that is captured with the
+    strides of a fused kernel holds views that those of the formula do not allow.
+    """
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)

@@ -29,6 +29,9 @@ from depcut.verify import verify
 
 FORMAT = 1
 
+_OTHER = "the plan was made for another architecture"
+_ANEW = "make a plan for this model with depcut.analyze(model, inputs).plan(...)"
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -37,6 +40,7 @@ class Plan:
     Attributes:
         kept: Ascending kept indices by group name; groups not in it keep everything.
         sizes: Dense size of every group of the architecture.
+        shapes: Dense shape of every parameter and buffer.
         fingerprint: Of the architecture's tensors and groups.
         settings: How it was made (ratio, of, score, ...).
         inputs: Shapes and dtypes of the inputs it was made with.
@@ -47,6 +51,7 @@ class Plan:
 
     kept: Mapping[str, Indices]
     sizes: Mapping[str, int]
+    shapes: Mapping[str, Sequence[int]]
     fingerprint: str
     settings: Mapping[str, Any]
     inputs: Any
@@ -74,6 +79,7 @@ class Plan:
         """
         coupling = self.coupling
         if coupling is None or model is not self.model or inputs is not None:
+            self._check(model)
             coupling = infer(capture(model, inputs if inputs is not None else self._inputs(model)))
         keep = self.keep(coupling)
         slim = rewrite(model, keep)
@@ -82,6 +88,23 @@ class Plan:
             narrow_optimizer(optimizer, model, slim.model, keep)
         self.report.update(generated=dict(slim.generated), error=error)
         return slim.model
+
+    def _check(self, model: nn.Module) -> None:
+        """Refuse a model with other tensors before any work is done on it."""
+        if not isinstance(model, nn.Module):
+            raise PlanError(
+                f"a plan applies to a torch.nn.Module, not to a {type(model).__name__}",
+                remedy="pass the model itself",
+            )
+        theirs = {n: list(t.shape) for n, t in model.state_dict(keep_vars=True).items()}
+        for name, shape in self.shapes.items():
+            if name in theirs and theirs[name] != list(shape):
+                difference = f"{name} has shape {theirs[name]}, the plan expects {list(shape)}"
+            elif name not in theirs:
+                difference = f"{name} does not exist in the model"
+            else:
+                continue
+            raise PlanError(_OTHER, where=difference, remedy=_ANEW)
 
     def keep(self, coupling: Coupling | None = None) -> Keep:
         """The kept units as an evaluation over an analysed architecture.
@@ -92,9 +115,9 @@ class Plan:
         coupling = coupling or self._bound()
         if fingerprint(coupling) != self.fingerprint:
             raise PlanError(
-                "the plan was made for another architecture",
+                _OTHER,
                 where=_difference(self.sizes, {g.name: g.size for g in coupling.groups}),
-                remedy="make a plan for this model with depcut.analyze(model, inputs).plan(...)",
+                remedy=_ANEW,
             )
         numbers = {g.name: g.index for g in coupling.groups}
         return Keep(coupling, {numbers[n]: k for n, k in self.kept.items()})
@@ -109,6 +132,7 @@ class Plan:
 
     def bind(self, model: nn.Module, inputs: Inputs = None) -> Plan:
         """The plan with the analysis of a model of its architecture attached."""
+        self._check(model)
         example = inputs if inputs is not None else self._inputs(model)
         coupling = infer(capture(model, example))
         self.keep(coupling)
@@ -141,6 +165,7 @@ class Plan:
             "settings": dict(self.settings),
             "inputs": self.inputs,
             "sizes": dict(self.sizes),
+            "shapes": {n: list(shape) for n, shape in self.shapes.items()},
             "kept": {name: [int(i) for i in kept] for name, kept in self.kept.items()},
         }
         target = Path(path)
@@ -170,7 +195,9 @@ class Plan:
                 )
             sizes = {str(n): int(s) for n, s in data["sizes"].items()}
             kept = {n: _units(n, sizes, k) for n, k in data["kept"].items()}
-            return Plan(kept, sizes, data["fingerprint"], data["settings"], data["inputs"])
+            shapes = {str(n): [int(i) for i in s] for n, s in data["shapes"].items()}
+            rest = (data["fingerprint"], data["settings"], data["inputs"])
+            return Plan(kept, sizes, shapes, *rest)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, PlanError):
                 raise
@@ -243,25 +270,34 @@ def make_plan(
     inputs = pytree.tree_map(
         _describe, {"args": list(coupling.program.args), "kwargs": coupling.program.kwargs}
     )
-    return Plan(units, sizes, fingerprint(coupling), dict(settings), inputs, coupling, model)
+    shapes = {n: list(t.shape) for n, t in model.state_dict(keep_vars=True).items()}
+    made = fingerprint(coupling)
+    return Plan(units, sizes, shapes, made, dict(settings), inputs, coupling, model)
 
 
 def _units(name: str, sizes: Mapping[str, int], kept: Any) -> Indices:
     if name not in sizes:
         raise PlanError(f"unknown group {name!r}", remedy="the file is no plan of this depcut")
     units = np.asarray(kept)
-    valid = units.ndim == 1 and len(units) > 0 and units.dtype.kind in "iu"
-    if valid:
-        units = units.astype(np.int64)
-        ordered = np.unique(units)
-        valid = len(ordered) == len(units) and 0 <= ordered[0] and ordered[-1] < sizes[name]
-    if not valid:
+    problem = ""
+    if units.ndim != 1 or not len(units):
+        problem = "none are kept" if not units.size else "they are no flat list"
+    elif units.dtype.kind not in "iu":
+        problem = f"{listed([str(u) for u in units.tolist()])} are not integers"
+    else:
+        wrong = units[(units < 0) | (units >= sizes[name])]
+        ordered, times = np.unique(units, return_counts=True)
+        if len(wrong):
+            problem = f"{listed([str(u) for u in wrong])} is out of range"
+        elif times.max() > 1:
+            problem = f"{ordered[times > 1][0]} occurs {times.max()} times"
+    if problem:
         raise PlanError(
-            f"the kept units are not distinct integers between 0 and {sizes[name] - 1}",
+            f"the kept units of a group of {sizes[name]} are impossible: {problem}",
             where=f"group {name!r}",
-            remedy="keep at least one unit, each named once",
+            remedy=f"keep at least one unit, each once, numbered 0 to {sizes[name] - 1}",
         )
-    return ordered
+    return ordered.astype(np.int64)
 
 
 def _check_ties(coupling: Coupling, units: Mapping[str, Indices]) -> None:

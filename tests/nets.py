@@ -260,12 +260,12 @@ class PaddedShortcut(nn.Module):
         super().__init__()
         self.stem = conv(3, 8)
         self.body = nn.Sequential(conv(8, 10, stride=2), conv(10, 14))
-        self.extra = 3
+        self.before, self.after = 3, 3
         self.head = Head(14)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
-        shortcut = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.extra, self.extra))
+        shortcut = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.before, self.after))
         return self.head(self.body(x) + shortcut)
 
 
@@ -641,7 +641,7 @@ class OverwriteSlice(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x).clone()
-        x[:, : self.part] = self.inner(x[:, : self.part])
+        x[:, : self.part] = self.inner(x[:, : self.part].clone())
         return self.head(self.fuse(x))
 
 

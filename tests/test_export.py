@@ -168,6 +168,25 @@ def test_attention_has_an_onnx_form_in_eval_mode(tmp_path):
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+class Windows(nn.Module):
+    """Attention whose result is contiguous by its kernel, but not by its formula."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+        self.bias = nn.Parameter(torch.randn(1, 2, 5, 5))  # no fused kernel has a gradient for it
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).view(x.shape[0], -1, 3, 2, 8).permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=self.bias)
+        return y.transpose(1, 2).contiguous().view(x.shape[0], x.shape[1], -1)
+
+
+def test_attention_with_strides_of_its_own(tmp_path):
+    report = export(Windows(), tmp_path / "net.onnx", torch.randn(2, 5, 16))
+    assert report.batch_sizes == (2, 3)
+
+
 def test_disagreement_leaves_the_old_file(tmp_path):
     path = tmp_path / "net.onnx"
     path.write_bytes(b"old")
