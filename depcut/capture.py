@@ -16,7 +16,7 @@ from torch.fx import traceback
 from torch.utils import _pytree as pytree
 
 from depcut import provenance
-from depcut.errors import CaptureError, InputError
+from depcut.errors import CaptureError, InputError, listed
 from depcut.inputs import Inputs, normalize
 from depcut.program import ModuleCall, Program
 
@@ -81,6 +81,10 @@ def _check_model(model: object) -> None:
 def _check_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     signature = inspect.signature(model.forward)
     try:
+        kinds = {p.kind for p in signature.parameters.values()}
+        unknown = [k for k in kwargs if k not in signature.parameters]
+        if unknown and inspect.Parameter.VAR_KEYWORD not in kinds:
+            raise TypeError(f"unexpected keyword {listed(unknown)}")
         signature.bind(*args, **kwargs)
     except TypeError as error:
         raise InputError(

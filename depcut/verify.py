@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,11 +22,13 @@ from depcut.errors import VerificationError
 from depcut.inputs import Inputs, normalize
 from depcut.keep import Keep
 from depcut.ops.registry import Output
-from depcut.program import where
+from depcut.program import ModuleCall, where
 from depcut.rewrite.build import Slim
 from depcut.rewrite.graph import stack_entries
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+Watched = dict[fx.Node, Any]
+
 _MODE_FLAGS = ("train", "training")
 _RANDOM = ("rand", "bernoulli", "normal", "exponential", "uniform", "multinomial", "randperm")
 
@@ -240,15 +243,96 @@ def _cast(leaf: Any, dtype: torch.dtype | None) -> Any:
     return leaf
 
 
-def slim_outputs(slim: nn.Module, keep: Keep, dtype: torch.dtype | None = None) -> list[Any]:
-    """Flat outputs of the smaller model on the example inputs."""
+@dataclass
+class Observed:
+    """One run of a smaller model.
+
+    Attributes:
+        outputs: Its flat outputs.
+        values: Results of its top-level children, by the graph node that computes them.
+        shape: The first module result whose shape is not the predicted one, "" if there is none.
+    """
+
+    outputs: list[Any]
+    values: dict[fx.Node, torch.Tensor]
+    shape: str = ""
+
+
+def observe(slim: nn.Module, keep: Keep, dtype: torch.dtype | None = None) -> Observed:
+    """Run a smaller model on the example inputs, and look at what its modules return.
+
+    Args:
+        slim: The smaller model; its mode and hooks are as before afterwards.
+        keep: What stays of the dense one.
+        dtype: Precision of the inputs instead of the captured ones.
+    """
     program = keep.coupling.program
     args, kwargs = pytree.tree_map(
         lambda leaf: _cast(leaf.clone(), dtype) if isinstance(leaf, torch.Tensor) else leaf,
         (program.args, program.kwargs),
     )
-    with modes(slim, program.training), torch.no_grad():
-        return list(pytree.tree_leaves(slim(*args, **kwargs)))
+    seen = Observed([], {})
+    calls: dict[str, list[ModuleCall]] = {}
+    for call in program.calls:
+        calls.setdefault(call.module, []).append(call)
+    handles = [
+        module.register_forward_hook(_look(name, calls[name], keep, seen))
+        for name, module in slim.named_modules()
+        if name in calls
+    ]
+    try:
+        with modes(slim, program.training), torch.no_grad():
+            seen.outputs = list(pytree.tree_leaves(slim(*args, **kwargs)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _look(name: str, calls: list[ModuleCall], keep: Keep, seen: Observed) -> Callable[..., None]:
+    order = iter(calls)
+
+    def hook(module: nn.Module, args: Any, result: Any) -> None:
+        call = next(order, None)
+        if call is None:
+            return
+        leaves = pytree.tree_leaves(result)
+        for node, leaf in zip(call.out_leaves, leaves, strict=False):
+            dims = keep.coupling.env.get(node) if isinstance(node, fx.Node) else None
+            if not isinstance(dims, tuple) or not isinstance(leaf, torch.Tensor):
+                continue
+            predicted = tuple(keep.count(t) for t in dims)
+            if tuple(leaf.shape) != predicted and not seen.shape:
+                seen.shape = f"{name!r} returns shape {tuple(leaf.shape)} instead of {predicted}"
+            if "." not in name:
+                seen.values[node] = leaf.detach().clone()
+
+    return hook
+
+
+def _compare(slim: Slim, expected: tuple[list[Any], Watched], dtype: Any = None) -> tuple[float, str]:
+    """Largest relative difference of outputs and top-level children, and what is wrong besides."""
+    keep = slim.keep
+    seen = observe(slim.model, keep, dtype)
+    outputs, watched = expected
+    nodes = [n for n in seen.values if isinstance(watched.get(n), torch.Tensor)]
+    inner = [_index(watched[n], keep, keep.coupling.env[n]) for n in nodes]
+    size, message = error([*outputs, *inner], [*seen.outputs, *(seen.values[n] for n in nodes)])
+    return size, message or seen.shape
+
+
+def _expected(keep: Keep, model: nn.Module, dtype: Any = None) -> tuple[list[Any], Watched]:
+    """The reference's outputs, and its values where top-level children return."""
+    top = {
+        leaf
+        for call in keep.coupling.program.calls
+        if "." not in call.module
+        for leaf in call.out_leaves
+        if isinstance(leaf, fx.Node)
+    }
+    inputs = [_cast(leaf, dtype) for leaf in flat_inputs(keep)]
+    with torch.no_grad():
+        return Reference(keep, model).run(inputs, dtype, watch=top)
 
 
 def error(expected: list[Any], got: list[Any]) -> tuple[float, str]:
@@ -291,13 +375,12 @@ def verify(slim: Slim, model: nn.Module) -> float:
     """
     keep = slim.keep
     random = _is_random(keep)
-    expected = masked_outputs(keep, model)
+    expected = _expected(keep, model)
     limit = _tolerance(keep)
     while True:
         problem: Exception | None = None
         try:
-            got = slim_outputs(slim.model, keep)
-            size, message = error(expected, got)
+            size, message = _compare(slim, expected)
         except (RuntimeError, ValueError, TypeError, AssertionError, IndexError, AttributeError) as e:
             problem, size, message = e, float("inf"), f"{type(e).__name__}: {e}"[:300]
         if random and not message:
@@ -327,9 +410,9 @@ def _exact(slim: Slim, model: nn.Module) -> bool:
     if any(t.is_meta for t in tensors):
         return False
     try:
-        double = copy.deepcopy(slim.model).double()
-        expected = masked_outputs(slim.keep, model, dtype=torch.float64)
-        return error(expected, slim_outputs(double, slim.keep, torch.float64))[0] < 1e-5
+        double = Slim(copy.deepcopy(slim.model).double(), slim.keep)
+        expected = _expected(slim.keep, model, torch.float64)
+        return _compare(double, expected, torch.float64)[0] < 1e-5
     except RuntimeError:
         return False  # the code insists on a precision: judge by the native one
 
@@ -363,7 +446,7 @@ def _culprit(slim: Slim, model: nn.Module, limit: float) -> str | None:
             module.register_forward_hook(after),
         ]
     try:
-        slim_outputs(slim.model, keep)
+        observe(slim.model, keep)
     except Exception:  # the innermost call still open is the one that raised
         raised = next((n for n in reversed(running) if n not in slim.generated), "")
         return wrong[0] if wrong else raised

@@ -173,13 +173,15 @@ class Windows(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.qkv = nn.Linear(16, 48)
-        self.bias = nn.Parameter(torch.randn(1, 2, 5, 5))  # no fused kernel has a gradient for it
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+        self.bias = nn.Parameter(torch.randn(2, 5, 5))  # no fused kernel has a gradient for it
 
     def forward(self, x):
-        q, k, v = self.qkv(x).view(x.shape[0], -1, 3, 2, 8).permute(2, 0, 3, 1, 4)
-        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=self.bias)
-        return y.transpose(1, 2).contiguous().view(x.shape[0], x.shape[1], -1)
+        heads = (*x.shape[:-1], -1, 8)
+        q, k, v = (layer(x).view(heads).transpose(1, 2) for layer in self.layers[:3])
+        bias = self.bias.unsqueeze(0)  # without gradients while captured, with them converted
+        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return self.layers[3](y.transpose(1, 2).contiguous().reshape(*x.shape[:-1], -1))
 
 
 def test_attention_with_strides_of_its_own(tmp_path):
