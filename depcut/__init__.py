@@ -15,8 +15,11 @@ from depcut.errors import (
     RuleError,
     VerificationError,
 )
+from depcut.export import ExportReport, export
+from depcut.latency import bench
 from depcut.ops.registry import Op, rule
 from depcut.plan import Plan
+from depcut.report import Comparison, compare
 
 __version__ = "0.1.0"
 
@@ -24,8 +27,10 @@ __all__ = [
     "Analysis",
     "BudgetError",
     "CaptureError",
+    "Comparison",
     "DepcutError",
     "ExportError",
+    "ExportReport",
     "Frozen",
     "Group",
     "InputError",
@@ -36,6 +41,9 @@ __all__ = [
     "RuleError",
     "VerificationError",
     "analyze",
+    "bench",
+    "compare",
+    "export",
     "rule",
     "shrink",
 ]

@@ -139,9 +139,7 @@ def order(allocation: str, coupling: Coupling, where: Space, scores: Scores, cos
     available, keys, classes = where.available, [], []
     losses = _losses(where, scores) if allocation == "global" else []
     price = np.bincount(where.class_of, weights=cost.gradient(cost.dense), minlength=len(available))
-    for number, (size, step, n) in enumerate(
-        zip(where.sizes, where.steps, available, strict=True)
-    ):
+    for number, (size, step, n) in enumerate(zip(where.sizes, where.steps, available, strict=True)):
         share = np.arange(1, n + 1) * step / size
         if allocation == "uniform":
             key = share

@@ -119,7 +119,9 @@ class Analysis:
         settings["score"] = score if isinstance(score, str) else getattr(score, "__name__", "")
         if of not in cost.COSTS:
             raise InputError(
-                f"unknown quantity {of!r}", where="of=", remedy=f"use one of {', '.join(cost.COSTS)}"
+                f"unknown quantity {of!r}",
+                where="of=",
+                remedy=f"use one of {', '.join(cost.COSTS)}",
             )
         if isinstance(align, bool) or not isinstance(align, int) or align < 1:
             raise InputError(
@@ -233,7 +235,9 @@ class Analysis:
             InputError: The model has no such layer.
         """
         tensors = [
-            n for n in self.coupling.dims if n == name or layer_of(n) == name or n.startswith(name + ".")
+            n
+            for n in self.coupling.dims
+            if n == name or layer_of(n) == name or n.startswith(name + ".")
         ]
         if not tensors:
             names = sorted({layer_of(n) for n in self.coupling.dims})
@@ -246,7 +250,9 @@ class Analysis:
         lines = [name]
         for tensor in tensors:
             for dim, term in enumerate(self.coupling.dims[tensor]):
-                lines.append(f"  {tensor} dim {dim} ({term.size}): {self._explain_term(term, tensor, dim)}")
+                lines.append(
+                    f"  {tensor} dim {dim} ({term.size}): {self._explain_term(term, tensor, dim)}"
+                )
         return "\n".join(lines)
 
     def _explain_term(self, term: axes.Term, tensor: str, dim: int) -> str:
@@ -284,13 +290,17 @@ class Analysis:
         for g in self.groups:
             readers = dict.fromkeys(layer_of(m.tensor) for m in g.members if m.role == "consumer")
             tie = "" if g.tied is None else str(g.tied)
-            table.add_row(g.name, str(g.size), listed(list(g.layers), 4), listed(list(readers), 4), tie)
+            table.add_row(
+                g.name, str(g.size), listed(list(g.layers), 4), listed(list(readers), 4), tie
+            )
         reasons: dict[str, int] = {}
         for f in self.frozen:
             reasons[f.reason] = reasons.get(f.reason, 0) + 1
         console = Console(file=StringIO(), width=110)
         console.print(table)
-        console.print(f"{self.macs:,} MACs, {self.params:,} parameters, {self.frozen_share:.1%} frozen")
+        console.print(
+            f"{self.macs:,} MACs, {self.params:,} parameters, {self.frozen_share:.1%} frozen"
+        )
         for why, times in sorted(reasons.items(), key=lambda item: -item[1]):
             console.print(f"  frozen: {why} ({times} dimensions)", highlight=False)
         for target, nodes in self.coupling.unknown.items():

@@ -259,7 +259,7 @@ def _program(
     symbolic = [
         n
         for n in graph.nodes
-        if n.op == "placeholder" and n not in tensors and _is_symbolic(n.meta.get("val"))
+        if n.op == "placeholder" and n not in tensors and is_symbolic(n.meta.get("val"))
     ]
     batch = _sizes(symbolic[0].meta["val"])[0] if symbolic else 1
     used = {name for node, name in tensors.items() if node.users}
@@ -336,7 +336,8 @@ def _has_dormant_modules(model: nn.Module, program: Program) -> bool:
     return False
 
 
-def _is_symbolic(value: Any) -> bool:
+def is_symbolic(value: Any) -> bool:
+    """Whether the first dimension of a traced tensor is dynamic."""
     return (
         isinstance(value, torch.Tensor)
         and value.ndim > 0
@@ -376,9 +377,7 @@ def _is_wrapper(node: fx.Node) -> bool:
 
 
 def _inline_one(graph_module: fx.GraphModule, node: fx.Node) -> None:
-    at = next(
-        i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr"
-    )
+    at = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr")
     body_node = node.args[at]
     assert isinstance(body_node, fx.Node)
     body = getattr(graph_module, str(body_node.target))
@@ -386,7 +385,11 @@ def _inline_one(graph_module: fx.GraphModule, node: fx.Node) -> None:
     autocast = "autocast" in str(node.target)
     graph = graph_module.graph
     with graph.inserting_before(node):
-        token = graph.call_function(torch.amp.autocast_mode._enter_autocast, settings) if autocast else None
+        token = (
+            graph.call_function(torch.amp.autocast_mode._enter_autocast, settings)
+            if autocast
+            else None
+        )
         if token is not None:
             token.meta["nn_module_stack"] = node.meta.get("nn_module_stack")
         holders = [n for n in body.graph.nodes if n.op == "placeholder"]

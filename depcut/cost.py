@@ -102,7 +102,9 @@ class Cost:
         weight = np.repeat(by_slot, lengths) * self.coefficients
         out = np.zeros(len(values))
         for j in range(factors.shape[1]):
-            np.add.at(out, self.monomials[:, j], weight * np.delete(factors, j, axis=1).prod(axis=1))
+            np.add.at(
+                out, self.monomials[:, j], weight * np.delete(factors, j, axis=1).prod(axis=1)
+            )
         return out[:-1]
 
 
@@ -155,9 +157,7 @@ def params(coupling: Coupling) -> Cost:
     """Number of parameters; shared ones once."""
     program = coupling.program
     names = [
-        n
-        for n in coupling.dims
-        if n in program.parameters and program.aliases.get(n, (n,))[0] == n
+        n for n in coupling.dims if n in program.parameters and program.aliases.get(n, (n,))[0] == n
     ]
     return compile_cost(coupling, [(1.0, coupling.dims[n]) for n in names])
 

@@ -115,8 +115,10 @@ def _is_inner(term: Term) -> bool:
 
 def layer_of(tensor: str) -> str:
     """The layer that a parameter belongs to; a parametrization counts as its layer's weight."""
-    return tensor.partition(".parametrizations.")[0] if ".parametrizations." in tensor else (
-        tensor.rpartition(".")[0] or tensor
+    return (
+        tensor.partition(".parametrizations.")[0]
+        if ".parametrizations." in tensor
+        else (tensor.rpartition(".")[0] or tensor)
     )
 
 
@@ -134,7 +136,9 @@ def infer(program: Program) -> Coupling:
             env[node] = _visit(node, env, program, effects, unknown)
         elif node.op == "get_attr":
             sizes = program.sizes[node]
-            env[node] = _frozen_dims(sizes, "constant typed into the code", node.name) if sizes else None
+            env[node] = (
+                _frozen_dims(sizes, "constant typed into the code", node.name) if sizes else None
+            )
         elif node.op == "output":
             for result in node.all_input_nodes:
                 for shape in _shapes(env.get(result)):

@@ -215,7 +215,9 @@ class Plan:
 
     def __str__(self) -> str:
         rows = [f"{n}: {len(k)} of {self.sizes[n]}" for n, k in self.kept.items()]
-        return f"Plan {self.digest} ({len(rows)} of {len(self.sizes)} groups)\n  " + "\n  ".join(rows)
+        return f"Plan {self.digest} ({len(rows)} of {len(self.sizes)} groups)\n  " + "\n  ".join(
+            rows
+        )
 
     def _inputs(self, model: nn.Module) -> Any:
         """Inputs of the recorded shapes: small integers for ids, noise for the rest."""
@@ -336,4 +338,6 @@ def _difference(ours: Mapping[str, int], theirs: Mapping[str, int]) -> str:
         if theirs[name] != size:
             return f"group {name!r} has {theirs[name]} units in the model, {size} in the plan"
     extra = [n for n in theirs if n not in ours]
-    return f"group {extra[0]!r} of the model is not in the plan" if extra else "tensor names or sizes"
+    return (
+        f"group {extra[0]!r} of the model is not in the plan" if extra else "tensor names or sizes"
+    )

@@ -131,10 +131,7 @@ class ProvenanceMode(TorchFunctionMode):
         number = mark(node, self.marks)
         if isinstance(out, torch.Size):
             return torch.Size(
-                [
-                    Traced(s, ("size", number, i)) if type(s) is int else s
-                    for i, s in enumerate(out)
-                ]
+                [Traced(s, ("size", number, i)) if type(s) is int else s for i, s in enumerate(out)]
             )
         if type(out) is not int:
             return out

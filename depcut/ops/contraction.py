@@ -85,9 +85,7 @@ def einsum(op: Op) -> Output:
     operands = list(op.arg("tensors"))
     inputs, arrow, output = equation.partition("->")
     shapes = [op.dims(n) for n in operands]
-    labels = [
-        _labels(spec, len(s)) for spec, s in zip(inputs.split(","), shapes, strict=True)
-    ]
+    labels = [_labels(spec, len(s)) for spec, s in zip(inputs.split(","), shapes, strict=True)]
     if not arrow:
         flat = [c for spec in labels for c in spec]
         output = "".join(sorted(c for c in set(flat) if flat.count(c) == 1 and c.isalpha()))

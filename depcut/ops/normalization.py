@@ -28,7 +28,9 @@ def batch_norm(op: Op) -> Output:
     out = tuple(map(axes.resolve, x))
     sizes = op.sizes[op.node]
     if sizes and isinstance(sizes[0], tuple):
-        return [out] + [(channels,) if len(s) == 1 else (op.frozen(s[0], "aux"),) for s in sizes[1:]]
+        return [out] + [
+            (channels,) if len(s) == 1 else (op.frozen(s[0], "aux"),) for s in sizes[1:]
+        ]
     return out
 
 

@@ -57,9 +57,7 @@ def stack_entries(node: fx.Node) -> list[str]:
     return [n for n in names if not n.startswith("_empty")]
 
 
-def generate(
-    slim: nn.Module, keep: Keep, name: str, inlined: set[str]
-) -> GeneratedModule:
+def generate(slim: nn.Module, keep: Keep, name: str, inlined: set[str]) -> GeneratedModule:
     """The module `name` of the slim model with its own lines generated from the graph.
 
     Args:
@@ -208,7 +206,9 @@ class _Builder:
 
     @staticmethod
     def _is_size(node: fx.Node) -> bool:
-        return isinstance(node.meta.get("val"), torch.SymInt | int) or "sym_size" in str(node.target)
+        return isinstance(node.meta.get("val"), torch.SymInt | int) or "sym_size" in str(
+            node.target
+        )
 
     def _size(self, node: fx.Node) -> fx.Node:
         """A dynamic size, read off a tensor at hand one of whose sizes is a multiple of it."""

@@ -66,6 +66,7 @@ def solve(keep: Keep, model: nn.Module) -> Solution:
                 progress |= _derive(demand, keep, values, values.get)
         if not progress:
             break
+
     def settled(attribute: Attribute) -> int | None:
         return values.get(attribute, read(model, attribute))
 
@@ -122,7 +123,9 @@ def by_path(node: fx.Node) -> dict[tuple[int | str, ...], Expr | None]:
 
 
 def _ints(node: fx.Node) -> Iterator[tuple[tuple[int | str, ...], int]]:
-    def walk(value: Any, path: tuple[int | str, ...]) -> Iterator[tuple[tuple[int | str, ...], int]]:
+    def walk(
+        value: Any, path: tuple[int | str, ...]
+    ) -> Iterator[tuple[tuple[int | str, ...], int]]:
         if type(value) is int:
             yield path, value
         elif isinstance(value, list | tuple):
@@ -170,9 +173,7 @@ def evaluate(expr: Expr, keep: Keep, lookup: Lookup) -> int | None:
     return int(OPERATORS[kind](left, right))
 
 
-def _derive(
-    demand: _Demand, keep: Keep, values: dict[Attribute, int], lookup: Lookup
-) -> bool:
+def _derive(demand: _Demand, keep: Keep, values: dict[Attribute, int], lookup: Lookup) -> bool:
     """Solve an expression for the one attribute in it that is still open; True if it was set."""
     assert isinstance(demand.expr, tuple)
     if evaluate(demand.expr, keep, lookup) is not None:
@@ -181,20 +182,24 @@ def _derive(
     if found is None:
         return False
     attribute, value = found
-    if evaluate(demand.expr, keep, lambda a: value if a == attribute else lookup(a)) != demand.target:
+    if (
+        evaluate(demand.expr, keep, lambda a: value if a == attribute else lookup(a))
+        != demand.target
+    ):
         return False
     values[attribute] = value
     return True
 
 
-def _derive_one(
-    demand: _Demand, keep: Keep, values: dict[Attribute, int], settled: Lookup
-) -> None:
+def _derive_one(demand: _Demand, keep: Keep, values: dict[Attribute, int], settled: Lookup) -> None:
     """Solve for one attribute of several that nothing else decides, the others as they are."""
     assert isinstance(demand.expr, tuple)
     for candidate in _attributes(demand.expr):
         if candidate not in values and _derive(
-            demand, keep, values, lambda a, c=candidate: None if a == c else settled(a)  # type: ignore[misc]
+            demand,
+            keep,
+            values,
+            lambda a, c=candidate: None if a == c else settled(a),  # type: ignore[misc]
         ):
             return
 
@@ -209,9 +214,7 @@ def _attributes(expr: Expr | None) -> Iterator[Attribute]:
         yield from _attributes(expr[2])
 
 
-def _invert(
-    expr: Expr, target: int, keep: Keep, lookup: Lookup
-) -> tuple[Attribute, int] | None:
+def _invert(expr: Expr, target: int, keep: Keep, lookup: Lookup) -> tuple[Attribute, int] | None:
     if isinstance(expr, int):
         return None
     if expr[0] == "attr":
@@ -235,9 +238,7 @@ def _invert(
     return _invert(expr[1] if left is None else expr[2], value, keep, lookup)
 
 
-def _unmet(
-    demand: _Demand, keep: Keep, conflicts: set[Attribute], lookup: Lookup
-) -> str | None:
+def _unmet(demand: _Demand, keep: Keep, conflicts: set[Attribute], lookup: Lookup) -> str | None:
     """Why the code will not compute the demanded size; None where it will."""
     expr = demand.expr
     if expr is None:

@@ -55,7 +55,9 @@ def _same_number(coupling: Coupling) -> list[list[Term]]:
     sources: dict[Any, dict[int, Term]] = {}
     dense = Keep(coupling, {})
     for node in coupling.effects:
-        found = [(lit, value) for lit, value, _, _ in dense.literals(node) if isinstance(value, int)]
+        found = [
+            (lit, value) for lit, value, _, _ in dense.literals(node) if isinstance(value, int)
+        ]
         provenance = by_path(node) if found else {}
         for literal, _ in found:
             expr = provenance.get(literal.path)

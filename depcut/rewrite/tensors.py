@@ -83,4 +83,6 @@ def _rescale(model: nn.Module, slim: nn.Module, keep: Keep) -> None:
                 at = torch.from_numpy(picked[dim]).to(dense.device)
                 before = before.index_select(dim, at)
             after = torch.linalg.vector_norm(small, dim=others, keepdim=True)
-            attribute(slim, g).data.mul_((after / before.clamp_min(1e-12)).reshape(attribute(slim, g).shape))
+            attribute(slim, g).data.mul_(
+                (after / before.clamp_min(1e-12)).reshape(attribute(slim, g).shape)
+            )

@@ -1,0 +1,245 @@
+"""Run the captured graph: dense with consumer-side zeros, or sliced.
+
+Where an operator contracts a narrowed axis, the removed slices of one operand (the weight, where
+there is one) are zeroed; where an operator's statistics run over a narrowed axis, it is computed on
+the kept indices only. Zeroing producers instead would be wrong: a bias of BatchNorm leaks through.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from depcut.capture import attribute, is_symbolic
+from depcut.inputs import Inputs, normalize
+from depcut.keep import Keep
+from depcut.ops.registry import Output
+
+Watched = dict[fx.Node, Any]
+
+_MODE_FLAGS = ("train", "training")
+
+
+def kept_part(tensor: torch.Tensor, keep: Keep, output: Output) -> torch.Tensor:
+    """The kept part of a dense activation."""
+    if isinstance(output, tuple):
+        for dim, term in enumerate(output):
+            kept = keep.indices(term)
+            if kept is not None:
+                tensor = tensor.index_select(dim, torch.from_numpy(kept).to(tensor.device))
+    return tensor
+
+
+def _spread(small: torch.Tensor, keep: Keep, output: Output) -> torch.Tensor:
+    """A kept part back in the dense shape, zeros elsewhere."""
+    if isinstance(output, tuple):
+        for dim, term in enumerate(output):
+            kept = keep.indices(term)
+            if kept is not None:
+                shape = list(small.shape)
+                shape[dim] = term.size
+                at = torch.from_numpy(kept).to(small.device)
+                small = small.new_zeros(shape).index_copy(dim, at, small)
+    return small
+
+
+def _zeroed(tensor: torch.Tensor, dim: int, kept: Any) -> torch.Tensor:
+    gone = torch.ones(tensor.shape[dim], dtype=torch.bool)
+    gone[torch.from_numpy(kept)] = False
+    at = gone.nonzero().flatten().to(tensor.device)
+    return tensor.index_fill(dim, at, 0)
+
+
+class Reference:
+    """Runs the captured graph: dense with consumer-side zeros, or sliced.
+
+    Args:
+        keep: What stays.
+        model: The dense model, whose tensors are read.
+        sliced: Run with narrowed tensors and new size literals instead of zeros.
+    """
+
+    def __init__(self, keep: Keep, model: nn.Module, sliced: bool = False) -> None:
+        self.keep, self.model, self.sliced = keep, model, sliced
+        self.program = keep.coupling.program
+
+    def run(
+        self, inputs: list[Any], dtype: torch.dtype | None = None, watch: set[fx.Node] | None = None
+    ) -> tuple[list[Any], dict[fx.Node, Any]]:
+        """Flat outputs for flat inputs, and the values of the nodes to watch."""
+        env: dict[fx.Node, Any] = {}
+        watched: dict[fx.Node, Any] = {}
+        last = self._last_uses()
+        given = iter(inputs)
+        outputs: list[Any] = []
+        for node in self.program.graph.graph.nodes:
+            if node.op == "placeholder":
+                env[node] = (
+                    self._tensor(node, dtype) if node in self.program.tensors else next(given)
+                )
+            elif node.op == "get_attr":
+                env[node] = getattr(self.program.graph, str(node.target))
+            elif node.op == "call_function":
+                env[node] = self._call(node, env)
+            else:
+                outputs = [env[a] if isinstance(a, fx.Node) else a for a in node.args[0]]
+            if watch and node in watch:
+                value = env.get(node)
+                watched[node] = value.clone() if isinstance(value, torch.Tensor) else value
+            for done in last.get(node, ()):
+                env.pop(done, None)
+        return outputs, watched
+
+    def _last_uses(self) -> dict[fx.Node, list[fx.Node]]:
+        last: dict[fx.Node, fx.Node] = {}
+        for node in self.program.graph.graph.nodes:
+            for source in node.all_input_nodes:
+                last[source] = node
+        out: dict[fx.Node, list[fx.Node]] = {}
+        for source, node in last.items():
+            out.setdefault(node, []).append(source)
+        return out
+
+    def _tensor(self, node: fx.Node, dtype: torch.dtype | None) -> torch.Tensor:
+        name = self.program.tensors[node]
+        if name in self.program.anonymous:
+            tensor = self.program.constants[name]
+        else:
+            tensor = attribute(self.model, name)
+        tensor = tensor.detach()
+        if self.sliced:
+            tensor = kept_part(tensor, self.keep, self.keep.coupling.env[node])
+        elif name not in self.program.parameters:
+            # Buffers may be written to in place.
+            tensor = tensor.clone()
+        if dtype is not None and tensor.is_floating_point():
+            tensor = tensor.to(dtype)
+        return tensor
+
+    def _call(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+        effects = self.keep.coupling.effects.get(node)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
+        args, kwargs = list(args), dict(kwargs)
+        if effects is None:
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        _silence(node, args)
+        if self.sliced:
+            args, kwargs = self._literals(node, args, kwargs, env)
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        if any(self.keep.narrows(t) for t in effects.statistics):
+            return self._on_kept(node, env, effects.out)
+        masked: dict[fx.Node, torch.Tensor] = {}
+        for source, dim in effects.contracts:
+            dims = self.keep.coupling.env[source]
+            kept = self.keep.indices(dims[dim]) if isinstance(dims, tuple) else None
+            if kept is not None:
+                masked[source] = _zeroed(masked.get(source, env[source]), dim, kept)
+        if masked:
+            args, kwargs = fx.map_arg(
+                (node.args, node.kwargs), lambda n: masked[n] if n in masked else env[n]
+            )
+            args, kwargs = list(args), dict(kwargs)
+            _silence(node, args)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _on_kept(self, node: fx.Node, env: dict[fx.Node, Any], output: Output) -> Any:
+        """Statistics over the kept indices only: gather, compute, put back."""
+        small = {
+            n: kept_part(env[n], self.keep, self.keep.coupling.env[n])
+            if isinstance(env[n], torch.Tensor)
+            else env[n]
+            for n in node.all_input_nodes
+        }
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: small[n])
+        args, kwargs = self._literals(node, list(args), dict(kwargs), env)
+        _silence(node, args)
+        result = node.target(*args, **kwargs)  # type: ignore[operator]
+        if isinstance(result, tuple | list):
+            assert isinstance(output, list)
+            return [_spread(r, self.keep, o) for r, o in zip(result, output, strict=True)]
+        return _spread(result, self.keep, output)
+
+    def _literals(
+        self, node: fx.Node, args: list[Any], kwargs: dict[str, Any], env: dict[fx.Node, Any]
+    ) -> tuple[list[Any], dict[str, Any]]:
+        for literal, value, dense, count in self.keep.literals(node):
+            new = literal.sign * count
+            if isinstance(value, fx.Node):
+                new = env[value] * count // dense
+            head, rest = literal.path[0], literal.path[1:]
+            if isinstance(head, int):
+                args[head] = _with(args[head], rest, new)
+            else:
+                kwargs[head] = _with(kwargs[head], rest, new)
+        return args, {**kwargs, **self.keep.pins(node)}
+
+
+def _with(container: Any, path: tuple[Any, ...], value: Any) -> Any:
+    if not path:
+        return value
+    items = list(container)
+    items[path[0]] = _with(items[path[0]], path[1:], value)
+    return items
+
+
+def _silence(node: fx.Node, args: list[Any]) -> None:
+    """Eval semantics of dropout, also where containers were captured in training mode."""
+    if "dropout" not in str(node.target):
+        return
+    schema = getattr(node.target, "_schema", None)
+    for i, argument in enumerate(schema.arguments if schema else ()):
+        if argument.name in _MODE_FLAGS and i < len(args):
+            args[i] = False
+
+
+def example(
+    keep: Keep, *, rows: int | None = None, dtype: torch.dtype | None = None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Copies of the captured example inputs (args, kwargs).
+
+    Args:
+        keep: Whose program's inputs.
+        rows: Only the first rows of the batch.
+        dtype: Precision of floating-point inputs instead of the captured one.
+    """
+    program = keep.coupling.program
+    leaves, spec = pytree.tree_flatten((program.args, program.kwargs))
+    nodes = program.inputs
+    batched = [
+        len(nodes) == len(leaves) and is_symbolic(nodes[i].meta.get("val"))
+        for i in range(len(leaves))
+    ]
+    made = [
+        cast(leaf[:rows] if batch and rows else leaf, dtype).clone()
+        if isinstance(leaf, torch.Tensor)
+        else leaf
+        for leaf, batch in zip(leaves, batched, strict=True)
+    ]
+    args, kwargs = pytree.tree_unflatten(made, spec)
+    return tuple(args), dict(kwargs)
+
+
+def cast(leaf: Any, dtype: torch.dtype | None) -> Any:
+    if dtype is not None and isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
+        return leaf.to(dtype)
+    return leaf
+
+
+def masked_outputs(
+    keep: Keep, model: nn.Module, inputs: Inputs = None, *, dtype: torch.dtype | None = None
+) -> list[Any]:
+    """Flat outputs of the dense model with the consumer-side slices zeroed.
+
+    Args:
+        keep: What stays.
+        model: The dense model.
+        inputs: Of the structure it was captured with; left out, the captured ones.
+        dtype: Compute in this precision instead of the model's.
+    """
+    given = example(keep) if inputs is None else normalize(model, inputs)
+    leaves = [cast(leaf, dtype) for leaf in pytree.tree_leaves(given)]
+    with torch.no_grad():
+        return Reference(keep, model).run(leaves, dtype)[0]
