@@ -24,6 +24,8 @@ from depcut.errors import BudgetError, InputError
 Counts = NDArray[np.int64]
 Scores = list[NDArray[np.float64]]
 
+_CONVEXITY = 8
+_LAST = 1e30
 _LAST_SHARE = 0.1  # of a group's units; removed only when the budget cannot be met otherwise
 
 
@@ -116,13 +118,13 @@ def _cofactors(term: Term, cofactor: int) -> list[tuple[Axis, int]]:
     return out
 
 
-def order(allocation: str, coupling: Coupling, where: Space, scores: Scores, cost: Cost) -> Counts:
+def order(allocation: str, where: Space, scores: Scores, cost: Cost) -> Counts:
     """The classes in the order in which they give up a step.
 
     Args:
-        allocation: "uniform" (every class loses the same share at a time) or "global" (cheapest
-            score per cost first, a group's last tenth only after all else).
-        coupling: The groups.
+        allocation: "uniform" (every class loses the same share at a time) or "global" (least
+            loss of score per cost first, the loss of a group growing steeply with the share of its
+            score that is gone; its last tenth goes only after all else).
         where: The steps.
         scores: One vector a group.
         cost: The budgeted quantity.
@@ -144,10 +146,8 @@ def order(allocation: str, coupling: Coupling, where: Space, scores: Scores, cos
         if allocation == "uniform":
             key = share
         else:
-            loss = losses[number][: n * step].reshape(n, step).mean(axis=1)
-            relative = np.maximum(price[number] * size / max(cost.total, 1.0), 1e-12)
-            key = np.maximum.accumulate(loss) / np.sqrt(relative)
-            key = np.where(share > 1 - _LAST_SHARE, key + 1e12 * share, key)
+            key = _marginal(losses[number], int(n), int(step)) / max(price[number] * size, 1e-12)
+            key = np.where(share > 1 - _LAST_SHARE, key + _LAST * share, key)
         keys.append(key)
         classes.append(np.full(n, number))
     if not classes:
@@ -156,7 +156,18 @@ def order(allocation: str, coupling: Coupling, where: Space, scores: Scores, cos
     return np.asarray(np.concatenate(classes)[ranking])
 
 
-ALLOCATIONS = ("global", "uniform")
+def _marginal(ascending: NDArray[np.float64], n: int, step: int) -> NDArray[np.float64]:
+    """Loss of each step for -d/dk of R^(1 - p), where R is the share of the score that is left.
+
+    A loss linear in R would empty the most expensive group before it touches the next.
+    """
+    gone = ascending[: n * step].reshape(n, step).sum(axis=1)
+    total = max(float(ascending.sum()), 1e-12)
+    left = np.maximum(1 - np.cumsum(gone) / total, 1e-3)
+    return np.maximum.accumulate(gone / total / left**_CONVEXITY)
+
+
+ALLOCATIONS = ("uniform", "global")
 
 
 def _losses(where: Space, scores: Scores) -> Scores:

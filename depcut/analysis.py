@@ -75,7 +75,7 @@ class Analysis:
 
     @cached_property
     def graph(self) -> nx.DiGraph:
-        """Layers and groups: an edge from a layer to a group it produces, to a layer that consumes."""
+        """Layers and groups: edges from a layer to the groups it produces and to their readers."""
         graph = nx.DiGraph()
         for group in self.groups:
             graph.add_node(group.name, kind="group", size=group.size, tied=group.tied)
@@ -92,7 +92,7 @@ class Analysis:
         *,
         of: str = "macs",
         score: str | Criterion = "magnitude",
-        allocation: str = "global",
+        allocation: str = "uniform",
         align: int = 8,
         keep: Iterable[str] = (),
         ratios: Mapping[str, float] | None = None,
@@ -104,7 +104,8 @@ class Analysis:
             ratio: Fraction removed of the quantity named by `of`, in (0, 1).
             of: "macs", "params" or "channels" (every group loses that share).
             score: Name of a criterion, or a function of (coupling, model, seed).
-            allocation: "global" or "uniform".
+            allocation: "uniform" (every group loses the same share; best for scores that do not
+                compare across groups, such as magnitudes) or "global" (score per cost).
             align: Kept widths are multiples of it where the width allows; 1: any width.
             keep: Globs over module or parameter names whose width must stay.
             ratios: Fraction of units removed, by glob, for groups that the budget does not decide.
@@ -115,7 +116,8 @@ class Analysis:
             BudgetError: The ratio cannot be reached, or nothing can be removed.
         """
         _check_ratio(ratio, "ratio=")
-        settings = dict(ratio=float(ratio), of=of, align=align, allocation=allocation, seed=seed)
+        settings: dict[str, Any] = {"ratio": float(ratio), "of": of, "align": align}
+        settings |= {"allocation": allocation, "seed": seed}
         settings["score"] = score if isinstance(score, str) else getattr(score, "__name__", "")
         if of not in cost.COSTS:
             raise InputError(
@@ -170,7 +172,7 @@ class Analysis:
         for i, (ties, soft) in enumerate(options):
             where = allocate.space(self.coupling, align, held | set(fixed) | soft, ties)
             try:
-                sequence = allocate.order(allocation, self.coupling, where, scores, pinned.cost)
+                sequence = allocate.order(allocation, where, scores, pinned.cost)
                 target = quantity.total * (1 - ratio)
                 return pinned.applied(allocate.meet(where, sequence, pinned.cost, target, of))
             except BudgetError:
@@ -222,7 +224,7 @@ class Analysis:
                 by_tie[tie] = min(count, by_tie.get(tie, count))
         for group in self.groups:
             if group.tied in by_tie:
-                fixed[group.index] = by_tie[group.tied]  # type: ignore[index]
+                fixed[group.index] = by_tie[group.tied]
         return {i: n for i, n in fixed.items() if i not in held}
 
     def explain(self, name: str) -> str:
@@ -249,10 +251,10 @@ class Analysis:
             )
         lines = [name]
         for tensor in tensors:
-            for dim, term in enumerate(self.coupling.dims[tensor]):
-                lines.append(
-                    f"  {tensor} dim {dim} ({term.size}): {self._explain_term(term, tensor, dim)}"
-                )
+            lines += [
+                f"  {tensor} dim {dim} ({term.size}): {self._explain_term(term, tensor, dim)}"
+                for dim, term in enumerate(self.coupling.dims[tensor])
+            ]
         return "\n".join(lines)
 
     def _explain_term(self, term: axes.Term, tensor: str, dim: int) -> str:
@@ -267,9 +269,11 @@ class Analysis:
                     + (f", with {listed(others, 6)}" if others else "")
                     + (f", as many as its tie {group.tied}" if group.tied is not None else "")
                 )
-        for frozen in self.frozen:
-            if (frozen.tensor, frozen.dim) == (tensor, dim):
-                texts.append(f"frozen: {frozen.reason} [{frozen.where}]")
+        texts += [
+            f"frozen: {frozen.reason} [{frozen.where}]"
+            for frozen in self.frozen
+            if (frozen.tensor, frozen.dim) == (tensor, dim)
+        ]
         return "; ".join(texts) or "stays: one index"
 
     @property

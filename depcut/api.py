@@ -22,7 +22,7 @@ def shrink(
     *,
     of: str = "macs",
     score: str | Criterion = "magnitude",
-    allocation: str = "global",
+    allocation: str = "uniform",
     align: int = 8,
     keep: Iterable[str] = (),
     ratios: Mapping[str, float] | None = None,
@@ -38,12 +38,12 @@ def shrink(
             from the first layer where that is unambiguous.
         of: "macs", "params" or "channels" (every group loses that share).
         score: Name of a criterion ("magnitude", "l1", "l2", "random") or a function.
-        allocation: "global" (least score per cost first) or "uniform" (same share everywhere).
+        allocation: "uniform" (same share everywhere) or "global" (least score per cost first).
         align: Kept widths are multiples of it where the width allows; 1: any width.
         keep: Globs over module or parameter names whose width must stay.
         ratios: Fraction of units removed, by glob, for groups that the budget does not decide.
         seed: For criteria that draw.
-        optimizer: One that trains `model`; its state is sliced and it trains the result from now on.
+        optimizer: One that trains `model`; its state is sliced, and it trains the result.
 
     Raises:
         DepcutError: See `depcut.analyze`, `Analysis.plan` and `Plan.apply`.

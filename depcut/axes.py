@@ -95,7 +95,7 @@ def product(*factors: Term) -> Term:
 
 
 def concat(*parts: Term) -> Term:
-    """The concatenation in normal form: flat, and neighbouring frozen parts merged into one axis."""
+    """The concatenation in normal form: flat, neighbouring frozen parts merged into one axis."""
     flat: list[Term] = []
     for part in parts:
         for piece in part.parts if isinstance(part, Concat) else (part,):
@@ -214,7 +214,8 @@ def unify(a: Term, b: Term, where: str | None = None) -> None:
     for _ in range(_WORK_LIMIT):
         if not work:
             return
-        work.extend(_step(*map(resolve, work.pop()), where))
+        x, y = work.pop()
+        work.extend(_step(resolve(x), resolve(y), where))
     for x, y in work:
         _clash([x, y], "its refinement does not settle", where)
 

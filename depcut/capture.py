@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import traceback as tb
 import warnings
 from collections.abc import Iterator
@@ -16,7 +15,9 @@ from torch.fx import traceback
 from torch.utils import _pytree as pytree
 
 from depcut import provenance
-from depcut.errors import CaptureError, InputError, listed
+from depcut.checks import check_inputs, check_model
+from depcut.errors import CaptureError
+from depcut.inline import inline_wrappers
 from depcut.inputs import Inputs, normalize
 from depcut.program import ModuleCall, Program
 
@@ -32,9 +33,9 @@ def capture(model: nn.Module, inputs: Inputs = None) -> Program:
         CaptureError: The model is scripted or quantized, or cannot be exported.
         InputError: The inputs are of the wrong kind, or the model does not take them.
     """
-    _check_model(model)
+    check_model(model)
     args, kwargs = normalize(model, inputs)
-    _check_inputs(model, args, kwargs)
+    check_inputs(model, args, kwargs)
     program = _capture(model, args, kwargs, training=False)
     if program.unused and _has_dormant_modules(model, program):
         # Parts that only run in training (auxiliary heads) must shrink along.
@@ -43,66 +44,6 @@ def capture(model: nn.Module, inputs: Inputs = None) -> Program:
         except CaptureError:
             return program
     return program
-
-
-def _check_model(model: object) -> None:
-    if isinstance(model, torch.jit.ScriptModule):
-        raise CaptureError(
-            "the model is scripted (torch.jit): its code cannot be rewritten",
-            where=type(model).__name__,
-            remedy="pass the nn.Module it was scripted from",
-        )
-    if not isinstance(model, nn.Module):
-        raise InputError(
-            f"model is a {type(model).__name__}, not a torch.nn.Module",
-            where="model",
-            remedy="pass the module itself",
-        )
-    for name, module in model.named_modules():
-        quantized = ".quantized" in type(module).__module__ and hasattr(module, "_packed_params")
-        scripted = isinstance(module, torch.jit.ScriptModule)
-        if quantized or scripted or ".quantized.modules" in type(module).__module__:
-            kind = "scripted" if scripted else "quantized"
-            raise CaptureError(
-                f"the model holds a {kind} module: {type(module).__name__}",
-                where=f"layer {name!r}",
-                remedy=f"shrink the model first, then have it {kind}",
-            )
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_quantized:
-            raise CaptureError(
-                "the model holds a quantized tensor", where=name, remedy="shrink, then quantize"
-            )
-        if tensor.is_floating_point() and tensor.device.type != "meta":
-            if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
-                _report_non_finite(name, tensor, isinstance(tensor, nn.Parameter))
-
-
-def _check_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    signature = inspect.signature(model.forward)
-    try:
-        kinds = {p.kind for p in signature.parameters.values()}
-        unknown = [k for k in kwargs if k not in signature.parameters]
-        if unknown and inspect.Parameter.VAR_KEYWORD not in kinds:
-            raise TypeError(f"unexpected keyword {listed(unknown)}")
-        signature.bind(*args, **kwargs)
-    except TypeError as error:
-        raise InputError(
-            f"the model does not take these inputs: {error}",
-            where=f"{type(model).__name__}.forward{signature}",
-            remedy="pass inputs= as a tuple of its positional or a dict of its keyword arguments",
-        ) from None
-
-
-def _report_non_finite(name: str, tensor: torch.Tensor, parameter: bool) -> None:
-    if not parameter:
-        return
-    bad = int((~torch.isfinite(tensor)).sum())
-    raise InputError(
-        f"{bad} of {tensor.numel()} weights are not finite (NaN or infinite)",
-        where=name,
-        remedy="repair the checkpoint; a ranking of such weights would mean nothing",
-    )
 
 
 @contextmanager
@@ -133,7 +74,7 @@ def _recorded_calls(
     model: nn.Module, marks: list[fx.Node], calls: list[ModuleCall]
 ) -> Iterator[None]:
     """Hooks that note for every module call which nodes are its arguments and results."""
-    open_calls: list[tuple[Any, ...]] = []
+    open_calls: list[tuple[tuple[Any, ...], pytree.TreeSpec]] = []
 
     def reference(leaf: Any) -> Any:
         node = provenance.node_of(leaf)
@@ -147,8 +88,9 @@ def _recorded_calls(
         def before(_: nn.Module, args: Any, kwargs: Any) -> None:
             open_calls.append(flat((args, kwargs)))
 
-        def after(_: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-            calls.append(ModuleCall(name, *open_calls.pop(), *flat(result)))
+        def after(_: nn.Module, _args: Any, _kwargs: Any, result: Any) -> None:
+            leaves, spec = open_calls.pop()
+            calls.append(ModuleCall(name, leaves, spec, *flat(result)))
 
         return [
             module.register_forward_pre_hook(before, with_kwargs=True),
@@ -227,20 +169,19 @@ def _capture(
     ):
         warnings.simplefilter("ignore")
         exported = _export(model, args, kwargs)
-    return _program(model, exported, marks, calls, args, kwargs, training)
+    return _program(model, exported, calls, args, kwargs, training)
 
 
 def _program(
     model: nn.Module,
     exported: torch.export.ExportedProgram,
-    marks: list[fx.Node],
     calls: list[ModuleCall],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     training: bool,
 ) -> Program:
     graph_module = exported.graph_module
-    _inline(graph_module)
+    inline_wrappers(graph_module)
     graph = graph_module.graph
     named = {n.name: n for n in graph.nodes if n.op == "placeholder"}
     tensors, parameters, anonymous = {}, set(), set()
@@ -248,7 +189,7 @@ def _program(
     for spec in exported.graph_signature.input_specs:
         if spec.kind == InputKind.USER_INPUT or spec.target is None:
             continue
-        tensors[named[spec.arg.name]] = spec.target  # type: ignore[union-attr]
+        tensors[named[spec.arg.name]] = spec.target
         if spec.kind == InputKind.PARAMETER:
             parameters.add(spec.target)
         elif spec.kind == InputKind.CONSTANT_TENSOR:
@@ -360,54 +301,3 @@ def _hint(size: Any) -> int:
 
 def _has_tensor(values: Any) -> bool:
     return any(isinstance(v, torch.Tensor) for v in values)
-
-
-def _inline(graph_module: fx.GraphModule) -> None:
-    """Replace wrap_with_autocast / wrap_with_set_grad_enabled by their bodies, in order."""
-    while True:
-        node = next((n for n in graph_module.graph.nodes if _is_wrapper(n)), None)
-        if node is None:
-            break
-        _inline_one(graph_module, node)
-    graph_module.graph.lint()
-
-
-def _is_wrapper(node: fx.Node) -> bool:
-    return node.op == "call_function" and str(node.target).startswith("wrap_with")
-
-
-def _inline_one(graph_module: fx.GraphModule, node: fx.Node) -> None:
-    at = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr")
-    body_node = node.args[at]
-    assert isinstance(body_node, fx.Node)
-    body = getattr(graph_module, str(body_node.target))
-    settings = node.args[:at]
-    autocast = "autocast" in str(node.target)
-    graph = graph_module.graph
-    with graph.inserting_before(node):
-        token = (
-            graph.call_function(torch.amp.autocast_mode._enter_autocast, settings)
-            if autocast
-            else None
-        )
-        if token is not None:
-            token.meta["nn_module_stack"] = node.meta.get("nn_module_stack")
-        holders = [n for n in body.graph.nodes if n.op == "placeholder"]
-        env: dict[fx.Node, Any] = dict(zip(holders, node.args[at + 1 :], strict=True))
-        for inner in body.graph.nodes:
-            if inner.op == "call_function":
-                env[inner] = graph.node_copy(inner, lambda n: env[n])
-            elif inner.op == "get_attr":
-                name = f"{body_node.target}_{inner.target}"
-                setattr(graph_module, name, getattr(body, str(inner.target)))
-                env[inner] = graph.get_attr(name)
-        if token is not None:
-            graph.call_function(torch.amp.autocast_mode._exit_autocast, (token,))
-        results = next(n for n in body.graph.nodes if n.op == "output").args[0]
-    results = results if isinstance(results, list | tuple) else (results,)
-    for user in list(node.users):
-        user.replace_all_uses_with(env[results[user.args[1]]])  # type: ignore[index]
-        graph.erase_node(user)
-    graph.erase_node(node)
-    if not body_node.users:
-        graph.erase_node(body_node)

@@ -247,7 +247,7 @@ def _parser() -> argparse.ArgumentParser:
     shrunk.add("--ratio", type=float, required=True, help="share to remove, between 0 and 1")
     shrunk.add("--of", default="macs", help="what to remove that share of: macs, params, channels")
     shrunk.add("--score", default="magnitude", help="criterion that ranks the units")
-    shrunk.add("--allocation", default="global", help="how groups share the budget")
+    shrunk.add("--allocation", default="uniform", help="how groups share the budget")
     shrunk.add("--align", type=int, default=8, help="kept widths are multiples of this")
     shrunk.add(
         "--keep",

@@ -32,7 +32,8 @@ def _expand(term: Term, number: dict[Axis, int]) -> Polynomial:
     if isinstance(term, axes.Product):
         out: Polynomial = {(): 1.0}
         for factor in term.factors:
-            inner, product = _expand(factor, number), {}
+            inner = _expand(factor, number)
+            product: Polynomial = {}
             for m, a in out.items():
                 for n, b in inner.items():
                     key = tuple(sorted(m + n))
@@ -119,8 +120,8 @@ def compile_cost(coupling: Coupling, items: Iterable[tuple[float, Dims]]) -> Cos
     slots: dict[tuple[tuple[tuple[int, ...], float], ...], int] = {((), 1.0): 0}  # type: ignore[dict-item]
     rows: dict[tuple[int, ...], float] = {}
     polynomials: list[Polynomial] = [{(): 1.0}]
-    for times, terms in items:
-        row = []
+    for factor, terms in items:
+        times, row = factor, []
         for term in map(axes.resolve, terms):
             polynomial = _expand(term, number)
             if len(polynomial) == 1 and () in polynomial:

@@ -249,7 +249,8 @@ def _settle_ties(ties: list[list[Term]]) -> dict[Axis, Axis]:
     pairs = [(tie[0], other) for tie in ties for other in tie[1:]]
     while True:
         parent: dict[Axis, Axis] = {}
-        if not any([_tie(a, b, parent) for a, b in pairs]):
+        changed = [_tie(a, b, parent) for a, b in pairs]
+        if True not in changed:
             return parent
 
 
@@ -276,7 +277,7 @@ def _tie(a: Term, b: Term, parent: dict[Axis, Axis]) -> bool:
     children_b = b.factors if isinstance(b, Product) else b.parts if isinstance(b, Concat) else ()
     alike = type(a) is type(b) and [c.size for c in children_a] == [c.size for c in children_b]
     if alike and children_a:
-        return any([_tie(x, y, parent) for x, y in zip(children_a, children_b, strict=True)])
+        return True in [_tie(x, y, parent) for x, y in zip(children_a, children_b, strict=True)]
     for term in (a, b):
         axes.freeze(term, Reason("cut evenly, but its pieces are built differently"))
     return True

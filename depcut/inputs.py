@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,11 +32,12 @@ def normalize(model: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], dict[s
     if inputs is None:
         inputs = infer(model)
     args: tuple[Any, ...]
+    kwargs: dict[str, Any]
     if isinstance(inputs, torch.Tensor):
         args, kwargs = (inputs,), {}
     elif isinstance(inputs, tuple | list):
         args, kwargs = tuple(inputs), {}
-    elif hasattr(inputs, "keys"):
+    elif isinstance(inputs, Mapping):
         args, kwargs = (), dict(inputs)
     else:
         raise InputError(f"inputs is a {type(inputs).__name__}", where="inputs=", remedy=_HOW)
@@ -119,10 +121,12 @@ def _runs(model: nn.Module, example: torch.Tensor) -> bool:
         for module in modes:
             module.training = False
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-            parameters = {n: mode.from_tensor(t) for n, t in _tensors(model)}
+            parameters: dict[str, torch.Tensor] = {
+                n: mode.from_tensor(t) for n, t in _tensors(model)
+            }
             torch.func.functional_call(model, parameters, (mode.from_tensor(example),))
         return True
-    except Exception:  # any failure of the user's forward means: not this size
+    except Exception:  # noqa: BLE001  any failure of the user's forward means: not this size
         return False
     finally:
         for module, training in modes.items():

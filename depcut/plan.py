@@ -173,7 +173,7 @@ class Plan:
         try:
             with os.fdopen(handle, "w") as file:
                 json.dump(data, file, indent=1)
-            os.replace(temporary, target)
+            Path(temporary).replace(target)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise

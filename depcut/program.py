@@ -101,8 +101,8 @@ def where(node: fx.Node | None) -> str:
         return "the model"
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
     frames = [
-        (lines[i], lines[i + 1] if i + 1 < len(lines) else "")
-        for i, line in enumerate(lines)
+        (line, code)
+        for line, code in zip(lines, [*lines[1:], ""], strict=False)
         if line.startswith("File ")
     ]
     own = [f for f in frames if "/torch/nn/" not in f[0]] or frames

@@ -121,8 +121,7 @@ class Reference:
 
     def _call(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
         effects = self.keep.coupling.effects.get(node)
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
-        args, kwargs = list(args), dict(kwargs)
+        args, kwargs = _arguments(node, env)
         if effects is None:
             return node.target(*args, **kwargs)  # type: ignore[operator]
         _silence(node, args)
@@ -138,10 +137,7 @@ class Reference:
             if kept is not None:
                 masked[source] = _zeroed(masked.get(source, env[source]), dim, kept)
         if masked:
-            args, kwargs = fx.map_arg(
-                (node.args, node.kwargs), lambda n: masked[n] if n in masked else env[n]
-            )
-            args, kwargs = list(args), dict(kwargs)
+            args, kwargs = _arguments(node, {**env, **masked})
             _silence(node, args)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
@@ -153,8 +149,7 @@ class Reference:
             else env[n]
             for n in node.all_input_nodes
         }
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: small[n])
-        args, kwargs = self._literals(node, list(args), dict(kwargs), env)
+        args, kwargs = self._literals(node, *_arguments(node, small), env)
         _silence(node, args)
         result = node.target(*args, **kwargs)  # type: ignore[operator]
         if isinstance(result, tuple | list):
@@ -175,6 +170,13 @@ class Reference:
             else:
                 kwargs[head] = _with(kwargs[head], rest, new)
         return args, {**kwargs, **self.keep.pins(node)}
+
+
+def _arguments(node: fx.Node, env: dict[fx.Node, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """The values of a node's arguments."""
+    args: Any = fx.map_arg(node.args, lambda n: env[n])
+    kwargs: Any = fx.map_arg(node.kwargs, lambda n: env[n])
+    return list(args), dict(kwargs)
 
 
 def _with(container: Any, path: tuple[Any, ...], value: Any) -> Any:
@@ -223,6 +225,7 @@ def example(
 
 
 def cast(leaf: Any, dtype: torch.dtype | None) -> Any:
+    """A floating-point tensor in another precision; anything else as it is."""
     if dtype is not None and isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
         return leaf.to(dtype)
     return leaf

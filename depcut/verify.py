@@ -101,7 +101,7 @@ def observe(slim: nn.Module, keep: Keep, trial: Trial) -> Observed:
 def _look(name: str, calls: list[ModuleCall], keep: Keep, seen: Observed) -> Callable[..., None]:
     order = iter(calls)
 
-    def hook(module: nn.Module, args: Any, result: Any) -> None:
+    def hook(_module: nn.Module, _args: Any, result: Any) -> None:
         call = next(order, None)
         if call is None:
             return
@@ -155,29 +155,32 @@ def _expected(keep: Keep, model: nn.Module, trial: Trial) -> tuple[list[Any], Wa
 
 
 def error(expected: list[Any], got: list[Any]) -> tuple[float, str]:
-    """Largest difference relative to the output's scale, and what is wrong besides ("" if nothing)."""
+    """Largest difference relative to the output's scale, and what is wrong besides."""
     worst = 0.0
     tensors = [(e, g) for e, g in zip(expected, got, strict=False) if isinstance(e, torch.Tensor)]
     if len(expected) != len(got):
         return float("inf"), f"{len(got)} outputs instead of {len(expected)}"
     for want, have in tensors:
-        if not isinstance(have, torch.Tensor) or want.shape != have.shape:
-            return float("inf"), (
-                f"an output of shape {tuple(getattr(have, 'shape', ()))} instead of "
-                f"{tuple(want.shape)}"
-            )
-        if want.is_meta or not want.numel():
-            continue
-        if not want.is_floating_point():
-            continue
-        difference = float((want - have).abs().max())
-        if not math.isfinite(difference):
-            if not bool((torch.isfinite(want) == torch.isfinite(have)).all()):
-                return float("inf"), "an output that is not finite where the dense model's is"
-            want, have = want.nan_to_num(0, 0, 0), have.nan_to_num(0, 0, 0)
-            difference = float((want - have).abs().max())
-        worst = max(worst, difference / (float(want.abs().max()) or 1.0))
+        difference, message = _difference(want, have)
+        if message:
+            return float("inf"), message
+        worst = max(worst, difference)
     return worst, ""
+
+
+def _difference(want: torch.Tensor, have: Any) -> tuple[float, str]:
+    if not isinstance(have, torch.Tensor) or want.shape != have.shape:
+        got = tuple(getattr(have, "shape", ()))
+        return 0.0, f"an output of shape {got} instead of {tuple(want.shape)}"
+    if want.is_meta or not want.numel() or not want.is_floating_point():
+        return 0.0, ""
+    difference = float((want - have).abs().max())
+    if not math.isfinite(difference):
+        if not bool((torch.isfinite(want) == torch.isfinite(have)).all()):
+            return 0.0, "an output that is not finite where the dense model's is"
+        want, have = want.nan_to_num(0, 0, 0), have.nan_to_num(0, 0, 0)
+        difference = float((want - have).abs().max())
+    return difference / (float(want.abs().max()) or 1.0), ""
 
 
 def verify(slim: Slim, model: nn.Module) -> float:
@@ -188,7 +191,8 @@ def verify(slim: Slim, model: nn.Module) -> float:
         model: The dense model.
 
     Returns:
-        The largest difference from the reference, relative to the output's scale.
+        The largest difference from the reference, relative to the output's scale; NaN where the
+        weights are on the meta device and the model's code does not run there.
 
     Raises:
         VerificationError: The smaller model computes something else.
@@ -196,6 +200,8 @@ def verify(slim: Slim, model: nn.Module) -> float:
     keep, limit = slim.keep, _tolerance(slim.keep)
     random = _is_random(keep)
     trials = [Trial(rows=1), Trial()] if keep.coupling.program.dynamic else [Trial()]
+    if _on_meta(model):
+        return _verify_shapes(slim, model)
     while True:
         for trial in trials:
             # One row decides in almost all cases; a graph may yet insist on more.
@@ -212,6 +218,30 @@ def verify(slim: Slim, model: nn.Module) -> float:
                 remedy="keep the layers concerned with keep=; please report the model",
             ) from problem
         slim.replace(culprit, message or "its code computes other values at the new sizes")
+
+
+def _on_meta(model: nn.Module) -> bool:
+    return any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+
+
+def _verify_shapes(slim: Slim, model: nn.Module) -> float:
+    """Without values, shapes are compared, as far as the model's code runs without values.
+
+    Returns:
+        0.0 where the shapes agree, NaN where the dense model does not run on the meta device.
+    """
+    try:
+        observe(model, Keep(slim.keep.coupling, {}), Trial())
+    except _RUNTIME_ERRORS:
+        return math.nan
+    seen = observe(slim.model, slim.keep, Trial())
+    if seen.shape:
+        raise VerificationError(
+            seen.shape,
+            where="a model on the meta device",
+            remedy="apply the plan to the model with its weights, where depcut can repair this",
+        )
+    return 0.0
 
 
 def _try(slim: Slim, model: nn.Module, trial: Trial) -> tuple[float, str, Exception | None]:
@@ -232,9 +262,6 @@ def _tolerance(keep: Keep) -> float:
 
 def _exact(slim: Slim, model: nn.Module) -> bool:
     """Whether the difference vanishes in double precision, i.e. was rounding."""
-    tensors = [*model.parameters(), *model.buffers()]
-    if any(t.is_meta for t in tensors):
-        return False
     try:
         double = Slim(copy.deepcopy(slim.model).double(), slim.keep)
         trial = Trial(dtype=torch.float64)
@@ -275,7 +302,7 @@ def _culprit(slim: Slim, model: nn.Module, limit: float) -> str:
         ]
     try:
         observe(slim.model, keep, Trial())
-    except Exception:  # the innermost call still open is the one that raised
+    except Exception:  # noqa: BLE001  the innermost call still open is the one that raised
         raised = next((n for n in reversed(running) if n not in slim.generated), "")
         return wrong[0] if wrong else raised
     finally:
@@ -300,11 +327,11 @@ def _watchers(
         size, message = error([k for k, _ in known], [v for _, v in known])
         return not message and size <= limit
 
-    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
         running.append(name)
         good.append(matches(call.leaves, (args, kwargs)))
 
-    def after(module: nn.Module, args: Any, result: Any) -> None:
+    def after(_module: nn.Module, _args: Any, result: Any) -> None:
         running.pop()
         if good.pop() and not matches(call.out_leaves, result):
             wrong.append(name)

@@ -40,7 +40,8 @@ def product_of(op: Op, a: fx.Node, b: fx.Node) -> tuple[Term, ...]:
 def matmul(op: Op) -> Output:
     """Product of matrices, vectors or batches of matrices."""
     a, b = op.node.args[:2]
-    assert isinstance(a, fx.Node) and isinstance(b, fx.Node)
+    assert isinstance(a, fx.Node)
+    assert isinstance(b, fx.Node)
     return product_of(op, a, b)
 
 
@@ -48,7 +49,8 @@ def matmul(op: Op) -> Output:
 def addmm(op: Op) -> Output:
     """bias + a @ b."""
     bias, a, b = op.node.args[:3]
-    assert isinstance(bias, fx.Node) and isinstance(a, fx.Node) and isinstance(b, fx.Node)
+    assert isinstance(a, fx.Node)
+    assert isinstance(b, fx.Node)
     out = product_of(op, a, b)
     op.broadcast(out, op.dims(bias))
     return out

@@ -1,4 +1,4 @@
-"""Normalisations: per-channel parameters unify; a norm over a removed axis changes its statistics."""
+"""Normalisations: per-channel parameters unify; statistics run over what is left of an axis."""
 
 from __future__ import annotations
 
@@ -75,7 +75,8 @@ def weight_norm(op: Op) -> Output:
     dim = op.arg("dim") % len(v)
     op.broadcast((v[dim],), (g[dim],)) if len(g) == len(v) else None
     v_node, g_node = op.arg("v"), op.arg("g")
-    assert isinstance(v_node, fx.Node) and isinstance(g_node, fx.Node)
+    assert isinstance(v_node, fx.Node)
+    assert isinstance(g_node, fx.Node)
     op.effects.rescales.append((g_node, v_node, dim))
     out = tuple(map(axes.resolve, v))
     return [out, tuple(map(axes.resolve, g))] if isinstance(op.sizes[op.node][0], tuple) else out

@@ -9,21 +9,21 @@ from depcut.ops.registry import Dims, Op, Output, rule
 _UNTAGGED = """
 aten.to aten.type_as aten.contiguous aten.clone aten.alias aten.detach aten.detach_ aten.dropout
 aten.dropout_ aten.feature_dropout aten.feature_dropout_ aten.alpha_dropout aten.alpha_dropout_
-aten.lift_fresh_copy aten.lift_fresh aten.zeros_like aten.ones_like aten.full_like aten.empty_like
-aten.rand_like aten.randn_like aten.where aten.masked_fill aten.masked_fill_ aten.fill_ aten.fill
-aten.zero_ aten.copy_ aten.copy aten.bernoulli aten.bernoulli_ aten.float aten.half aten.double
-aten.silu aten.silu_ aten.celu aten.celu_ aten.selu aten.selu_ aten.hardswish aten.hardswish_
-aten.hardsigmoid aten.hardsigmoid_ aten.hardtanh aten.hardtanh_ aten.relu6 aten.relu6_
-aten.leaky_relu aten.leaky_relu_ aten.log_sigmoid aten.mish aten.mish_ aten.softplus
-aten.rrelu aten.rrelu_ aten.hardshrink aten.softshrink aten.gelu aten.gelu_ aten.elu aten.elu_
-aten.clip aten.clip_ aten.square aten.square_ aten.divide aten.multiply aten.subtract
-aten.true_divide aten.floor_divide aten.nan_to_num aten.nan_to_num_ aten.uniform_ aten.normal_
-aten.requires_grad_ aten.pin_memory aten._to_copy aten.expand_copy aten.threshold aten.threshold_
-aten.positive aten.negative aten.absolute aten.fix aten.isfinite aten.isinf aten.isnan
-aten.resolve_conj aten.resolve_neg aten.special_expit
-aten.exponential_ aten.random_ aten.min.other aten.max.other aten.native_dropout
-aten.float_power aten.logical_and aten.logical_or aten.logical_not aten.greater aten.less
-aten.__and__ aten.__or__ aten.__xor__ aten.eq_ aten.quantize_per_tensor aten.fake_quantize_per_tensor_affine aten.lerp aten.lerp_
+aten.lift_fresh_copy aten.lift_fresh aten.zeros_like aten.ones_like aten.full_like
+aten.empty_like aten.rand_like aten.randn_like aten.where aten.masked_fill aten.masked_fill_
+aten.fill_ aten.fill aten.zero_ aten.copy_ aten.copy aten.bernoulli aten.bernoulli_ aten.float
+aten.half aten.double aten.silu aten.silu_ aten.celu aten.celu_ aten.selu aten.selu_
+aten.hardswish aten.hardswish_ aten.hardsigmoid aten.hardsigmoid_ aten.hardtanh aten.hardtanh_
+aten.relu6 aten.relu6_ aten.leaky_relu aten.leaky_relu_ aten.log_sigmoid aten.mish aten.mish_
+aten.softplus aten.rrelu aten.rrelu_ aten.hardshrink aten.softshrink aten.gelu aten.gelu_
+aten.elu aten.elu_ aten.clip aten.clip_ aten.square aten.square_ aten.divide aten.multiply
+aten.subtract aten.true_divide aten.floor_divide aten.nan_to_num aten.nan_to_num_ aten.uniform_
+aten.normal_ aten.requires_grad_ aten.pin_memory aten._to_copy aten.expand_copy aten.threshold
+aten.threshold_ aten.positive aten.negative aten.absolute aten.fix aten.isfinite aten.isinf
+aten.isnan aten.resolve_conj aten.resolve_neg aten.special_expit aten.exponential_ aten.random_
+aten.min.other aten.max.other aten.native_dropout aten.float_power aten.logical_and
+aten.logical_or aten.logical_not aten.greater aten.less aten.__and__ aten.__or__ aten.__xor__
+aten.eq_ aten.quantize_per_tensor aten.fake_quantize_per_tensor_affine aten.lerp aten.lerp_
 """.split()
 
 

@@ -73,7 +73,7 @@ def along(op: Op) -> Output:
     x = list(op.dims(source))
     dims = op.arg("dims") if op.has("dims") else op.arg("dim")
     sizes = op.sizes[op.node]
-    for i, dim in enumerate(dims_of(dims, len(x))):
+    for dim in dims_of(dims, len(x)):
         op.freeze(x[dim], f"{name} runs along it")
         if op.out_sizes[dim] != x[dim].size:
             x[dim] = op.frozen(op.out_sizes[dim], f"{name} changes its length")

@@ -170,7 +170,7 @@ class Op:
         return tuple(out)
 
     def literal(self, name: str, *sub: int, term: Term, sign: int = 1) -> None:
-        """Record that an argument (or an item of it) is the size of `term`; defaults are skipped."""
+        """Record that an argument (or an item of it) is the size of `term`; no default is."""
         position, _ = _schema(self.node.target)[name]
         if position < len(self.node.args):
             path: Path = (position, *sub)

@@ -8,7 +8,7 @@ from torch import nn
 
 from depcut.errors import VerificationError
 from depcut.keep import Keep
-from depcut.rewrite.graph import CannotGenerate, generate, parent_of
+from depcut.rewrite.graph import CannotGenerateError, generate, parent_of
 from depcut.rewrite.literals import solve
 from depcut.rewrite.module import set_attributes
 from depcut.rewrite.tensors import narrowed_copy
@@ -47,7 +47,7 @@ class Slim:
                     self._put(name, module)
                     self.generated[name] = why
                     return name
-                except CannotGenerate as error:
+                except CannotGenerateError as error:
                     problem = str(error)
             if not name:
                 break

@@ -33,11 +33,11 @@ def _symbolic(size: Any) -> Any:
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 
-class CannotGenerate(Exception):
+class CannotGenerateError(Exception):
     """The graph of a module call is not closed: the enclosing module must be generated instead."""
 
 
-class _Opaque(Exception):
+class _OpaqueError(Exception):
     """A child cannot be called as a module, since something inside of it is used outside."""
 
     def __init__(self, child: int) -> None:
@@ -67,7 +67,7 @@ def generate(slim: nn.Module, keep: Keep, name: str, inlined: set[str]) -> Gener
         inlined: Modules that must not be called, as their code cannot express the sizes either.
 
     Raises:
-        CannotGenerate: It uses values that are not among its arguments.
+        CannotGenerateError: It uses values that are not among its arguments.
     """
     call = _call_of(keep.coupling.program, name)
     inline = {id(c) for c in keep.coupling.program.calls if c.module in inlined}
@@ -75,7 +75,7 @@ def generate(slim: nn.Module, keep: Keep, name: str, inlined: set[str]) -> Gener
         builder = _Builder(keep, name, call, inline)
         try:
             graph = builder.build()
-        except _Opaque as leak:
+        except _OpaqueError as leak:
             inline.add(leak.child)
             continue
         return GeneratedModule(slim.get_submodule(name), graph, call, builder.constants)
@@ -87,7 +87,7 @@ def _call_of(program: Program, name: str) -> ModuleCall:
         return ModuleCall("", leaves, program.in_spec, tuple(program.outputs), program.out_spec)
     calls = [c for c in program.calls if c.module == name]
     if len(calls) != 1:
-        raise CannotGenerate(f"{name} is called {len(calls)} times")
+        raise CannotGenerateError(f"{name} is called {len(calls)} times")
     return calls[0]
 
 
@@ -163,8 +163,8 @@ class _Builder:
     def _call_child(self, call: ModuleCall) -> None:
         try:
             leaves = [self._value(leaf) for leaf in call.leaves]
-        except CannotGenerate:
-            raise _Opaque(id(call)) from None
+        except CannotGenerateError:
+            raise _OpaqueError(id(call)) from None
         args, kwargs = pytree.tree_unflatten(leaves, call.spec)
         relative = call.module[len(self.name) + 1 :] if self.name else call.module
         result = self.graph.call_module(relative, args, kwargs)
@@ -189,9 +189,9 @@ class _Builder:
         elif node.op == "call_function" and self._is_size(node):
             self.env[node] = self._size(node)
         elif node in self.children:
-            raise _Opaque(id(self.children[node]))
+            raise _OpaqueError(id(self.children[node]))
         else:
-            raise CannotGenerate(f"{self.name} uses {node.name}, which is not an argument")
+            raise CannotGenerateError(f"{self.name} uses {node.name}, which is not an argument")
 
     def _parameter(self, name: str) -> fx.Node:
         if name in self.program.anonymous:
@@ -202,7 +202,7 @@ class _Builder:
         for alias in self.program.aliases.get(name, (name,)):
             if alias.startswith(prefix):
                 return self.graph.get_attr(alias[len(prefix) :])
-        raise CannotGenerate(f"{self.name} uses {name}, which it does not own")
+        raise CannotGenerateError(f"{self.name} uses {name}, which it does not own")
 
     @staticmethod
     def _is_size(node: fx.Node) -> bool:
@@ -217,16 +217,17 @@ class _Builder:
             value = source.meta.get("val")
             if not isinstance(value, torch.Tensor) or not isinstance(copy, fx.Node):
                 continue
-            for dim, size in enumerate(value.shape):
-                times = _symbolic(size) / wanted if isinstance(size, torch.SymInt) else None
-                if times is not None and times.is_Integer:
+            sizes: Any = value.shape
+            for dim, size in enumerate(sizes):
+                times = _symbolic(size) / wanted
+                if type(size) is not int and times.is_Integer:
                     read = self.graph.call_function(torch.ops.aten.sym_size.int, (copy, dim))
                     if times == 1:
                         return read
                     return self.graph.call_function(operator.floordiv, (read, int(times)))
         if node.target in _ARITHMETIC:
             return self.graph.call_function(node.target, tuple(map(self._value, node.args)))
-        raise CannotGenerate(f"{self.name} uses the size {wanted}, which is not at hand")
+        raise CannotGenerateError(f"{self.name} uses the size {wanted}, which is not at hand")
 
     def _copy(self, node: fx.Node) -> None:
         if node.op == "get_attr":
@@ -284,7 +285,7 @@ def _set(node: fx.Node, path: tuple[int | str, ...], value: Any) -> None:
         if not rest:
             return value
         items = list(container)
-        items[rest[0]] = replaced(items[rest[0]], rest[1:])  # type: ignore[index, call-overload]
+        items[rest[0]] = replaced(items[rest[0]], rest[1:])  # type: ignore[index]
         return items
 
     head = path[0]
@@ -339,7 +340,8 @@ class GeneratedModule(nn.Module):
         for key, value in constants.items():
             self.register_buffer(key, value.detach().clone(), persistent=False)
         self.replaces = f"{type(original).__module__}.{type(original).__qualname__}"
-        self.graph, self.in_spec, self.out_spec = graph, call.spec, call.out_spec
+        self.graph = graph
+        self.in_spec, self.out_spec = call.spec, call.out_spec
         self.signature = inspect.signature(type(original).forward)
         self._compile()
 
@@ -372,7 +374,8 @@ class GeneratedModule(nn.Module):
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if spec != self.in_spec:
             leaves = self._rebound(args, kwargs)
-        return pytree.tree_unflatten(self._run(self, *leaves), self.out_spec)
+        run: Any = self.__dict__["_run"]
+        return pytree.tree_unflatten(run(self, *leaves), self.out_spec)
 
     def _rebound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """The leaves of a call that passes the same arguments by position or keyword otherwise."""

@@ -72,7 +72,8 @@ def _standard(module: nn.Module) -> None:
                 tensor = getattr(module, parameter, None)
                 if tensor is None and attribute == "num_features":
                     tensor = getattr(module, "running_mean", None)
-                if tensor is not None and hasattr(module, attribute):
-                    if tensor.ndim > dim and (attribute != "num_parameters" or tensor.numel() > 1):
-                        setattr(module, attribute, tensor.shape[dim])
+                if tensor is None or not hasattr(module, attribute) or tensor.ndim <= dim:
+                    continue
+                if attribute != "num_parameters" or tensor.numel() > 1:
+                    setattr(module, attribute, tensor.shape[dim])
             return

@@ -1,0 +1,161 @@
+"""What the benchmarks share: fair timing, torch's own count of MACs, and written results."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any, TypeVar
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+sys.path.insert(0, str(HERE.parent / "tests"))  # the zoo and the oracle live with the tests
+
+Result = TypeVar("Result")
+Row = dict[str, Any]
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Garbage collection off, and what is alive set aside, for the time of the context."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+def timed(function: Callable[[], Result]) -> tuple[float, Result]:
+    """Seconds of one call without garbage collection, and its result."""
+    with without_collection():
+        start = time.perf_counter()
+        result = function()
+        return time.perf_counter() - start, result
+
+
+def interleaved(candidates: Sequence[Callable[[], float]], repeat: int) -> list[list[float]]:
+    """Samples of each candidate (which returns its own seconds), taken in turns."""
+    rounds = [[candidate() for candidate in candidates] for _ in range(repeat)]
+    return [list(samples) for samples in zip(*rounds, strict=True)]
+
+
+def median_of(function: Callable[[], Any], repeat: int, warm: int = 1) -> float:
+    """Median seconds of several calls after some that do not count."""
+    for _ in range(warm):
+        function()
+    return median(timed(function)[0] for _ in range(repeat))
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """NaN where there are none."""
+    logs = [math.log(v) for v in values]
+    return math.exp(sum(logs) / len(logs)) if logs else math.nan
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+
+
+def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
+    with torch.no_grad():
+        return [leaf for leaf in tree_leaves(call(model, inputs)) if isinstance(leaf, Tensor)]
+
+
+def shapes(model: nn.Module, inputs: Any) -> list[tuple[int, ...]]:
+    return [tuple(t.shape) for t in outputs(model, inputs)]
+
+
+def counted_macs(model: nn.Module, inputs: Any) -> dict[str, float]:
+    """Multiply-accumulates by operator as torch's FlopCounterMode counts them.
+
+    Attention runs as plain matrix products for it, since the counter knows no fused CPU kernel.
+    """
+    counter = FlopCounterMode(display=False)
+    with counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        call(model, inputs)
+    return {str(op): flops / 2 for op, flops in counter.get_flop_counts()["Global"].items()}
+
+
+def params_of(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+
+
+def machine() -> Row:
+    """What the numbers were measured on."""
+    info = Path("/proc/cpuinfo")
+    models = [
+        line.partition(":")[2].strip()
+        for line in (info.read_text().splitlines() if info.exists() else ())
+        if line.startswith("model name")
+    ]
+    return {
+        "cpu": models[0] if models else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def write(name: str, rows: Sequence[Row], summary: Mapping[str, Any]) -> list[Path]:
+    """Rows as CSV, and all of it with the machine as JSON, under benchmarks/results/."""
+    RESULTS.mkdir(exist_ok=True)
+    as_json, as_csv = RESULTS / f"{name}.json", RESULTS / f"{name}.csv"
+    data = {"machine": machine(), "summary": dict(summary), "rows": list(rows)}
+    as_json.write_text(json.dumps(data, indent=1, default=str) + "\n")
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with as_csv.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: _cell(v) for k, v in row.items()} for row in rows)
+    return [as_json, as_csv]
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "; ".join(map(str, value)) if isinstance(value, list | dict) else value
+
+
+def table(title: str, columns: Mapping[str, Callable[[Row], str]], rows: Iterable[Row]) -> Table:
+    """One column per entry, its text made from the row; a row with an error shows that instead."""
+    made = Table(title=title)
+    for i, column in enumerate(columns):
+        made.add_column(column, justify="right" if i else "left", overflow="fold")
+    for row in rows:
+        if "error" in row:
+            made.add_row(row["name"], "FAIL")
+            continue
+        made.add_row(*(show(row) for show in columns.values()))
+    return made
+
+
+def console() -> Console:
+    """Wide enough for the tables where the output is a file."""
+    terminal = Console()
+    return terminal if terminal.is_terminal else Console(width=200, highlight=False)

@@ -1,0 +1,290 @@
+"""How long does depcut take after capture, beside Torch-Pruning's build + step?
+
+Both run in this process on one thread and take turns. depcut's side is everything after capture:
+inference, plan, rewrite and verification, all from one captured program. Torch-Pruning's side is
+its dependency graph and one step of a uniform magnitude pruner, with no verification; the layers
+that must not be narrowed are given to it. Each member is tried with it in a subprocess first, since
+on some it never returns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import math
+import multiprocessing
+import pstats
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from fnmatch import fnmatchcase
+from multiprocessing.connection import Connection
+from statistics import median
+from typing import Any
+
+import measure
+import torch
+import torch_pruning
+import zoo
+from measure import Row
+from rich.progress import Progress
+from torch import nn
+
+import depcut
+from depcut.analysis import Analysis
+from depcut.capture import capture
+from depcut.coupling import infer, layer_of
+from depcut.program import Program
+
+COMPLETES = ("works", "prunes nothing", "forward fails", "wrong outputs")
+
+
+def main() -> int:
+    options = parsed()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    zoo.libraries()
+    names = [n for n in zoo.ZOO if any(fnmatchcase(n, p) for p in options.names)]
+    console, rows = measure.console(), []
+    # no refreshing thread: a process that forks should have one thread
+    with Progress(console=console, auto_refresh=False) as progress:
+        task = progress.add_task("depcut beside Torch-Pruning", total=len(names))
+        for name in names:
+            rows.append(attempt(name, options))
+            progress.console.print(line(rows[-1]))
+            progress.advance(task)
+            progress.refresh()
+    totals = summary(rows)
+    console.print(measure.table("After capture, beside Torch-Pruning", COLUMNS, rows))
+    for key, value in totals.items():
+        console.print(f"{key}: {value}")
+    for path in measure.write(options.results, rows, totals):
+        console.print(f"written: {path}")
+    return int(any("error" in row for row in rows))
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", default=["*"], help="globs over members; default: all")
+    parser.add_argument("--repeat", type=int, default=3, help="rounds, both sides once in each")
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds until the peer hangs")
+    parser.add_argument(
+        "--peer-ratio", type=float, default=0.3, help="its share of channels: MACs about halve"
+    )
+    parser.add_argument("--profile", action="store_true", help="name depcut's dearest functions")
+    parser.add_argument("--results", default="speed", help="name of the files under results/")
+    return parser.parse_args()
+
+
+def attempt(name: str, options: argparse.Namespace) -> Row:
+    """The row of one member; a failure becomes a row, too."""
+    try:
+        return compare(name, options)
+    except Exception as error:  # noqa: BLE001  (whatever a member does, the others still run)
+        return {"name": name, "error": measure.first_line(error)}
+
+
+def compare(name: str, options: argparse.Namespace) -> Row:
+    member, model = zoo.ZOO[name], zoo.build(name)
+    with counted_exports() as exports:
+        whole, _ = measure.timed(lambda: depcut.shrink(model, 0.5, member.inputs(2), align=1))
+    program = capture(model, member.inputs(2))
+    fixed = output_layers(Analysis(model, infer(program)))
+    stages = [staged(model, program) for _ in range(options.repeat + 1)][1:]
+    row = {
+        "name": name,
+        "exports": len(exports),
+        "shrink_s": whole,
+        **{f"{stage}_s": median(s[stage] for s in stages) for stage in stages[0]},
+        "ignored_layers": fixed,
+        **verdict(name, fixed, options),
+    }
+    if options.profile:
+        row["profile"] = dearest(lambda: after_capture(model, program))
+    if row["peer"] not in COMPLETES:
+        row["after_capture_s"] = median(sum(s.values()) for s in stages)
+        return row
+
+    def ours() -> float:
+        return measure.timed(lambda: after_capture(model, program))[0]
+
+    def theirs() -> float:
+        copy = deepcopy(model)
+        return measure.timed(lambda: peer(copy, member.inputs(1), fixed, options.peer_ratio))[0]
+
+    ours(), theirs()
+    samples = measure.interleaved([ours, theirs], options.repeat)
+    row["after_capture_s"], row["peer_s"] = map(median, samples)
+    row["ratio"] = median(a / b for a, b in zip(*samples, strict=True))
+    row["samples"], row["peer_samples"] = samples
+    return row
+
+
+def after_capture(model: nn.Module, program: Program) -> nn.Module:
+    return Analysis(model, infer(program)).plan(0.5, align=1).apply(model)
+
+
+def staged(model: nn.Module, program: Program) -> dict[str, float]:
+    """Seconds of each stage after capture."""
+    infer_s, coupling = measure.timed(lambda: infer(program))
+    plan_s, plan = measure.timed(lambda: Analysis(model, coupling).plan(0.5, align=1))
+    apply_s, _ = measure.timed(lambda: plan.apply(model))
+    return {"infer": infer_s, "plan": plan_s, "apply": apply_s}
+
+
+@contextmanager
+def counted_exports() -> Iterator[list[str]]:
+    """The calls of torch.export.export, noted in the list."""
+    export, calls = torch.export.export, []
+
+    def noted(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        calls.append(type(module).__name__)
+        return export(module, *args, **kwargs)
+
+    torch.export.export = noted
+    try:
+        yield calls
+    finally:
+        torch.export.export = export
+
+
+def dearest(function: Callable[[], Any], count: int = 6) -> list[str]:
+    """The functions that most of the time is spent under, those of depcut only."""
+    with cProfile.Profile() as profile:
+        function()
+    found = []
+    for (file, _, name), (_, _, own, below, _) in pstats.Stats(profile).stats.items():
+        if "/depcut/" in file:
+            found.append(
+                (below, f"{file.rpartition('/depcut/')[2]}:{name} {below:.3f}/{own:.3f} s")
+            )
+    return [text for _, text in sorted(found, reverse=True)[:count]]
+
+
+# The peer -----------------------------------------------------------------------------------------
+
+
+def output_layers(analysis: Analysis) -> list[str]:
+    """Layers whose narrowing would narrow an output of the model."""
+    return sorted(
+        {layer_of(f.tensor) for f in analysis.frozen if f.dim == 0 and "output" in f.reason}
+    )
+
+
+def peer(model: nn.Module, inputs: Any, fixed: list[str], ratio: float) -> nn.Module:
+    """Torch-Pruning's build and step, in place, as its documentation shows them."""
+    modules = dict(model.named_modules())
+    pruner = torch_pruning.pruner.BasePruner(
+        model,
+        inputs,
+        importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
+        pruning_ratio=ratio,
+        ignored_layers=[modules[name] for name in fixed if name in modules],
+        in_channel_groups={},  # its defaults are shared between pruners
+        out_channel_groups={},
+        num_heads={},
+    )
+    pruner.step()
+    return model
+
+
+def verdict(name: str, fixed: list[str], options: argparse.Namespace) -> Row:
+    """What the peer does with a member, tried in a process that can be killed."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    arguments = (sender, name, fixed, options.peer_ratio)
+    process = context.Process(target=try_peer, args=arguments, daemon=True)
+    process.start()
+    sender.close()
+    try:
+        if not receiver.poll(options.limit):
+            return {"peer": "hangs", "peer_detail": f"no result after {options.limit:g} s"}
+        return receiver.recv()
+    except EOFError:
+        process.join()
+        return {"peer": "dies", "peer_detail": f"exit code {process.exitcode}"}
+    finally:
+        process.kill()
+        process.join()
+
+
+def try_peer(sender: Connection, name: str, fixed: list[str], ratio: float) -> None:
+    member, model = zoo.ZOO[name], zoo.build(name)
+    inputs = member.inputs(1)
+    expected = measure.shapes(model, inputs)
+    dense = sum(measure.counted_macs(model, inputs).values())
+    sizes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    try:
+        slim = peer(model, inputs, fixed, ratio)
+    except Exception as error:  # noqa: BLE001  (the error is the finding)
+        sender.send({"peer": "raises", "peer_detail": measure.first_line(error)})
+        return
+    try:
+        right = measure.shapes(slim, inputs) == expected
+        kept = sum(measure.counted_macs(slim, inputs).values()) / dense
+    except Exception as error:  # noqa: BLE001
+        sender.send({"peer": "forward fails", "peer_detail": measure.first_line(error)})
+        return
+    same = {n: tuple(p.shape) for n, p in slim.named_parameters()} == sizes
+    kind = "prunes nothing" if same else "works" if right else "wrong outputs"
+    sender.send({"peer": kind, "peer_detail": "", "peer_macs_kept": kept})
+
+
+# Results ------------------------------------------------------------------------------------------
+
+
+def summary(rows: list[Row]) -> Row:
+    done = [r for r in rows if "error" not in r]
+    paired = [r for r in done if "ratio" in r]
+    working = [r for r in paired if r["peer"] == "works"]
+    kinds: dict[str, list[str]] = {}
+    for row in done:
+        kinds.setdefault(row["peer"], []).append(row["name"])
+    return {
+        "members that depcut shrinks": f"{len(done)}/{len(rows)}",
+        "exactly one export": f"{sum(r['exports'] == 1 for r in done)}/{len(done)}",
+        "more than one export": [r["name"] for r in done if r["exports"] != 1],
+        "ratio, peer returns": mean(paired),
+        "ratio, peer's result works": mean(working),
+        "slowest beside the peer": [
+            f"{r['name']} {r['ratio']:.2f}" for r in sorted(paired, key=lambda r: -r["ratio"])[:8]
+        ],
+        **{f"peer {kind}": names for kind, names in sorted(kinds.items())},
+    }
+
+
+def mean(rows: list[Row]) -> str:
+    value = measure.geometric_mean(r["ratio"] for r in rows)
+    return "none" if math.isnan(value) else f"{value:.3f} (geometric mean of {len(rows)})"
+
+
+def line(row: Row) -> str:
+    if "error" in row:
+        return f"FAIL {row['name']}: {row['error']}"
+    ratio = f"{row['ratio']:.2f} of {row['peer_s']:.2f} s" if "ratio" in row else ""
+    return f"{row['name']}: {row['after_capture_s']:.2f} s, {ratio} peer {row['peer']}"
+
+
+def seconds(key: str) -> Callable[[Row], str]:
+    return lambda row: f"{row[key]:.3f}" if key in row else ""
+
+
+COLUMNS = {
+    "name": lambda r: r["name"],
+    "exports": lambda r: str(r["exports"]),
+    "shrink s": lambda r: f"{r['shrink_s']:.2f}",
+    "infer s": seconds("infer_s"),
+    "plan s": seconds("plan_s"),
+    "rewrite, verify s": seconds("apply_s"),
+    "after capture s": seconds("after_capture_s"),
+    "peer s": seconds("peer_s"),
+    "ratio": lambda r: f"{r['ratio']:.2f}" if "ratio" in r else "",
+    "peer": lambda r: r["peer"],
+    "peer MACs kept": lambda r: f"{r['peer_macs_kept']:.2f}" if "peer_macs_kept" in r else "",
+    "detail": lambda r: r["peer_detail"][:60],
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""Models and inputs that are refused before any work is done."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from depcut.errors import CaptureError, InputError, listed
+
+
+def check_model(model: object) -> None:
+    """Refuse what cannot be rewritten: no module, scripted, quantized, non-finite weights.
+
+    Raises:
+        CaptureError: The model is scripted or quantized.
+        InputError: It is no module, or its weights are not finite.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(
+            "the model is scripted (torch.jit): its code cannot be rewritten",
+            where=type(model).__name__,
+            remedy="pass the nn.Module it was scripted from",
+        )
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"model is a {type(model).__name__}, not a torch.nn.Module",
+            where="model",
+            remedy="pass the module itself",
+        )
+    for name, module in model.named_modules():
+        quantized = ".quantized" in type(module).__module__ and hasattr(module, "_packed_params")
+        scripted = isinstance(module, torch.jit.ScriptModule)
+        if quantized or scripted or ".quantized.modules" in type(module).__module__:
+            kind = "scripted" if scripted else "quantized"
+            raise CaptureError(
+                f"the model holds a {kind} module: {type(module).__name__}",
+                where=f"layer {name!r}",
+                remedy=f"shrink the model first, then have it {kind}",
+            )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_quantized:
+            raise CaptureError(
+                "the model holds a quantized tensor", where=name, remedy="shrink, then quantize"
+            )
+        if isinstance(tensor, nn.Parameter) and not _is_finite(tensor):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise InputError(
+                f"{bad} of {tensor.numel()} weights are not finite (NaN or infinite)",
+                where=name,
+                remedy="repair the checkpoint; a ranking of such weights would mean nothing",
+            )
+
+
+def check_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse arguments that the model's forward does not take.
+
+    Raises:
+        InputError: Names the argument and the signature.
+    """
+    signature = inspect.signature(model.forward)
+    try:
+        kinds = {p.kind for p in signature.parameters.values()}
+        unknown = [k for k in kwargs if k not in signature.parameters]
+        if unknown and inspect.Parameter.VAR_KEYWORD not in kinds:
+            raise TypeError(f"unexpected keyword {listed(unknown)}")
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise InputError(
+            f"the model does not take these inputs: {error}",
+            where=f"{type(model).__name__}.forward{signature}",
+            remedy="pass inputs= as a tuple of its positional or a dict of its keyword arguments",
+        ) from None
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if tensor.is_meta or not tensor.is_floating_point():
+        return True
+    # The sum is a cheap first look; it may overflow where every value is finite.
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
