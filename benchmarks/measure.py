@@ -91,9 +91,33 @@ def counted_macs(model: nn.Module, inputs: Any) -> dict[str, float]:
     Attention runs as plain matrix products for it, since the counter knows no fused CPU kernel.
     """
     counter = FlopCounterMode(display=False)
-    with counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+    with plain_attention(), without_gradients(model), torch.no_grad(), counter:
         call(model, inputs)
     return {str(op): flops / 2 for op, flops in counter.get_flop_counts()["Global"].items()}
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextmanager
+def without_gradients(model: nn.Module) -> Iterator[None]:
+    """The counter's hooks fail on parameters that are passed to a module as arguments."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def params_of(model: nn.Module) -> int:

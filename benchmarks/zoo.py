@@ -46,7 +46,7 @@ def main() -> int:
         if "error" in row:
             console.print(f"FAIL {row['name']}: {row['error']}", style="red")
         elif row["generated"]:
-            console.print(f"{row['name']} generated: {row['generated']}")
+            console.print(f"{row['name']} generated: {generated(row)}")
     console.print(
         f"shrunk {totals['shrunk']}, within {1 - options.ratio:g}+-{TOLERANCE:g} "
         f"{totals['within']} (by torch's count {totals['within_counted']}), "
@@ -100,6 +100,7 @@ def attempt(name: str, ratio: float) -> Row:
 
 def examine(name: str, ratio: float) -> Row:
     member, model = zoo.ZOO[name], zoo.build(name)
+    measure.outputs(model, member.inputs(2))  # some models install hooks at their first call
     before = snapshot(model)
     capture_s, program = measure.timed(lambda: capture(model, member.inputs(2)))
     analysis_s = measure.median_of(lambda: infer(program), 5)
@@ -196,6 +197,11 @@ def summary(rows: list[Row], ratio: float) -> Row:
         "slowest_analysis": slowest["name"],
         "missed": len(done) - len(within),
     }
+
+
+def generated(row: Row) -> str:
+    first, *others = row["generated"].items()
+    return f"{first[0]} ({first[1]})" + (f" and {len(others)} more" if others else "")
 
 
 COLUMNS = {

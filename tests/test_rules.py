@@ -1,9 +1,9 @@
 """Every operator rule, judged by brute force: slicing before the operator equals slicing after it.
 
-Each case is a function whose operands are all parameters, so that every dimension is free to go. The
-sum of its results is the model's output: it fixes no dimension. For kept sets of every group, the
-captured graph runs twice, dense (with the consumer-side slices zeroed) and on sliced operands with
-rewritten literals; every node's sliced value must be the slice of its dense value.
+Each case is a function whose operands are all parameters, so that every dimension is free to go.
+The sum of its results is the model's output: it fixes no dimension. For kept sets of every group,
+the captured graph runs twice, dense (with the consumer-side slices zeroed) and on sliced operands
+with rewritten literals; every node's sliced value must be the slice of its dense value.
 """
 
 from __future__ import annotations
@@ -42,14 +42,12 @@ class Case:
         operands: Shapes of parameters, or the values of buffers.
         groups: Sizes of the groups that the rule must leave free, ascending.
         noise: The values are random (or undefined): only shapes can be compared.
-        positive: The parameters are drawn from (0.5, 1.5).
     """
 
     run: Callable[..., Any]
     operands: tuple[tuple[int, ...] | Tensor, ...]
     groups: tuple[int, ...]
     noise: bool = False
-    positive: bool = False
 
 
 BATCH = torch.zeros(2, dtype=torch.float64)
@@ -62,10 +60,9 @@ def case(
     *operands: tuple[int, ...] | Tensor,
     groups: tuple[int, ...],
     noise: bool = False,
-    positive: bool = False,
 ) -> None:
     assert name not in CASES, name
-    CASES[name] = Case(run, operands, groups, noise, positive)
+    CASES[name] = Case(run, operands, groups, noise)
 
 
 class Operands(nn.Module):
@@ -80,19 +77,13 @@ class Operands(nn.Module):
             if isinstance(operand, Tensor):
                 self.register_buffer(f"t{i}", operand.clone())
             else:
-                draw = torch.rand if case.positive else torch.randn
-                values = draw(operand, generator=generator, dtype=torch.float64)
-                self.register_parameter(f"t{i}", nn.Parameter(values + 0.5 * case.positive))
+                values = torch.randn(operand, generator=generator, dtype=torch.float64)
+                self.register_parameter(f"t{i}", nn.Parameter(values))
 
     def forward(self, x: Tensor) -> Tensor:
         made = self.run(*(getattr(self, name) for name in self.names))
         leaves = [leaf for leaf in pytree.tree_leaves(made) if isinstance(leaf, Tensor)]
         return x + sum(leaf.to(torch.float64).sum() for leaf in leaves)
-
-
-def coupled(case: Case) -> tuple[Operands, Coupling]:
-    model = Operands(case).eval()
-    return model, infer(capture(model, BATCH))
 
 
 def kept_sets(coupling: Coupling, seed: int = 0) -> Iterator[Keep]:
@@ -134,13 +125,8 @@ def check(model: nn.Module, keep: Keep, noise: bool = False) -> None:
         _, small = Reference(keep, model, sliced=True).run([BATCH], watch=set(nodes))
     for node in nodes:
         output = coupling.env[node]
-        if output is None:
-            continue
-        pairs = [(output, dense[node], small[node])]
-        if isinstance(output, list):
-            pairs = list(zip(output, dense[node], small[node], strict=True))
-        for dims, before, after in pairs:
-            compare(node, sliced(before, keep, dims), after, keep, noise)
+        if isinstance(output, tuple) and node.users:  # results of lists come as nodes of their own
+            compare(node, sliced(dense[node], keep, output), small[node], keep, noise)
 
 
 def compare(node: fx.Node, expected: Tensor, made: Tensor, keep: Keep, noise: bool) -> None:
@@ -155,6 +141,15 @@ def compare(node: fx.Node, expected: Tensor, made: Tensor, keep: Keep, noise: bo
             equal_nan=True,
             msg=lambda text: f"{node.format_node()}\nkept: {units}\n{text}",
         )
+
+
+def judge(case: Case) -> Coupling:
+    """Infer the coupling of a case and check it for many kept sets."""
+    model = Operands(case).eval()
+    coupling = infer(capture(model, BATCH))
+    for keep in kept_sets(coupling):
+        check(model, keep, case.noise)
+    return coupling
 
 
 @pytest.fixture(autouse=True)
@@ -206,9 +201,15 @@ case("cast_like", lambda x, y: x.type_as(y.float()) * y.float(), (4, 6), (6,), g
 case("type_as_elsewhere", lambda x, y: x.type_as(y), (4, 6), (5, 3), groups=(3, 4, 5, 6))
 case("clone", lambda x: x.clone().contiguous().detach(), (4, 6), groups=(4, 6))
 case("likes", lambda x: (torch.zeros_like(x) + 1) * torch.full_like(x, 2.0), (4, 6), groups=(4, 6))
-case("rand_like", lambda x: torch.rand_like(x) + torch.empty_like(x), (4, 6), groups=(4, 6), noise=True)  # fmt: skip
+case(
+    "rand_like",
+    lambda x: torch.rand_like(x) + torch.empty_like(x),
+    (4, 6),
+    groups=(4, 6),
+    noise=True,
+)
 case("bernoulli", lambda x: torch.bernoulli(x.sigmoid()), (4, 6), groups=(4, 6), noise=True)
-case("frexp", lambda x: torch.frexp(x), (4, 6), groups=(4, 6))
+case("frexp", torch.frexp, (4, 6), groups=(4, 6))
 case("inplace", lambda x, y: (x + 0).add_(y).relu_().mul_(2), (4, 6), (6,), groups=(4, 6))
 case("fill", lambda x: (x + 0).fill_(3.0) + (x * 1).zero_(), (4, 6), groups=(4, 6))
 case("copy", lambda x, y: (x + 0).copy_(y), (4, 6), (6,), groups=(4, 6))
@@ -233,7 +234,13 @@ case("glu", lambda x: F.glu(x, -1), (4, 10), groups=(4, 5))
 case("glu_first", lambda x: F.glu(x, 0), (6, 5), groups=(3, 5))
 case("prelu_channels", F.prelu, (4, 6, 3), (6,), groups=(3, 4, 6))
 case("prelu_one", F.prelu, (4, 6), (1,), groups=(4, 6))
-case("prelu_kernel", lambda x, w: torch._prelu_kernel(x, w[:, None]), (4, 6, 3), (6,), groups=(3, 4, 6))  # fmt: skip
+case(
+    "prelu_kernel",
+    lambda x, w: torch._prelu_kernel(x, w[:, None]),
+    (4, 6, 3),
+    (6,),
+    groups=(3, 4, 6),
+)
 case("prelu_vector", F.prelu, (6,), (1,), groups=(6,))
 case("logit_of_mask", lambda m, x: m.to(x.dtype) * x, MASK, (4, 6), groups=(4, 6))
 
@@ -264,7 +271,14 @@ case("matmul_broadcast", torch.matmul, (3, 1, 4, 6), (2, 6, 5), groups=(2, 3, 4,
 case("matmul_batches", torch.matmul, (3, 2, 4, 6), (3, 2, 6, 5), groups=(2, 3, 4, 5, 6))
 case("matmul_itself", lambda x: x @ x.mT, (3, 4, 6), groups=(3, 4, 6))
 case("addmm", torch.addmm, (5,), (4, 6), (6, 5), groups=(4, 5, 6))
-case("addmm_scaled", lambda c, a, b: torch.addmm(c, a, b, beta=0.5, alpha=2), (4, 1), (4, 6), (6, 5), groups=(4, 5, 6))  # fmt: skip
+case(
+    "addmm_scaled",
+    lambda c, a, b: torch.addmm(c, a, b, beta=0.5, alpha=2),
+    (4, 1),
+    (4, 6),
+    (6, 5),
+    groups=(4, 5, 6),
+)
 case("baddbmm", torch.baddbmm, (3, 1, 5), (3, 4, 6), (3, 6, 5), groups=(3, 4, 5, 6))
 case("addmv", torch.addmv, (4,), (4, 6), (6,), groups=(4, 6))
 case("bilinear", F.bilinear, (4, 6), (4, 7), (5, 6, 7), (5,), groups=(4, 5, 6, 7))
@@ -301,75 +315,278 @@ case("conv2d", F.conv2d, (2, 6, 7, 7), (5, 6, 3, 3), (5,), groups=(2, 5, 6))
 case("conv3d", F.conv3d, (2, 6, 4, 4, 4), (5, 6, 3, 3, 3), groups=(2, 5, 6))
 case("conv2d_unbatched", F.conv2d, (6, 7, 7), (5, 6, 3, 3), (5,), groups=(5, 6))
 case("conv1d_unbatched", F.conv1d, (6, 7), (5, 6, 3), groups=(5, 6))
-case("conv2d_strided", lambda x, w: F.conv2d(x, w, None, 2, 1, 2), (2, 6, 9, 9), (5, 6, 3, 3), groups=(2, 5, 6))  # fmt: skip
-case("conv2d_same", lambda x, w: F.conv2d(x, w, padding="same"), (2, 6, 5, 5), (5, 6, 3, 3), groups=(2, 5, 6))  # fmt: skip
+case(
+    "conv2d_strided",
+    lambda x, w: F.conv2d(x, w, None, 2, 1, 2),
+    (2, 6, 9, 9),
+    (5, 6, 3, 3),
+    groups=(2, 5, 6),
+)
+case(
+    "conv2d_same",
+    lambda x, w: F.conv2d(x, w, padding="same"),
+    (2, 6, 5, 5),
+    (5, 6, 3, 3),
+    groups=(2, 5, 6),
+)
 case("conv2d_1x1", F.conv2d, (2, 6, 3, 4), (5, 6, 1, 1), (5,), groups=(2, 3, 4, 5, 6))
-case("conv2d_1x1_same", lambda x, w: F.conv2d(x, w, padding="same"), (2, 6, 3, 4), (5, 6, 1, 1), groups=(2, 3, 4, 5, 6))  # fmt: skip
-case("conv2d_1x1_strided", lambda x, w: F.conv2d(x, w, stride=2), (2, 6, 3, 4), (5, 6, 1, 1), groups=(2, 5, 6))  # fmt: skip
-case("conv1d_1_padded", lambda x, w: F.conv1d(x, w, padding=1), (2, 6, 3), (5, 6, 1), groups=(2, 5, 6))  # fmt: skip
-case("conv2d_grouped", lambda x, w, b: F.conv2d(x, w, b, groups=3), (2, 6, 4, 4), (12, 2, 3, 3), (12,), groups=(2, 2, 3, 4))  # fmt: skip
-case("conv2d_depthwise", lambda x, w, b: F.conv2d(x, w, b, groups=6), (2, 6, 4, 4), (6, 1, 3, 3), (6,), groups=(2, 6))  # fmt: skip
-case("conv1d_multiplied", lambda x, w: F.conv1d(x, w, groups=6), (2, 6, 5), (18, 1, 3), groups=(2, 3, 6))  # fmt: skip
-case("conv3d_grouped", lambda x, w: F.conv3d(x, w, groups=2), (2, 6, 3, 3, 3), (10, 3, 2, 2, 2), groups=(2, 2, 3, 5))  # fmt: skip
-case("conv2d_grouped_unbatched", lambda x, w: F.conv2d(x, w, groups=3), (6, 4, 4), (12, 2, 3, 3), groups=(2, 3, 4))  # fmt: skip
+case(
+    "conv2d_1x1_same",
+    lambda x, w: F.conv2d(x, w, padding="same"),
+    (2, 6, 3, 4),
+    (5, 6, 1, 1),
+    groups=(2, 3, 4, 5, 6),
+)
+case(
+    "conv2d_1x1_strided",
+    lambda x, w: F.conv2d(x, w, stride=2),
+    (2, 6, 3, 4),
+    (5, 6, 1, 1),
+    groups=(2, 5, 6),
+)
+case(
+    "conv1d_1_padded",
+    lambda x, w: F.conv1d(x, w, padding=1),
+    (2, 6, 3),
+    (5, 6, 1),
+    groups=(2, 5, 6),
+)
+case(
+    "conv2d_grouped",
+    lambda x, w, b: F.conv2d(x, w, b, groups=3),
+    (2, 6, 4, 4),
+    (12, 2, 3, 3),
+    (12,),
+    groups=(2, 2, 3, 4),
+)
+case(
+    "conv2d_depthwise",
+    lambda x, w, b: F.conv2d(x, w, b, groups=6),
+    (2, 6, 4, 4),
+    (6, 1, 3, 3),
+    (6,),
+    groups=(2, 6),
+)
+case(
+    "conv1d_multiplied",
+    lambda x, w: F.conv1d(x, w, groups=6),
+    (2, 6, 5),
+    (18, 1, 3),
+    groups=(2, 3, 6),
+)
+case(
+    "conv3d_grouped",
+    lambda x, w: F.conv3d(x, w, groups=2),
+    (2, 6, 3, 3, 3),
+    (10, 3, 2, 2, 2),
+    groups=(2, 2, 3, 5),
+)
+case(
+    "conv2d_grouped_unbatched",
+    lambda x, w: F.conv2d(x, w, groups=3),
+    (6, 4, 4),
+    (12, 2, 3, 3),
+    groups=(2, 3, 4),
+)
 case("conv_transpose1d", F.conv_transpose1d, (2, 6, 5), (6, 4, 3), (4,), groups=(2, 4, 6))
-case("conv_transpose2d", lambda x, w: F.conv_transpose2d(x, w, None, 2, 1, 1), (2, 6, 5, 5), (6, 4, 3, 3), groups=(2, 4, 6))  # fmt: skip
+case(
+    "conv_transpose2d",
+    lambda x, w: F.conv_transpose2d(x, w, None, 2, 1, 1),
+    (2, 6, 5, 5),
+    (6, 4, 3, 3),
+    groups=(2, 4, 6),
+)
 case("conv_transpose3d", F.conv_transpose3d, (2, 6, 3, 3, 3), (6, 4, 2, 2, 2), groups=(2, 4, 6))
 case("conv_transpose2d_unbatched", F.conv_transpose2d, (6, 5, 5), (6, 4, 3, 3), groups=(4, 6))
 case("conv_transpose2d_1x1", F.conv_transpose2d, (2, 6, 5, 5), (6, 4, 1, 1), groups=(2, 4, 6))
-case("conv_transpose2d_grouped", lambda x, w, b: F.conv_transpose2d(x, w, b, groups=3), (2, 6, 4, 4), (6, 5, 3, 3), (15,), groups=(2, 2, 3, 5))  # fmt: skip
-case("conv_transpose1d_depthwise", lambda x, w: F.conv_transpose1d(x, w, groups=6), (2, 6, 4), (6, 1, 3), groups=(2, 6))  # fmt: skip
-case("conv_twice_grouped", lambda x, v, w: F.conv1d(F.conv1d(x, v, groups=2), w, groups=3), (2, 6, 5), (12, 3, 3), (6, 4, 1), groups=(2, 2, 3))  # fmt: skip
+case(
+    "conv_transpose2d_grouped",
+    lambda x, w, b: F.conv_transpose2d(x, w, b, groups=3),
+    (2, 6, 4, 4),
+    (6, 5, 3, 3),
+    (15,),
+    groups=(2, 2, 3, 5),
+)
+case(
+    "conv_transpose1d_depthwise",
+    lambda x, w: F.conv_transpose1d(x, w, groups=6),
+    (2, 6, 4),
+    (6, 1, 3),
+    groups=(2, 6),
+)
+case(
+    "conv_twice_grouped",
+    lambda x, v, w: F.conv1d(F.conv1d(x, v, groups=2), w, groups=3),
+    (2, 6, 5),
+    (12, 3, 3),
+    (6, 4, 1),
+    groups=(2, 2, 3),
+)
 
 case("max_pool1d", lambda x: F.max_pool1d(x, 2), (2, 6, 8), groups=(2, 6))
 case("max_pool2d", lambda x: F.max_pool2d(x, 3, 2, 1), (2, 6, 8, 8), groups=(2, 6))
 case("max_pool3d", lambda x: F.max_pool3d(x, 2), (2, 6, 4, 4, 4), groups=(2, 6))
 case("max_pool2d_unbatched", lambda x: F.max_pool2d(x, 2), (6, 4, 4), groups=(6,))
-case("max_pool2d_indices", lambda x: F.max_pool2d(x, 2, return_indices=True), (2, 6, 4, 4), groups=(2, 6))  # fmt: skip
-case("max_pool1d_indices", lambda x: F.max_pool1d(x, 2, return_indices=True), (2, 6, 4), groups=(2, 6))  # fmt: skip
+case(
+    "max_pool2d_indices",
+    lambda x: F.max_pool2d(x, 2, return_indices=True),
+    (2, 6, 4, 4),
+    groups=(2, 6),
+)
+case(
+    "max_pool1d_indices",
+    lambda x: F.max_pool1d(x, 2, return_indices=True),
+    (2, 6, 4),
+    groups=(2, 6),
+)
 case("avg_pool1d", lambda x: F.avg_pool1d(x, 2), (2, 6, 8), groups=(2, 6))
 case("avg_pool2d", lambda x: F.avg_pool2d(x, 2, ceil_mode=True), (2, 6, 5, 5), groups=(2, 6))
 case("avg_pool3d", lambda x: F.avg_pool3d(x, 2), (2, 6, 4, 4, 4), groups=(2, 6))
 case("lp_pool2d", lambda x: F.lp_pool2d(x, 2, 2), (2, 6, 4, 4), groups=(2, 6))
 case("adaptive_avg_pool1d", lambda x: F.adaptive_avg_pool1d(x, 1), (2, 6, 8), groups=(2, 6))
-case("adaptive_avg_pool2d", lambda x: F.adaptive_avg_pool2d(x, (3, None)), (2, 6, 8, 5), groups=(2, 6))  # fmt: skip
+case(
+    "adaptive_avg_pool2d",
+    lambda x: F.adaptive_avg_pool2d(x, (3, None)),
+    (2, 6, 8, 5),
+    groups=(2, 6),
+)
 case("adaptive_avg_pool3d", lambda x: F.adaptive_avg_pool3d(x, 1), (2, 6, 4, 4, 4), groups=(2, 6))
 case("adaptive_max_pool2d", lambda x: F.adaptive_max_pool2d(x, 2), (2, 6, 5, 5), groups=(2, 6))
 case("adaptive_max_pool1d_unbatched", lambda x: F.adaptive_max_pool1d(x, 2), (6, 5), groups=(6,))
-case("max_pool2d_with_indices", lambda x: torch.ops.aten.max_pool2d_with_indices(x, [2, 2]), (2, 6, 4, 4), groups=(2, 6))  # fmt: skip
+case(
+    "max_pool2d_with_indices",
+    lambda x: torch.ops.aten.max_pool2d_with_indices(x, [2, 2]),
+    (2, 6, 4, 4),
+    groups=(2, 6),
+)
 case("adaptive_max_pool3d", lambda x: F.adaptive_max_pool3d(x, 2), (2, 6, 3, 3, 3), groups=(2, 6))
-case("upsample_nearest3d", lambda x: F.interpolate(x, scale_factor=2), (2, 6, 2, 2, 2), groups=(2, 6))  # fmt: skip
-case("upsample_bicubic2d", lambda x: F.interpolate(x, scale_factor=2, mode="bicubic"), (2, 6, 3, 3), groups=(2, 6))  # fmt: skip
-case("max_unpool2d", lambda x, y: F.max_unpool2d(y, F.max_pool2d(x, 2, return_indices=True)[1], 2), (2, 6, 4, 4), (2, 6, 2, 2), groups=(2, 6))  # fmt: skip
-case("fractional_max_pool2d", lambda x, s: F.fractional_max_pool2d(x, 2, output_size=3, _random_samples=s), (2, 6, 8, 8), torch.rand(2, 6, 2, dtype=torch.float64), groups=(2, 6))  # fmt: skip
+case(
+    "upsample_nearest3d", lambda x: F.interpolate(x, scale_factor=2), (2, 6, 2, 2, 2), groups=(2, 6)
+)
+case(
+    "upsample_bicubic2d",
+    lambda x: F.interpolate(x, scale_factor=2, mode="bicubic"),
+    (2, 6, 3, 3),
+    groups=(2, 6),
+)
+case(
+    "max_unpool2d",
+    lambda x, y: F.max_unpool2d(y, F.max_pool2d(x, 2, return_indices=True)[1], 2),
+    (2, 6, 4, 4),
+    (2, 6, 2, 2),
+    groups=(2, 6),
+)
+case(
+    "fractional_max_pool2d",
+    lambda x, s: F.fractional_max_pool2d(x, 2, output_size=3, _random_samples=s),
+    (2, 6, 8, 8),
+    torch.rand(2, 6, 2, dtype=torch.float64),
+    groups=(2, 6),
+)
 case("upsample_nearest1d", lambda x: F.interpolate(x, scale_factor=2), (2, 6, 4), groups=(2, 6))
 case("upsample_nearest2d", lambda x: F.interpolate(x, size=(5, 7)), (2, 6, 4, 4), groups=(2, 6))
-case("upsample_exact2d", lambda x: F.interpolate(x, size=5, mode="nearest-exact"), (2, 6, 4, 4), groups=(2, 6))  # fmt: skip
-case("upsample_bilinear2d", lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"), (2, 6, 4, 4), groups=(2, 6))  # fmt: skip
-case("upsample_antialias", lambda x: F.interpolate(x, size=3, mode="bicubic", antialias=True), (2, 6, 4, 4), groups=(2, 6))  # fmt: skip
-case("upsample_linear1d", lambda x: F.interpolate(x, 7, mode="linear", align_corners=True), (2, 6, 4), groups=(2, 6))  # fmt: skip
-case("upsample_trilinear", lambda x: F.interpolate(x, scale_factor=2, mode="trilinear"), (2, 6, 2, 2, 2), groups=(2, 6))  # fmt: skip
-case("grid_sample", lambda x, g: F.grid_sample(x, g, align_corners=False), (2, 6, 4, 4), (2, 3, 5, 2), groups=(2, 6))  # fmt: skip
-case("grid_sample_3d", lambda x, g: F.grid_sample(x, g, align_corners=True), (2, 6, 3, 3, 3), (2, 3, 3, 3, 3), groups=(2, 6))  # fmt: skip
+case(
+    "upsample_exact2d",
+    lambda x: F.interpolate(x, size=5, mode="nearest-exact"),
+    (2, 6, 4, 4),
+    groups=(2, 6),
+)
+case(
+    "upsample_bilinear2d",
+    lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"),
+    (2, 6, 4, 4),
+    groups=(2, 6),
+)
+case(
+    "upsample_antialias",
+    lambda x: F.interpolate(x, size=3, mode="bicubic", antialias=True),
+    (2, 6, 4, 4),
+    groups=(2, 6),
+)
+case(
+    "upsample_linear1d",
+    lambda x: F.interpolate(x, 7, mode="linear", align_corners=True),
+    (2, 6, 4),
+    groups=(2, 6),
+)
+case(
+    "upsample_trilinear",
+    lambda x: F.interpolate(x, scale_factor=2, mode="trilinear"),
+    (2, 6, 2, 2, 2),
+    groups=(2, 6),
+)
+case(
+    "grid_sample",
+    lambda x, g: F.grid_sample(x, g, align_corners=False),
+    (2, 6, 4, 4),
+    (2, 3, 5, 2),
+    groups=(2, 6),
+)
+case(
+    "grid_sample_3d",
+    lambda x, g: F.grid_sample(x, g, align_corners=True),
+    (2, 6, 3, 3, 3),
+    (2, 3, 3, 3, 3),
+    groups=(2, 6),
+)
 
 # Normalisations -----------------------------------------------------------------------------------
 
 STATE = torch.linspace(0.5, 1.5, 6, dtype=torch.float64)
 case("batch_norm", F.batch_norm, (4, 6), STATE, STATE**2, (6,), (6,), groups=(4, 6))
 case("batch_norm_2d", F.batch_norm, (4, 6, 3, 3), STATE, STATE**2, groups=(3, 3, 4, 6))
-case("batch_norm_training", lambda x, w: F.batch_norm(x, None, None, w, training=True), (4, 6, 5), (6,), groups=(4, 5, 6))  # fmt: skip
-case("instance_norm", lambda x, w, b: F.instance_norm(x, None, None, w, b), (4, 6, 5), (6,), (6,), groups=(4, 5, 6))  # fmt: skip
-case("instance_norm_running", lambda x, m, v: F.instance_norm(x, m, v, use_input_stats=False), (4, 6, 5, 3), STATE, STATE**2, groups=(3, 4, 5, 6))  # fmt: skip
+case(
+    "batch_norm_training",
+    lambda x, w: F.batch_norm(x, None, None, w, training=True),
+    (4, 6, 5),
+    (6,),
+    groups=(4, 5, 6),
+)
+case(
+    "instance_norm",
+    lambda x, w, b: F.instance_norm(x, None, None, w, b),
+    (4, 6, 5),
+    (6,),
+    (6,),
+    groups=(4, 5, 6),
+)
+case(
+    "instance_norm_running",
+    lambda x, m, v: F.instance_norm(x, m, v, use_input_stats=False),
+    (4, 6, 5, 3),
+    STATE,
+    STATE**2,
+    groups=(3, 4, 5, 6),
+)
 case("layer_norm", lambda x, w, b: F.layer_norm(x, (6,), w, b), (4, 6), (6,), (6,), groups=(4, 6))
-case("layer_norm_two_dims", lambda x, w: F.layer_norm(x, (5, 6), w), (4, 5, 6), (5, 6), groups=(4, 5, 6))  # fmt: skip
+case(
+    "layer_norm_two_dims",
+    lambda x, w: F.layer_norm(x, (5, 6), w),
+    (4, 5, 6),
+    (5, 6),
+    groups=(4, 5, 6),
+)
 case("layer_norm_plain", lambda x: F.layer_norm(x, [6]), (4, 6), groups=(4, 6))
 case("rms_norm", lambda x, w: F.rms_norm(x, (6,), w), (4, 6), (6,), groups=(4, 6))
 case("rms_norm_two_dims", lambda x: F.rms_norm(x, (5, 6), eps=0.1), (4, 5, 6), groups=(4, 5, 6))
-case("group_norm", lambda x, w, b: F.group_norm(x, 3, w, b), (4, 12, 5), (12,), (12,), groups=(3, 4, 4, 5))  # fmt: skip
+case(
+    "group_norm",
+    lambda x, w, b: F.group_norm(x, 3, w, b),
+    (4, 12, 5),
+    (12,),
+    (12,),
+    groups=(3, 4, 4, 5),
+)
 case("group_norm_one", lambda x: F.group_norm(x, 1), (4, 6, 5), groups=(4, 5, 6))
 case("group_norm_each", lambda x, w: F.group_norm(x, 6, w), (4, 6, 5), (6,), groups=(4, 5, 6))
 case("group_norm_flat", lambda x: F.group_norm(x, 2), (4, 6), groups=(2, 3, 4))
-case("native_layer_norm", lambda x, w: torch.native_layer_norm(x, [6], w, None, 1e-5), (4, 6), (6,), groups=(4, 6))  # fmt: skip
+case(
+    "native_layer_norm",
+    lambda x, w: torch.native_layer_norm(x, [6], w, None, 1e-5),
+    (4, 6),
+    (6,),
+    groups=(4, 6),
+)
 case("norm_except_dim", lambda x: torch.norm_except_dim(x, 2, 1), (4, 6), groups=(4, 6))
 case("normalize", lambda x: F.normalize(x, dim=1), (4, 6, 5), groups=(4, 5, 6))
 case("normalize_1", lambda x: F.normalize(x, p=1, dim=-1), (4, 6), groups=(4, 6))
@@ -384,7 +601,12 @@ REDUCTIONS: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 for name, function in REDUCTIONS.items():
     case(f"{name}_last", lambda x, f=function: f(x, dim=-1), (3, 4, 6), groups=(3, 4, 6))
-    case(f"{name}_keepdim", lambda x, f=function: f(x, dim=1, keepdim=True), (3, 4, 6), groups=(3, 4, 6))  # fmt: skip
+    case(
+        f"{name}_keepdim",
+        lambda x, f=function: f(x, dim=1, keepdim=True),
+        (3, 4, 6),
+        groups=(3, 4, 6),
+    )
     case(f"{name}_two", lambda x, f=function: f(x, dim=(-1, 0)), (3, 4, 6), groups=(3, 4, 6))
 for name in ("sum", "mean", "var", "std", "amax", "prod", "any", "all", "median", "max", "min"):
     case(f"{name}_all", lambda x, n=name: getattr(torch, n)(x), (4, 6), groups=(4, 6))
@@ -403,13 +625,23 @@ case("argmax", lambda x: x.argmax(1), (4, 6), groups=(4,))
 case("argmin_keepdim", lambda x: x.argmin(-2, keepdim=True), (4, 6), groups=(6,))
 case("argmax_all", lambda x: x.argmax(), (4, 6), groups=())
 for order in (0, 1, 2, 3, float("inf"), float("-inf"), -1):
-    case(f"vector_norm_{order}", lambda x, p=order: torch.linalg.vector_norm(x, p, dim=1), (4, 6), groups=(4, 6))  # fmt: skip
-    case(f"norm_{order}", lambda x, p=order: torch.norm(x, p, dim=-1, keepdim=True), (4, 6), groups=(4, 6))  # fmt: skip
+    case(
+        f"vector_norm_{order}",
+        lambda x, p=order: torch.linalg.vector_norm(x, p, dim=1),
+        (4, 6),
+        groups=(4, 6),
+    )
+    case(
+        f"norm_{order}",
+        lambda x, p=order: torch.norm(x, p, dim=-1, keepdim=True),
+        (4, 6),
+        groups=(4, 6),
+    )
 case("norm_all", torch.norm, (4, 6), groups=(4, 6))
 case("norm_fro", lambda x: torch.norm(x, dim=(1, 2)), (3, 4, 6), groups=(3, 4, 6))
-for function in (torch.softmax, torch.log_softmax, torch.cumsum, torch.cumprod, torch.argsort,
-                 torch.sort, torch.logcumsumexp, torch.cummax, torch.cummin):  # fmt: skip
-    case(function.__name__, lambda x, f=function: tuple(f(x, dim=-2)) if f in (torch.sort, torch.cummax, torch.cummin) else f(x, dim=-2), (3, 4, 6), groups=(3, 6))  # fmt: skip
+ALONG = "softmax log_softmax cumsum cumprod logcumsumexp argsort sort cummax cummin".split()
+for name in ALONG:
+    case(name, lambda x, n=name: getattr(torch, n)(x, dim=-2), (3, 4, 6), groups=(3, 6))
 case("softmin", lambda x: F.softmin(x, 0), (4, 6), groups=(6,))
 case("flip", lambda x: x.flip(0, -1), (3, 4, 6), groups=(4,))
 case("diff", lambda x: x.diff(dim=0), (4, 6), groups=(6,))
@@ -427,8 +659,14 @@ case("raw_softmax", lambda x: torch.ops.aten._softmax(x, 1, False), (4, 6), grou
 case("mode_first", lambda x: tuple(x.mode(0)), (4, 6), groups=(6,))
 case("tril", lambda x: x.tril() + x.triu(1), (3, 4, 6), groups=(3,))
 case("cosine_similarity", F.cosine_similarity, (4, 6), (4, 6), groups=(4, 6))
-case("cosine_similarity_last", lambda x, y: F.cosine_similarity(x, y, dim=-1), (3, 1, 6), (4, 6), groups=(3, 4, 6))  # fmt: skip
-case("cosine_similarity_column", lambda x, y: F.cosine_similarity(x, y), (4, 6), (4, 1), groups=(4, 6))  # fmt: skip
+case(
+    "cosine_similarity_last",
+    lambda x, y: F.cosine_similarity(x, y, dim=-1),
+    (3, 1, 6),
+    (4, 6),
+    groups=(3, 4, 6),
+)
+case("cosine_similarity_column", F.cosine_similarity, (4, 6), (4, 1), groups=(4, 6))
 
 # Views --------------------------------------------------------------------------------------------
 
@@ -448,10 +686,21 @@ VIEWS: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = {
 }
 for name, (before, after, free) in VIEWS.items():
     case(f"view_{name}", lambda x, s=after: x.view(s), before, groups=free)
-    case(f"reshape_{name}", lambda x, s=after: x.mT.reshape(s) if x.dim() > 5 else x.reshape(s), before, groups=free)  # fmt: skip
+    case(
+        f"reshape_{name}",
+        lambda x, s=after: x.mT.reshape(s) if x.dim() > 5 else x.reshape(s),
+        before,
+        groups=free,
+    )
 case("reshape_transposed", lambda x: x.mT.reshape(3, 2, 2, 2), (4, 6), groups=(2, 2, 2, 3))
 case("view_follows_shape", lambda x: x.view(2, x.shape[0] // 2, -1), (4, 6), groups=(2, 2, 6))
-case("view_twice", lambda x, y: x.view(2, 12) + y.view(4, 6).view(2, 12), (24,), (24,), groups=(2, 2, 6))  # fmt: skip
+case(
+    "view_twice",
+    lambda x, y: x.view(2, 12) + y.view(4, 6).view(2, 12),
+    (24,),
+    (24,),
+    groups=(2, 2, 6),
+)
 case("view_as", lambda x, y: x.view_as(y) * y, (24,), (4, 6), groups=(4, 6))
 case("reshape_as", lambda x, y: x.reshape_as(y), (2, 12), (4, 6), groups=(2, 2, 6))
 case("flatten", torch.flatten, (2, 3, 4), groups=(2, 3, 4))
@@ -480,22 +729,52 @@ case("expand", lambda x, y: x.expand(4, -1) * y, (1, 6), (4, 6), groups=(4, 6))
 case("expand_new", lambda x, y: x.expand(3, 4, 6) * y, (6,), (3, 4, 6), groups=(3, 4, 6))
 case("broadcast_to", lambda x, y: x.broadcast_to(4, 6) @ y, (4, 1), (6, 5), groups=(4, 5, 6))
 case("expand_as", lambda x, y: x.expand_as(y), (4, 1), (3, 4, 6), groups=(3, 4, 6))
-case("broadcast_tensors", lambda x, y: torch.broadcast_tensors(x, y), (4, 1), (6,), groups=(4, 6))
-case("expand_then_view", lambda x, y: x[:, :, None].expand(4, 3, 2).reshape(4, 6) * y, (4, 3), (4, 6), groups=(2, 3, 4))  # fmt: skip
+case("broadcast_tensors", torch.broadcast_tensors, (4, 1), (6,), groups=(4, 6))
+case(
+    "expand_then_view",
+    lambda x, y: x[:, :, None].expand(4, 3, 2).reshape(4, 6) * y,
+    (4, 3),
+    (4, 6),
+    groups=(2, 3, 4),
+)
 case("repeat", lambda x, y: x.repeat(2, 3) * y, (4, 6), (8, 18), groups=(2, 3, 4, 6))
 case("repeat_new", lambda x, y: x.repeat(3, 1, 2) * y, (4, 6), (3, 4, 12), groups=(2, 3, 4, 6))
 case("tile", lambda x, y: x.tile(2) * y, (4, 6), (4, 12), groups=(2, 4, 6))
 case("tile_more", lambda x, y: torch.tile(x, (3, 1, 1)) * y, (4, 6), (3, 4, 6), groups=(3, 4, 6))
-case("repeat_interleave", lambda x, y: x.repeat_interleave(2, dim=-1) * y, (4, 6), (4, 12), groups=(2, 4, 6))  # fmt: skip
-case("repeat_interleave_flat", lambda x, y: x.repeat_interleave(2) * y, (4, 6), (48,), groups=(2, 4, 6))  # fmt: skip
+case(
+    "repeat_interleave",
+    lambda x, y: x.repeat_interleave(2, dim=-1) * y,
+    (4, 6),
+    (4, 12),
+    groups=(2, 4, 6),
+)
+case(
+    "repeat_interleave_flat",
+    lambda x, y: x.repeat_interleave(2) * y,
+    (4, 6),
+    (48,),
+    groups=(2, 4, 6),
+)
 case("pixel_shuffle", lambda x: F.pixel_shuffle(x, 2), (2, 12, 3, 5), groups=(2, 3))
 case("pixel_unshuffle", lambda x: F.pixel_unshuffle(x, 2), (2, 3, 4, 6), groups=(2, 3))
 case("pixel_shuffle_unbatched", lambda x: F.pixel_shuffle(x, 2), (12, 3, 5), groups=(3,))
-case("channel_shuffle", lambda x, y: F.channel_shuffle(x, 3) * y, (2, 12, 2, 5), (12, 1, 1), groups=(2, 2, 4, 5))  # fmt: skip
+case(
+    "channel_shuffle",
+    lambda x, y: F.channel_shuffle(x, 3) * y,
+    (2, 12, 2, 5),
+    (12, 1, 1),
+    groups=(2, 2, 4, 5),
+)
 case("im2col", lambda x: F.unfold(x, (2, 3), padding=1), (2, 6, 4, 4), groups=(2, 6))
 case("im2col_unbatched", lambda x: F.unfold(x, 2), (6, 4, 4), groups=(6,))
 case("col2im", lambda x: F.fold(x, (4, 4), 2, stride=2), (2, 24, 4), groups=(2, 6))
-case("fold_unfold", lambda x, w: F.fold(F.unfold(x, 2) * w, (4, 4), 2), (2, 6, 4, 4), (24, 1), groups=(2, 6))  # fmt: skip
+case(
+    "fold_unfold",
+    lambda x, w: F.fold(F.unfold(x, 2) * w, (4, 4), 2),
+    (2, 6, 4, 4),
+    (24, 1),
+    groups=(2, 6),
+)
 case("unfold", lambda x: x.unfold(1, 3, 2), (4, 7, 6), groups=(4, 6))
 case("unfold_last", lambda x: x.unfold(-1, 2, 2), (4, 6), groups=(4,))
 
@@ -503,7 +782,13 @@ case("unfold_last", lambda x: x.unfold(-1, 2, 2), (4, 6), groups=(4,))
 
 case("cat", lambda x, y, z: torch.cat([x, y], 1) * z, (4, 2), (4, 3), (5,), groups=(2, 3, 4))
 case("cat_negative", lambda x, y: torch.cat([x, y, x], -2), (4, 6), (3, 6), groups=(3, 4, 6))
-case("cat_empty", lambda x, y: torch.cat([torch.zeros(0, dtype=x.dtype), x, y]), (4, 6), (3, 6), groups=(3, 4, 6))  # fmt: skip
+case(
+    "cat_empty",
+    lambda x, y: torch.cat([torch.zeros(0, dtype=x.dtype), x, y]),
+    (4, 6),
+    (3, 6),
+    groups=(3, 4, 6),
+)
 case("cat_itself", lambda x, y: torch.cat([x, x]) * y, (4, 6), (8, 1), groups=(4, 6))
 case("stack", lambda x, y: torch.stack([x, y], -1), (4, 6), (4, 6), groups=(4, 6))
 case("hstack", lambda x, y: torch.hstack([x, y]), (4, 6), (4, 5), groups=(4, 5, 6))
@@ -523,12 +808,14 @@ case("tensor_split_uneven", lambda x: x.tensor_split(4, 1), (4, 6), groups=(4,))
 case("narrow", lambda x: x.narrow(1, 2, 3), (4, 6), groups=(2, 3, 4))
 case("narrow_negative", lambda x: x.narrow(-1, -4, 3), (4, 6), groups=(2, 3, 4))
 case("select", lambda x: x.select(1, 2), (4, 6), groups=(2, 3, 4))
-case("select_negative", lambda x: x[..., -2], (4, 6), groups=(4, 4))
+case("select_negative", lambda x: x[..., -3], (4, 6), groups=(2, 3, 4))
 case("select_first", lambda x: x[0], (4, 6), groups=(3, 6))
 case("select_last", lambda x: x[:, -1], (4, 6), groups=(4, 5))
 case("select_scatter", lambda x, y: x.select_scatter(y, 1, 2), (4, 6), (4,), groups=(2, 3, 4))
 case("slice_scatter", lambda x, y: x.slice_scatter(y, 1, 2, 5), (4, 6), (4, 3), groups=(2, 3, 4))
-case("slice_scatter_step", lambda x, y: x.slice_scatter(y, 1, 1, 6, 2), (4, 6), (4, 3), groups=(3, 4))  # fmt: skip
+case(
+    "slice_scatter_step", lambda x, y: x.slice_scatter(y, 1, 1, 6, 2), (4, 6), (4, 3), groups=(3, 4)
+)
 
 SLICES: dict[str, tuple[slice, tuple[int, ...]]] = {
     "head": (slice(None, 2), (2, 4, 4)),
@@ -553,13 +840,24 @@ for name, (bounds, free) in SLICES.items():
     case(f"slice_{name}", lambda x, s=bounds: x[:, s], (4, 6), groups=free)
 
 case("pad", lambda x, y: F.pad(x, (1, 2)) * y, (4, 6), (9,), groups=(2, 4, 6))
-case("pad_two_dims", lambda x, y: F.pad(x, (0, 3, 2, 0), value=1.5) * y, (4, 6), (6, 9), groups=(2, 3, 4, 6))  # fmt: skip
+case(
+    "pad_two_dims",
+    lambda x, y: F.pad(x, (0, 3, 2, 0), value=1.5) * y,
+    (4, 6),
+    (6, 9),
+    groups=(2, 3, 4, 6),
+)
 case("pad_alone", lambda x: F.pad(x, (3, 3)), (4, 6), groups=(4, 6))
 case("pad_negative", lambda x: F.pad(x, (-1, 2)), (4, 6), groups=(4,))
 case("pad_nothing", lambda x: F.pad(x, (0, 0)), (4, 6), groups=(4, 6))
 for mode in ("reflect", "replicate", "circular"):
     case(f"pad_{mode}", lambda x, m=mode: F.pad(x, (1, 1), mode=m), (2, 4, 6), groups=(2, 4))
-    case(f"pad_{mode}_2d", lambda x, m=mode: F.pad(x, (1, 0, 0, 1), mode=m), (2, 4, 6, 6), groups=(2, 4))  # fmt: skip
+    case(
+        f"pad_{mode}_2d",
+        lambda x, m=mode: F.pad(x, (1, 0, 0, 1), mode=m),
+        (2, 4, 6, 6),
+        groups=(2, 4),
+    )
 case("roll", lambda x, y: x.roll(2, 1) * y, (4, 6), (6,), groups=(2, 4, 4))
 case("roll_negative", lambda x, y: x.roll(-2, -1) * y, (4, 6), (6,), groups=(2, 4, 4))
 case("roll_two", lambda x: x.roll((1, -2), (0, 1)), (4, 6), groups=(2, 3, 4))
@@ -586,14 +884,27 @@ case("sdpa_scale", attend(scale=0.3), *QKV, groups=(2, 3, 6, 7))
 case("sdpa_causal", attend(is_causal=True), *QKV, groups=(2, 3, 6, 7))
 case("sdpa_mask", attend(), *QKV, (4, 5), groups=(2, 3, 6, 7))
 case("sdpa_mask_heads", attend(), *QKV, (3, 1, 5), groups=(2, 3, 6, 7))
-case("sdpa_mask_bool", attend(), *QKV, numbers(2, 2, 1, 4, 5) + numbers(2, 2, 1, 4, 5) < 2, groups=(2, 3, 6, 7))  # fmt: skip
+case(
+    "sdpa_mask_bool",
+    attend(),
+    *QKV,
+    numbers(2, 2, 1, 4, 5) + numbers(2, 2, 1, 4, 5) < 2,
+    groups=(2, 3, 6, 7),
+)
 case("sdpa_no_heads", attend(), (3, 4, 6), (3, 5, 6), (3, 5, 7), groups=(3, 6, 7))
 case("sdpa_broadcast", attend(), (2, 3, 4, 6), (1, 3, 5, 6), (1, 1, 5, 7), groups=(2, 3, 6, 7))
 GROUPED = ((2, 6, 4, 5), (2, 3, 7, 5), (2, 3, 7, 8))
 case("sdpa_gqa", attend(enable_gqa=True), *GROUPED, groups=(2, 2, 3, 5, 8))
 case("sdpa_gqa_mask", attend(enable_gqa=True), *GROUPED, (6, 4, 7), groups=(2, 2, 3, 5, 8))
 case("sdpa_gqa_equal", attend(enable_gqa=True), *QKV, groups=(2, 3, 6, 7))
-case("sdpa_mqa", attend(enable_gqa=True), (2, 6, 4, 5), (2, 1, 7, 5), (2, 1, 7, 8), groups=(2, 5, 6, 8))  # fmt: skip
+case(
+    "sdpa_mqa",
+    attend(enable_gqa=True),
+    (2, 6, 4, 5),
+    (2, 1, 7, 5),
+    (2, 1, 7, 8),
+    groups=(2, 5, 6, 8),
+)
 
 # Indexing -----------------------------------------------------------------------------------------
 
@@ -611,7 +922,9 @@ case("gather", lambda x, i: x.gather(1, i), (4, 6), numbers(6, 4, 3), groups=(4,
 case("gather_smaller", lambda x, i: x.gather(0, i), (4, 6), numbers(4, 3, 2), groups=())
 case("gather_negative", lambda x, i: x.gather(-2, i), (4, 6), numbers(4, 4, 6), groups=(6,))
 case("take_along_dim", lambda x, i: x.take_along_dim(i, 1), (4, 6), numbers(6, 4, 3), groups=(4,))
-case("take_along_broadcast", lambda x, i: x.take_along_dim(i, 1), (4, 6), numbers(6, 1, 3), groups=())  # fmt: skip
+case(
+    "take_along_broadcast", lambda x, i: x.take_along_dim(i, 1), (4, 6), numbers(6, 1, 3), groups=()
+)
 case("take_along_all", lambda x, i: x.take_along_dim(i), (4, 6), numbers(24, 3), groups=())
 SOURCE = (4, 3)
 AT = torch.tensor([[0, 2, 5], [1, 3, 4], [5, 4, 3], [2, 0, 1]])
@@ -620,18 +933,53 @@ case("scatter_value", lambda x, i: x.scatter(-1, i, 2.0), (4, 6), AT, groups=(4,
 case("scatter_fewer", lambda x, i, y: x.scatter(1, i, y), (4, 6), AT[:2], SOURCE, groups=())
 case("scatter_inplace", lambda x, i, y: (x + 0).scatter_(1, i, y), (4, 6), AT, SOURCE, groups=(4,))
 case("scatter_add", lambda x, i, y: x.scatter_add(1, i, y), (4, 6), AT, SOURCE, groups=(4,))
-case("scatter_reduce", lambda x, i, y: x.scatter_reduce(1, i, y, "amax"), (4, 6), AT, SOURCE, groups=(4,))  # fmt: skip
+case(
+    "scatter_reduce",
+    lambda x, i, y: x.scatter_reduce(1, i, y, "amax"),
+    (4, 6),
+    AT,
+    SOURCE,
+    groups=(4,),
+)
 case("index_add", lambda x, i, y: x.index_add(1, i, y), (4, 6), COLUMNS, (4, 2), groups=(4,))
 case("index_add_vector", lambda x, i, y: x.index_add(0, i, y), (6,), COLUMNS, (2,), groups=())
 case("index_copy", lambda x, i, y: x.index_copy(0, i, y), (4, 6), ROWS, (3, 6), groups=(6,))
 case("index_fill", lambda x, i: x.index_fill(1, i, -1.0), (4, 6), COLUMNS, groups=(4,))
-case("index_reduce", lambda x, i, y: x.index_reduce(1, i, y, "prod"), (4, 6), COLUMNS, (4, 2), groups=(4,))  # fmt: skip
+case(
+    "index_reduce",
+    lambda x, i, y: x.index_reduce(1, i, y, "prod"),
+    (4, 6),
+    COLUMNS,
+    (4, 2),
+    groups=(4,),
+)
 case("index_put", lambda x, i, y: x.index_put((i,), y), (4, 6), ROWS, (3, 6), groups=(6,))
 case("index_put_row", lambda x, i, y: x.index_put((i,), y), (4, 6), ROWS, (6,), groups=(6,))
 case("index_put_scalar", lambda x, i, y: x.index_put((i,), y), (4, 6), ROWS, (), groups=(6,))
-case("index_put_accumulate", lambda x, i, y: x.index_put((i,), y, accumulate=True), (4, 6), ROWS % 2, (3, 6), groups=(6,))  # fmt: skip
-case("index_put_both", lambda x, i, j, y: x.index_put((i, j), y), (4, 6, 5), ROWS[:2], COLUMNS, (2, 5), groups=(5,))  # fmt: skip
-case("index_put_mask", lambda x, m: x.index_put((m,), torch.tensor(2.0, dtype=x.dtype)), (4, 6), MASK, groups=())  # fmt: skip
+case(
+    "index_put_accumulate",
+    lambda x, i, y: x.index_put((i,), y, accumulate=True),
+    (4, 6),
+    ROWS % 2,
+    (3, 6),
+    groups=(6,),
+)
+case(
+    "index_put_both",
+    lambda x, i, j, y: x.index_put((i, j), y),
+    (4, 6, 5),
+    ROWS[:2],
+    COLUMNS,
+    (2, 5),
+    groups=(5,),
+)
+case(
+    "index_put_mask",
+    lambda x, m: x.index_put((m,), torch.tensor(2.0, dtype=x.dtype)),
+    (4, 6),
+    MASK,
+    groups=(),
+)
 
 
 def assign(x: Tensor, i: Tensor, y: Tensor) -> Tensor:
@@ -642,16 +990,34 @@ def assign(x: Tensor, i: Tensor, y: Tensor) -> Tensor:
 
 case("assign_columns", assign, (4, 6), COLUMNS, (4, 2), groups=(4,))
 case("assign_columns_all_alike", assign, (4, 6), COLUMNS, (2,), groups=(4,))
-case("constants", lambda x: torch.zeros(4, 6, dtype=x.dtype) + x + x.new_full((6,), 2.0), (4, 6), groups=(4, 6))  # fmt: skip
+case(
+    "constants",
+    lambda x: torch.zeros(4, 6, dtype=x.dtype) + x + x.new_full((6,), 2.0),
+    (4, 6),
+    groups=(4, 6),
+)
 case("constant_matmul", lambda x: x @ torch.ones(6, 5, dtype=x.dtype), (4, 6), groups=(4, 6))
-case("random_constants", lambda x: torch.rand(6, dtype=x.dtype) * x + x.new_empty(4, 1), (4, 6), groups=(4, 6), noise=True)  # fmt: skip
+case(
+    "random_constants",
+    lambda x: torch.rand(6, dtype=x.dtype) * x + x.new_empty(4, 1),
+    (4, 6),
+    groups=(4, 6),
+    noise=True,
+)
 case("arange", lambda x: torch.arange(6) * x, (4, 6), groups=(4,))
 case("arange_bounds", lambda x: torch.arange(4, 0, -1)[:, None] * x, (4, 6), groups=(6,))
 case("linspace", lambda x: torch.linspace(0, 1, 6) * x, (4, 6), groups=(4,))
 case("eye", lambda x: torch.eye(6, dtype=x.dtype) @ x, (6, 5), groups=(5,))
 case("scalar_tensor", lambda x: torch.scalar_tensor(2.0) * x, (4, 6), groups=(4, 6))
 case("meshgrid", lambda a, b: torch.meshgrid(a, b, indexing="ij"), (4,), (6,), groups=())
-case("meshgrid_xy", lambda a, b, c: torch.meshgrid(a, b, indexing="xy")[0] * c, (4,), (6,), (3, 1, 1), groups=(3,))  # fmt: skip
+case(
+    "meshgrid_xy",
+    lambda a, b, c: torch.meshgrid(a, b, indexing="xy")[0] * c,
+    (4,),
+    (6,),
+    (3, 1, 1),
+    groups=(3,),
+)
 
 # Recurrent layers ---------------------------------------------------------------------------------
 
@@ -677,18 +1043,20 @@ def recurrent(
     return call
 
 
-KINDS = {"lstm": (torch.lstm, 4, 2), "gru": (torch.gru, 3, 1), "rnn_tanh": (torch.rnn_tanh, 1, 1),
-         "rnn_relu": (torch.rnn_relu, 1, 1)}  # fmt: skip
-for kind, (function, gates, states) in KINDS.items():
-    for layers, both, first in ((1, False, False), (1, True, True), (2, False, True), (2, True, False)):
-        name = f"{kind}_{layers}{'_both' if both else ''}{'_batch_first' if first else ''}"
+KINDS = [(torch.lstm, 4, 2), (torch.gru, 3, 1), (torch.rnn_tanh, 1, 1), (torch.rnn_relu, 1, 1)]
+STACKS = [(1, False, False), (1, True, True), (2, False, True), (2, True, False)]
+for function, gates, states in KINDS:
+    for layers, both, first in STACKS:
+        name = f"{function.__name__}_{layers}{'_both' if both else ''}{'_batch_first' if first else ''}"
         given = [(layers * (1 + both), 3, 5)] * states
         shape = (3, 4, 6) if first else (4, 3, 6)
-        case(name, recurrent(function, states, layers, both, first), shape, *given, *cells(gates, 6, 5, layers, both), groups=(3, 5, 6))  # fmt: skip
+        params = cells(gates, 6, 5, layers, both)
+        run = recurrent(function, states, layers, both, first)
+        case(name, run, shape, *given, *params, groups=(3, 5, 6))
 
 
 class Recurrent(nn.Module):
-    """A recurrent layer whose input is a parameter, by default one of which the states are zeros."""
+    """A recurrent layer whose input is a parameter and whose initial states are zeros."""
 
     def __init__(self, kind: str, final: bool = False, **options: Any) -> None:
         super().__init__()
@@ -707,11 +1075,9 @@ class Recurrent(nn.Module):
 
 @pytest.mark.parametrize("name", CASES)
 def test_slicing_before_equals_slicing_after(name: str) -> None:
-    model, coupling = coupled(CASES[name])
+    coupling = judge(CASES[name])
     assert not coupling.unknown
-    for keep in kept_sets(coupling):
-        check(model, keep, CASES[name].noise)
-    assert sizes_of(coupling) == tuple(sorted(CASES[name].groups))
+    assert sizes_of(coupling) == CASES[name].groups
 
 
 @pytest.mark.parametrize("final", [False, True])
@@ -767,20 +1133,20 @@ def test_weight_norm_keeps_the_weights_that_stay(dim: int | None, convolution: b
     torch.testing.assert_close(slim.middle.weight.detach(), dense[kept[0]][:, kept[1]])
 
 
-WITH_LITERALS = """view_split view_regroup reshape_merge unflatten expand_new broadcast_to repeat tile
-repeat_interleave split_sizes split_with_sizes narrow select select_negative slice_head slice_tail
-slice_last slice_middle slice_middle_negative pad roll roll_negative conv2d_grouped conv2d_depthwise
-conv_transpose2d_grouped group_norm_flat layer_norm rms_norm_two_dims constants slice_scatter
-select_scatter""".split()
+WITH_LITERALS = """
+view_split view_regroup reshape_merge unflatten expand_new broadcast_to repeat tile
+repeat_interleave split_sizes split_with_sizes narrow select select_negative slice_head
+slice_tail slice_last slice_middle slice_middle_negative pad roll roll_negative conv2d_grouped
+conv2d_depthwise conv_transpose2d_grouped group_norm_flat layer_norm rms_norm_two_dims constants
+slice_scatter select_scatter
+""".split()
 
 
 @pytest.mark.parametrize("name", WITH_LITERALS)
 def test_the_harness_catches_a_missing_literal(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Op, "literal", lambda self, *args, **kwargs: None)
-    model, coupling = coupled(CASES[name])
     with pytest.raises((AssertionError, RuntimeError, IndexError)):
-        for keep in kept_sets(coupling):
-            check(model, keep)
+        judge(CASES[name])
 
 
 # The table ----------------------------------------------------------------------------------------
@@ -864,10 +1230,7 @@ OWN = Case(lambda x: first(x, 4, 0.5), ((3, 7),), (3, 3, 4))
 
 def test_a_rule_for_ones_own_operator(registered: None) -> None:
     assert depcut.rule(FIRST)(first_columns) is first_columns
-    model, coupling = coupled(OWN)
-    assert sizes_of(coupling) == OWN.groups
-    for keep in kept_sets(coupling):
-        check(model, keep)
+    assert sizes_of(judge(OWN)) == OWN.groups
 
 
 def test_a_model_with_ones_own_operator_shrinks(registered: None) -> None:
@@ -899,9 +1262,7 @@ def wrong_columns(op: Op) -> Output:
 def test_the_harness_catches_a_wrong_rule(wrong: Any, registered: None) -> None:
     depcut.rule(FIRST)(wrong)
     with pytest.raises((AssertionError, RuntimeError)):
-        model, coupling = coupled(OWN)
-        for keep in kept_sets(coupling):
-            check(model, keep)
+        judge(OWN)
 
 
 def test_an_operator_without_a_rule_freezes_what_it_touches_and_is_named() -> None:

@@ -95,6 +95,17 @@ def tensor_split(op: Op) -> Output:
     return _outputs(op, dim, parts)
 
 
+@rule("aten.tensor_split.indices")
+def tensor_split_at(op: Op) -> Output:
+    """Pieces between given positions."""
+    x = op.dims("self")
+    dim = dim_of(op.arg("dim"), len(x))
+    parts = _split(op, dim, [s[dim] for s in op.sizes[op.node]])
+    for i in range(len(op.arg("indices"))):
+        op.literal("indices", i, term=axes.concat(*parts[: i + 1]))
+    return _outputs(op, dim, parts)
+
+
 def _bound(op: Op, name: str, term: Term, at: int) -> None:
     """Record a cut position: counted from the front, or from the back where it is negative."""
     value = op.arg(name)

@@ -220,7 +220,7 @@ class _Builder:
             sizes: Any = value.shape
             for dim, size in enumerate(sizes):
                 times = _symbolic(size) / wanted
-                if type(size) is not int and times.is_Integer:
+                if type(size) is not int and times.is_Integer and self._whole(source, dim):
                     read = self.graph.call_function(torch.ops.aten.sym_size.int, (copy, dim))
                     if times == 1:
                         return read
@@ -228,6 +228,11 @@ class _Builder:
         if node.target in _ARITHMETIC:
             return self.graph.call_function(node.target, tuple(map(self._value, node.args)))
         raise CannotGenerateError(f"{self.name} uses the size {wanted}, which is not at hand")
+
+    def _whole(self, source: fx.Node, dim: int) -> bool:
+        """Whether a dimension is as long as it was in the dense model."""
+        dims = self.keep.coupling.env.get(source)
+        return isinstance(dims, tuple) and not self.keep.narrows(dims[dim])
 
     def _copy(self, node: fx.Node) -> None:
         if node.op == "get_attr":
