@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import traceback as tb
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,23 +39,42 @@ def capture(model: nn.Module, inputs: Inputs = None) -> Program:
     check_model(model)
     args, kwargs = normalize(model, inputs)
     check_inputs(model, args, kwargs)
-    program = _capture(model, args, kwargs, training=False)
-    if program.unused and _has_dormant_modules(model, program):
-        # Parts that only run in training (auxiliary heads) must shrink along.
-        try:
-            return _capture(model, args, kwargs, training=True)
-        except CaptureError:
-            return program
-    return program
+    marks: list[fx.Node] = []
+    program = _capture(model, args, kwargs, marks, frozenset())
+    if not program.unused:
+        return program
+    # Parts that only run in training (auxiliary heads, mask tokens) must shrink along.
+    try:
+        other = _capture(model, args, kwargs, marks, _gates(model, program.unused))
+    except CaptureError:
+        return program
+    if not other.unused < program.unused:
+        return program
+    return replace(
+        program, training=other, unused=other.unused, marks={**program.marks, **other.marks}
+    )
+
+
+def _gates(model: nn.Module, unused: frozenset[str]) -> frozenset[str]:
+    """Containers that may leave these parameters out in eval mode: their owners, and around them.
+
+    Everything else stays in eval mode, so that no batch norm or layer drop runs as in training.
+    """
+    names = {""}
+    for parameter in unused:
+        parts = parameter.split(".")[:-1]
+        names |= {".".join(parts[:i]) for i in range(1, len(parts) + 1)}
+    return frozenset(n for n in names if any(True for _ in model.get_submodule(n).children()))
 
 
 @contextmanager
-def modes(model: nn.Module, training: bool) -> Iterator[None]:
-    """Eval mode for the time of the context; with `training`, containers stay in training mode."""
+def modes(model: nn.Module, training: Collection[str]) -> Iterator[None]:
+    """Eval mode for the time of the context, but for the modules named in `training`."""
     saved = [(m, m.training) for m in model.modules()]
+    chosen = {m for name, m in model.named_modules() if name in training}
     try:
         for module, _ in saved:
-            module.training = training and any(True for _ in module.children())
+            module.training = module in chosen
         yield
     finally:
         for module, flag in saved:
@@ -121,9 +143,11 @@ def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> torch.export.ExportedProgram:
     try:
-        return torch.export.export(
-            model, args, kwargs, dynamic_shapes=_dynamic(args, kwargs), strict=False
-        )
+        # On some failures torch prints the whole graph, past logging.
+        with contextlib.redirect_stderr(io.StringIO()):
+            return torch.export.export(
+                model, args, kwargs, dynamic_shapes=_dynamic(args, kwargs), strict=False
+            )
     except (KeyboardInterrupt, MemoryError):
         raise
     except Exception as error:
@@ -154,9 +178,12 @@ def _user_line(error: BaseException, model: nn.Module) -> str:
 
 
 def _capture(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    marks: list[fx.Node],
+    training: frozenset[str],
 ) -> Program:
-    marks: list[fx.Node] = []
     calls: list[ModuleCall] = []
     with (
         warnings.catch_warnings(),
@@ -169,7 +196,7 @@ def _capture(
     ):
         warnings.simplefilter("ignore")
         exported = _export(model, args, kwargs)
-    return _program(model, exported, calls, args, kwargs, training)
+    return _program(model, exported, calls, args, kwargs)
 
 
 def _program(
@@ -178,7 +205,6 @@ def _program(
     calls: list[ModuleCall],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    training: bool,
 ) -> Program:
     graph_module = exported.graph_module
     inline_wrappers(graph_module)
@@ -216,7 +242,6 @@ def _program(
         kwargs=kwargs,
         batch=batch,
         dynamic=bool(symbolic),
-        training=training,
         aliases=_aliases(model),
         in_spec=exported.call_spec.in_spec,
         out_spec=exported.call_spec.out_spec,
@@ -265,16 +290,6 @@ def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
     ):
         names.setdefault(id(tensor), []).append(name)
     return {name: tuple(group) for group in names.values() for name in group if len(group) > 1}
-
-
-def _has_dormant_modules(model: nn.Module, program: Program) -> bool:
-    """Whether a module with parameters takes no part at all in the captured graph."""
-    unused = {p for p in program.unused if not set(program.aliases.get(p, ())) - program.unused}
-    for name, module in model.named_modules():
-        own = {f"{name}.{p}" if name else p for p, _ in module.named_parameters()}
-        if own and own <= unused and any(True for _ in module.children()):
-            return True
-    return False
 
 
 def is_symbolic(value: Any) -> bool:

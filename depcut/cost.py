@@ -148,10 +148,9 @@ def compile_cost(coupling: Coupling, items: Iterable[tuple[float, Dims]]) -> Cos
 
 def macs(coupling: Coupling) -> Cost:
     """Multiply-accumulates of one example (convolutions, matrix products, attention)."""
-    batch = coupling.program.batch
-    return compile_cost(
-        coupling, [(t / batch, d) for e in coupling.effects.values() for t, d in e.macs]
-    )
+    program = coupling.program
+    found = [e for node, e in coupling.effects.items() if node in program.sizes]
+    return compile_cost(coupling, [(t / program.batch, d) for e in found for t, d in e.macs])
 
 
 def params(coupling: Coupling) -> Cost:

@@ -128,7 +128,24 @@ def infer(program: Program) -> Coupling:
     Args:
         program: A captured model.
     """
-    env, dims = _initial(program)
+    dims: dict[str, Dims] = {}
+    env, effects, unknown = _run(program, dims)
+    if program.training is not None:
+        more = _run(program.training, dims)
+        env.update(more[0])
+        effects.update(more[1])
+        unknown.update(more[2])
+    classes = _settle_ties([tie for e in effects.values() for tie in e.ties])
+    resolved = {name: tuple(map(axes.resolve, shape)) for name, shape in dims.items()}
+    groups = _groups(program, resolved, effects, classes)
+    return Coupling(program, resolved, env, effects, groups, unknown)
+
+
+def _run(
+    program: Program, dims: dict[str, Dims]
+) -> tuple[dict[fx.Node, Output], dict[fx.Node, Effects], dict[str, list[str]]]:
+    """Run the rules over one graph; `dims` holds, and receives, the terms of the tensors."""
+    env = _initial(program, dims)
     effects: dict[fx.Node, Effects] = {}
     unknown: dict[str, list[str]] = {}
     for node in program.graph.graph.nodes:
@@ -144,10 +161,7 @@ def infer(program: Program) -> Coupling:
                 for shape in _shapes(env.get(result)):
                     for term in shape:
                         axes.freeze(term, Reason("model output", result.name))
-    classes = _settle_ties([tie for e in effects.values() for tie in e.ties])
-    resolved = {name: tuple(map(axes.resolve, shape)) for name, shape in dims.items()}
-    groups = _groups(program, resolved, effects, classes)
-    return Coupling(program, resolved, env, effects, groups, unknown)
+    return env, effects, unknown
 
 
 def _shapes(output: Output) -> list[Dims]:
@@ -160,10 +174,9 @@ def _frozen_dims(sizes: tuple[int, ...], why: str, node: str | None) -> Dims:
     return tuple(axes.axis(n, Reason(why, node)) for n in sizes)
 
 
-def _initial(program: Program) -> tuple[dict[fx.Node, Output], dict[str, Dims]]:
+def _initial(program: Program, dims: dict[str, Dims]) -> dict[fx.Node, Output]:
     """Terms of the placeholders: one fresh axis a parameter dimension, frozen ones for inputs."""
     env: dict[fx.Node, Output] = {}
-    dims: dict[str, Dims] = {}
     for node in program.graph.graph.nodes:
         if node.op != "placeholder":
             continue
@@ -173,6 +186,8 @@ def _initial(program: Program) -> tuple[dict[fx.Node, Output], dict[str, Dims]]:
             env[node] = None
         elif name is None:
             env[node] = _frozen_dims(sizes, "model input", node.name)
+        elif name in dims and name not in program.anonymous:
+            env[node] = dims[name]
         elif name in program.anonymous:
             env[node] = dims[name] = _frozen_dims(sizes, "constant typed into the code", node.name)
         else:
@@ -180,7 +195,7 @@ def _initial(program: Program) -> tuple[dict[fx.Node, Output], dict[str, Dims]]:
             unused = name in program.unused and not _used_alias(program, name)
             why = Reason("not used by the captured forward", name) if unused else None
             env[node] = dims[name] = dims[twin] if twin else tuple(axes.axis(n, why) for n in sizes)
-    return env, dims
+    return env
 
 
 def _used_alias(program: Program, name: str) -> bool:
@@ -292,18 +307,38 @@ def _copy(term: Term) -> Term:
     return build(*map(_copy, children))
 
 
+def _origin(node: fx.Node, dim: int, program: Program) -> tuple[str, int] | None:
+    """The parameter dimension behind a contracted one, also through casts and transpositions."""
+    if program.training is not None and node in program.training.sizes:
+        program = program.training
+    while node not in program.tensors:
+        name = str(node.target).partition(".")[2].partition(".")[0]
+        args: Any = node.args
+        source = args[0] if args else None
+        if not isinstance(source, fx.Node) or program.sizes[source] is None:
+            return None
+        rank = len(program.sizes[source])
+        if name in ("transpose", "swapaxes"):
+            swapped = [d % rank for d in args[1:3]]
+            dim = swapped[1 - swapped.index(dim)] if dim in swapped else dim
+        elif name == "permute":
+            dim = args[1][dim] % rank
+        elif name in ("t", "mT"):
+            dim = {rank - 1: rank - 2, rank - 2: rank - 1}.get(dim, dim)
+        elif name not in ("to", "contiguous", "clone", "alias", "detach"):
+            return None
+        node = source
+    return program.tensors[node], dim
+
+
 def _groups(
     program: Program,
     dims: dict[str, Dims],
     effects: dict[fx.Node, Effects],
     classes: dict[Axis, Axis],
 ) -> tuple[Group, ...]:
-    consumers = {
-        (program.tensors[node], dim)
-        for e in effects.values()
-        for node, dim in e.contracts
-        if node in program.tensors
-    }
+    origins = (_origin(node, dim, program) for e in effects.values() for node, dim in e.contracts)
+    consumers = {origin for origin in origins if origin is not None}
     members: dict[Axis, list[Member]] = {}
     labels: dict[Axis, str] = {}
     owned: set[Axis] = set()

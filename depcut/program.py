@@ -47,12 +47,13 @@ class Program:
         kwargs: Keyword example inputs.
         batch: Size of the dynamic batch dimension of the example inputs; 1 where there is none.
         dynamic: Whether dimension 0 of the inputs is dynamic.
-        training: Whether containers were captured in training mode (for auxiliary heads).
         aliases: Names that share one tensor, by each of these names.
         in_spec: Structure of (args, kwargs).
         out_spec: Structure of the result.
         constants: Values of the anonymous constants.
-        unused: Parameters that the graph does not use.
+        training: The model as it runs in training, where it has parts that run only then
+            (auxiliary heads, mask tokens); for couplings alone.
+        unused: Parameters that neither graph uses.
     """
 
     graph: fx.GraphModule
@@ -66,11 +67,11 @@ class Program:
     kwargs: dict[str, Any]
     batch: int
     dynamic: bool
-    training: bool
     aliases: dict[str, tuple[str, ...]]
     in_spec: pytree.TreeSpec
     out_spec: pytree.TreeSpec
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    training: Program | None = None
     unused: frozenset[str] = field(default_factory=frozenset)
 
     @property

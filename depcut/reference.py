@@ -188,7 +188,7 @@ def _with(container: Any, path: tuple[Any, ...], value: Any) -> Any:
 
 
 def _silence(node: fx.Node, args: list[Any]) -> None:
-    """Eval semantics of dropout, also where containers were captured in training mode."""
+    """Eval semantics of dropout."""
     if "dropout" not in str(node.target):
         return
     schema = getattr(node.target, "_schema", None)

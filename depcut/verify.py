@@ -90,7 +90,7 @@ def observe(slim: nn.Module, keep: Keep, trial: Trial) -> Observed:
         if name in calls
     ]
     try:
-        with modes(slim, program.training), torch.no_grad():
+        with modes(slim, ()), torch.no_grad():
             seen.outputs = list(pytree.tree_leaves(slim(*args, **kwargs)))
     finally:
         for handle in handles:

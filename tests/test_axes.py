@@ -232,26 +232,18 @@ def chains(draw: st.DrawFn) -> Chain:
     return chain
 
 
-@settings(THOROUGH, max_examples=600)
+@settings(THOROUGH, max_examples=400)
 @given(chains(), SEEDS)
 def test_slicing_commutes_with_any_chain_of_views_cuts_and_joins(chain: Chain, seed: int) -> None:
     rng = np.random.default_rng(seed)
     everything = [t for x in chain.made for t in x.terms]
+    assert all(len([*axes.leaves(axes.resolve(t))]) <= t.size for t in everything)
     for _ in range(3):
         kept = some_kept(rng, *everything)
         for x in chain.made:
             np.testing.assert_array_equal(x.replay(kept), x.kept_part(kept))
         for a, b in chain.unified:
             np.testing.assert_array_equal(evaluated(a, kept), evaluated(b, kept))
-
-
-@settings(THOROUGH, max_examples=600)
-@given(chains())
-def test_no_chain_makes_more_axes_than_there_are_indices(chain: Chain) -> None:
-    for x in chain.made:
-        for term in x.terms:
-            assert len(list(axes.leaves(axes.resolve(term)))) <= max(1, 2 * term.size)
-            assert axes.resolve(term).size == term.size
 
 
 # Unification --------------------------------------------------------------------------------------

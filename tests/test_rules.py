@@ -1047,7 +1047,7 @@ KINDS = [(torch.lstm, 4, 2), (torch.gru, 3, 1), (torch.rnn_tanh, 1, 1), (torch.r
 STACKS = [(1, False, False), (1, True, True), (2, False, True), (2, True, False)]
 for function, gates, states in KINDS:
     for layers, both, first in STACKS:
-        name = f"{function.__name__}_{layers}{'_both' if both else ''}{'_batch_first' if first else ''}"
+        name = function.__name__ + f"_{layers}" + both * "_both" + first * "_batch_first"
         given = [(layers * (1 + both), 3, 5)] * states
         shape = (3, 4, 6) if first else (4, 3, 6)
         params = cells(gates, 6, 5, layers, both)

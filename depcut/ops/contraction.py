@@ -56,6 +56,22 @@ def addmm(op: Op) -> Output:
     return out
 
 
+@rule("aten._grouped_mm", "transformers.grouped_mm_fallback")
+def grouped_mm(op: Op) -> Output:
+    """Rows sorted by expert times that expert's matrix: (T, K) x (experts, K, N)."""
+    rows, weights = op.node.args[:2]
+    assert isinstance(weights, fx.Node)
+    x, w = op.dims(rows), op.dims(weights)
+    for node in op.node.all_input_nodes[2:]:
+        for term in op.dims(node):
+            op.freeze(term, "boundaries between experts")
+    op.freeze(w[0], "experts: rows are routed to them by number")
+    op.unify(x[-1], w[-2])
+    op.contract(weights, -2)
+    op.macs(*x, w[-1])
+    return (*x[:-1], w[-1])
+
+
 @rule("aten.outer", "aten.ger")
 def outer(op: Op) -> Output:
     """Outer product of two vectors."""

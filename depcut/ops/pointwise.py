@@ -7,7 +7,8 @@ from depcut.ops.registry import Dims, Op, Output, rule
 
 # Pointwise in effect, but not tagged so by torch because they copy, cast, draw or return a view.
 _UNTAGGED = """
-aten.to aten.type_as aten.contiguous aten.clone aten.alias aten.detach aten.detach_ aten.dropout
+aten.real aten.imag
+aten.to aten.contiguous aten.clone aten.alias aten.detach aten.detach_ aten.dropout
 aten.dropout_ aten.feature_dropout aten.feature_dropout_ aten.alpha_dropout aten.alpha_dropout_
 aten.lift_fresh_copy aten.lift_fresh aten.zeros_like aten.ones_like aten.full_like
 aten.empty_like aten.rand_like aten.randn_like aten.where aten.masked_fill aten.masked_fill_
@@ -21,7 +22,8 @@ aten.subtract aten.true_divide aten.floor_divide aten.nan_to_num aten.nan_to_num
 aten.normal_ aten.requires_grad_ aten.pin_memory aten._to_copy aten.expand_copy aten.threshold
 aten.threshold_ aten.positive aten.negative aten.absolute aten.fix aten.isfinite aten.isinf
 aten.isnan aten.resolve_conj aten.resolve_neg aten.special_expit aten.exponential_ aten.random_
-aten.min.other aten.max.other aten.native_dropout aten.float_power aten.logical_and
+aten.min.other aten.max.other aten.native_dropout
+aten.complex aten.polar aten.float_power aten.logical_and
 aten.logical_or aten.logical_not aten.greater aten.less aten.__and__ aten.__or__ aten.__xor__
 aten.eq_ aten.quantize_per_tensor aten.fake_quantize_per_tensor_affine aten.lerp aten.lerp_
 """.split()
@@ -42,6 +44,22 @@ def fit(op: Op, out: Dims, sizes: tuple[int, ...]) -> Dims:
     if len(out) > len(sizes):
         out = out[len(out) - len(sizes) :]
     return (axes.UNIT,) * (len(sizes) - len(out)) + tuple(map(axes.resolve, out))
+
+
+@rule("aten.type_as", "aten.to.other")
+def like_another(op: Op) -> Output:
+    """A cast to the type of another tensor, whose shape does not matter."""
+    return op.dims("self")
+
+
+@rule("aten.view_as_real", "aten.view_as_complex")
+def complex_pairs(op: Op) -> Output:
+    """The last dimension of size 2 is the real and the imaginary part."""
+    x = op.dims("self")
+    if "view_as_real" in str(op.node.target):
+        return (*x, op.frozen(2, "real and imaginary part"))
+    op.freeze(x[-1], "real and imaginary part")
+    return x[:-1]
 
 
 @rule("aten.prelu", "aten._prelu_kernel")

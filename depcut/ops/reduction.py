@@ -64,7 +64,9 @@ def position(op: Op) -> Output:
 @rule(
     *"""aten.softmax aten.log_softmax aten._softmax aten._log_softmax aten.cumsum aten.cumsum_
     aten.cumprod aten.logcumsumexp aten.sort aten.argsort aten.flip aten.cummax aten.cummin
-    aten.diff aten.softmin""".split()
+    aten.diff aten.softmin aten.fft_fft aten.fft_ifft aten.fft_rfft aten.fft_irfft aten.fft_hfft
+    aten.fft_fft2 aten.fft_ifft2 aten.fft_rfft2 aten.fft_irfft2 aten.fft_fftn aten.fft_ifftn
+    aten.fft_rfftn aten.fft_irfftn aten.fft_fftshift aten.fft_ifftshift""".split()
 )
 def along(op: Op) -> Output:
     """Operators along a dimension whose every value depends on all indices or on their order."""
@@ -81,6 +83,15 @@ def along(op: Op) -> Output:
         for term in op.dims(other):
             op.freeze(term, f"second argument of {name}")
     return [tuple(x)] * len(sizes) if isinstance(sizes[0], tuple) else tuple(x)
+
+
+@rule("aten.histc", "aten.bincount")
+def histogram(op: Op) -> Output:
+    """Counts of values."""
+    for node in op.tensors():
+        for term in op.dims(node):
+            op.freeze(term, "counted by value")
+    return tuple(op.frozen(n, "bins of a histogram") for n in op.out_sizes)
 
 
 @rule("aten.topk", "aten.kthvalue", "aten.mode")

@@ -75,7 +75,8 @@ def solve(keep: Keep, model: nn.Module) -> Solution:
             _derive_one(demand, keep, values, settled)
 
     stuck: dict[fx.Node, str] = {}
-    for demand in demands:
+    captured = keep.coupling.program.sizes  # what runs in training only cannot be generated
+    for demand in (d for d in demands if d.node in captured):
         why = _unmet(demand, keep, conflicts, settled)
         if why:
             stuck.setdefault(demand.node, why)
