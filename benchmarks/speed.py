@@ -167,10 +167,14 @@ def dearest(function: Callable[[], Any], count: int = 6) -> list[str]:
 
 
 def output_layers(analysis: Analysis) -> list[str]:
-    """Layers whose narrowing would narrow an output of the model."""
-    return sorted(
-        {layer_of(f.tensor) for f in analysis.frozen if f.dim == 0 and "output" in f.reason}
-    )
+    """Layers whose narrowing would narrow an output of the model, heads tied to embeddings too."""
+    fixed = ("output", "vocabulary")
+    aliases = analysis.program.aliases
+    found = [f.tensor for f in analysis.frozen if f.dim == 0 and any(w in f.reason for w in fixed)]
+    layers = {layer_of(name) for tensor in found for name in aliases.get(tensor, (tensor,))}
+    # an embedding's rows are not its outputs: to leave it out would hold the hidden size, too
+    embeddings = {n for n, m in analysis.model.named_modules() if isinstance(m, nn.Embedding)}
+    return sorted(layers - embeddings)
 
 
 def peer(model: nn.Module, inputs: Any, fixed: list[str], ratio: float) -> nn.Module:
@@ -201,16 +205,26 @@ def verdict(name: str, fixed: list[str], options: argparse.Namespace) -> Row:
     try:
         if not receiver.poll(options.limit):
             return {"peer": "hangs", "peer_detail": f"no result after {options.limit:g} s"}
-        return receiver.recv()
+        found = receiver.recv()
     except EOFError:
         process.join()
         return {"peer": "dies", "peer_detail": f"exit code {process.exitcode}"}
     finally:
         process.kill()
         process.join()
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def try_peer(sender: Connection, name: str, fixed: list[str], ratio: float) -> None:
+    try:
+        sender.send(tried(name, fixed, ratio))
+    except Exception as error:  # noqa: BLE001  (not the peer's: the parent says FAIL)
+        sender.send(error)
+
+
+def tried(name: str, fixed: list[str], ratio: float) -> Row:
     member, model = zoo.ZOO[name], zoo.build(name)
     inputs = member.inputs(1)
     expected = measure.shapes(model, inputs)
@@ -219,17 +233,15 @@ def try_peer(sender: Connection, name: str, fixed: list[str], ratio: float) -> N
     try:
         slim = peer(model, inputs, fixed, ratio)
     except Exception as error:  # noqa: BLE001  (the error is the finding)
-        sender.send({"peer": "raises", "peer_detail": measure.first_line(error)})
-        return
+        return {"peer": "raises", "peer_detail": measure.first_line(error)}
     try:
         right = measure.shapes(slim, inputs) == expected
-        kept = sum(measure.counted_macs(slim, inputs).values()) / dense
     except Exception as error:  # noqa: BLE001
-        sender.send({"peer": "forward fails", "peer_detail": measure.first_line(error)})
-        return
+        return {"peer": "forward fails", "peer_detail": measure.first_line(error)}
+    kept = sum(measure.counted_macs(slim, inputs).values()) / dense
     same = {n: tuple(p.shape) for n, p in slim.named_parameters()} == sizes
     kind = "prunes nothing" if same else "works" if right else "wrong outputs"
-    sender.send({"peer": kind, "peer_detail": "", "peer_macs_kept": kept})
+    return {"peer": kind, "peer_detail": "", "peer_macs_kept": kept}
 
 
 # Results ------------------------------------------------------------------------------------------

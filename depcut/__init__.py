@@ -20,8 +20,7 @@ from depcut.latency import bench
 from depcut.ops.registry import Op, rule
 from depcut.plan import Plan
 from depcut.report import Comparison, compare
-
-__version__ = "0.1.0"
+from depcut.version import __version__
 
 __all__ = [
     "Analysis",
@@ -40,6 +39,7 @@ __all__ = [
     "PlanError",
     "RuleError",
     "VerificationError",
+    "__version__",
     "analyze",
     "bench",
     "compare",

@@ -38,12 +38,14 @@ class Space:
         sizes: Dense count of each class.
         steps: Units a step of each class removes.
         held: Whether a class must keep all its units.
+        floors: Least number of units that a class must keep.
     """
 
     class_of: NDArray[np.int64]
     sizes: Counts
     steps: Counts
     held: NDArray[np.bool_]
+    floors: Counts
 
     def kept(self, taken: Counts) -> Counts:
         """Kept count of each group after so many steps of each class."""
@@ -52,7 +54,7 @@ class Space:
     @property
     def available(self) -> Counts:
         """Steps that each class can give up: one step (at least one unit) always stays."""
-        free = (self.sizes - 1) // self.steps
+        free = (self.sizes - self.floors) // self.steps
         return np.where(self.held, 0, free)
 
 
@@ -77,16 +79,18 @@ def space(
     classes = [sorted(c) for c in nx.connected_components(equal)]
     natural = _steps(coupling, align)
     class_of = np.zeros(len(coupling.groups), dtype=np.int64)
-    sizes, steps, frozen = [], [], []
+    sizes, steps, frozen, floors = [], [], [], []
     for number, members in enumerate(classes):
         class_of[members] = number
         size = coupling.groups[members[0]].size
         step = math.lcm(*(int(natural[m]) for m in members))
         sizes.append(size)
         steps.append(step if size % step == 0 else int(natural[members].max()))
+        floors.append(max(coupling.groups[m].floor for m in members))
         uneven = any(coupling.groups[m].size != size for m in members)
         frozen.append(uneven or any(m in held for m in members))
-    return Space(class_of, np.array(sizes), np.array(steps), np.array(frozen, dtype=np.bool_))
+    held_mask = np.array(frozen, dtype=np.bool_)
+    return Space(class_of, np.array(sizes), np.array(steps), held_mask, np.array(floors))
 
 
 def _steps(coupling: Coupling, align: int) -> Counts:

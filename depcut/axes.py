@@ -119,16 +119,38 @@ def _merges(term: Term) -> bool:
 
 def resolve(term: Term) -> Term:
     """The term with every bound axis replaced by what it is bound to, in normal form."""
+    if isinstance(term, Axis) and term.bound is None:
+        return term
+    # Post-order without recursion: rotations make chains of bindings as long as an axis.
+    seen: set[Axis] = set()
+    stack: list[tuple[Term, bool]] = [(term, False)]
+    while stack:
+        item, entered = stack.pop()
+        if not isinstance(item, Axis):
+            stack.extend((child, False) for child in _children(item))
+        elif item.bound is None:
+            continue
+        elif entered:
+            item.bound = _normal(item.bound)
+        elif item not in seen:
+            seen.add(item)
+            stack += [(item, True), (item.bound, False)]
+    return _normal(term)
+
+
+def _children(term: Product | Concat) -> tuple[Term, ...]:
+    return term.factors if isinstance(term, Product) else term.parts
+
+
+def _normal(term: Term) -> Term:
+    """Normal form of a term whose bound axes are bound to normal forms."""
     if isinstance(term, Axis):
-        if term.bound is None:
-            return term
-        term.bound = resolve(term.bound)
-        return term.bound
+        return term if term.bound is None else term.bound
     if isinstance(term, Product):
-        factors = tuple(map(resolve, term.factors))
+        factors = tuple(map(_normal, term.factors))
         same = all(new is old for new, old in zip(factors, term.factors, strict=True))
         return term if same else product(*factors)
-    parts = tuple(map(resolve, term.parts))
+    parts = tuple(map(_normal, term.parts))
     same = all(new is old for new, old in zip(parts, term.parts, strict=True))
     mergeable = any(map(lambda p, q: _merges(p) and _merges(q), parts, parts[1:]))
     return term if same and not mergeable else concat(*parts)
@@ -139,7 +161,7 @@ def leaves(term: Term) -> Iterator[Axis]:
     if isinstance(term, Axis):
         yield term
     else:
-        for child in term.factors if isinstance(term, Product) else term.parts:
+        for child in _children(term):
             yield from leaves(child)
 
 
@@ -147,7 +169,7 @@ def is_frozen(term: Term) -> bool:
     """Whether no index of the (resolved) term can be removed."""
     if isinstance(term, Axis):
         return term.reason is not None
-    return all(map(is_frozen, term.factors if isinstance(term, Product) else term.parts))
+    return all(map(is_frozen, _children(term)))
 
 
 def freeze(term: Term, reason: Reason) -> None:
@@ -357,8 +379,3 @@ def project(term: Term, values: NDArray[np.float64]) -> Iterator[tuple[Axis, NDA
         for part in term.parts:
             yield from project(part, values[start : start + part.size])
             start += part.size
-
-
-def removable(term: Term) -> bool:
-    """Whether any index of the (resolved) term can be removed."""
-    return not is_frozen(term)

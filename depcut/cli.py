@@ -9,7 +9,6 @@ from pathlib import Path
 
 from torch import nn
 
-import depcut
 from depcut.analysis import analyze
 from depcut.demo import run_demo
 from depcut.errors import DepcutError, InputError
@@ -18,6 +17,7 @@ from depcut.latency import Candidate, bench
 from depcut.loading import build_model, example_inputs, load_weights, save_weights
 from depcut.plan import Plan
 from depcut.report import compare
+from depcut.version import __version__
 
 _EPILOG = """\
 MODEL is package.module:factory; the factory is called without arguments and returns the model.
@@ -216,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="depcut",
         description="Structured pruning of PyTorch models, verified: a smaller dense model out.",
     )
-    parser.add_argument("--version", action="version", version=f"depcut {depcut.__version__}")
+    parser.add_argument("--version", action="version", version=f"depcut {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(

@@ -36,6 +36,7 @@ class Group:
         axis: The axis of the algebra that it is.
         tied: Groups with the same number keep equally many units; None: free.
         index: Position in `Coupling.groups`.
+        floor: Least number of units that must stay.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Group:
     axis: Axis
     tied: int | None
     index: int
+    floor: int = 1
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -357,6 +359,12 @@ def _groups(
         root = find(classes, leaf)
         sizes[root] = sizes.get(root, 0) + 1
     numbers = {root: i for i, root in enumerate(r for r in sizes if sizes[r] > 1)}
+    floors = {
+        leaf: count
+        for e in effects.values()
+        for count, term in e.floors
+        for leaf in axes.leaves(axes.resolve(term))
+    }
     names: dict[str, int] = {}
     out: list[Group] = []
     for leaf, found in members.items():
@@ -368,5 +376,6 @@ def _groups(
             label = f"{label}#{names[label]}"
         ordered = tuple(sorted(found, key=lambda m: m.role == "consumer"))
         tied = numbers.get(find(classes, leaf))
-        out.append(Group(label, leaf.size, ordered, leaf, tied, len(out)))
+        floor = min(floors.get(leaf, 1), leaf.size)
+        out.append(Group(label, leaf.size, ordered, leaf, tied, len(out), floor))
     return tuple(out)

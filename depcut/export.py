@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-import depcut
 from depcut.errors import ExportError
 from depcut.runtime import (
     Array,
@@ -37,6 +36,7 @@ from depcut.runtime import (
     resized,
     session_feeds,
 )
+from depcut.version import __version__
 
 # Protobuf stops at 2 GiB; the graph itself and its names need some of that.
 _EXTERNAL_DATA_FROM = 2**31 - 2**26
@@ -135,7 +135,7 @@ def export(
         arguments, program = _capture(model, bind_inputs(model, inputs))
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
             draft = Path(folder) / target.name
-            _convert(program, draft, {"depcut_version": depcut.__version__, **(metadata or {})})
+            _convert(program, draft, {"depcut_version": __version__, **(metadata or {})})
             proto = _checked(draft)
             session = open_session(draft)
             sizes = _batch_sizes(proto, arguments)

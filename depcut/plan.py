@@ -268,6 +268,13 @@ def make_plan(
         )
     units = {n: _units(n, sizes, k) for n, k in kept.items()}
     _check_ties(coupling, units)
+    for group in coupling.groups:
+        if len(units.get(group.name, range(group.size))) < group.floor:
+            raise PlanError(
+                f"{len(units[group.name])} units are kept, and the model needs {group.floor}",
+                where=f"group {group.name!r}",
+                remedy="keep more: its code squeezes a dimension of size 1 away",
+            )
     units = {n: u for n, u in units.items() if len(u) < sizes[n]}
     inputs = pytree.tree_map(
         _describe, {"args": list(coupling.program.args), "kwargs": coupling.program.kwargs}

@@ -109,7 +109,8 @@ def families(analysis: Any) -> list[list[Any]]:
 def random_count(family: list[Any], rng: np.random.Generator) -> int:
     """How many units each member of the family keeps; 0 where nothing can go."""
     smallest = min(group.size for group in family)
-    return int(rng.integers(1, smallest)) if smallest > 1 else 0
+    floor = max(group.floor for group in family)
+    return int(rng.integers(floor, smallest)) if smallest > floor else 0
 
 
 def some_units(size: int, count: int, rng: np.random.Generator) -> list[int]:

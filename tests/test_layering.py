@@ -19,7 +19,7 @@ ROOT = ""  # the package itself, i.e. depcut/__init__.py
 
 # From the bottom up: a module imports only from lines above its own, never from its own line.
 ORDER = [
-    "errors axes tables inline program provenance demo_net",
+    "errors axes tables inline program provenance demo_net version",
     "checks inputs loading",
     "capture",
     "ops.registry",
@@ -30,7 +30,8 @@ ORDER = [
     "cost keep",
     "scores.magnitude",
     "scores allocate",
-    "rewrite rewrite.literals rewrite.tensors rewrite.graph",
+    "rewrite rewrite.literals rewrite.tensors rewrite.generated",
+    "rewrite.graph",
     "rewrite.module rewrite.optimizer rewrite.preferences",
     "rewrite.build reference",
     "verify",
@@ -49,7 +50,7 @@ LEVEL = {name: i for i, line in enumerate(ORDER) for name in line.split(" ")}
 PUBLIC = """
 Analysis BudgetError CaptureError Comparison DepcutError ExportError ExportReport Frozen Group
 InputError Member Op Plan PlanError RuleError VerificationError analyze bench compare export rule
-shrink
+shrink __version__
 """.split()
 
 

@@ -97,13 +97,13 @@ def kept_sets(coupling: Coupling, seed: int = 0) -> Iterator[Keep]:
         return {g.index: np.array(some_units(g.size, count, rng)) for g in family}
 
     for family in families.values():
-        size = family[0].size
-        for count in sorted({1, (size + 1) // 2, size - 1}):
+        size, floor = family[0].size, max(g.floor for g in family)
+        for count in sorted({floor, (size + 1) // 2, size - 1}):
             yield Keep(coupling, units(family, count))
     for _ in range(4 if families else 0):
         picked: dict[int, np.ndarray] = {}
         for family in families.values():
-            picked |= units(family, int(rng.integers(1, family[0].size + 1)))
+            picked |= units(family, int(rng.integers(family[0].floor, family[0].size + 1)))
         yield Keep(coupling, picked)
 
 
@@ -666,7 +666,7 @@ case(
     (4, 6),
     groups=(3, 4, 6),
 )
-case("cosine_similarity_column", F.cosine_similarity, (4, 6), (4, 1), groups=(4, 6))
+case("cosine_similarity_column", F.cosine_similarity, (4, 6), (4, 1), groups=(4,))
 
 # Views --------------------------------------------------------------------------------------------
 
@@ -829,7 +829,7 @@ SLICES: dict[str, tuple[slice, tuple[int, ...]]] = {
     "one": (slice(2, 3), (2, 3, 4)),
     "even": (slice(None, None, 2), (3, 4)),
     "odd": (slice(1, None, 2), (3, 4)),
-    "odd_negative": (slice(-5, None, 2), (3, 4)),
+    "odd_negative": (slice(-5, None, 2), (4,)),
     "even_bounded": (slice(0, 5, 2), (3, 4)),
     "even_bounded_negative": (slice(0, -1, 2), (3, 4)),
     "thirds": (slice(2, None, 3), (2, 4)),
@@ -1161,7 +1161,9 @@ def exists(target: str) -> bool:
 def test_every_rule_is_for_an_operator_that_exists() -> None:
     targets = [t for t in _RULES if t.startswith("aten.")]
     assert not [t for t in targets if not exists(t)]
-    assert {t for t in _RULES if t not in targets} <= {"pointwise"}
+    # Operators that other libraries register when they are imported.
+    others = {"pointwise", "transformers.grouped_mm_fallback"}
+    assert {t for t in _RULES if t not in targets} <= others
 
 
 def test_a_second_rule_for_an_operator_is_refused() -> None:

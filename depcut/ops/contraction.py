@@ -36,13 +36,27 @@ def product_of(op: Op, a: fx.Node, b: fx.Node) -> tuple[Term, ...]:
     return out
 
 
-@rule("aten.matmul", "aten.mm", "aten.bmm", "aten.mv", "aten.dot", "aten.inner")
+@rule("aten.matmul", "aten.mm", "aten.bmm", "aten.mv", "aten.dot", "aten.vdot")
 def matmul(op: Op) -> Output:
     """Product of matrices, vectors or batches of matrices."""
     a, b = op.node.args[:2]
     assert isinstance(a, fx.Node)
     assert isinstance(b, fx.Node)
     return product_of(op, a, b)
+
+
+@rule("aten.inner")
+def inner(op: Op) -> Output:
+    """Sums over the last dimension of both; the other dimensions of both remain."""
+    x, y = op.dims("self"), op.dims("other")
+    if not x or not y:
+        return (*x, *y)
+    op.unify(x[-1], y[-1])
+    op.contract("other", -1)
+    op.contract("self", -1)
+    out = (*x[:-1], *y[:-1])
+    op.macs(*out, x[-1])
+    return out
 
 
 @rule("aten.addmm", "aten.baddbmm", "aten.addmv", "aten.addmm_", "aten.baddbmm_")

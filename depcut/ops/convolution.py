@@ -84,7 +84,7 @@ aten._upsample_nearest_exact1d aten._upsample_nearest_exact2d
 aten.upsample_bilinear2d aten.upsample_bicubic2d aten.upsample_linear1d aten.upsample_trilinear3d
 aten._upsample_bilinear2d_aa aten._upsample_bicubic2d_aa
 aten.reflection_pad1d aten.reflection_pad2d aten.reflection_pad3d
-aten.replication_pad1d aten.replication_pad2d aten.replication_pad3d aten.lp_pool2d
+aten.replication_pad1d aten.replication_pad2d aten.replication_pad3d
 aten.fractional_max_pool2d aten.max_unpool2d
 """.split()
 
@@ -99,6 +99,9 @@ def pool(op: Op) -> Output:
     x = op.dims(op.node.args[0])
     sizes = op.sizes[op.node]
     kept, spatial = x[:-rank], x[-rank:]
+    for other in op.tensors()[1:]:
+        # Indices of an unpooling, random samples of a fractional pooling: the same channels.
+        op.broadcast(kept, op.dims(other)[: len(kept)])
     out = (*kept, *_spatial(op, spatial, False))
     return [out] * len(sizes) if isinstance(sizes[0], tuple) else out
 

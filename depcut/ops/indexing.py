@@ -56,16 +56,19 @@ def index_put(op: Op) -> Output:
     for i, term in enumerate(x):
         if i in used or masks:
             op.freeze(term, "written by number")
-    values, rest = op.dims("values"), [t for i, t in enumerate(x) if i not in used]
-    if masks or (used and used != list(range(used[0]))):
-        trailing = list(x[used[-1] + 1 :]) if used and not masks else []
-        for a, b in zip(reversed(trailing), reversed(values), strict=False):
-            op.broadcast((a,), (b,))
-        for term in values[: len(values) - len(trailing)]:
+    values = op.dims("values")
+    if masks:
+        for term in values:
             op.freeze(term, "written by number")
-    else:
-        op.broadcast(tuple(rest), values[max(0, len(values) - len(rest)) :])
-    return x
+        return x
+    rest = [t for i, t in enumerate(x) if i not in used]
+    looked_up = op.broadcast(*(op.dims(where[i]) for i in used)) if used else ()
+    for term in looked_up:
+        op.freeze(term, "written by number")
+    adjacent = bool(used) and used == list(range(used[0], used[-1] + 1))
+    at = used[0] if adjacent else 0
+    op.broadcast((*rest[:at], *looked_up, *rest[at:]), values)
+    return tuple(map(axes.resolve, x))
 
 
 @rule("aten.index_select")
@@ -83,7 +86,11 @@ def gather(op: Op) -> Output:
     """Values by number along one dimension; the other dimensions go with the index's."""
     x = op.dims("self")
     where = op.dims("index" if op.has("index") else "indices")
-    dim = dim_of(op.arg("dim") or 0, len(x))
+    if op.arg("dim") is None:
+        for term in x:
+            op.freeze(term, "looked up by number")
+        return where
+    dim = dim_of(op.arg("dim"), len(x))
     out = []
     for i, (a, b) in enumerate(zip(x, where, strict=True)):
         if i == dim:

@@ -28,6 +28,21 @@ def cat(op: Op) -> Output:
     return tuple(out)
 
 
+@rule("aten.hstack", "aten.vstack", "aten.row_stack")
+def stacked_rows(op: Op) -> Output:
+    """Concatenation along the first or second dimension; vectors count as rows of vstack."""
+    shapes = [op.dims(n) for n in op.arg("tensors")]
+    if "hstack" not in str(op.node.target):
+        shapes = [s if len(s) > 1 else (axes.UNIT, *s) for s in shapes]
+    dim = 1 if "hstack" in str(op.node.target) and len(shapes[0]) > 1 else 0
+    for shape in shapes[1:]:
+        for i, (a, b) in enumerate(zip(shapes[0], shape, strict=True)):
+            if i != dim:
+                op.unify(a, b)
+    joined = axes.concat(*(s[dim] for s in shapes))
+    return (*shapes[0][:dim], joined, *shapes[0][dim + 1 :])
+
+
 @rule("aten.stack")
 def stack(op: Op) -> Output:
     """Lay tensors along a new dimension."""
@@ -148,7 +163,8 @@ def slice_(op: Op) -> Output:
 
 def _stepped(op: Op, term: Term, start: object, size: int, step: object) -> Term:
     """Every step-th index: the step is an inner factor, of which one index is taken."""
-    if isinstance(step, int) and isinstance(start, int | None) and term.size == size * step:
+    from_front = isinstance(start, int | None) and (start or 0) >= 0
+    if isinstance(step, int) and from_front and term.size == size * step:
         outer = axes.axis(size)
         op.unify(term, axes.product(outer, op.frozen(step, "stepped over by a slice")))
         return axes.resolve(outer)
@@ -206,7 +222,10 @@ def roll(op: Op) -> Output:
         return tuple(x)
     for i, (shift, dim) in enumerate(zip(shifts, dims_of(dims, len(x)), strict=True)):
         term = x[dim]
-        if axes.is_frozen(term) or shift % term.size == 0:
+        if axes.is_frozen(term) or shift == 0:
+            continue
+        if shift % term.size == 0:
+            op.literal("shifts", i, term=term, sign=shift // term.size)
             continue
         at = -shift % term.size
         head, tail = axes.pieces(term, [at, term.size - at])

@@ -45,7 +45,10 @@ def layer_norm(op: Op) -> Output:
             op.broadcast(normalized, op.dims(name))
     op.statistic(*normalized)
     out = tuple(map(axes.resolve, x))
-    return [out] * len(op.sizes[op.node]) if isinstance(op.sizes[op.node][0], tuple) else out
+    if not isinstance(op.sizes[op.node][0], tuple):
+        return out
+    reduced = (*out[: len(out) - len(normalized)], *([axes.UNIT] * len(normalized)))
+    return [out] + [reduced] * (len(op.sizes[op.node]) - 1)
 
 
 @rule("aten.group_norm")
@@ -56,7 +59,7 @@ def group_norm(op: Op) -> Output:
     op.unify(x[1], axes.product(groups, inner))
     op.literal("num_groups", term=groups)
     _couple(op, x[1], "weight", "bias")
-    op.statistic(inner)
+    op.statistic(inner, *x[2:])
     return tuple(map(axes.resolve, x))
 
 
@@ -72,8 +75,10 @@ def weight_norm(op: Op) -> Output:
         op.statistic(*v)
         return tuple(t if i == dim else axes.UNIT for i, t in enumerate(v))
     v, g = op.dims("v"), op.dims("g")
-    dim = op.arg("dim") % len(v)
-    op.broadcast((v[dim],), (g[dim],)) if len(g) == len(v) else None
+    # -1 stands for one norm over everything.
+    dim = op.arg("dim")
+    if dim >= 0 and len(g) == len(v):
+        op.broadcast((v[dim],), (g[dim],))
     v_node, g_node = op.arg("v"), op.arg("g")
     assert isinstance(v_node, fx.Node)
     assert isinstance(g_node, fx.Node)

@@ -9,11 +9,12 @@ from depcut.ops.registry import Dims, Op, Output, rule
 _UNTAGGED = """
 aten.real aten.imag
 aten.to aten.contiguous aten.clone aten.alias aten.detach aten.detach_ aten.dropout
-aten.dropout_ aten.feature_dropout aten.feature_dropout_ aten.alpha_dropout aten.alpha_dropout_
+aten.dropout_ aten.feature_dropout aten.feature_dropout_ aten.feature_alpha_dropout
+aten.alpha_dropout aten.alpha_dropout_
 aten.lift_fresh_copy aten.lift_fresh aten.zeros_like aten.ones_like aten.full_like
 aten.empty_like aten.rand_like aten.randn_like aten.where aten.masked_fill aten.masked_fill_
-aten.fill_ aten.fill aten.zero_ aten.copy_ aten.copy aten.bernoulli aten.bernoulli_ aten.float
-aten.half aten.double aten.silu aten.silu_ aten.celu aten.celu_ aten.selu aten.selu_
+aten.fill_ aten.fill aten.zero_ aten.copy_ aten.copy aten.bernoulli aten.bernoulli_
+aten.silu aten.silu_ aten.celu aten.celu_ aten.selu aten.selu_
 aten.hardswish aten.hardswish_ aten.hardsigmoid aten.hardsigmoid_ aten.hardtanh aten.hardtanh_
 aten.relu6 aten.relu6_ aten.leaky_relu aten.leaky_relu_ aten.log_sigmoid aten.mish aten.mish_
 aten.softplus aten.rrelu aten.rrelu_ aten.hardshrink aten.softshrink aten.gelu aten.gelu_

@@ -29,6 +29,13 @@ def recurrent(op: Op) -> Output:
     gates = _GATES[kind]
     if per_cell not in (2, 4):
         return _projected(op, params, [*states, op.arg("input")])
+    if len(x) == 3:
+        batch, time = (0, 1) if op.arg("batch_first") else (1, 0)
+        for state in states:
+            op.broadcast((x[batch],), op.dims(state)[1:2])
+    else:
+        time = 0
+    op.freeze(x[time], "time: the recurrence runs over it")
     hidden: list[Term] = []
     feature: Term = x[-1]
     for layer in range(op.arg("num_layers")):
@@ -45,7 +52,7 @@ def recurrent(op: Op) -> Output:
             for h in hidden:
                 op.unify(s[-1], h)
         op.unify(s[-1], hidden[0])
-    if len([u for u in op.node.users if u.args[1] != 0]) > 0:
+    if any(user.args[1] != 0 and user.users for user in op.node.users):
         for h in hidden[1:]:
             op.unify(hidden[0], h)
     op.tie(hidden)

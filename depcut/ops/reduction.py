@@ -29,8 +29,12 @@ def _reduce(op: Op) -> tuple[list[int], Output]:
 def total(op: Op) -> Output:
     """Sums and vector norms: a removed index is as good as zero."""
     reduced, out = _reduce(op)
+    order = next((op.arg(name) for name in ("ord", "p") if op.has(name)), None)
     for dim in reduced:
-        op.contract(op.node.args[0], dim)  # type: ignore[arg-type]
+        if isinstance(order, int | float) and order < 0:
+            op.statistic(op.dims(op.node.args[0])[dim])  # the smallest decides, not a zero
+        else:
+            op.contract(op.node.args[0], dim)  # type: ignore[arg-type]
     return out
 
 
@@ -64,7 +68,7 @@ def position(op: Op) -> Output:
 @rule(
     *"""aten.softmax aten.log_softmax aten._softmax aten._log_softmax aten.cumsum aten.cumsum_
     aten.cumprod aten.logcumsumexp aten.sort aten.argsort aten.flip aten.cummax aten.cummin
-    aten.diff aten.softmin aten.fft_fft aten.fft_ifft aten.fft_rfft aten.fft_irfft aten.fft_hfft
+    aten.diff aten.fft_fft aten.fft_ifft aten.fft_rfft aten.fft_irfft aten.fft_hfft
     aten.fft_fft2 aten.fft_ifft2 aten.fft_rfft2 aten.fft_irfft2 aten.fft_fftn aten.fft_ifftn
     aten.fft_rfftn aten.fft_irfftn aten.fft_fftshift aten.fft_ifftshift""".split()
 )
@@ -75,13 +79,19 @@ def along(op: Op) -> Output:
     x = list(op.dims(source))
     dims = op.arg("dims") if op.has("dims") else op.arg("dim")
     sizes = op.sizes[op.node]
-    for dim in dims_of(dims, len(x)):
+    along_dims = [] if name == "flip" and not dims else dims_of(dims, len(x))
+    for other in op.tensors()[1:]:
+        # What diff prepends or appends: the other dimensions are those of the first argument.
+        for i, (a, b) in enumerate(zip(x, op.dims(other), strict=False)):
+            if i in along_dims:
+                op.freeze(b, f"{name} runs along it")
+            else:
+                op.broadcast((a,), (b,))
+    for dim in along_dims:
         op.freeze(x[dim], f"{name} runs along it")
         if op.out_sizes[dim] != x[dim].size:
             x[dim] = op.frozen(op.out_sizes[dim], f"{name} changes its length")
-    for other in op.tensors()[1:]:
-        for term in op.dims(other):
-            op.freeze(term, f"second argument of {name}")
+    x = [axes.resolve(t) for t in x]
     return [tuple(x)] * len(sizes) if isinstance(sizes[0], tuple) else tuple(x)
 
 
@@ -100,10 +110,10 @@ def topk(op: Op) -> Output:
     x = list(op.dims("self"))
     dim = dim_of(op.arg("dim"), len(x))
     op.freeze(x[dim], "positions along it are chosen by value")
-    out = tuple(
-        op.frozen(n, "chosen by value") if i == dim and len(op.out_sizes) == len(x) else x[i]
-        for i, n in enumerate(op.out_sizes)
-    )
+    if len(op.out_sizes) < len(x):
+        out = (*x[:dim], *x[dim + 1 :])
+    else:
+        out = (*x[:dim], op.frozen(op.out_sizes[dim], "chosen by value"), *x[dim + 1 :])
     return [out] * len(op.sizes[op.node])
 
 
@@ -122,5 +132,9 @@ def cosine(op: Op) -> Output:
     x = op.broadcast(op.dims("x1"), op.dims("x2"))
     dim = dim_of(op.arg("dim"), len(x))
     for name in ("x1", "x2"):
-        op.contract(name, dim - len(x))
+        operand = op.dims(name)
+        if len(operand) < len(x) - dim or operand[dim - len(x)].size != x[dim].size:
+            op.freeze(x[dim], "compared with a vector that is broadcast along it")
+        else:
+            op.contract(name, dim - len(x))
     return tuple(t for i, t in enumerate(x) if i != dim)

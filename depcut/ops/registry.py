@@ -88,6 +88,7 @@ class Effects:
     statistics: list[Term] = field(default_factory=list)
     macs: list[tuple[float, Dims]] = field(default_factory=list)
     ties: list[list[Term]] = field(default_factory=list)
+    floors: list[tuple[int, Term]] = field(default_factory=list)
     rescales: list[tuple[fx.Node, fx.Node, int]] = field(default_factory=list)
 
 
@@ -203,6 +204,10 @@ class Op:
     def macs(self, *terms: Term, times: float = 1.0) -> None:
         """Record multiply-accumulates: the product of the counts of all terms."""
         self.effects.macs.append((times, terms))
+
+    def at_least(self, count: int, term: Term) -> None:
+        """Demand that every axis of a term keeps at least so many indices."""
+        self.effects.floors.append((count, term))
 
     def tie(self, terms: Sequence[Term]) -> None:
         """Demand that all terms keep equally many indices (not the same ones)."""

@@ -66,7 +66,7 @@ def transpose(op: Op) -> Output:
     return tuple(x)
 
 
-@rule("aten.t", "aten.t_", "aten.mT", "aten.numpy_T", "aten.adjoint", "aten.matrix_H")
+@rule("aten.t", "aten.t_", "aten.mT", "aten.mH", "aten.numpy_T", "aten.adjoint", "aten.matrix_H")
 def transposed(op: Op) -> Output:
     """Swap the last two dimensions, or reverse all."""
     x = op.dims(op.node.args[0])
@@ -91,6 +91,9 @@ def squeeze(op: Op) -> Output:
     """Drop dimensions of size 1."""
     x = op.dims("self")
     dims = dims_of(op.arg("dim"), len(x)) if op.has("dim") else list(range(len(x)))
+    for i in dims:
+        if x[i].size > 1:
+            op.at_least(2, x[i])  # one index alone would be squeezed away
     return tuple(t for i, t in enumerate(x) if i not in dims or t.size != 1)
 
 

@@ -77,9 +77,9 @@ def _rescale(model: nn.Module, slim: nn.Module, keep: Keep) -> None:
                 continue
             picked = keep.tensors[v]
             dense, small = attribute(model, v).detach(), attribute(slim, v).detach()
-            others = [i for i in range(dense.ndim) if i != dim]
+            others = [i for i in range(dense.ndim) if i != dim]  # of -1: all
             before = torch.linalg.vector_norm(dense, dim=others, keepdim=True)
-            if picked[dim] is not None:
+            if dim >= 0 and picked[dim] is not None:
                 at = torch.from_numpy(picked[dim]).to(dense.device)
                 before = before.index_select(dim, at)
             after = torch.linalg.vector_norm(small, dim=others, keepdim=True)
