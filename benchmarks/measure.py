@@ -151,7 +151,7 @@ def write(name: str, rows: Sequence[Row], summary: Mapping[str, Any]) -> list[Pa
     RESULTS.mkdir(exist_ok=True)
     as_json, as_csv = RESULTS / f"{name}.json", RESULTS / f"{name}.csv"
     data = {"machine": machine(), "summary": dict(summary), "rows": list(rows)}
-    as_json.write_text(json.dumps(data, indent=1, default=str) + "\n")
+    as_json.write_text(json.dumps(data, indent=1) + "\n")
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with as_csv.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")

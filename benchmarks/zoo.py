@@ -126,7 +126,7 @@ def examine(name: str, ratio: float) -> Row:
         "counted_macs": sum(counted["dense"].values()) / 2,
         "counted_kept": sum(counted["slim"].values()) / sum(counted["dense"].values()),
         "counted_by_operator": {op: round(n / 2) for op, n in counted["dense"].items()},
-        "captured_for_training": program.training,
+        "captured_for_training": bool(program.training),
         "generated": dict(plan.report["generated"]),
         "other_types": other_types(model, slim),
         "verified_error": plan.report["error"],

@@ -161,15 +161,15 @@ def _run(
         elif node.op == "output":
             for result in node.all_input_nodes:
                 for shape in _shapes(env.get(result)):
-                    for term in shape:
+                    for term in shape or ():
                         axes.freeze(term, Reason("model output", result.name))
     return env, effects, unknown
 
 
-def _shapes(output: Output) -> list[Dims]:
+def _shapes(output: Output) -> list[Dims | None]:
     if output is None:
         return []
-    return [output] if isinstance(output, tuple) else output
+    return [output] if isinstance(output, tuple) else list(output)
 
 
 def _frozen_dims(sizes: tuple[int, ...], why: str, node: str | None) -> Dims:
@@ -229,15 +229,23 @@ def _visit(
         if os.environ.get("DEPCUT_STRICT"):
             raise
         return _give_up(node, env, sizes, unknown, f"the rule for {{}} failed: {error!r:.120}")
-    got = [tuple(t.size for t in s) for s in _shapes(out)]
-    expected = [] if sizes is None else [sizes] if isinstance(sizes, tuple) else sizes
-    if got != [s for s in expected if s is not None] and out is not None:
+    if out is not None and not _fits(out, sizes):
         if os.environ.get("DEPCUT_STRICT"):
-            raise AssertionError(f"{node.format_node()}: rule gives {got}, torch {expected}")
+            raise AssertionError(f"{node.format_node()}: rule gives {out}, torch {sizes}")
         return _give_up(node, env, sizes, unknown, "the rule for {} does not fit its result")
     op.effects.out = out
     effects[node] = op.effects
     return out
+
+
+def _fits(out: Output, sizes: Any) -> bool:
+    """Whether a rule's result has the sizes that torch computed."""
+    expected = [sizes] if isinstance(sizes, tuple) else [s for s in sizes or [] if s is not None]
+    shapes = _shapes(out)
+    return len(shapes) == len(expected) and all(
+        shape is None or tuple(t.size for t in shape) == size
+        for shape, size in zip(shapes, expected, strict=True)
+    )
 
 
 def _give_up(
@@ -252,7 +260,7 @@ def _give_up(
     reason = Reason(why.format(node.target), node.name)
     for source in node.all_input_nodes:
         for shape in _shapes(env.get(source)):
-            for term in shape:
+            for term in shape or ():
                 axes.freeze(term, reason)
     if sizes is None:
         return None

@@ -30,7 +30,7 @@ ORDER = [
     "cost keep",
     "scores.magnitude",
     "scores allocate",
-    "rewrite rewrite.literals rewrite.tensors rewrite.generated",
+    "rewrite rewrite.literals rewrite.tensors rewrite.generated rewrite.dropout",
     "rewrite.graph",
     "rewrite.module rewrite.optimizer rewrite.preferences",
     "rewrite.build reference",

@@ -6,7 +6,7 @@ from torch import fx
 
 from depcut import axes
 from depcut.axes import Term
-from depcut.ops.registry import Op, Output, rule
+from depcut.ops.registry import Dims, Op, Output, rule
 
 _GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 _CONSTANT = ("aten.zeros", "aten.new_zeros", "aten.zeros_like", "aten.ones", "aten.full")
@@ -52,12 +52,14 @@ def recurrent(op: Op) -> Output:
             for h in hidden:
                 op.unify(s[-1], h)
         op.unify(s[-1], hidden[0])
-    if any(user.args[1] != 0 and user.users for user in op.node.users):
-        for h in hidden[1:]:
-            op.unify(hidden[0], h)
     op.tie(hidden)
-    final = [tuple(map(axes.resolve, (*s[:-1], hidden[0]))) for s in state_dims]
-    return [(*x[:-1], axes.resolve(feature)), *final]
+    out: list[Dims | None] = [(*x[:-1], axes.resolve(feature))]
+    if len(hidden) > 1 and not any(user.args[1] != 0 and user.users for user in op.node.users):
+        # Rows of the final states keep different units: no term says that, and nobody reads them.
+        return [*out, *([None] * len(states))]
+    for h in hidden[1:]:
+        op.unify(hidden[0], h)
+    return [*out, *(tuple(map(axes.resolve, (*s[:-1], hidden[0]))) for s in state_dims)]
 
 
 def _cell(

@@ -21,7 +21,7 @@ from depcut.axes import Reason, Term
 from depcut.errors import RuleError
 
 Dims = tuple[Term, ...]
-Output = Dims | list[Dims] | None
+Output = Dims | Sequence[Dims | None] | None
 Path = tuple[int | str, ...]
 Rule = Callable[["Op"], Output]
 

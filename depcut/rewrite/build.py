@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
-from torch import nn
+from torch import fx, nn
 
 from depcut.errors import VerificationError
 from depcut.keep import Keep
+from depcut.rewrite.dropout import attention_dropout
 from depcut.rewrite.graph import CannotGenerateError, generate, parent_of
 from depcut.rewrite.literals import solve
 from depcut.rewrite.module import set_attributes
@@ -21,12 +23,14 @@ class Slim:
     Attributes:
         model: The module.
         keep: What stays of the dense one.
+        dense: The dense model.
         generated: Modules that were generated, with the reason.
         inlined: Modules whose lines went into an enclosing generated one, with what forced it.
     """
 
     model: nn.Module
     keep: Keep
+    dense: nn.Module
     generated: dict[str, str] = field(default_factory=dict)
     inlined: dict[str, str] = field(default_factory=dict)
 
@@ -43,7 +47,9 @@ class Slim:
             problem = "its generated code differs, too"
             if name not in self.generated:
                 try:
-                    module = generate(self.model, self.keep, name, set(self.inlined))
+                    module = generate(
+                        self.model, self.keep, name, set(self.inlined), self._dropouts
+                    )
                     self._put(name, module)
                     self.generated[name] = why
                     return name
@@ -59,6 +65,10 @@ class Slim:
             where="the whole model",
             remedy="keep the layers concerned with keep=; please report the model",
         )
+
+    @cached_property
+    def _dropouts(self) -> dict[fx.Node, float]:
+        return attention_dropout(self.dense, self.keep.coupling.program)
 
     def _put(self, name: str, module: nn.Module) -> None:
         if not name:
@@ -76,7 +86,7 @@ def rewrite(model: nn.Module, keep: Keep) -> Slim:
         keep: What stays.
     """
     solution = solve(keep, model)
-    slim = Slim(narrowed_copy(model, keep), keep)
+    slim = Slim(narrowed_copy(model, keep), keep, model)
     owners = {name.rpartition(".")[0] for name in keep.tensors}
     owners |= {name.partition(".parametrizations.")[0] for name in keep.tensors}
     set_attributes(slim.model, solution.values, owners)

@@ -11,14 +11,12 @@ from torch.utils import _pytree as pytree
 from depcut.errors import InputError
 from depcut.program import ModuleCall
 
-_SHARED = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
-
 
 class GeneratedModule(nn.Module):
     """Stands in for a module whose code cannot express the new sizes; see `code`.
 
-    Parameters, buffers, children, hooks and mode are the original's. It takes any batch size, and
-    its arguments in the way in which the enclosing code passes them.
+    Parameters, buffers, children, hooks, attributes and mode are the original's. It takes any
+    batch size, and its arguments in the way in which the enclosing code passes them.
 
     Args:
         original: The module it replaces.
@@ -31,10 +29,8 @@ class GeneratedModule(nn.Module):
         self, original: nn.Module, graph: fx.Graph, call: ModuleCall, constants: dict[str, Any]
     ) -> None:
         super().__init__()
-        for key, value in vars(original).items():
-            if key in _SHARED or "hook" in key:
-                self.__dict__[key] = value
-        self.training = original.training
+        # Other attributes too: the enclosing code may read them.
+        self.__dict__.update(vars(original))
         for key, value in constants.items():
             self.register_buffer(key, value.detach().clone(), persistent=False)
         self.replaces = f"{type(original).__module__}.{type(original).__qualname__}"

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from depcut.keep import Keep
 from depcut.program import ModuleCall, Program
+from depcut.rewrite.dropout import when_training
 from depcut.rewrite.generated import GeneratedModule
 
 _MODE_FLAGS = ("train", "training")
@@ -56,7 +57,9 @@ def stack_entries(node: fx.Node) -> list[str]:
     return [n for n in names if not n.startswith("_empty")]
 
 
-def generate(slim: nn.Module, keep: Keep, name: str, inlined: set[str]) -> GeneratedModule:
+def generate(
+    slim: nn.Module, keep: Keep, name: str, inlined: set[str], dropouts: dict[fx.Node, float]
+) -> GeneratedModule:
     """The module `name` of the slim model with its own lines generated from the graph.
 
     Args:
@@ -64,6 +67,7 @@ def generate(slim: nn.Module, keep: Keep, name: str, inlined: set[str]) -> Gener
         keep: What stays.
         name: Qualified name; "" for the whole model.
         inlined: Modules that must not be called, as their code cannot express the sizes either.
+        dropouts: Probability in training of attentions that were captured without dropout.
 
     Raises:
         CannotGenerateError: It uses values that are not among its arguments.
@@ -71,7 +75,7 @@ def generate(slim: nn.Module, keep: Keep, name: str, inlined: set[str]) -> Gener
     call = _call_of(keep.coupling.program, name)
     inline = {id(c) for c in keep.coupling.program.calls if c.module in inlined}
     while True:
-        builder = _Builder(keep, name, call, inline)
+        builder = _Builder(keep, name, call, inline, dropouts)
         try:
             graph = builder.build()
         except _OpaqueError as leak:
@@ -98,6 +102,7 @@ class _Builder:
     name: str
     call: ModuleCall
     inline: set[int]
+    dropouts: dict[fx.Node, float]
 
     def __post_init__(self) -> None:
         self.program = self.keep.coupling.program
@@ -249,17 +254,29 @@ class _Builder:
         schema = getattr(node.target, "_schema", None)
         if schema is None:
             return
-        entries = stack_entries(node)
-        owner = entries[-1].partition("@")[0] if entries else self.name
-        relative = owner[len(self.name) :].lstrip(".") if owner.startswith(self.name) else ""
+        probability = self.dropouts.get(node)
+        if probability is not None:
+            with self.graph.inserting_before(new):
+                flag = self._training_flag(node)
+                active = self.graph.call_function(when_training, (flag, probability))
+            keywords = ("attn_mask", "dropout_p")
+            given = dict(zip(keywords, new.args[3:5], strict=False))
+            new.args = (*new.args[:3],)
+            new.kwargs = {**given, **new.kwargs, "dropout_p": active}
         for i, argument in enumerate(schema.arguments):
             if argument.name in _MODE_FLAGS and i < len(new.args):
                 if new.args[i] is not False:
                     # True in an eval capture: the code insists (weight standardisation).
                     continue
                 with self.graph.inserting_before(new):
-                    flag = self.graph.get_attr(f"{relative}.training" if relative else "training")
-                new.update_arg(i, flag)
+                    new.update_arg(i, self._training_flag(node))
+
+    def _training_flag(self, node: fx.Node) -> fx.Node:
+        """The mode of the module whose code a node comes from."""
+        entries = stack_entries(node)
+        owner = entries[-1].partition("@")[0] if entries else self.name
+        relative = owner[len(self.name) :].lstrip(".") if owner.startswith(self.name) else ""
+        return self.graph.get_attr(f"{relative}.training" if relative else "training")
 
 
 def set_literals(new: fx.Node, node: fx.Node, keep: Keep, graph: fx.Graph) -> None:
