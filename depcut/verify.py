@@ -205,41 +205,60 @@ def verify(slim: Slim, model: nn.Module) -> float:
     while True:
         for trial in trials:
             # One row decides in almost all cases; a graph may yet insist on more.
-            size, message, problem = _try(slim, model, trial)
-            if not message and (random or size <= limit):
-                if random or _same_unwatched(slim, trial, limit):
-                    return 0.0 if random else size
-                break
-        if not message and size <= limit:
-            # The code around a generated module relies on more than calling it (fast paths).
+            found = _try(slim, model, trial, math.inf if random else limit)
+            if not found.message and (random or found.size <= limit):
+                return 0.0 if random else found.size
+        if found.beside:
             for name in [n for n in slim.generated if n]:
                 slim.replace(parent_of(name), f"its code does more with {name!r} than call it")
             continue
-        if not message and size < _ROUNDING and _exact(slim, model):
-            return size
+        if not found.message and found.size < _ROUNDING and _exact(slim, model):
+            return found.size
         culprit = _culprit(slim, model, limit)
         if "" in slim.generated:
             raise VerificationError(
-                message or f"outputs differ by {size:.3g} of their scale",
+                found.message or f"outputs differ by {found.size:.3g} of their scale",
                 where=_place(keep, culprit),
                 remedy="keep the layers concerned with keep=; please report the model",
-            ) from problem
-        slim.replace(culprit, message or "its code computes other values at the new sizes")
+            ) from found.problem
+        slim.replace(culprit, found.message or "its code computes other values at the new sizes")
 
 
-def _same_unwatched(slim: Slim, trial: Trial, limit: float) -> bool:
-    """Whether outputs are the same without hooks, which switch torch's own fast paths off."""
-    if not slim.generated:
-        return True
-    args, kwargs = example(slim.keep, rows=trial.rows, dtype=trial.dtype)
-    watched = observe(slim.model, slim.keep, trial).outputs
+@dataclass(frozen=True)
+class Attempt:
+    """What came of one comparison.
+
+    Attributes:
+        size: Largest difference, relative to the output's scale.
+        message: What is wrong besides.
+        problem: The exception behind it.
+        beside: Whether only a run without hooks fails: code around a generated module relies on
+            more than calling it, e.g. on a fast path of torch.
+    """
+
+    size: float
+    message: str = ""
+    problem: Exception | None = None
+    beside: bool = False
+
+
+def _try(slim: Slim, model: nn.Module, trial: Trial, limit: float) -> Attempt:
     try:
+        expected = _expected(slim.keep, model, trial)
+        size, message = _compare(slim, expected, trial)
+    except _RUNTIME_ERRORS as problem:
+        return Attempt(math.inf, f"{type(problem).__name__}: {problem}"[:300], problem)
+    if message or size > limit or not slim.generated:
+        return Attempt(size, message)
+    args, kwargs = example(slim.keep, rows=trial.rows, dtype=trial.dtype)
+    try:
+        # Hooks switch fast paths off, so run once as users do.
         with modes(slim.model, ()), torch.no_grad():
-            plain = pytree.tree_leaves(slim.model(*args, **kwargs))
-    except _RUNTIME_ERRORS:
-        return False
-    size, message = error(watched, plain)
-    return not message and size <= limit
+            plain, message = error(expected[0], pytree.tree_leaves(slim.model(*args, **kwargs)))
+    except _RUNTIME_ERRORS as problem:
+        return Attempt(math.inf, str(problem)[:300], problem, beside=True)
+    failed = bool(message) or plain > limit
+    return Attempt(max(size, plain), message, beside=failed)
 
 
 def _on_meta(model: nn.Module) -> bool:
@@ -264,15 +283,6 @@ def _verify_shapes(slim: Slim, model: nn.Module) -> float:
             remedy="apply the plan to the model with its weights, where depcut can repair this",
         )
     return 0.0
-
-
-def _try(slim: Slim, model: nn.Module, trial: Trial) -> tuple[float, str, Exception | None]:
-    """(largest relative difference, what is wrong besides, the exception behind it)."""
-    try:
-        size, message = _compare(slim, _expected(slim.keep, model, trial), trial)
-    except _RUNTIME_ERRORS as error:
-        return float("inf"), f"{type(error).__name__}: {error}"[:300], error
-    return size, message, None
 
 
 def _tolerance(keep: Keep) -> float:
