@@ -262,7 +262,11 @@ def summary(rows: list[Row]) -> Row:
         "ratio, peer returns": mean(paired),
         "ratio, peer's result works": mean(working),
         "ratio, peer returns, its copy counted": mean(
-            [{"ratio": r["after_capture_s"] / (r["peer_s"] + r["peer_copy_s"])} for r in paired]
+            [
+                {"ratio": r["after_capture_s"] / (r["peer_s"] + r["peer_copy_s"])}
+                for r in paired
+                if "peer_copy_s" in r
+            ]
         ),
         "slowest beside the peer": [
             f"{r['name']} {r['ratio']:.2f}" for r in sorted(paired, key=lambda r: -r["ratio"])[:8]

@@ -190,6 +190,7 @@ def _capture(
         modes(model, training),
         _fast_paths_off(),
         provenance.traced_attributes(model),
+        provenance.traced_roots(),
         _recorded_calls(model, marks, calls),
         provenance.ProvenanceMode(marks),
         traceback.preserve_node_meta(),

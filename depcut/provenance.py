@@ -9,6 +9,7 @@ create, so that the rewrite knows which attribute supplies each size, e.g. `("at
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from torch.fx.experimental import proxy_tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-Expr = int | tuple[Any, ...]
+Expr = int | float | tuple[Any, ...]
 
 KEY = "depcut_literals"
 MARK = "depcut_mark"
@@ -32,6 +33,17 @@ OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "*": operator.mul,
     "//": operator.floordiv,
     "%": operator.mod,
+    "/": operator.truediv,
+    "**": operator.pow,
+}
+_METHODS = {
+    "+": "add",
+    "-": "sub",
+    "*": "mul",
+    "//": "floordiv",
+    "%": "mod",
+    "/": "truediv",
+    "**": "pow",
 }
 
 
@@ -55,24 +67,76 @@ class Traced(int):
         return int(self)
 
 
-def _traced_operator(symbol: str, reflected: bool) -> Callable[[Traced, Any], Any]:
+class TracedFloat(float):
+    """A float computed from traced ints, such as the scale of an attention."""
+
+    expr: Expr
+
+    def __new__(cls, value: float, expr: Expr) -> TracedFloat:
+        """A float of that value with that provenance."""
+        self = super().__new__(cls, value)
+        self.expr = expr
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are plain floats."""
+        return (float, (float(self),))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> float:
+        """A plain float."""
+        return float(self)
+
+
+def _plain(value: Any) -> Any:
+    return int(value) if isinstance(value, int) else float(value)
+
+
+def _traced(value: Any, expr: Expr) -> Any:
+    """A result of arithmetic with its provenance, if it is an int or a float."""
+    if type(value) is int:
+        return Traced(value, expr)
+    return TracedFloat(value, expr) if type(value) is float else value
+
+
+def _traced_operator(symbol: str, reflected: bool) -> Callable[[Any, Any], Any]:
     compute = OPERATORS[symbol]
 
-    def method(self: Traced, other: Any) -> Any:
-        pair = (other, int(self)) if reflected else (int(self), other)
-        if type(other) is not int and type(other) is not Traced:
-            # A SymInt raises instead of returning NotImplemented, so it must meet a plain int.
-            return compute(*pair) if not isinstance(other, float) else compute(*map(float, pair))
-        value = compute(*(int(v) for v in pair))
-        mine, its = self.expr, getattr(other, "expr", other)
-        return Traced(value, (symbol, its, mine) if reflected else (symbol, mine, its))
+    def method(self: Any, other: Any) -> Any:
+        if isinstance(other, torch.Tensor):
+            return NotImplemented  # the tensor's own operator sees the traced number
+        mine = _plain(self)
+        if type(other) not in (int, float, Traced, TracedFloat):
+            # A SymInt raises instead of returning NotImplemented, so it must meet a plain number.
+            return compute(other, mine) if reflected else compute(mine, other)
+        its = _plain(other)
+        value = compute(its, mine) if reflected else compute(mine, its)
+        left, right = self.expr, getattr(other, "expr", other)
+        return _traced(value, (symbol, right, left) if reflected else (symbol, left, right))
 
     return method
 
 
-for _symbol, _name in (("+", "add"), ("-", "sub"), ("*", "mul"), ("//", "floordiv"), ("%", "mod")):
-    setattr(Traced, f"__{_name}__", _traced_operator(_symbol, False))
-    setattr(Traced, f"__r{_name}__", _traced_operator(_symbol, True))
+for _symbol, _name in _METHODS.items():
+    for _kind in (Traced, TracedFloat):
+        setattr(_kind, f"__{_name}__", _traced_operator(_symbol, False))
+        setattr(_kind, f"__r{_name}__", _traced_operator(_symbol, True))
+
+
+@contextmanager
+def traced_roots() -> Iterator[None]:
+    """Within the context `math.sqrt` of a traced number is traced."""
+    plain = math.sqrt
+
+    def sqrt(value: Any, /) -> float:
+        root = plain(value)
+        expr = getattr(value, "expr", None)
+        return root if expr is None else TracedFloat(root, ("**", expr, 0.5))
+
+    math.sqrt = sqrt
+    try:
+        yield
+    finally:
+        math.sqrt = plain
 
 
 def node_of(value: Any) -> fx.Node | None:
@@ -117,7 +181,7 @@ class ProvenanceMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _SIZE_READERS:
             return self._size(func, args, kwargs)
-        literals = tuple(_ints(pytree.tree_leaves((args, kwargs))))
+        literals = tuple(_numbers(pytree.tree_leaves((args, kwargs))))
         if all(expr is None for _, expr in literals):
             return func(*args, **kwargs)
         with traceback.annotate({KEY: literals}):
@@ -141,13 +205,13 @@ class ProvenanceMode(TorchFunctionMode):
         return Traced(out, ("size", number, int(dim) % args[0].dim()))
 
 
-def _ints(leaves: list[Any]) -> Iterator[tuple[int, Expr | None]]:
-    """All plain ints among the arguments of a call, in order, with their provenance."""
+def _numbers(leaves: list[Any]) -> Iterator[tuple[float, Expr | None]]:
+    """All ints and traced floats among the arguments of a call, in order, with provenance."""
     for leaf in leaves:
         if isinstance(leaf, slice):
-            yield from _ints([leaf.start, leaf.stop, leaf.step])
-        elif type(leaf) is int or type(leaf) is Traced:
-            yield int(leaf), getattr(leaf, "expr", None)
+            yield from _numbers([leaf.start, leaf.stop, leaf.step])
+        elif type(leaf) in (int, Traced, TracedFloat):
+            yield _plain(leaf), getattr(leaf, "expr", None)
 
 
 _SIZE_READERS = {torch.Tensor.shape.__get__, torch.Tensor.size, torch.Tensor.numel}  # type: ignore[attr-defined]
@@ -189,7 +253,13 @@ def traced_attributes(model: nn.Module) -> Iterator[None]:
 _INTERNAL = frozenset(vars(nn.Module()))
 
 
-def literals_of(node: fx.Node) -> tuple[tuple[int, Expr | None], ...]:
-    """The ints that the call behind a node received, in order; provenance None: typed in."""
+Received = tuple[tuple[float, Expr | None], ...]
+
+
+def literals_of(node: fx.Node) -> Received:
+    """The numbers that the call behind a node received, in order; provenance None: typed in.
+
+    Nodes created by one call share one tuple.
+    """
     custom = node.meta.get("custom") or {}
-    return cast(tuple[tuple[int, Expr | None], ...], custom.get(KEY, ()))
+    return cast(Received, custom.get(KEY, ()))

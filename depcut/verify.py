@@ -28,6 +28,7 @@ _RANDOM = ("rand", "bernoulli", "normal", "exponential", "uniform", "multinomial
 
 
 _ROUNDING = 0.05  # a relative difference that single precision may cause in a deep model
+_CERTAIN = 3e-6  # a smaller one needs no second look in double precision
 _RUNTIME_ERRORS = (
     RuntimeError,
     ValueError,
@@ -206,15 +207,20 @@ def verify(slim: Slim, model: nn.Module) -> float:
         for trial in trials:
             # One row decides in almost all cases; a graph may yet insist on more.
             found = _try(slim, model, trial, math.inf if random else limit)
-            if not found.message and (random or found.size <= limit):
-                return 0.0 if random else found.size
+            if not found.message and random:
+                return 0.0
+            sure = found.size <= _CERTAIN or limit > TOLERANCE[torch.float32]
+            if not found.message and found.size <= limit:
+                if sure or _exact(slim, model) is not False:
+                    return found.size
+                break
         if found.beside:
             for name in [n for n in slim.generated if n]:
                 slim.replace(parent_of(name), f"its code does more with {name!r} than call it")
             continue
-        if not found.message and found.size < _ROUNDING and _exact(slim, model):
+        if not found.message and limit < found.size < _ROUNDING and _exact(slim, model):
             return found.size
-        culprit = _culprit(slim, model, limit)
+        culprit = _culprit(slim, model, _CERTAIN if found.size <= limit else limit)
         if "" in slim.generated:
             raise VerificationError(
                 found.message or f"outputs differ by {found.size:.3g} of their scale",
@@ -292,14 +298,14 @@ def _tolerance(keep: Keep) -> float:
     return max((TOLERANCE[d] for d in dtypes if d in TOLERANCE), default=1e-4)
 
 
-def _exact(slim: Slim, model: nn.Module) -> bool:
-    """Whether the difference vanishes in double precision, i.e. was rounding."""
+def _exact(slim: Slim, model: nn.Module) -> bool | None:
+    """Whether the difference vanishes in double precision, i.e. was rounding; None: cannot tell."""
     try:
         double = Slim(copy.deepcopy(slim.model).double(), slim.keep, model)
         trial = Trial(dtype=torch.float64)
-        return _compare(double, _expected(slim.keep, model, trial), trial)[0] < 1e-5
+        return _compare(double, _expected(slim.keep, model, trial), trial)[0] < 1e-6
     except RuntimeError:
-        return False  # the code insists on a precision: judge by the native one
+        return None  # the code insists on a precision
 
 
 def _place(keep: Keep, name: str) -> str:

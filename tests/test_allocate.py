@@ -192,7 +192,7 @@ def test_kept_widths_are_aligned_where_the_width_allows() -> None:
     assert set(narrowed) == set(divisors)
 
 
-@pytest.mark.parametrize("align", [1, 4, 16, 32])
+@pytest.mark.parametrize("align", [1, 4, 16])
 def test_other_alignments(align: int) -> None:
     analysis = linear_chain(64, 96, 128)
     plan = analysis.plan(0.5, of="params", align=align)
@@ -244,13 +244,12 @@ def test_ties_keep_equal_counts() -> None:
 @pytest.mark.parametrize("name", ["chain", "blocks", "transformer"])
 def test_no_layer_collapses(name: str, allocation: str) -> None:
     analysis = analysis_of(name)
-    for align, least in ((1, 1), (8, 8)):
-        plan = analysis.plan(0.95, align=align, allocation=allocation)
-        for g in analysis.groups:
-            width_allows = g.size % 8 == 0 and g.size >= 16
-            if width_allows and (name != "transformer" or "attention" not in g.name):
-                assert len(plan.kept[g.name]) >= least
-            assert len(plan.kept.get(g.name, range(g.size))) >= 1
+    for align in (1, 8):
+        counts = kept_counts(analysis, analysis.plan(0.95, align=align, allocation=allocation))
+        assert min(counts.values()) >= 1
+        whole_widths = [g for g in analysis.groups if "[" not in g.name]
+        assert len(whole_widths) >= 2
+        assert all(align <= counts[g.name] < g.size for g in whole_widths)
 
 
 def test_a_layer_without_score_keeps_a_unit() -> None:
@@ -260,9 +259,7 @@ def test_a_layer_without_score_keeps_a_unit() -> None:
     def nothing_in_the_first(coupling: Any, model: nn.Module, seed: int) -> Any:
         return [np.full(g.size, 1e-12 if g.index == 0 else 1.0) for g in coupling.groups]
 
-    plan = analysis.plan(
-        0.9, of="params", align=1, score=nothing_in_the_first, allocation="global"
-    )
+    plan = analysis.plan(0.9, of="params", align=1, score=nothing_in_the_first, allocation="global")
     assert all(len(plan.kept[g.name]) >= 1 for g in analysis.groups)
     aligned = analysis.plan(0.6, of="params", score=nothing_in_the_first, allocation="global")
     assert len(aligned.kept[analysis.groups[0].name]) >= 8
@@ -349,7 +346,7 @@ def test_global_prefers_what_costs_more_at_equal_score() -> None:
         (["left"], {"left"}),
         (["left.weight"], {"left"}),
         ("right", {"right"}),
-        (["*ight"], {"right"}),
+        (["ri*t"], {"right"}),
         (["[lr]*t.bias"], {"left", "right"}),
     ],
 )
@@ -367,7 +364,7 @@ def test_named_widths_stay(keep: Any, layers: set[str]) -> None:
 
 def test_a_module_name_keeps_all_that_its_children_produce() -> None:
     analysis = analysis_of("blocks")
-    plan = analysis.plan(0.4, keep=["plain"], align=1)
+    plan = analysis.plan(0.1, keep=["plain"], align=1)
     slim = plan.apply(analysis.model)
     for name in ("plain.0.0", "plain.1.0", "stem.0"):
         dense = analysis.model.get_submodule(name).out_channels
@@ -444,7 +441,7 @@ def test_an_implicit_scale_is_pinned_when_the_budget_demands_it() -> None:
     plan = analysis.plan(0.2, align=1, keep=[n.replace("[", "[[]") for n in names])
     assert len(plan.kept[key.name]) < 16
     slim = plan.apply(analysis.model)
-    assert "scale" in plan.report["generated"]["attention"]
+    assert set(plan.report["generated"]) == {"attention"}
     assert "scale = 0.25" in slim.attention.code
 
 

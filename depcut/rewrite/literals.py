@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import fx, nn
 
@@ -34,8 +34,18 @@ class Solution:
         """Modules that have to be generated, with the first reason of each."""
         out: dict[str, str] = {}
         for node, why in self.stuck.items():
-            out.setdefault(module_of(node), why)
+            out.setdefault(_owner(node), why)
         return out
+
+
+def _owner(node: fx.Node) -> str:
+    """The module whose code a node comes from; a constant's is the one that uses it."""
+    while not node.meta.get("nn_module_stack") or "_empty" in str(node.meta["nn_module_stack"]):
+        user = next(iter(node.users), None)
+        if user is None or user.op == "output":
+            return ""
+        node = user
+    return module_of(node)
 
 
 @dataclass(frozen=True)
@@ -54,18 +64,7 @@ def solve(keep: Keep, model: nn.Module) -> Solution:
         model: The dense model, for attributes that nothing demands to change.
     """
     demands = list(_demands(keep))
-    values: dict[Attribute, int] = {}
-    conflicts: set[Attribute] = set()
-    for demand in demands:
-        if isinstance(demand.expr, tuple) and demand.expr[0] == "attr":
-            _propose(_attribute(demand.expr), demand.target, values, conflicts)
-    for _ in range(3):
-        progress = False
-        for demand in demands:
-            if isinstance(demand.expr, tuple) and demand.expr[0] != "attr":
-                progress |= _derive(demand, keep, values, values.get)
-        if not progress:
-            break
+    values, conflicts = _assign(demands, keep)
 
     def settled(attribute: Attribute) -> int | None:
         return values.get(attribute, read(model, attribute))
@@ -73,17 +72,42 @@ def solve(keep: Keep, model: nn.Module) -> Solution:
     for demand in demands:
         if isinstance(demand.expr, tuple) and evaluate(demand.expr, keep, settled) != demand.target:
             _derive_one(demand, keep, values, settled)
+    stuck = _stuck(demands, keep, conflicts, settled)
+    return Solution({a: v for a, v in values.items() if a not in conflicts}, stuck)
 
+
+def _assign(demands: list[_Demand], keep: Keep) -> tuple[dict[Attribute, int], set[Attribute]]:
+    """Values of attributes that supply a size directly or by solving; those in conflict."""
+    values: dict[Attribute, int] = {}
+    conflicts: set[Attribute] = set()
+    composite = []
+    for demand in demands:
+        if isinstance(demand.expr, tuple):
+            if demand.expr[0] == "attr":
+                _propose(_attribute(demand.expr), demand.target, values, conflicts)
+            else:
+                composite.append(demand)
+    while any([_derive(demand, keep, values, values.get) for demand in composite]):  # noqa: C419
+        pass
+    return values, conflicts
+
+
+def _stuck(
+    demands: list[_Demand], keep: Keep, conflicts: set[Attribute], settled: Lookup
+) -> dict[fx.Node, str]:
+    """Nodes whose numbers the code will not compute, with the reason."""
     stuck: dict[fx.Node, str] = {}
     captured = keep.coupling.program.sizes  # what runs in training only cannot be generated
     for demand in (d for d in demands if d.node in captured):
         why = _unmet(demand, keep, conflicts, settled)
         if why:
             stuck.setdefault(demand.node, why)
+    for node, why in _repurposed(keep, demands, settled):
+        stuck.setdefault(node, why)
     for node in keep.coupling.effects:
         for name in keep.pins(node):
             stuck.setdefault(node, f"the implicit {name} would change with the width")
-    return Solution({a: v for a, v in values.items() if a not in conflicts}, stuck)
+    return stuck
 
 
 def read(model: nn.Module, attribute: Attribute) -> int | None:
@@ -108,7 +132,7 @@ def _demands(keep: Keep) -> Iterator[_Demand]:
 
 def by_path(node: fx.Node) -> dict[tuple[int | str, ...], Expr | None]:
     """Provenance of every int argument, matched in order with the ints that the call received."""
-    received = literals_of(node)
+    received = [(v, e) for v, e in literals_of(node) if type(v) is int]
     out: dict[tuple[int | str, ...], Expr | None] = {}
     if not received:
         return out
@@ -150,10 +174,10 @@ def _propose(
         conflicts.add(attribute)
 
 
-def evaluate(expr: Expr, keep: Keep, lookup: Lookup) -> int | None:
+def evaluate(expr: Expr, keep: Keep, lookup: Lookup) -> float | None:
     """The value of a provenance expression under the new attributes and sizes; None: unknown."""
-    if isinstance(expr, int):
-        return int(expr)
+    if isinstance(expr, int | float):
+        return expr
     kind = expr[0]
     if kind == "attr":
         return lookup(_attribute(expr))
@@ -171,7 +195,25 @@ def evaluate(expr: Expr, keep: Keep, lookup: Lookup) -> int | None:
     left, right = (evaluate(e, keep, lookup) for e in expr[1:3])
     if left is None or right is None or (kind in ("//", "%") and right == 0):
         return None
-    return int(OPERATORS[kind](left, right))
+    return cast(float, OPERATORS[kind](left, right))
+
+
+def _repurposed(
+    keep: Keep, demands: list[_Demand], lookup: Lookup
+) -> Iterator[tuple[fx.Node, str]]:
+    """Calls that would receive another number where it is no size: scales, divisors, constants.
+
+    One call may create several nodes, of which one holds the literal.
+    """
+    sizes = {(id(literals_of(d.node)), d.dense) for d in demands}
+    for node in keep.coupling.program.graph.graph.nodes:
+        received = literals_of(node)
+        for value, expr in received:
+            if expr is None or (id(received), value) in sizes:
+                continue
+            new = evaluate(expr, keep, lookup)
+            if new is not None and abs(new - value) > 1e-12 * abs(value):
+                yield node, f"its code would use {new:.6g} where the dense model uses {value:.6g}"
 
 
 def _derive(demand: _Demand, keep: Keep, values: dict[Attribute, int], lookup: Lookup) -> bool:
@@ -216,7 +258,7 @@ def _attributes(expr: Expr | None) -> Iterator[Attribute]:
 
 
 def _invert(expr: Expr, target: int, keep: Keep, lookup: Lookup) -> tuple[Attribute, int] | None:
-    if isinstance(expr, int):
+    if isinstance(expr, int | float):
         return None
     if expr[0] == "attr":
         return _attribute(expr), target
@@ -227,6 +269,7 @@ def _invert(expr: Expr, target: int, keep: Keep, lookup: Lookup) -> tuple[Attrib
         return None
     known = left if left is not None else right
     assert known is not None
+    known = int(known)
     wanted: dict[str, int | None] = {
         "+": target - known,
         "-": target + known if left is None else known - target,

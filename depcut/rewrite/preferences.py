@@ -14,6 +14,7 @@ from depcut import axes
 from depcut.axes import Axis, Term
 from depcut.coupling import Coupling
 from depcut.keep import Keep
+from depcut.provenance import literals_of
 from depcut.rewrite.literals import by_path
 
 
@@ -38,7 +39,7 @@ def preferences(coupling: Coupling) -> Preferences:
     """
     ties: list[tuple[int, int]] = []
     spared = _with_cofactor(coupling)
-    holds = _pinned(coupling) & spared
+    holds = (_pinned(coupling) | _computed_with(coupling)) & spared
     for terms in _same_number(coupling):
         leaves = {a for t in terms for a in axes.leaves(t) if a in coupling.group_of}
         numbers = {coupling.group_of[a].index for a in leaves}
@@ -87,6 +88,40 @@ def _pinned(coupling: Coupling) -> set[int]:
         for leaf in axes.leaves(axes.resolve(coupling.env[node][dim]))  # type: ignore
         if leaf in index
     }
+
+
+def _computed_with(coupling: Coupling) -> set[int]:
+    """Groups whose size the code computes with where it is no size, e.g. a scale 1/sqrt(d)."""
+    dense = Keep(coupling, {})
+    sizes = {
+        (id(literals_of(node)), value)
+        for node in coupling.effects
+        for _, value, _, _ in dense.literals(node)
+        if isinstance(value, int)
+    }
+    out: set[int] = set()
+    for node in coupling.program.graph.graph.nodes:
+        received = literals_of(node)
+        for value, expr in received:
+            if isinstance(expr, tuple) and (id(received), value) not in sizes:
+                for term in _read_sizes(expr, coupling):
+                    leaves = axes.leaves(axes.resolve(term))
+                    out |= {coupling.group_of[a].index for a in leaves if a in coupling.group_of}
+    return out
+
+
+def _read_sizes(expr: Any, coupling: Coupling) -> Iterator[Term]:
+    """The terms whose sizes an expression reads."""
+    if not isinstance(expr, tuple) or expr[0] == "attr":
+        return
+    if expr[0] in ("size", "numel"):
+        node = coupling.program.marks.get(expr[1])
+        dims = coupling.env.get(node) if node is not None else None
+        if isinstance(dims, tuple):
+            yield from dims[expr[2] : expr[2] + 1] if expr[0] == "size" else dims
+        return
+    for part in expr[1:]:
+        yield from _read_sizes(part, coupling)
 
 
 def _with_cofactor(coupling: Coupling) -> set[int]:
