@@ -212,7 +212,7 @@ def _program(
     graph = graph_module.graph
     named = {n.name: n for n in graph.nodes if n.op == "placeholder"}
     tensors, parameters, anonymous = {}, set(), set()
-    held = {id(t) for t in _held_tensors(model).values()}
+    held = {id(t) for t in held_tensors(model).values()}
     for spec in exported.graph_signature.input_specs:
         if spec.kind == InputKind.USER_INPUT or spec.target is None:
             continue
@@ -230,7 +230,8 @@ def _program(
         if n.op == "placeholder" and n not in tensors and is_symbolic(n.meta.get("val"))
     ]
     batch = _sizes(symbolic[0].meta["val"])[0] if symbolic else 1
-    used = {name for node, name in tensors.items() if node.users}
+    aliases = _aliases(model)
+    used = {n for node, name in tensors.items() if node.users for n in aliases.get(name, (name,))}
     return Program(
         graph=graph_module,
         tensors=tensors,
@@ -243,7 +244,7 @@ def _program(
         kwargs=kwargs,
         batch=batch,
         dynamic=bool(symbolic),
-        aliases=_aliases(model),
+        aliases=aliases,
         in_spec=exported.call_spec.in_spec,
         out_spec=exported.call_spec.out_spec,
         constants={n: exported.constants[n] for n in anonymous},
@@ -274,13 +275,14 @@ def attribute(model: nn.Module, name: str) -> Any:
     return value
 
 
-def _held_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}.{key}" if name else key: value
-        for name, module in model.named_modules()
-        for key, value in vars(module).items()
-        if isinstance(value, torch.Tensor)
-    }
+def held_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter, buffer and plain tensor attribute of a model, by each qualified name."""
+    out: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{name}." if name else ""
+        for held in (vars(module), module._parameters, module._buffers):
+            out.update({prefix + k: v for k, v in held.items() if isinstance(v, torch.Tensor)})
+    return out
 
 
 def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:

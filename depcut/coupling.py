@@ -194,14 +194,10 @@ def _initial(program: Program, dims: dict[str, Dims]) -> dict[fx.Node, Output]:
             env[node] = dims[name] = _frozen_dims(sizes, "constant typed into the code", node.name)
         else:
             twin = next((a for a in program.aliases.get(name, ()) if a in dims), None)
-            unused = name in program.unused and not _used_alias(program, name)
+            unused = name in program.unused
             why = Reason("not used by the captured forward", name) if unused else None
             env[node] = dims[name] = dims[twin] if twin else tuple(axes.axis(n, why) for n in sizes)
     return env
-
-
-def _used_alias(program: Program, name: str) -> bool:
-    return any(a not in program.unused for a in program.aliases.get(name, ()))
 
 
 def _visit(

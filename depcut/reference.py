@@ -13,7 +13,8 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from depcut.capture import attribute, is_symbolic
+from depcut.axes import Indices
+from depcut.capture import held_tensors, is_symbolic
 from depcut.inputs import Inputs, normalize
 from depcut.keep import Keep
 from depcut.ops.registry import Output
@@ -63,7 +64,8 @@ class Reference:
     """
 
     def __init__(self, keep: Keep, model: nn.Module, sliced: bool = False) -> None:
-        self.keep, self.model, self.sliced = keep, model, sliced
+        self.keep, self.sliced = keep, sliced
+        self.held = held_tensors(model)
         self.program = keep.coupling.program
 
     def run(
@@ -105,11 +107,8 @@ class Reference:
 
     def _tensor(self, node: fx.Node, dtype: torch.dtype | None) -> torch.Tensor:
         name = self.program.tensors[node]
-        if name in self.program.anonymous:
-            tensor = self.program.constants[name]
-        else:
-            tensor = attribute(self.model, name)
-        tensor = tensor.detach()
+        held = self.program.constants if name in self.program.anonymous else self.held
+        tensor = held[name].detach()
         if self.sliced:
             tensor = kept_part(tensor, self.keep, self.keep.coupling.env[node])
         elif name not in self.program.parameters:
@@ -131,15 +130,24 @@ class Reference:
         if any(self.keep.narrows(t) for t in effects.statistics):
             return self._on_kept(node, env, effects.out)
         masked: dict[fx.Node, torch.Tensor] = {}
-        for source, dim in effects.contracts:
-            dims = self.keep.coupling.env[source]
-            kept = self.keep.indices(dims[dim]) if isinstance(dims, tuple) else None
+        for place in effects.contracts:
+            if self._kept(*place) is None:
+                continue
+            source, dim = place
+            other = effects.counterparts.get(place)
+            if other is not None and env[other[0]].numel() < env[source].numel():
+                source, dim = other
+            kept = self._kept(source, dim)
             if kept is not None:
                 masked[source] = _zeroed(masked.get(source, env[source]), dim, kept)
         if masked:
             args, kwargs = _arguments(node, {**env, **masked})
             _silence(node, args)
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _kept(self, node: fx.Node, dim: int) -> Indices | None:
+        dims = self.keep.coupling.env[node]
+        return self.keep.indices(dims[dim]) if isinstance(dims, tuple) else None
 
     def _on_kept(self, node: fx.Node, env: dict[fx.Node, Any], output: Output) -> Any:
         """Statistics over the kept indices only: gather, compute, put back."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import operator
 import pickle
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from depcut.errors import CaptureError, InputError
 from depcut.inputs import infer, normalize
 from depcut.keep import Keep
 from depcut.program import Program
-from depcut.provenance import Traced
+from depcut.provenance import Traced, TracedFloat, literals_of
 from depcut.reference import Reference
 from depcut.rewrite.literals import by_path
 
@@ -38,6 +39,8 @@ HEADS = ("attr", "attention", ("heads",))
         ("*", operator.mul),
         ("//", operator.floordiv),
         ("%", operator.mod),
+        ("/", operator.truediv),
+        ("**", operator.pow),
     ],
 )
 def test_a_traced_int_survives_arithmetic_on_either_side(
@@ -48,9 +51,13 @@ def test_a_traced_int_survives_arithmetic_on_either_side(
         (a, b, (symbol, HEADS, ("size", 0, 1))),
         (a, 2, (symbol, HEADS, 2)),
         (20, a, (symbol, 20, HEADS)),
+        (a, 0.5, (symbol, HEADS, 0.5)),
+        (TracedFloat(1.5, HEADS), a, (symbol, HEADS, HEADS)),
+        (1.5, TracedFloat(0.5, HEADS), (symbol, 1.5, HEADS)),
     ]:
         made = compute(left, right)
-        assert (made, made.expr) == (compute(int(left), int(right)), expr)
+        plain = [float(v) if isinstance(v, float) else int(v) for v in (left, right)]
+        assert (made, made.expr) == (compute(*plain), expr)
 
 
 def test_a_chain_of_operations_is_one_expression() -> None:
@@ -61,12 +68,9 @@ def test_a_chain_of_operations_is_one_expression() -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda t: t * 0.5,
-        lambda t: 1.5 - t,
-        lambda t: t / 2,
-        lambda t: t**2,
         lambda t: -t,
-        lambda t: int(t),
+        int,
+        float,
         copy.copy,
         copy.deepcopy,
         lambda t: pickle.loads(pickle.dumps(t)),  # noqa: S301 - our own bytes
@@ -76,6 +80,12 @@ def test_a_chain_of_operations_is_one_expression() -> None:
 def test_a_traced_int_turns_plain(make: Callable[[Traced], Any]) -> None:
     assert type(make(Traced(4, HEADS))) in (int, float)
     assert make(Traced(4, HEADS)) == make(4)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("make", [copy.copy, copy.deepcopy, float])
+def test_copies_of_traced_floats_are_plain(make: Callable[[float], float]) -> None:
+    assert type(make(TracedFloat(0.25, HEADS))) is float
+    assert pickle.loads(pickle.dumps(TracedFloat(0.25, HEADS))) == 0.25  # noqa: S301 - ours
 
 
 @pytest.mark.parametrize(
@@ -114,6 +124,8 @@ class Views(nn.Module):
             "size": x.view(n, self.heads, x.shape[1] // self.heads),
             "split": x.split(self.pair[1], 1)[0],
             "slice": x[:, : self.dim],
+            "scale": x * (self.dim * x.shape[1]) ** -0.5,
+            "root": x / math.sqrt(self.heads),
         }
 
 
@@ -131,12 +143,15 @@ def views() -> Program:
     return capture(Views(), normal(2, 12))
 
 
+def behind(program: Program, which: str) -> fx.Node:
+    """The node that computes an output."""
+    node = program.outputs[list(Views()(normal(2, 12))).index(which)]
+    return node.args[0] if node.target is operator.getitem else node
+
+
 def provenance(program: Program, which: str) -> dict[Any, Any]:
     """Provenance of the int arguments of the node behind an output, by path."""
-    node = program.outputs[list(Views()(normal(2, 12))).index(which)]
-    while node.target is operator.getitem:
-        node = node.args[0]
-    return by_path(node)
+    return by_path(behind(program, which))
 
 
 def attr(*path: Any, module: str = "") -> tuple[Any, ...]:
@@ -185,25 +200,35 @@ def test_splits_and_slices_know_their_attribute(views: Program) -> None:
     assert attr("dim") in provenance(views, "slice").values()
 
 
+def test_floats_computed_from_sizes_keep_their_provenance(views: Program) -> None:
+    (value, expr), (root, of_root) = (
+        literals_of(behind(views, which))[-1] for which in ("scale", "root")
+    )
+    power, (times, dim, (kind, _, which)), exponent = expr
+    assert (power, times, dim, kind, which, exponent) == ("**", "*", attr("dim"), "size", 1, -0.5)
+    assert value == 48**-0.5
+    assert (root, of_root) == (math.sqrt(3), ("**", attr("heads"), 0.5))
+
+
 # The model afterwards ----------------------------------------------------------------------------
 
 
-def ints(value: Any) -> Iterator[int]:
-    """All ints in a value, in containers too."""
-    if isinstance(value, int) and not isinstance(value, bool):
+def numbers(value: Any) -> Iterator[float]:
+    """All ints and floats in a value, in containers too."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
         yield value
     elif isinstance(value, dict):
         for item in value.values():
-            yield from ints(item)
+            yield from numbers(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from ints(item)
+            yield from numbers(item)
 
 
 def assert_plain(model: nn.Module) -> None:
     for module in model.modules():
         for key, value in vars(module).items():
-            assert all(type(i) is int for i in ints(value)), key
+            assert all(type(n) in (int, float) for n in numbers(value)), key
 
 
 class FailsLate(Views):
@@ -228,6 +253,16 @@ def test_attributes_are_plain_and_the_same_objects_again(kind: type[nn.Module]) 
     assert model.options is options
     assert model.pair is pair
     assert type(Views()(normal(2, 12))["attributes"].shape[1]) is int
+
+
+@pytest.mark.parametrize("kind", [Views, FailsLate])
+def test_square_roots_are_traced_during_the_capture_only(kind: type[nn.Module]) -> None:
+    before = math.sqrt
+    try:
+        capture(kind(), normal(2, 12))
+    except CaptureError:
+        assert kind is FailsLate
+    assert math.sqrt is before
 
 
 class KeepsNotes(nn.Module):

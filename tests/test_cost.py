@@ -19,11 +19,11 @@ from depcut.cost import compile_cost, count_macs, count_params
 # One of each kind of layer, coupling and size.
 MANY = """
 mlp inverted_residual padded_shortcut concat_nested dense_block unet split_unequal halves_swapped
-chunk_and_chain copy_into_slices unbind_and_stack shuffle_unit pixel_shuffle maxout linear_view_deconv
-gram_matrix patch_merging squeeze_excite_linear glu grouped_bottleneck depthwise_multiplier
-transposed_grouped conv1d weight_norm attention_chunked attention_gqa_sdpa attention_native
-vision_transformer window_attention causal_decoder gru_bidirectional tied_autoencoder
-transposed_weights text_convolutions stacked_experts training_only_head unused_layer
+chunk_and_chain copy_into_slices unbind_and_stack shuffle_unit pixel_shuffle maxout
+linear_view_deconv gram_matrix patch_merging squeeze_excite_linear glu grouped_bottleneck
+depthwise_multiplier transposed_grouped conv1d weight_norm attention_chunked attention_gqa_sdpa
+attention_native vision_transformer window_attention causal_decoder gru_bidirectional
+tied_autoencoder transposed_weights text_convolutions stacked_experts training_only_head unused_layer
 """.split()
 
 

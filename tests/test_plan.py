@@ -185,9 +185,7 @@ def test_a_corrupt_file_is_refused(change: Any, tmp_path: Path) -> None:
         depcut.Plan.load(path)
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("inputs", None), ("inputs", {}), ("fingerprint", 3)]
-)
+@pytest.mark.parametrize(("key", "value"), [("inputs", None), ("inputs", {}), ("fingerprint", 3)])
 def test_a_file_with_a_wrong_entry_ends_in_an_error_that_explains(
     key: str, value: Any, tmp_path: Path
 ) -> None:
@@ -247,7 +245,7 @@ def test_other_inputs_may_be_given() -> None:
     assert_same_tensors(slim, plan.apply(model))
 
 
-# What a plan says ----------------------------------------------------------------------------------
+# What a plan says ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["residual", "vision_transformer", "chunk_and_chain"])

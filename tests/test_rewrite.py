@@ -208,7 +208,13 @@ def test_a_plan_that_the_class_can_express_generates_nothing() -> None:
     assert type(slim.attention) is type(model.attention)
 
 
-GENERATED = ["attention_typed_heads", "attention_native", "attention_chunked", "split_typed", "repeat"]
+GENERATED = [
+    "attention_typed_heads",
+    "attention_native",
+    "attention_chunked",
+    "split_typed",
+    "repeat",
+]
 
 
 @pytest.mark.parametrize("name", GENERATED)
@@ -695,7 +701,7 @@ class Factored(torch.optim.SGD):
         return super().step(closure)
 
 
-@pytest.mark.parametrize("make", [lambda p: Factored(p, 0.1), lambda p: torch.optim.Adafactor(p)])
+@pytest.mark.parametrize("make", [lambda p: Factored(p, 0.1), torch.optim.Adafactor])
 def test_state_of_another_shape_is_refused_and_nothing_changes(make: Make) -> None:
     model, inputs = NETS["residual"].build(), normal(2, 3, 8, 8)
     optimizer = trained(model, inputs, make)
@@ -724,5 +730,3 @@ def test_what_is_no_optimizer_is_refused() -> None:
     model = NETS["residual"].build()
     with pytest.raises(InputError):
         depcut.shrink(model, 0.4, normal(2, 3, 8, 8), align=1, optimizer="adam")  # type: ignore
-
-

@@ -76,7 +76,7 @@ def test_every_group_has_a_mean_of_one_at_any_scale(criterion: str) -> None:
     before = scores(depcut.analyze(model, normal(2, 6)), criterion)
     with torch.no_grad():
         for p in model.parameters():
-            p *= 250
+            p.mul_(250)
     after = scores(depcut.analyze(model, normal(2, 6)), criterion)
     for a, b in zip(before, after, strict=True):
         assert a.mean() == pytest.approx(1)
@@ -111,7 +111,7 @@ def test_scores_only_read_the_model() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-# Chance and users' functions -----------------------------------------------------------------------
+# Chance and users' functions ----------------------------------------------------------------------
 
 
 def test_draws_depend_on_the_seed_alone() -> None:

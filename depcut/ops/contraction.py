@@ -14,7 +14,7 @@ def linear(op: Op) -> Output:
     """y = x W^T + b, W of shape (out, in)."""
     x, weight = op.dims("input"), op.dims("weight")
     op.unify(x[-1], weight[-1])
-    op.contract("weight", len(weight) - 1)
+    op.contract("weight", len(weight) - 1, against=("input", -1))
     out = (*x[:-1], *weight[:-1])
     if op.arg("bias") is not None:
         op.unify(op.dims("bias")[0], weight[0])

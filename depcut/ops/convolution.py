@@ -33,7 +33,7 @@ def conv(op: Op) -> Output:
     op.unify(channels, axes.product(groups, weight[1]))
     op.unify(weight[0], axes.product(groups, out))
     op.literal("groups", term=groups)
-    op.contract("weight", 1)
+    op.contract("weight", 1, against=("input", -rank - 1))
     if bias is not None:
         op.unify(op.dims("bias")[0], weight[0])
     for term in weight[2:]:

@@ -85,6 +85,7 @@ class Effects:
     literals: list[Literal] = field(default_factory=list)
     pins: dict[str, float] = field(default_factory=dict)
     contracts: list[tuple[fx.Node, int]] = field(default_factory=list)
+    counterparts: dict[tuple[fx.Node, int], tuple[fx.Node, int]] = field(default_factory=dict)
     statistics: list[Term] = field(default_factory=list)
     macs: list[tuple[float, Dims]] = field(default_factory=list)
     ties: list[list[Term]] = field(default_factory=list)
@@ -192,10 +193,22 @@ class Op:
         """Record an argument whose default depends on a width: it must stay at `value`."""
         self.effects.pins[name] = value
 
-    def contract(self, tensor: str | fx.Node, dim: int) -> None:
-        """Record that the operator sums over a dimension of one of its arguments."""
+    def contract(
+        self, tensor: str | fx.Node, dim: int, against: tuple[str, int] | None = None
+    ) -> None:
+        """Record that the operator sums over a dimension of one of its arguments.
+
+        Args:
+            tensor: The argument, the weight where there is one.
+            dim: Its dimension.
+            against: The argument and dimension it is multiplied with, if zeros there do as well.
+        """
         node = self.arg(tensor) if isinstance(tensor, str) else tensor
-        self.effects.contracts.append((node, dim % len(self.dims(node))))
+        place = (node, dim % len(self.dims(node)))
+        self.effects.contracts.append(place)
+        if against is not None:
+            other = self.arg(against[0])
+            self.effects.counterparts[place] = (other, against[1] % len(self.dims(other)))
 
     def statistic(self, *terms: Term) -> None:
         """Record that the result depends on which indices of `terms` there are (norms, means)."""

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from depcut.axes import Indices
-from depcut.capture import attribute
+from depcut.capture import attribute, held_tensors
 from depcut.keep import Keep
+from depcut.rewrite.copying import copied
 
 
 def take(tensor: torch.Tensor, picked: tuple[Indices | None, ...]) -> torch.Tensor:
@@ -51,18 +52,17 @@ def narrowed_copy(model: nn.Module, keep: Keep) -> nn.Module:
         keep: What stays.
     """
     memo: dict[int, Any] = {}
-    held: list[torch.Tensor] = []
+    held = held_tensors(model)
     for name, picked in keep.tensors.items():
-        old = attribute(model, name)
-        if isinstance(old, torch.Tensor) and id(old) not in memo:
+        old = held.get(name)
+        if old is not None and id(old) not in memo:
             memo[id(old)] = _like(old, take(old, picked))
-            held.append(old)
     for module in model.modules():
         for value in vars(module).values():
             if isinstance(value, torch.Tensor) and not value.is_leaf and id(value) not in memo:
                 # A result that a pre-forward hook computes anew; deepcopy refuses such tensors.
                 memo[id(value)] = value.detach().clone()
-    slim = copy.deepcopy(model, memo)
+    slim: nn.Module = copied(model, memo)
     _rescale(model, slim, keep)
     return slim
 

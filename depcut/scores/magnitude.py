@@ -31,14 +31,23 @@ def _norms(coupling: Coupling, model: nn.Module, power: int) -> list[NDArray[np.
                 remedy="load the weights, or pass score='random'",
             )
         values = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-        powers = values.square() if power == 2 else values.abs()
         for i in free:
-            others = [j for j in range(powers.ndim) if j != i]
-            sums = (powers.sum(dim=others) if others else powers).double().cpu().numpy()
+            sums = _sums(values, i, power).double().cpu().numpy()
             for leaf, part in axes.project(dims[i], sums):
                 if leaf in index:
                     totals[index[leaf].index] += part
     return totals
+
+
+def _sums(values: torch.Tensor, dim: int, power: int) -> torch.Tensor:
+    """Sum of |w|^power over all dimensions but one."""
+    others = [j for j in range(values.ndim) if j != dim]
+    if dim == 0 and others:
+        # One pass without a temporary, but slow where the rows are not contiguous.
+        norms: torch.Tensor = torch.linalg.vector_norm(values, power, dim=others)
+        return norms**power
+    powers = values.square() if power == 2 else values.abs()
+    return powers.sum(dim=others) if others else powers
 
 
 def _normalized(totals: list[NDArray[np.float64]]) -> list[NDArray[np.float64]]:
