@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import traceback as tb
 import warnings
@@ -131,11 +132,15 @@ class _Mark(int):
     """A module call's reference to a node, until the final graph is known."""
 
 
-def _dynamic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _dynamic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     def spec(leaf: Any) -> Any:
         batched = isinstance(leaf, torch.Tensor) and leaf.ndim > 0
         return {0: torch.export.Dim.AUTO} if batched else None
 
+    signature = inspect.signature(model.forward)
+    kinds = {p.kind for p in signature.parameters.values()}
+    if args and inspect.Parameter.VAR_POSITIONAL in kinds:
+        return pytree.tree_map(spec, dict(signature.bind(*args, **kwargs).arguments))
     return pytree.tree_map(spec, kwargs if kwargs else args)
 
 
@@ -146,7 +151,7 @@ def _export(
         # On some failures torch prints the whole graph, past logging.
         with contextlib.redirect_stderr(io.StringIO()):
             return torch.export.export(
-                model, args, kwargs, dynamic_shapes=_dynamic(args, kwargs), strict=False
+                model, args, kwargs, dynamic_shapes=_dynamic(model, args, kwargs), strict=False
             )
     except (KeyboardInterrupt, MemoryError):
         raise

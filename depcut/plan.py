@@ -24,7 +24,7 @@ from depcut.errors import PlanError, listed
 from depcut.inputs import Inputs, device_of
 from depcut.keep import Keep
 from depcut.rewrite.build import rewrite
-from depcut.rewrite.optimizer import narrow_optimizer
+from depcut.rewrite.optimizer import check_optimizer, narrow_optimizer
 from depcut.verify import verify
 
 FORMAT = 1
@@ -77,6 +77,8 @@ class Plan:
             PlanError: The model has another architecture.
             VerificationError: The smaller model does not compute what it should.
         """
+        if optimizer is not None:
+            check_optimizer(optimizer, model)
         coupling = self.coupling
         if coupling is None or model is not self.model or inputs is not None:
             self._check(model)
@@ -196,7 +198,11 @@ class Plan:
             sizes = {str(n): int(s) for n, s in data["sizes"].items()}
             kept = {n: _units(n, sizes, k) for n, k in data["kept"].items()}
             shapes = {str(n): [int(i) for i in s] for n, s in data["shapes"].items()}
-            rest = (data["fingerprint"], data["settings"], data["inputs"])
+            if not isinstance(data["inputs"]["args"], list) or not isinstance(
+                data["inputs"]["kwargs"], dict
+            ):
+                raise TypeError("inputs= is no list and dict")
+            rest = (str(data["fingerprint"]), dict(data["settings"]), data["inputs"])
             return Plan(kept, sizes, shapes, *rest)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, PlanError):

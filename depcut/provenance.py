@@ -234,20 +234,20 @@ def _trace_value(value: Any, module: str, path: tuple[Any, ...]) -> Any:
 @contextmanager
 def traced_attributes(model: nn.Module) -> Iterator[None]:
     """Within the context every int attribute of every module remembers its name."""
-    saved: list[tuple[nn.Module, str, Any]] = []
+    saved = [(m, {k: v for k, v in vars(m).items() if k not in _INTERNAL}) for m in model.modules()]
     try:
         for name, module in model.named_modules():
             for attribute, value in list(vars(module).items()):
-                if attribute in _INTERNAL:
-                    continue
-                traced = _trace_value(value, name, (attribute,))
-                if traced is not value:
-                    saved.append((module, attribute, value))
-                    module.__dict__[attribute] = traced
+                if attribute not in _INTERNAL:
+                    module.__dict__[attribute] = _trace_value(value, name, (attribute,))
         yield
     finally:
-        for module, attribute, value in saved:
-            module.__dict__[attribute] = value
+        # Whatever forward has written into the model goes, too: it belongs to the capture.
+        for module, attributes in saved:
+            for attribute in [k for k in vars(module) if k not in _INTERNAL]:
+                if attribute not in attributes:
+                    del module.__dict__[attribute]
+            module.__dict__.update(attributes)
 
 
 _INTERNAL = frozenset(vars(nn.Module()))

@@ -21,8 +21,6 @@ from depcut.ops.registry import Output
 
 Watched = dict[fx.Node, Any]
 
-_MODE_FLAGS = ("train", "training")
-
 
 def kept_part(tensor: torch.Tensor, keep: Keep, output: Output) -> torch.Tensor:
     """The kept part of a dense activation."""
@@ -123,7 +121,6 @@ class Reference:
         args, kwargs = _arguments(node, env)
         if effects is None:
             return node.target(*args, **kwargs)  # type: ignore[operator]
-        _silence(node, args)
         if self.sliced:
             args, kwargs = self._literals(node, args, kwargs, env)
             return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -142,7 +139,6 @@ class Reference:
                 masked[source] = _zeroed(masked.get(source, env[source]), dim, kept)
         if masked:
             args, kwargs = _arguments(node, {**env, **masked})
-            _silence(node, args)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _kept(self, node: fx.Node, dim: int) -> Indices | None:
@@ -158,7 +154,6 @@ class Reference:
             for n in node.all_input_nodes
         }
         args, kwargs = self._literals(node, *_arguments(node, small), env)
-        _silence(node, args)
         result = node.target(*args, **kwargs)  # type: ignore[operator]
         if isinstance(result, tuple | list):
             assert isinstance(output, list)
@@ -193,16 +188,6 @@ def _with(container: Any, path: tuple[Any, ...], value: Any) -> Any:
     items = list(container)
     items[path[0]] = _with(items[path[0]], path[1:], value)
     return items
-
-
-def _silence(node: fx.Node, args: list[Any]) -> None:
-    """Eval semantics of dropout."""
-    if "dropout" not in str(node.target):
-        return
-    schema = getattr(node.target, "_schema", None)
-    for i, argument in enumerate(schema.arguments if schema else ()):
-        if argument.name in _MODE_FLAGS and i < len(args):
-            args[i] = False
 
 
 def example(

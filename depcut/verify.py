@@ -12,14 +12,15 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from depcut.capture import modes
+from depcut.capture import held_tensors, modes
 from depcut.errors import VerificationError
 from depcut.keep import Keep
-from depcut.ops.registry import Dims
-from depcut.program import ModuleCall, where
+from depcut.observe import Trial, error, observe
+from depcut.program import where
 from depcut.reference import Reference, Watched, example, kept_part, masked_outputs
 from depcut.rewrite.build import Slim
 from depcut.rewrite.graph import parent_of, stack_entries
+from depcut.rewrite.tensors import take
 
 __all__ = ["masked_outputs", "verify"]
 
@@ -41,92 +42,12 @@ _RUNTIME_ERRORS = (
 
 
 def _is_random(keep: Keep) -> bool:
+    """Whether the graph draws random numbers, so that two runs differ."""
     return any(
         any(word in str(n.target) for word in _RANDOM)
-        for n in keep.coupling.effects
-        if "_like" not in str(n.target) or "rand" in str(n.target)
-    )
-
-
-@dataclass
-class Observed:
-    """One run of a smaller model.
-
-    Attributes:
-        outputs: Its flat outputs.
-        values: Results of its top-level children, by the graph node that computes them.
-        shape: The first module result whose shape is not the predicted one, "" if there is none.
-    """
-
-    outputs: list[Any]
-    values: dict[fx.Node, torch.Tensor]
-    shape: str = ""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """How to run: rows of the batch (None: all) and precision (None: the model's)."""
-
-    rows: int | None = None
-    dtype: torch.dtype | None = None
-
-
-def observe(slim: nn.Module, keep: Keep, trial: Trial) -> Observed:
-    """Run a smaller model on the example inputs, and look at what its modules return.
-
-    Args:
-        slim: The smaller model; its mode and hooks are as before afterwards.
-        keep: What stays of the dense one.
-        trial: On which of the example inputs.
-    """
-    program = keep.coupling.program
-    args, kwargs = example(keep, rows=trial.rows, dtype=trial.dtype)
-    seen = Observed([], {})
-    calls: dict[str, list[ModuleCall]] = {}
-    for call in program.calls:
-        calls.setdefault(call.module, []).append(call)
-    handles = [
-        module.register_forward_hook(_look(name, calls[name], keep, seen))
-        for name, module in slim.named_modules()
-        if name in calls
-    ]
-    try:
-        with modes(slim, ()), torch.no_grad():
-            seen.outputs = list(pytree.tree_leaves(slim(*args, **kwargs)))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
-
-
-def _look(name: str, calls: list[ModuleCall], keep: Keep, seen: Observed) -> Callable[..., None]:
-    order = iter(calls)
-
-    def hook(_module: nn.Module, _args: Any, result: Any) -> None:
-        call = next(order, None)
-        if call is None:
-            return
-        leaves = pytree.tree_leaves(result)
-        for node, leaf in zip(call.out_leaves, leaves, strict=False):
-            dims = keep.coupling.env.get(node) if isinstance(node, fx.Node) else None
-            if not isinstance(dims, tuple) or not isinstance(leaf, torch.Tensor):
-                continue
-            if not seen.shape and not _as_predicted(leaf, node, dims, keep):
-                predicted = tuple(keep.count(t) for t in dims)
-                seen.shape = f"{name!r} returns shape {tuple(leaf.shape)} instead of {predicted}"
-            if "." not in name:
-                seen.values[node] = leaf.detach().clone()
-
-    return hook
-
-
-def _as_predicted(leaf: torch.Tensor, node: fx.Node, dims: Dims, keep: Keep) -> bool:
-    """Whether every size that does not depend on the batch is the predicted one."""
-    dense = node.meta["val"].shape
-    return leaf.ndim == len(dims) and all(
-        size == keep.count(term)
-        for size, term, was in zip(leaf.shape, dims, dense, strict=True)
-        if isinstance(was, int)
+        or ("dropout" in str(n.target) and True in n.args)
+        for n in keep.coupling.program.graph.graph.nodes
+        if n.op == "call_function"
     )
 
 
@@ -155,35 +76,6 @@ def _expected(keep: Keep, model: nn.Module, trial: Trial) -> tuple[list[Any], Wa
         return Reference(keep, model).run(inputs, trial.dtype, watch=top)
 
 
-def error(expected: list[Any], got: list[Any]) -> tuple[float, str]:
-    """Largest difference relative to the output's scale, and what is wrong besides."""
-    worst = 0.0
-    tensors = [(e, g) for e, g in zip(expected, got, strict=False) if isinstance(e, torch.Tensor)]
-    if len(expected) != len(got):
-        return float("inf"), f"{len(got)} outputs instead of {len(expected)}"
-    for want, have in tensors:
-        difference, message = _difference(want, have)
-        if message:
-            return float("inf"), message
-        worst = max(worst, difference)
-    return worst, ""
-
-
-def _difference(want: torch.Tensor, have: Any) -> tuple[float, str]:
-    if not isinstance(have, torch.Tensor) or want.shape != have.shape:
-        got = tuple(getattr(have, "shape", ()))
-        return 0.0, f"an output of shape {got} instead of {tuple(want.shape)}"
-    if want.is_meta or not want.numel() or not want.is_floating_point():
-        return 0.0, ""
-    difference = float((want - have).abs().max())
-    if not math.isfinite(difference):
-        if not bool((torch.isfinite(want) == torch.isfinite(have)).all()):
-            return 0.0, "an output that is not finite where the dense model's is"
-        want, have = want.nan_to_num(0, 0, 0), have.nan_to_num(0, 0, 0)
-        difference = float((want - have).abs().max())
-    return difference / (float(want.abs().max()) or 1.0), ""
-
-
 def verify(slim: Slim, model: nn.Module) -> float:
     """Check the smaller model, generating the modules that turn out not to express their sizes.
 
@@ -203,6 +95,7 @@ def verify(slim: Slim, model: nn.Module) -> float:
     trials = [Trial(rows=1), Trial()] if keep.coupling.program.dynamic else [Trial()]
     if _on_meta(model):
         return _verify_shapes(slim, model)
+    suspect: str | None = None
     while True:
         for trial in trials:
             # One row decides in almost all cases; a graph may yet insist on more.
@@ -220,11 +113,19 @@ def verify(slim: Slim, model: nn.Module) -> float:
             continue
         if not found.message and limit < found.size < _ROUNDING and _exact(slim, model):
             return found.size
-        culprit = _culprit(slim, model, _CERTAIN if found.size <= limit else limit)
+        try:
+            culprit = _culprit(slim, model, _CERTAIN if found.size <= limit else limit)
+        except _RUNTIME_ERRORS as problem:
+            raise VerificationError(
+                f"the captured graph cannot be narrowed: {problem}"[:300],
+                where=_place(keep, suspect or ""),
+                remedy="a rule is wrong: keep the layers concerned with keep=, and report it",
+            ) from problem
+        suspect = culprit if suspect is None else suspect
         if "" in slim.generated:
             raise VerificationError(
                 found.message or f"outputs differ by {found.size:.3g} of their scale",
-                where=_place(keep, culprit),
+                where=_place(keep, suspect),
                 remedy="keep the layers concerned with keep=; please report the model",
             ) from found.problem
         slim.replace(culprit, found.message or "its code computes other values at the new sizes")
@@ -264,7 +165,35 @@ def _try(slim: Slim, model: nn.Module, trial: Trial, limit: float) -> Attempt:
     except _RUNTIME_ERRORS as problem:
         return Attempt(math.inf, str(problem)[:300], problem, beside=True)
     failed = bool(message) or plain > limit
+    if not failed:
+        _check_tensors(slim, model)
     return Attempt(max(size, plain), message, beside=failed)
+
+
+def _check_tensors(slim: Slim, model: nn.Module) -> None:
+    """Within generated modules nothing can be watched, so their tensors are compared themselves."""
+    program, small = slim.keep.coupling.program, held_tensors(slim.model)
+    changed = {
+        program.tensors.get(g)
+        for e in slim.keep.coupling.effects.values()
+        for g, _, _ in e.rescales
+    }
+    for name, tensor in held_tensors(model).items():
+        inside = any(name.startswith(f"{module}.") or not module for module in slim.generated)
+        if (
+            name in changed
+            or not inside
+            or name not in small
+            or name not in slim.keep.coupling.dims
+        ):
+            continue
+        picked = slim.keep.tensors.get(name)
+        if not torch.equal(take(tensor, picked) if picked else tensor, small[name]):
+            raise VerificationError(
+                "a tensor is not the kept slice of the dense one",
+                where=name,
+                remedy="do not change the model while a plan is applied; please report this",
+            )
 
 
 def _on_meta(model: nn.Module) -> bool:

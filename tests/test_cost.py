@@ -23,7 +23,8 @@ chunk_and_chain copy_into_slices unbind_and_stack shuffle_unit pixel_shuffle max
 linear_view_deconv gram_matrix patch_merging squeeze_excite_linear glu grouped_bottleneck
 depthwise_multiplier transposed_grouped conv1d weight_norm attention_chunked attention_gqa_sdpa
 attention_native vision_transformer window_attention causal_decoder gru_bidirectional
-tied_autoencoder transposed_weights text_convolutions stacked_experts training_only_head unused_layer
+tied_autoencoder transposed_weights text_convolutions stacked_experts training_only_head
+unused_layer
 """.split()
 
 

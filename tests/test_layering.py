@@ -35,6 +35,7 @@ ORDER = [
     "rewrite.graph",
     "rewrite.module rewrite.optimizer rewrite.preferences",
     "rewrite.build reference",
+    "observe",
     "verify",
     "plan",
     "analysis",

@@ -90,9 +90,7 @@ def grouped_mm(op: Op) -> Output:
 def outer(op: Op) -> Output:
     """Outer product of two vectors."""
     a, b = op.node.args[:2]
-    out = (*op.dims(a), *op.dims(b))
-    op.macs(*out)
-    return out
+    return (*op.dims(a), *op.dims(b))
 
 
 @rule("aten.bilinear")
@@ -136,8 +134,16 @@ def einsum(op: Op) -> Output:
         for i, label in enumerate(spec):
             if label not in wanted:
                 op.contract(node, i)
-    if len(operands) > 1:
-        op.macs(*terms.values())
+    flat = [label for spec in labels for label in spec] + wanted
+    # A label that no other operand and not the output has is summed beforehand.
+    shared = [[label for label in spec if flat.count(label) > 1] for spec in labels]
+    done = shared[0]
+    for i, spec in enumerate(shared[1:], 1):
+        # From left to right, two operands at a time; what nobody needs any more is summed.
+        both = list(dict.fromkeys([*done, *spec]))
+        op.macs(*(terms[label] for label in both))
+        needed = {c for later in shared[i + 1 :] for c in later} | set(wanted)
+        done = [label for label in both if label in needed]
     return tuple(axes.resolve(terms[label]) for label in wanted)
 
 

@@ -45,13 +45,24 @@ def copied(value: Any, memo: dict[int, Any]) -> Any:
         return _module(value, memo)
     if isinstance(value, _SHARED) or (type(value) is tuple and _is_flat(value)):
         return value
-    if type(value) is nn.Parameter and value.is_leaf and not vars(value):
-        new = nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad)
-        memo[id(value)] = new
-        return new
+    if isinstance(value, nn.Parameter) and type(value).__deepcopy__ is nn.Parameter.__deepcopy__:
+        memo[id(value)] = like(value, value.detach().clone())
+        return memo[id(value)]
     if isinstance(value, dict) and not value and type(value).__module__ in _DICTS:
         return type(value)()
     return copy.deepcopy(value, memo)
+
+
+def like(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """New values with the class, the gradient flag and the attributes of an old tensor."""
+    if isinstance(old, nn.Parameter):
+        out: torch.Tensor = torch.Tensor._make_subclass(type(old), new, old.requires_grad)
+    else:
+        out = new.requires_grad_(old.requires_grad) if old.is_floating_point() else new
+    for key, value in vars(old).items():
+        if not key.startswith("_"):
+            setattr(out, key, copy.copy(value))
+    return out
 
 
 _DICTS = ("builtins", "collections")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
@@ -36,6 +37,11 @@ class GeneratedModule(nn.Module):
         self.replaces = f"{type(original).__module__}.{type(original).__qualname__}"
         self.graph = graph
         self.in_spec, self.out_spec = call.spec, call.out_spec
+        self.captured = {
+            i: leaf
+            for i, leaf in enumerate(call.leaves)
+            if isinstance(leaf, bool | int | float | str)
+        }
         self.signature = inspect.signature(type(original).forward)
         self._compile()
 
@@ -68,6 +74,14 @@ class GeneratedModule(nn.Module):
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if spec != self.in_spec:
             leaves = self._rebound(args, kwargs)
+        for i, value in self.captured.items():
+            if not isinstance(leaves[i], torch.Tensor) and leaves[i] != value:
+                raise InputError(
+                    f"a generated {self.replaces.rpartition('.')[2]} was captured with the "
+                    f"argument {value!r} and is called with {leaves[i]!r}",
+                    where=self.replaces,
+                    remedy="call it as it was captured, or shrink with such inputs=",
+                )
         run: Any = self.__dict__["_run"]
         return pytree.tree_unflatten(run(self, *leaves), self.out_spec)
 

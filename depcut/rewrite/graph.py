@@ -86,7 +86,13 @@ def generate(
 
 def _call_of(program: Program, name: str) -> ModuleCall:
     if not name:
-        leaves = tuple(program.inputs)
+        given = pytree.tree_leaves((program.args, program.kwargs))
+        nodes = program.inputs
+        leaves: tuple[Any, ...] = tuple(nodes)
+        if len(nodes) == len(given):
+            leaves = tuple(
+                n if isinstance(v, torch.Tensor) else v for n, v in zip(nodes, given, strict=True)
+            )
         return ModuleCall("", leaves, program.in_spec, tuple(program.outputs), program.out_spec)
     calls = [c for c in program.calls if c.module == name]
     if len(calls) != 1:

@@ -12,6 +12,27 @@ from depcut.keep import Keep
 from depcut.rewrite.tensors import take
 
 
+def check_optimizer(optimizer: object, model: nn.Module) -> None:
+    """Refuse what is no optimizer of the model.
+
+    Raises:
+        InputError: It is none, or holds no parameter of the model.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise InputError(
+            f"optimizer is a {type(optimizer).__name__}, not a torch.optim.Optimizer",
+            where="optimizer=",
+            remedy="pass the optimizer that trains this very model",
+        )
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not held & {id(p) for p in model.parameters()}:
+        raise InputError(
+            "the optimizer holds no parameter of the model",
+            where="optimizer=",
+            remedy="pass the optimizer that trains this very model",
+        )
+
+
 def narrow_optimizer(
     optimizer: torch.optim.Optimizer, model: nn.Module, slim: nn.Module, keep: Keep
 ) -> None:
@@ -25,18 +46,12 @@ def narrow_optimizer(
         keep: What stays.
 
     Raises:
-        InputError: It holds none of the model's parameters, or state of another shape.
+        InputError: It holds state of another shape.
     """
     old = dict(model.named_parameters(remove_duplicate=False))
     new = dict(slim.named_parameters(remove_duplicate=False))
     names = {id(p): n for n, p in reversed(list(old.items()))}
     held = [p for group in optimizer.param_groups for p in group["params"]]
-    if not any(id(p) in names for p in held):
-        raise InputError(
-            "the optimizer holds no parameter of the model",
-            where="optimizer=",
-            remedy="pass the optimizer that trains this very model",
-        )
     states: dict[torch.Tensor, Any] = {}
     for parameter in held:
         state = optimizer.state.get(parameter, {})

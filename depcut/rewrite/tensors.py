@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 from depcut.axes import Indices
 from depcut.capture import attribute, held_tensors
 from depcut.keep import Keep
-from depcut.rewrite.copying import copied
+from depcut.rewrite.copying import copied, like
 
 
 def take(tensor: torch.Tensor, picked: tuple[Indices | None, ...]) -> torch.Tensor:
@@ -30,18 +29,6 @@ def take(tensor: torch.Tensor, picked: tuple[Indices | None, ...]) -> torch.Tens
     return out
 
 
-def _like(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """The new values with the old tensor's class, gradient flag and attributes."""
-    if isinstance(old, nn.Parameter):
-        out: torch.Tensor = nn.Parameter(new, requires_grad=old.requires_grad)
-    else:
-        out = new.requires_grad_(old.requires_grad) if old.is_floating_point() else new
-    for key, value in vars(old).items():
-        if not key.startswith("_"):
-            setattr(out, key, copy.copy(value))
-    return out
-
-
 def narrowed_copy(model: nn.Module, keep: Keep) -> nn.Module:
     """A deep copy of the model in which only the kept indices of every tensor exist.
 
@@ -56,7 +43,7 @@ def narrowed_copy(model: nn.Module, keep: Keep) -> nn.Module:
     for name, picked in keep.tensors.items():
         old = held.get(name)
         if old is not None and id(old) not in memo:
-            memo[id(old)] = _like(old, take(old, picked))
+            memo[id(old)] = like(old, take(old, picked))
     for module in model.modules():
         for value in vars(module).values():
             if isinstance(value, torch.Tensor) and not value.is_leaf and id(value) not in memo:

@@ -43,9 +43,12 @@ def score(criterion: str | Criterion, coupling: Coupling, model: nn.Module, seed
                 remedy=f"use one of {', '.join(CRITERIA)}, or pass a function",
             )
         criterion = CRITERIA[criterion]
-    scores = [np.asarray(s, dtype=np.float64) for s in criterion(coupling, model, seed)]
-    sizes = [s.shape for s in scores]
-    if sizes != [(g.size,) for g in coupling.groups]:
+    made = criterion(coupling, model, seed)
+    try:
+        scores = [np.asarray(s, dtype=np.float64) for s in made]
+    except (TypeError, ValueError):
+        scores = []
+    if [s.shape for s in scores] != [(g.size,) for g in coupling.groups]:
         raise InputError(
             "the criterion returned vectors that do not match the groups",
             where=f"score={getattr(criterion, '__name__', criterion)!r}",
