@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import io
 import traceback as tb
 import warnings
 from collections.abc import Collection, Iterator
@@ -22,7 +20,7 @@ from depcut import provenance
 from depcut.checks import check_inputs, check_model
 from depcut.errors import CaptureError
 from depcut.inline import inline_wrappers
-from depcut.inputs import Inputs, normalize
+from depcut.inputs import Inputs, normalize, quiet
 from depcut.program import ModuleCall, Program
 
 
@@ -148,8 +146,7 @@ def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> torch.export.ExportedProgram:
     try:
-        # On some failures torch prints the whole graph, past logging.
-        with contextlib.redirect_stderr(io.StringIO()):
+        with quiet():
             return torch.export.export(
                 model, args, kwargs, dynamic_shapes=_dynamic(model, args, kwargs), strict=False
             )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import io
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -115,12 +118,25 @@ def _candidates(first: nn.Module) -> list[tuple[int, ...]]:
     return [(2, first.in_channels, *([size] * rank)) for size in sizes]
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Nothing is logged or printed: torch reports failures of fake tensors and exports at length."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
+
+
 def _runs(model: nn.Module, example: torch.Tensor) -> bool:
     modes = {m: m.training for m in model.modules()}
     try:
         for module in modes:
             module.training = False
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        with quiet(), fake as mode, torch.no_grad():
             parameters: dict[str, torch.Tensor] = {
                 n: mode.from_tensor(t) for n, t in _tensors(model)
             }

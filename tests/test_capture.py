@@ -539,3 +539,11 @@ def test_parts_that_run_only_in_training_do_not_count_as_macs() -> None:
     dense = depcut.analyze(model, net.inputs(2)).macs
     model.auxiliary = nn.Identity()
     assert dense == depcut.analyze(model, net.inputs(2)).macs
+
+
+def test_inference_of_inputs_reports_no_failed_attempts(capfd: pytest.CaptureFixture[str]) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 26 * 26, 6), nn.Linear(6, 3)
+    )
+    assert depcut.analyze(model).program.args[0].shape == (2, 1, 28, 28)
+    assert capfd.readouterr() == ("", "")
