@@ -120,7 +120,7 @@ def _candidates(first: nn.Module) -> list[tuple[int, ...]]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Nothing is logged or printed: torch reports failures of fake tensors and exports at length."""
+    """Nothing is logged or printed: torch reports failed exports and fake runs at length."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
