@@ -217,6 +217,11 @@ def _numbers(leaves: list[Any]) -> Iterator[tuple[float, Expr | None]]:
 _SIZE_READERS = {torch.Tensor.shape.__get__, torch.Tensor.size, torch.Tensor.numel}  # type: ignore[attr-defined]
 
 
+def is_result(value: Any) -> bool:
+    """Whether a value is a tensor that some forward has computed with gradients."""
+    return isinstance(value, torch.Tensor) and not value.is_leaf
+
+
 def _trace_value(value: Any, module: str, path: tuple[Any, ...]) -> Any:
     """The attribute value with its ints traced; the same object where it holds none."""
     if type(value) is int:
@@ -225,6 +230,9 @@ def _trace_value(value: Any, module: str, path: tuple[Any, ...]) -> Any:
         items = [_trace_value(v, module, (*path, i)) for i, v in enumerate(value)]
         changed = any(new is not old for new, old in zip(items, value, strict=True))
         return type(value)(items) if changed else value
+    if type(value) is dict and any(map(is_result, value.values())):
+        # A cache of an earlier forward would hide the parameters it was computed from.
+        return {k: v for k, v in value.items() if not is_result(v)}
     if type(value) is dict and all(isinstance(k, str | int) for k in value):
         new = {k: _trace_value(v, module, (*path, k)) for k, v in value.items()}
         return new if any(new[k] is not value[k] for k in value) else value

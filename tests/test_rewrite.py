@@ -730,3 +730,29 @@ def test_what_is_no_optimizer_is_refused() -> None:
     model = NETS["residual"].build()
     with pytest.raises(InputError):
         depcut.shrink(model, 0.4, normal(2, 3, 8, 8), align=1, optimizer="adam")  # type: ignore
+
+
+class Cached(nn.Module):
+    """Keeps what it computes from a parameter in a dict, as some attention biases are kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 5)
+        self.scale = nn.Parameter(torch.rand(8) + 0.5)
+        self.cache: dict[str, torch.Tensor] = {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if "scale" not in self.cache:
+            self.cache["scale"] = self.scale * 2
+        return self.last(self.first(x) * self.cache["scale"])
+
+
+def test_a_cache_of_an_earlier_forward_neither_hides_a_parameter_nor_is_copied() -> None:
+    model, x = Cached(), torch.randn(2, 6)
+    model(x)
+    before = dict(model.cache)
+    slim = depcut.shrink(model, 0.5, x, align=1)
+    assert len(slim.scale) == slim.first.out_features < 8
+    assert slim(x).shape == (2, 5)
+    assert model.cache.keys() == before.keys()
+    assert model.cache["scale"] is before["scale"]

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from depcut.provenance import is_result
+
 _SHARED = (
     int,
     float,
@@ -50,6 +52,9 @@ def copied(value: Any, memo: dict[int, Any]) -> Any:
         return memo[id(value)]
     if isinstance(value, dict) and not value and type(value).__module__ in _DICTS:
         return type(value)()
+    if type(value) is dict and any(map(is_result, value.values())):
+        # A cache of an earlier forward, of dense sizes: the copy fills its own.
+        value = {k: v for k, v in value.items() if not is_result(v)}
     return copy.deepcopy(value, memo)
 
 
