@@ -243,6 +243,12 @@ def _trace_value(value: Any, module: str, path: tuple[Any, ...]) -> Any:
 def traced_attributes(model: nn.Module) -> Iterator[None]:
     """Within the context every int attribute of every module remembers its name."""
     saved = [(m, {k: v for k, v in vars(m).items() if k not in _INTERNAL}) for m in model.modules()]
+    hooked = [
+        (value, dict(value))
+        for m in model.modules()
+        for key, value in vars(m).items()
+        if "hooks" in key and isinstance(value, dict)
+    ]
     try:
         for name, module in model.named_modules():
             for attribute, value in list(vars(module).items()):
@@ -250,7 +256,11 @@ def traced_attributes(model: nn.Module) -> Iterator[None]:
                     module.__dict__[attribute] = _trace_value(value, name, (attribute,))
         yield
     finally:
-        # Whatever forward has written into the model goes, too: it belongs to the capture.
+        # Whatever forward has written into the model goes, too, also hooks it has installed.
+        for hooks, before in hooked:
+            if hooks != before:
+                hooks.clear()
+                hooks.update(before)
         for module, attributes in saved:
             for attribute in [k for k in vars(module) if k not in _INTERNAL]:
                 if attribute not in attributes:

@@ -547,3 +547,28 @@ def test_inference_of_inputs_reports_no_failed_attempts(capfd: pytest.CaptureFix
     )
     assert depcut.analyze(model).program.args[0].shape == (2, 1, 28, 28)
     assert capfd.readouterr() == ("", "")
+
+
+class Hooking(nn.Module):
+    """Installs a hook on a child at its first forward and remembers that, as transformers does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not hasattr(self, "installed"):
+            self.first.register_forward_hook(lambda module, args, result: result * 2)
+            self.installed = True
+        return self.last(self.first(x))
+
+
+def test_hooks_that_forward_installs_are_gone_with_the_flag_that_remembers_them() -> None:
+    model, x = Hooking(), torch.randn(2, 6)
+    depcut.analyze(model, x)
+    assert not model.first._forward_hooks
+    assert not hasattr(model, "installed")
+    expected = model(x)
+    depcut.analyze(model, x)
+    assert torch.equal(model(x), expected)
+    assert len(model.first._forward_hooks) == 1
