@@ -104,8 +104,7 @@ class Analysis:
             ratio: Fraction removed of the quantity named by `of`, in (0, 1).
             of: "macs", "params" or "channels" (every group loses that share).
             score: Name of a criterion, or a function of (coupling, model, seed).
-            allocation: "uniform" (every group loses the same share; best for scores that do not
-                compare across groups, such as magnitudes) or "global" (score per cost).
+            allocation: "uniform" (every group loses the same share) or "global" (score per cost).
             align: Kept widths are multiples of it where the width allows; 1: any width.
             keep: Globs over module or parameter names whose width must stay.
             ratios: Fraction of units removed, by glob, for groups that the budget does not decide.
