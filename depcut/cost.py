@@ -1,14 +1,16 @@
 """MACs and parameters as polynomials in the kept counts: no re-tracing, microseconds a candidate.
 
 The count of a term is a sum of products of axis counts, and the cost of an operator a product of
-counts. Both are compiled once into integer arrays.
+counts. Both are compiled once into integer arrays. Where a machine works in blocks, a count is
+rounded up to whole blocks before it is multiplied: the polynomial becomes a staircase.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +25,7 @@ from depcut.ops.registry import Dims
 
 Counts = NDArray[np.float64]
 Polynomial = dict[tuple[int, ...], float]
+Blocked = Sequence[tuple[Polynomial, int]]
 
 
 def _expand(term: Term, number: dict[Axis, int]) -> Polynomial:
@@ -63,6 +66,7 @@ class Cost:
             number of groups, which stands for 1.
         coefficients: Factor of each monomial.
         starts: First monomial of each slot (the count of one term).
+        blocks: What each slot's count is rounded up to a multiple of; 1 leaves it alone.
         items: Slots that are multiplied, one row a summand; padded with slot 0, which is 1.
         times: Factor of each summand.
         dense: Counts of the dense model.
@@ -71,17 +75,57 @@ class Cost:
     monomials: NDArray[np.int64]
     coefficients: Counts
     starts: NDArray[np.int64]
+    blocks: NDArray[np.int64]
     items: NDArray[np.int64]
     times: Counts
     dense: Counts
 
     def __call__(self, counts: NDArray[np.number]) -> float:
         """The quantity for the given kept counts (one number a group)."""
-        values = np.append(np.asarray(counts, dtype=np.float64), 1.0)
-        slots = np.add.reduceat(
-            self.coefficients * values[self.monomials].prod(axis=1), self.starts
+        return float(self.many(np.asarray(counts)[None])[0])
+
+    def many(self, counts: NDArray[np.number]) -> Counts:
+        """The quantity for several candidates.
+
+        Args:
+            counts: Kept counts of shape [candidates, groups].
+
+        Returns:
+            One number a candidate.
+        """
+        slots = self._slots(counts)
+        return np.asarray((slots[:, self.items].prod(axis=2) * self.times).sum(axis=1))
+
+    def _slots(self, counts: NDArray[np.number]) -> Counts:
+        """Counts of the slots' terms, in whole blocks: [candidates, slots]."""
+        ones = np.ones((len(counts), 1))
+        values = np.concatenate([np.asarray(counts, dtype=np.float64), ones], axis=1)
+        products = values[:, self.monomials].prod(axis=2) * self.coefficients
+        slots = np.add.reduceat(products, self.starts, axis=1)
+        whole = np.ceil(slots / self.blocks - 1e-9) * self.blocks
+        return np.where(self.blocks > 1, whole, slots)
+
+    def within(self, groups: NDArray[np.int64]) -> Cost:
+        """The summands that depend on some of these groups; the others do not change with them.
+
+        Args:
+            groups: Group numbers.
+        """
+        touched = np.isin(self.monomials, groups).any(axis=1)
+        by_slot = np.logical_or.reduceat(touched, self.starts)
+        rows = by_slot[self.items].any(axis=1)
+        used = np.unique(np.append(self.items[rows], 0))  # slot 0 stands for 1 and comes first
+        lengths = np.diff(np.append(self.starts, len(self.coefficients)))
+        kept = np.repeat(np.isin(np.arange(len(self.starts)), used), lengths)
+        return replace(
+            self,
+            monomials=self.monomials[kept],
+            coefficients=self.coefficients[kept],
+            starts=np.cumsum(np.append(0, lengths[used][:-1])),
+            blocks=self.blocks[used],
+            items=np.searchsorted(used, self.items[rows]),
+            times=self.times[rows],
         )
-        return float((self.times * slots[self.items].prod(axis=1)).sum())
 
     @property
     def total(self) -> float:
@@ -89,7 +133,10 @@ class Cost:
         return self(self.dense)
 
     def gradient(self, counts: NDArray[np.number]) -> Counts:
-        """Change of the quantity a unit, for every group, at the given counts."""
+        """Change of the quantity a unit, for every group, at the given counts.
+
+        Where counts come in blocks, this is the slope of the staircase's ramp, not of its steps.
+        """
         values = np.append(np.asarray(counts, dtype=np.float64), 1.0)
         factors = values[self.monomials]
         slots = np.add.reduceat(self.coefficients * factors.prod(axis=1), self.starts)
@@ -117,29 +164,52 @@ def compile_cost(coupling: Coupling, items: Iterable[tuple[float, Dims]]) -> Cos
         items: (factor, terms whose counts are multiplied) summands.
     """
     number = {g.axis: g.index for g in coupling.groups}
-    slots: dict[tuple[tuple[tuple[int, ...], float], ...], int] = {((), 1.0): 0}  # type: ignore[dict-item]
+    return compile_staircase(
+        coupling,
+        ((times, [(_expand(axes.resolve(t), number), 1) for t in terms]) for times, terms in items),
+    )
+
+
+def polynomial(coupling: Coupling, term: Term) -> Polynomial:
+    """The count of a term as monomials: group numbers to coefficient.
+
+    Args:
+        coupling: Whose groups are numbered.
+        term: Any of its terms.
+    """
+    return _expand(axes.resolve(term), {g.axis: g.index for g in coupling.groups})
+
+
+def compile_staircase(coupling: Coupling, items: Iterable[tuple[float, Blocked]]) -> Cost:
+    """Compile a sum of products of counts that are rounded up to whole blocks.
+
+    Args:
+        coupling: Whose groups the counts are of.
+        items: (factor, (polynomial, block) pairs whose counts are multiplied) summands.
+    """
+    slots: dict[tuple[Any, int], int] = {}
     rows: dict[tuple[int, ...], float] = {}
-    polynomials: list[Polynomial] = [{(): 1.0}]
-    for factor, terms in items:
+    polynomials: list[tuple[Polynomial, int]] = [({(): 1.0}, 1)]
+    for factor, counts in items:
         times, row = factor, []
-        for term in map(axes.resolve, terms):
-            polynomial = _expand(term, number)
-            if len(polynomial) == 1 and () in polynomial:
-                times *= polynomial[()]
+        for count, block in counts:
+            if len(count) == 1 and () in count:
+                times *= count[()]
                 continue
-            key = tuple(sorted(polynomial.items()))
+            key = (tuple(sorted(count.items())), block)
             if key not in slots:
                 slots[key] = len(polynomials)
-                polynomials.append(polynomial)
+                polynomials.append((count, block))
             row.append(slots[key])
         signature = tuple(sorted(row))
         rows[signature] = rows.get(signature, 0.0) + times
-    flat = [(m, c) for p in polynomials for m, c in p.items()]
-    sizes = [len(p) for p in polynomials]
+    flat = [(m, c) for p, _ in polynomials for m, c in p.items()]
+    sizes = [len(p) for p, _ in polynomials]
     return Cost(
         monomials=_padded([m for m, _ in flat], len(coupling.groups)),
         coefficients=np.array([c for _, c in flat]),
         starts=np.cumsum([0, *sizes[:-1]]),
+        blocks=np.array([block for _, block in polynomials]),
         items=_padded(list(rows) or [()], 0),
         times=np.array(list(rows.values()) or [0.0]),
         dense=np.array([g.size for g in coupling.groups], dtype=np.float64),
