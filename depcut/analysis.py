@@ -6,29 +6,26 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cached_property
 from io import StringIO
 from typing import Any
 
 import networkx as nx
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from depcut import allocate, axes, cost
-from depcut.allocate import Counts
+from depcut import axes, cost
 from depcut.axes import Indices
 from depcut.capture import capture
+from depcut.choose import Chooser, Request, check_ratio
 from depcut.cost import Cost
 from depcut.coupling import Coupling, Frozen, Group, infer, layer_of
 from depcut.errors import BudgetError, InputError, listed
 from depcut.inputs import Inputs
 from depcut.plan import Plan, make_plan
 from depcut.program import Program
-from depcut.rewrite.preferences import preferences
-from depcut.scores import Criterion, Scores, score
+from depcut.scores import Criterion
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,32 +111,20 @@ class Analysis:
             InputError: An option has a wrong value, or a name matches nothing.
             BudgetError: The ratio cannot be reached, or nothing can be removed.
         """
-        _check_ratio(ratio, "ratio=")
-        settings: dict[str, Any] = {"ratio": float(ratio), "of": of, "align": align}
-        settings |= {"allocation": allocation, "seed": seed}
-        settings["score"] = score if isinstance(score, str) else getattr(score, "__name__", "")
+        check_ratio(ratio, "ratio=")
         if of not in cost.COSTS:
             raise InputError(
                 f"unknown quantity {of!r}",
                 where="of=",
                 remedy=f"use one of {', '.join(cost.COSTS)}",
             )
-        if isinstance(align, bool) or not isinstance(align, int) or align < 1:
-            raise InputError(
-                f"align is {align!r}", where="align=", remedy="pass an integer of at least 1"
-            )
         if not self.groups:
             self._nothing()
-        held = self._held(keep)
-        scores = self._score(score, seed)
-        fixed = self._fixed(ratios or {}, held)
-        counts = self._counts(ratio, of, allocation, align, held, fixed, scores)
-        kept = {
-            g.name: _best(s, n)
-            for g, s, n in zip(self.groups, scores, counts, strict=True)
-            if n < g.size
-        }
-        return make_plan(self.coupling, self.model, kept, settings)
+        request = Request(score, allocation, align, keep, ratios or {}, seed)
+        chooser = Chooser(self.coupling, self.model, request)
+        quantity = self.costs[of]
+        counts = chooser.meet(quantity, quantity.total * (1 - ratio), of)
+        return chooser.plan(counts, {"ratio": float(ratio), "of": of})
 
     def plan_keeping(self, kept: Mapping[str, Sequence[int] | Indices]) -> Plan:
         """A plan from kept units by group name; groups not named keep everything.
@@ -148,36 +133,6 @@ class Analysis:
             PlanError: Unknown group, impossible units, or unequal counts where they are tied.
         """
         return make_plan(self.coupling, self.model, kept, {"units": "given"})
-
-    def _score(self, criterion: str | Criterion, seed: int) -> Scores:
-        return score(criterion, self.coupling, self.model, seed)
-
-    def _counts(
-        self,
-        ratio: float,
-        of: str,
-        allocation: str,
-        align: int,
-        held: set[int],
-        fixed: dict[int, int],
-        scores: Scores,
-    ) -> Counts:
-        quantity = self.costs[of]
-        if of == "channels":
-            allocation = "uniform"
-        liked = preferences(self.coupling)
-        options = [(liked.ties, liked.holds - held), ((), frozenset())]
-        pinned = _Fixed(quantity, fixed)
-        for i, (ties, soft) in enumerate(options):
-            where = allocate.space(self.coupling, align, held | set(fixed) | soft, ties)
-            try:
-                sequence = allocate.order(allocation, where, scores, pinned.cost)
-                target = quantity.total * (1 - ratio)
-                return pinned.applied(allocate.meet(where, sequence, pinned.cost, target, of))
-            except BudgetError:
-                if i + 1 == len(options):
-                    raise
-        raise AssertionError("the last option returns or raises")
 
     def _nothing(self) -> None:
         reasons: dict[str, list[str]] = {}
@@ -190,41 +145,6 @@ class Analysis:
             where=type(self.model).__name__,
             remedy="see print(depcut.analyze(model, inputs)); a hidden layer is needed",
         )
-
-    def _matching(self, pattern: str, option: str) -> set[int]:
-        found = {g.index for g in self.groups if _matches(g, pattern)}
-        names = {layer_of(n) for n in self.coupling.dims} | set(self.coupling.dims)
-        known = any(fnmatchcase(n, pattern) or n.startswith(pattern + ".") for n in names)
-        if not found and not known:
-            close = difflib.get_close_matches(pattern, sorted(names), 3, 0.4)
-            raise InputError(
-                f"{pattern!r} matches no module, parameter or group",
-                where=option,
-                remedy=f"did you mean {', '.join(close)}?" if close else "see print(analysis)",
-            )
-        return found
-
-    def _held(self, keep: Iterable[str]) -> set[int]:
-        patterns = [keep] if isinstance(keep, str) else list(keep)
-        return {i for p in patterns for i in self._matching(p, "keep=")}
-
-    def _fixed(self, ratios: Mapping[str, float], held: set[int]) -> dict[int, int]:
-        fixed: dict[int, int] = {}
-        for pattern, ratio in ratios.items():
-            if ratio != 0:
-                _check_ratio(ratio, f"ratios[{pattern!r}]")
-            for index in self._matching(pattern, "ratios="):
-                size = self.groups[index].size
-                fixed[index] = max(1, size - round(size * ratio))
-        by_tie: dict[int, int] = {}
-        for index, count in fixed.items():
-            tie = self.groups[index].tied
-            if tie is not None:
-                by_tie[tie] = min(count, by_tie.get(tie, count))
-        for group in self.groups:
-            if group.tied in by_tie:
-                fixed[group.index] = by_tie[group.tied]
-        return {i: n for i, n in fixed.items() if i not in held}
 
     def explain(self, name: str) -> str:
         """Why a layer can or cannot shrink, and with whom.
@@ -310,62 +230,6 @@ class Analysis:
             console.print(f"  no working rule: {target} at {listed(nodes, 3)}", highlight=False)
         file: Any = console.file
         return str(file.getvalue()).rstrip()
-
-
-class _Fixed:
-    """A cost in which some groups' counts are given."""
-
-    def __init__(self, quantity: Cost, fixed: dict[int, int]) -> None:
-        self.fixed = fixed
-        self.at = np.array(list(fixed), dtype=np.int64)
-        self.to = np.array(list(fixed.values()), dtype=np.int64)
-        self.cost: Cost = _Pinned(quantity, self) if fixed else quantity  # type: ignore[assignment]
-
-    def applied(self, counts: Counts) -> Counts:
-        out = counts.copy()
-        out[self.at] = self.to
-        return out
-
-
-class _Pinned:
-    """The cost with the given counts put in before it is evaluated."""
-
-    def __init__(self, quantity: Cost, fixed: _Fixed) -> None:
-        self.quantity, self.fixed = quantity, fixed
-        self.dense = quantity.dense
-        self.total = quantity.total
-
-    def __call__(self, counts: Counts) -> float:
-        return self.quantity(self.fixed.applied(counts))
-
-    def gradient(self, counts: Counts) -> Any:
-        return self.quantity.gradient(self.fixed.applied(counts))
-
-
-def _matches(group: Group, pattern: str) -> bool:
-    for member in group.members:
-        if member.role == "producer":
-            layer = layer_of(member.tensor)
-            if fnmatchcase(member.tensor, pattern) or fnmatchcase(layer, pattern):
-                return True
-            if layer.startswith(pattern + "."):
-                return True
-    return fnmatchcase(group.name, pattern)
-
-
-def _best(values: Any, count: int) -> Indices:
-    """The highest-scored units, ascending; the earlier of equals."""
-    return np.sort(np.argsort(-values, kind="stable")[:count])
-
-
-def _check_ratio(ratio: object, where: str) -> None:
-    number = isinstance(ratio, int | float | np.floating) and not isinstance(ratio, bool)
-    if not number or not 0 < ratio < 1:  # type: ignore[operator]
-        raise InputError(
-            f"the ratio is {ratio!r}; it is the fraction removed, between 0 and 1 exclusive",
-            where=where,
-            remedy="pass e.g. 0.5 to remove half",
-        )
 
 
 def analyze(model: nn.Module, inputs: Inputs = None) -> Analysis:

@@ -8,7 +8,8 @@ from typing import TypeVar, cast
 import torch
 from torch import nn
 
-from depcut.analysis import _check_ratio, analyze
+from depcut.analysis import analyze
+from depcut.choose import check_ratio
 from depcut.inputs import Inputs
 from depcut.scores import Criterion
 
@@ -48,7 +49,7 @@ def shrink(
     Raises:
         DepcutError: See `depcut.analyze`, `Analysis.plan` and `Plan.apply`.
     """
-    _check_ratio(ratio, "ratio=")
+    check_ratio(ratio, "ratio=")
     plan = analyze(model, inputs).plan(
         ratio,
         of=of,

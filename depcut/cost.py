@@ -70,6 +70,7 @@ class Cost:
         items: Slots that are multiplied, one row a summand; padded with slot 0, which is 1.
         times: Factor of each summand.
         dense: Counts of the dense model.
+        total: The quantity of the dense model.
     """
 
     monomials: NDArray[np.int64]
@@ -79,6 +80,7 @@ class Cost:
     items: NDArray[np.int64]
     times: Counts
     dense: Counts
+    total: float = 0.0
 
     def __call__(self, counts: NDArray[np.number]) -> float:
         """The quantity for the given kept counts (one number a group)."""
@@ -127,10 +129,22 @@ class Cost:
             times=self.times[rows],
         )
 
-    @property
-    def total(self) -> float:
-        """The quantity of the dense model."""
-        return self(self.dense)
+    def at(self, groups: NDArray[np.int64], counts: NDArray[np.number]) -> Cost:
+        """The quantity where the counts of some groups are given, whatever it is called with.
+
+        Args:
+            groups: Group numbers.
+            counts: Their counts.
+        """
+        values = np.ones(len(self.dense) + 1)
+        values[groups] = counts
+        fixed = np.isin(self.monomials, groups)
+        return replace(
+            self,
+            monomials=np.where(fixed, len(self.dense), self.monomials),
+            coefficients=self.coefficients
+            * np.where(fixed, values[self.monomials], 1.0).prod(axis=1),
+        )
 
     def gradient(self, counts: NDArray[np.number]) -> Counts:
         """Change of the quantity a unit, for every group, at the given counts.
@@ -205,7 +219,7 @@ def compile_staircase(coupling: Coupling, items: Iterable[tuple[float, Blocked]]
         rows[signature] = rows.get(signature, 0.0) + times
     flat = [(m, c) for p, _ in polynomials for m, c in p.items()]
     sizes = [len(p) for p, _ in polynomials]
-    return Cost(
+    made = Cost(
         monomials=_padded([m for m, _ in flat], len(coupling.groups)),
         coefficients=np.array([c for _, c in flat]),
         starts=np.cumsum([0, *sizes[:-1]]),
@@ -214,6 +228,7 @@ def compile_staircase(coupling: Coupling, items: Iterable[tuple[float, Blocked]]
         times=np.array(list(rows.values()) or [0.0]),
         dense=np.array([g.size for g in coupling.groups], dtype=np.float64),
     )
+    return replace(made, total=made(made.dense))
 
 
 def macs(coupling: Coupling) -> Cost:

@@ -1,0 +1,1 @@
+"""Budget to kept counts."""

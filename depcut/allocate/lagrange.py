@@ -1,0 +1,153 @@
+"""Least loss of score within a budget, for costs that groups share: Lagrangian relaxation.
+
+The time of a layer depends on two groups at once (what it reads and what it makes) and moves in
+steps, so that neither dynamic programming for the multiple-choice knapsack, which needs a sum over
+groups, nor a gradient applies. Instead, loss + price * cost is minimised for one price after the
+other (Everett 1963, "Generalized Lagrange multiplier method"): each class in turn takes its best
+count with the others fixed, which sees whole staircases, until none changes. The price is bisected.
+What the jumps of the solution leave of the budget is then spent greedily.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from depcut.allocate.space import Counts, Scores, Space, losses, marginal
+from depcut.cost import Cost
+from depcut.errors import BudgetError
+
+_SWEEPS = 8
+_PRICES = 40
+_CLOSE = 1e-3  # of the budget; the search for a price ends there
+
+
+def least_loss(where: Space, scores: Scores, cost: Cost, target: float, of: str) -> Counts:
+    """Kept counts that lose least score among those found within the budget.
+
+    Args:
+        where: The steps.
+        scores: One vector a group.
+        cost: The budgeted quantity.
+        target: Its value to stay within.
+        of: Name of the quantity, for messages.
+
+    Returns:
+        Kept count of each group.
+
+    Raises:
+        BudgetError: Even the smallest widths cost more than the target.
+    """
+    search = _Search(where, scores, cost)
+    floor = cost(where.kept(where.available))
+    if floor > target * (1 + 1e-9):
+        raise BudgetError(
+            f"{of} cannot be reduced to {target / cost.total:.2%}: "
+            f"at the smallest widths {floor / cost.total:.2%} are left",
+            where=f"of={of!r}",
+            remedy=f"ask for a ratio of at most {math.floor(1e4 * (1 - floor / cost.total)) / 1e4},"
+            " or let more layers shrink (keep=, ratios=)",
+        )
+    return where.kept(search.fill(search.priced(target), target))
+
+
+class _Search:
+    """Losses and costs of every class's choices.
+
+    Args:
+        where: The steps.
+        scores: One vector a group.
+        cost: The budgeted quantity.
+    """
+
+    def __init__(self, where: Space, scores: Scores, cost: Cost) -> None:
+        self.where, self.cost = where, cost
+        self.available = where.available
+        self.lost = [
+            np.append(0.0, np.cumsum(marginal(values, int(n), int(step))))
+            for values, n, step in zip(
+                losses(where, scores), self.available, where.steps, strict=True
+            )
+        ]
+        members = [np.flatnonzero(where.class_of == c) for c in range(len(self.available))]
+        self.members = members
+        self.parts = [cost.within(groups) for groups in members]
+        self.free = [c for c, n in enumerate(self.available) if n]
+
+    def loss(self, taken: Counts) -> float:
+        """Loss of all classes together."""
+        return float(sum(lost[n] for lost, n in zip(self.lost, taken, strict=True)))
+
+    def costs(self, taken: Counts, number: int) -> NDArray[np.float64]:
+        """Cost of what depends on a class, for each of its choices, the others fixed."""
+        choices = np.arange(self.available[number] + 1)
+        counts = np.repeat(self.where.kept(taken)[None], len(choices), axis=0)
+        kept = self.where.sizes[number] - choices * self.where.steps[number]
+        counts[:, self.members[number]] = kept[:, None]
+        return self.parts[number].many(counts)
+
+    def settled(self, taken: Counts, price: float) -> Counts:
+        """A local minimum of loss + price * cost: no class alone can improve it."""
+        taken = taken.copy()
+        for _ in range(_SWEEPS):
+            changed = False
+            for number in self.free:
+                best = int(np.argmin(self.lost[number] + price * self.costs(taken, number)))
+                changed |= best != taken[number]
+                taken[number] = best
+            if not changed:
+                break
+        return taken
+
+    def priced(self, target: float) -> Counts:
+        """The least loss within the budget that a bisection of the price finds."""
+        best = self.available.copy()
+        start = np.zeros_like(best)
+        if self.cost(self.where.kept(start)) <= target:
+            return start
+        low, high = None, None
+        price = 1.0 / self.cost.total
+        for _ in range(_PRICES):
+            taken = self.settled(start, price)
+            spent = self.cost(self.where.kept(taken))
+            if spent <= target:
+                high = price
+                if self.loss(taken) < self.loss(best):
+                    best = taken
+                if spent >= target * (1 - _CLOSE):
+                    break
+            else:
+                low, start = price, taken
+            if low is None or high is None:
+                price *= 16.0 if high is None else 1 / 16.0
+            else:
+                price = math.sqrt(low * high)
+        return best
+
+    def fill(self, taken: Counts, target: float) -> Counts:
+        """Spend what is left of the budget where it wins most score for its cost."""
+        taken = taken.copy()
+        spent = self.cost(self.where.kept(taken))
+        while True:
+            best = (0.0, -1, 0, 0.0)
+            for number in self.free:
+                now = int(taken[number])
+                costs = self.costs(taken, number)[:now]
+                extra = costs - self.costs_at(taken, number)
+                won = self.lost[number][now] - self.lost[number][:now]
+                value = np.where(
+                    spent + extra <= target, won / np.maximum(extra, 1e-9 * target), 0.0
+                )
+                if now and value.max() > best[0]:
+                    choice = int(value.argmax())
+                    best = (float(value[choice]), number, choice, float(extra[choice]))
+            if best[1] < 0:
+                return taken
+            taken[best[1]] = best[2]
+            spent += best[3]
+
+    def costs_at(self, taken: Counts, number: int) -> float:
+        """Cost of what depends on a class, as things are."""
+        return self.parts[number](self.where.kept(taken))

@@ -1,0 +1,146 @@
+"""What may be removed: the steps of every class of groups, and what each of them loses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import networkx as nx
+import numpy as np
+from numpy.typing import NDArray
+
+from depcut import axes
+from depcut.axes import Axis, Term
+from depcut.coupling import Coupling
+
+Counts = NDArray[np.int64]
+Scores = list[NDArray[np.float64]]
+
+_CONVEXITY = 8
+
+
+@dataclass(frozen=True)
+class Space:
+    """What may be removed, in steps, per class of groups that keep equal counts.
+
+    Attributes:
+        class_of: Class number of each group.
+        sizes: Dense count of each class.
+        steps: Units a step of each class removes.
+        held: Whether a class must keep all its units.
+        floors: Least number of units that a class must keep.
+    """
+
+    class_of: NDArray[np.int64]
+    sizes: Counts
+    steps: Counts
+    held: NDArray[np.bool_]
+    floors: Counts
+
+    def kept(self, taken: Counts) -> Counts:
+        """Kept count of each group after so many steps of each class."""
+        return np.asarray((self.sizes - taken * self.steps)[self.class_of])
+
+    @property
+    def available(self) -> Counts:
+        """Steps that each class can give up: one step (at least one unit) always stays."""
+        free = (self.sizes - self.floors) // self.steps
+        return np.where(self.held, 0, free)
+
+
+def space(
+    coupling: Coupling, align: int, held: set[int], ties: Iterable[tuple[int, int]] = ()
+) -> Space:
+    """The steps that respect ties and alignment.
+
+    Args:
+        coupling: The groups.
+        align: Kept widths are multiples of it where they can be; 1: any width.
+        held: Numbers of groups that keep everything.
+        ties: Further pairs of groups that keep equal counts.
+    """
+    equal = nx.Graph()
+    equal.add_nodes_from(g.index for g in coupling.groups)
+    representative: dict[int, int] = {}
+    for group in coupling.groups:
+        if group.tied is not None:
+            equal.add_edge(group.index, representative.setdefault(group.tied, group.index))
+    equal.add_edges_from(ties)
+    classes = [sorted(c) for c in nx.connected_components(equal)]
+    natural = _steps(coupling, align)
+    class_of = np.zeros(len(coupling.groups), dtype=np.int64)
+    sizes, steps, frozen, floors = [], [], [], []
+    for number, members in enumerate(classes):
+        class_of[members] = number
+        size = coupling.groups[members[0]].size
+        step = math.lcm(*(int(natural[m]) for m in members))
+        sizes.append(size)
+        steps.append(step if size % step == 0 else int(natural[members].max()))
+        floors.append(max(coupling.groups[m].floor for m in members))
+        uneven = any(coupling.groups[m].size != size for m in members)
+        frozen.append(uneven or any(m in held for m in members))
+    held_mask = np.array(frozen, dtype=np.bool_)
+    return Space(class_of, np.array(sizes), np.array(steps), held_mask, np.array(floors))
+
+
+def _steps(coupling: Coupling, align: int) -> Counts:
+    """Units a step of each group, so that every width it occurs in stays a multiple of `align`."""
+    out = np.ones(len(coupling.groups), dtype=np.int64)
+    if align <= 1:
+        return out
+    for dims in coupling.dims.values():
+        for term in dims:
+            for leaf, cofactor in _cofactors(term, 1):
+                group = coupling.group_of.get(leaf)
+                if group is not None:
+                    step = align // math.gcd(align, cofactor)
+                    while step > 1 and (group.size % step or group.size < 2 * step):
+                        step = step // 2 if step % 2 == 0 else 1
+                    out[group.index] = max(out[group.index], step)
+    return out
+
+
+def _cofactors(term: Term, cofactor: int) -> list[tuple[Axis, int]]:
+    """Each axis of a term with the number of indices that one of its indices stands for."""
+    if isinstance(term, Axis):
+        return [(term, cofactor)]
+    children = term.factors if isinstance(term, axes.Product) else term.parts
+    out = []
+    for child in children:
+        own = term.size // child.size if isinstance(term, axes.Product) else 1
+        out += _cofactors(child, cofactor * own)
+    return out
+
+
+def losses(where: Space, scores: Scores) -> Scores:
+    """Scores of each class's units, the k-th cheapest of its groups averaged, ascending.
+
+    Args:
+        where: The classes.
+        scores: One vector a group.
+    """
+    sums = [np.zeros(n) for n in where.sizes]
+    members = np.bincount(where.class_of, minlength=len(sums))
+    for group, values in enumerate(scores):
+        sums[where.class_of[group]] += np.sort(values)
+    return [s / n for s, n in zip(sums, members, strict=True)]
+
+
+def marginal(ascending: NDArray[np.float64], n: int, step: int) -> NDArray[np.float64]:
+    """Loss of each step for -d/dk of R^(1 - p), where R is the share of the score that is left.
+
+    A loss linear in R would empty the most expensive group before it touches the next.
+
+    Args:
+        ascending: Scores of a class's units, see `losses`.
+        n: Number of steps.
+        step: Units of a step.
+
+    Returns:
+        One number a step, not decreasing.
+    """
+    gone = ascending[: n * step].reshape(n, step).sum(axis=1)
+    total = max(float(ascending.sum()), 1e-12)
+    left = np.maximum(1 - np.cumsum(gone) / total, 1e-3)
+    return np.maximum.accumulate(gone / total / left**_CONVEXITY)
