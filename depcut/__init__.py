@@ -16,10 +16,10 @@ from depcut.errors import (
     VerificationError,
 )
 from depcut.export import ExportReport, export
-from depcut.latency import bench
 from depcut.ops.registry import Op, rule
 from depcut.plan import Plan
 from depcut.report import Comparison, compare
+from depcut.timing.bench import bench
 from depcut.version import __version__
 
 __all__ = [

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from io import StringIO
-from typing import Any
+from typing import Any, cast
 
 import networkx as nx
 from rich.console import Console
@@ -18,13 +18,16 @@ from torch import nn
 from depcut import axes, cost
 from depcut.axes import Indices
 from depcut.capture import capture
-from depcut.choose import Chooser, Request, check_ratio
+from depcut.choose import Chooser, Request, check_budget
 from depcut.cost import Cost
 from depcut.coupling import Coupling, Frozen, Group, infer, layer_of
 from depcut.errors import BudgetError, InputError, listed
 from depcut.inputs import Inputs
+from depcut.latency.model import SAMPLES, LatencyModel, latency_model
+from depcut.latency.target import Goal, plan_for_latency
 from depcut.plan import Plan, make_plan
 from depcut.program import Program
+from depcut.runtime import bind_inputs, resized
 from depcut.scores import Criterion
 
 
@@ -35,10 +38,12 @@ class Analysis:
     Attributes:
         model: The model analysed; it is only read.
         coupling: What inference found.
+        inputs: The example inputs as they were given; time is measured on them.
     """
 
     model: nn.Module
     coupling: Coupling
+    inputs: Inputs = None
 
     @property
     def program(self) -> Program:
@@ -85,46 +90,99 @@ class Analysis:
 
     def plan(
         self,
-        ratio: float,
+        ratio: float | None = None,
         *,
         of: str = "macs",
+        latency_ms: float | None = None,
         score: str | Criterion = "magnitude",
-        allocation: str = "uniform",
+        allocation: str | None = None,
         align: int = 8,
         keep: Iterable[str] = (),
         ratios: Mapping[str, float] | None = None,
         seed: int = 0,
+        threads: int = 1,
+        progress: bool = True,
     ) -> Plan:
         """Choose the units that stay.
 
         Args:
             ratio: Fraction removed of the quantity named by `of`, in (0, 1).
-            of: "macs", "params" or "channels" (every group loses that share).
+            of: "macs", "params", "channels" (every group loses that share) or "latency" (measured
+                in onnxruntime on this machine's CPU, see `latency`).
+            latency_ms: In place of a ratio: milliseconds to come to, for the inputs as given.
             score: Name of a criterion, or a function of (coupling, model, seed).
-            allocation: "uniform" (every group loses the same share) or "global" (score per cost).
+            allocation: "uniform" (every group loses the same share) or "global" (score per cost);
+                by default "global" for latency, "uniform" for all else.
             align: Kept widths are multiples of it where the width allows; 1: any width.
             keep: Globs over module or parameter names whose width must stay.
             ratios: Fraction of units removed, by glob, for groups that the budget does not decide.
             seed: For criteria that draw.
+            threads: Threads that one operator may use, where time is measured.
+            progress: Whether to show on standard error what is being measured.
 
         Raises:
             InputError: An option has a wrong value, or a name matches nothing.
-            BudgetError: The ratio cannot be reached, or nothing can be removed.
+            BudgetError: The ratio or time cannot be reached, or nothing can be removed.
+            LatencyError: The time cannot be measured.
         """
-        check_ratio(ratio, "ratio=")
-        if of not in cost.COSTS:
-            raise InputError(
-                f"unknown quantity {of!r}",
-                where="of=",
-                remedy=f"use one of {', '.join(cost.COSTS)}",
-            )
+        of = check_budget(ratio, of, latency_ms)
         if not self.groups:
             self._nothing()
+        allocation = allocation or ("global" if of == "latency" else "uniform")
         request = Request(score, allocation, align, keep, ratios or {}, seed)
         chooser = Chooser(self.coupling, self.model, request)
+        if of == "latency":
+            goal = Goal(ratio, None if latency_ms is None else 1e-3 * latency_ms)
+            times = self.latency(threads=threads, progress=progress)
+            return plan_for_latency(
+                self.model, self._inputs, chooser, times, goal, progress=progress
+            )
         quantity = self.costs[of]
-        counts = chooser.meet(quantity, quantity.total * (1 - ratio), of)
-        return chooser.plan(counts, {"ratio": float(ratio), "of": of})
+        counts = chooser.meet(quantity, quantity.total * (1 - cast(float, ratio)), of)
+        return chooser.plan(counts, {"ratio": float(cast(float, ratio)), "of": of})
+
+    def latency(
+        self,
+        *,
+        threads: int = 1,
+        samples: int = SAMPLES,
+        refresh: bool = False,
+        progress: bool = True,
+    ) -> LatencyModel:
+        """Time as a function of the kept counts, in onnxruntime on this machine's CPU.
+
+        Takes a minute or more the first time: a number of smaller models are made and profiled.
+        What was measured is kept in the user's cache directory.
+
+        Args:
+            threads: Threads that one operator may use.
+            samples: Models to measure, the dense one among them.
+            refresh: Measure again even if there are measurements.
+            progress: Whether to show a progress bar on standard error.
+
+        Raises:
+            InputError: An argument is out of its range.
+            LatencyError: The time cannot be measured.
+            ExportError: The model cannot be exported or run.
+        """
+        return latency_model(
+            self.coupling,
+            self.model,
+            self._inputs,
+            threads=threads,
+            samples=samples,
+            refresh=refresh,
+            progress=progress,
+        )
+
+    @property
+    def _inputs(self) -> Inputs:
+        """The inputs to time: as given, else a single one of those that were inferred."""
+        if self.inputs is not None:
+            return self.inputs
+        given = self.program.kwargs or tuple(self.program.args)
+        single = resized(bind_inputs(self.model, given), 1)
+        return dict(single.arguments) if single.kwargs else tuple(single.args)
 
     def plan_keeping(self, kept: Mapping[str, Sequence[int] | Indices]) -> Plan:
         """A plan from kept units by group name; groups not named keep everything.
@@ -244,4 +302,4 @@ def analyze(model: nn.Module, inputs: Inputs = None) -> Analysis:
         CaptureError: The model cannot be captured.
         InputError: The inputs are of the wrong kind, or cannot be inferred.
     """
-    return Analysis(model, infer(capture(model, inputs)))
+    return Analysis(model, infer(capture(model, inputs)), inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -15,7 +16,7 @@ from depcut.allocate.lagrange import least_loss
 from depcut.allocate.order import ALLOCATIONS, meet, order
 from depcut.allocate.space import Counts, Space, space
 from depcut.axes import Indices
-from depcut.cost import Cost
+from depcut.cost import COSTS, Cost
 from depcut.coupling import Coupling, Group, layer_of
 from depcut.errors import BudgetError, InputError
 from depcut.plan import Plan, make_plan
@@ -143,6 +144,43 @@ class Chooser:
             return least_loss(where, self.scores, cost, target, of)
         allocation = "uniform" if of == "channels" else self.request.allocation
         return meet(where, order(allocation, where, self.scores, cost), cost, target, of)
+
+
+def check_budget(ratio: float | None, of: str, latency_ms: float | None) -> str:
+    """Refuse a budget that is out of range or contradicts itself.
+
+    Args:
+        ratio: Fraction to remove, or None.
+        of: What of.
+        latency_ms: Milliseconds to come to, or None.
+
+    Returns:
+        The quantity that is budgeted.
+
+    Raises:
+        InputError: An argument has a wrong value, or two of them exclude each other.
+    """
+    if latency_ms is not None:
+        number = isinstance(latency_ms, int | float) and not isinstance(latency_ms, bool)
+        if not number or not 0 < latency_ms < math.inf:
+            raise InputError(
+                f"latency_ms is {latency_ms!r}", remedy="pass milliseconds, more than 0"
+            )
+        if ratio is not None or of not in ("macs", "latency"):
+            raise InputError(
+                "latency_ms= stands for a budget of its own",
+                where="latency_ms=",
+                remedy="leave ratio and of= out, or use of='latency' with a ratio",
+            )
+        return "latency"
+    check_ratio(ratio, "ratio=")
+    if of not in (*COSTS, "latency"):
+        raise InputError(
+            f"unknown quantity {of!r}",
+            where="of=",
+            remedy=f"use one of {', '.join(COSTS)}, latency",
+        )
+    return of
 
 
 def check_ratio(ratio: object, where: str) -> None:

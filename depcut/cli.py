@@ -6,17 +6,20 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from depcut.analysis import analyze
 from depcut.demo import run_demo
 from depcut.errors import DepcutError, InputError
 from depcut.export import export
-from depcut.latency import Candidate, bench
 from depcut.loading import build_model, example_inputs, load_weights, save_weights
 from depcut.plan import Plan
 from depcut.report import compare
+from depcut.timing.backends import PROVIDERS, RUNTIMES, Candidate, check_runtime
+from depcut.timing.bench import bench
 from depcut.version import __version__
 
 _EPILOG = """\
@@ -63,6 +66,7 @@ def _analyze(options: argparse.Namespace) -> None:
 
 
 def _shrink(options: argparse.Namespace) -> None:
+    timing = _timing(options) if options.time else {"runtime": None}
     dense = _model(options)
     inputs = example_inputs(options.input_shape)
     plan = analyze(dense, inputs).plan(
@@ -84,7 +88,9 @@ def _shrink(options: argparse.Namespace) -> None:
         written.append(export(slim, out / "model.onnx", inputs, metadata=made_by).path)
     for name, reason in plan.report["generated"].items():
         print(f"generated module in place of {name}: {reason}")
-    print(compare(dense, slim, inputs, runtime="onnxruntime" if options.time else None))
+    if options.time:
+        dense, slim = _placed(options, [dense, slim])
+    print(compare(dense, slim, inputs, batch_size=options.batch_size, **timing))
     print("written:", ", ".join(map(str, written)))
 
 
@@ -94,6 +100,7 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
+    timing = _timing(options)
     inputs = example_inputs(options.input_shape)
     candidates: dict[str, Candidate] = {}
     for target in options.targets:
@@ -110,15 +117,40 @@ def _bench(options: argparse.Namespace) -> None:
                 remedy="name the model first, as package.module:factory",
             )
         candidates[f"{options.targets[0]} after {options.plan}"] = _slim(options, first)
-    print(
-        bench(
-            candidates,
-            inputs,
-            runtime=options.runtime,
-            threads=options.threads,
-            rounds=options.rounds,
-        )
-    )
+    candidates = _placed(options, candidates)
+    print(bench(candidates, inputs, batch_sizes=options.batch_size, **timing))
+
+
+def _timing(options: argparse.Namespace) -> dict[str, Any]:
+    """What the options say about timing, if this machine can do it."""
+    check_runtime(options.runtime, options.provider)
+    return {
+        "runtime": options.runtime,
+        "provider": options.provider,
+        "threads": options.threads,
+        "pin": _cpus(options.pin),
+        "memory": options.memory,
+        "rounds": options.rounds,
+    }
+
+
+def _cpus(text: str | None) -> bool | tuple[int, ...]:
+    """The processors that `--pin` names."""
+    if text is None or text == "auto":
+        return text is not None
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError as error:
+        raise InputError(
+            f"cannot read the CPUs {text!r}", where="--pin", remedy='write "auto" or, say, 2,3'
+        ) from error
+
+
+def _placed(options: argparse.Namespace, things: Any) -> Any:
+    """Models where PyTorch is to time them."""
+    if options.runtime == "onnxruntime" or options.provider != "cuda":
+        return things
+    return pytree.tree_map_only(nn.Module, lambda model: model.to("cuda"), things)
 
 
 def _model(options: argparse.Namespace) -> nn.Module:
@@ -209,6 +241,28 @@ class _Command:
         self.add("--threads", type=int, default=1, help="threads that one operator may use")
         self.add("--rounds", type=int, default=30, help="turns that every candidate has")
 
+    def runtime(self, *, several_batches: bool) -> None:
+        """The options that say what is timed, where and how."""
+        self.add("--runtime", choices=RUNTIMES, default="onnxruntime", help="what runs the models")
+        self.add(
+            "--provider",
+            choices=PROVIDERS,
+            help="what computes in it; the CPU if left out; tensorrt is onnxruntime's",
+        )
+        self.add(
+            "--batch-size",
+            type=int,
+            action="append" if several_batches else "store",
+            metavar="N",
+            help="batch size to time at, that of the inputs if left out"
+            + ("; may be repeated" if several_batches else ""),
+        )
+        self.add(
+            "--pin", metavar="CPUS", help='CPUs to stay on while timing, such as 2,3, or "auto"'
+        )
+        self.add("--memory", action="store_true", help="measure peak memory too")
+        self.timing()
+
 
 def _parser() -> argparse.ArgumentParser:
     """The parser with its five commands."""
@@ -259,7 +313,8 @@ def _parser() -> argparse.ArgumentParser:
     shrunk.add("--seed", type=int, default=0, help="seed of random scores")
     shrunk.add("--out", type=Path, required=True, metavar="DIR", help="folder for what is written")
     shrunk.add("--onnx", action="store_true", help="write the smaller model as ONNX too")
-    shrunk.add("--time", action="store_true", help="time both models in onnxruntime")
+    shrunk.add("--time", action="store_true", help="time both models, as below")
+    shrunk.runtime(several_batches=False)
 
     exported = command("export", _export, "write a model as ONNX, checked in onnxruntime")
     exported.model()
@@ -275,8 +330,5 @@ def _parser() -> argparse.ArgumentParser:
     )
     timed.inputs()
     timed.plan()
-    timed.add(
-        "--runtime", choices=("onnxruntime", "torch"), default="onnxruntime", help="what runs them"
-    )
-    timed.timing()
+    timed.runtime(several_batches=True)
     return parser

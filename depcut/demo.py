@@ -19,8 +19,8 @@ from depcut.cost import count_macs, count_params
 from depcut.demo_net import DigitNet
 from depcut.errors import DepcutError
 from depcut.export import ExportReport, export
-from depcut.latency import BenchResult, bench
 from depcut.report import quantity
+from depcut.timing.bench import BenchResult, bench
 
 _BATCH = 64
 _RETRAIN_RATE = 0.02

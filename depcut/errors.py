@@ -50,6 +50,10 @@ class ExportError(DepcutError):
     """The model could not be written as ONNX, or the file disagrees with PyTorch."""
 
 
+class LatencyError(DepcutError):
+    """Time could not be measured, or not well enough to rely on it."""
+
+
 def listed(names: list[str], limit: int = 8) -> str:
     """The names, comma-separated, the ones past `limit` as a count."""
     shown = ", ".join(names[:limit])

@@ -155,6 +155,25 @@ def export(
     )
 
 
+def draft(
+    model: nn.Module, inputs: Any, path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a model as ONNX without any check, for measurements only.
+
+    Args:
+        model: The model; its mode is the same afterwards.
+        inputs: A tensor, a tuple of positional or a dict of keyword arguments.
+        path: The file to write.
+        metadata: Entries for the file's metadata.
+
+    Raises:
+        ExportError: The model cannot be captured or converted.
+    """
+    with evaluating(model), _plain_attention(), _quiet():
+        _, program = _capture(model, bind_inputs(model, inputs))
+        _convert(program, path, metadata or {})
+
+
 def _capture(
     model: nn.Module, arguments: inspect.BoundArguments
 ) -> tuple[inspect.BoundArguments, torch.export.ExportedProgram]:

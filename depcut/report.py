@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +10,10 @@ from rich.table import Table
 from torch import nn
 
 from depcut.cost import count_macs, count_params
-from depcut.latency import BenchResult, Runtime, Speedup, Timing, bench
 from depcut.tables import rendered
+from depcut.timing.backends import Provider, Runtime
+from depcut.timing.bench import Measurement, bench, megabytes, rate
+from depcut.timing.clock import Speedup, Timing
 
 
 @dataclass(frozen=True)
@@ -22,12 +25,18 @@ class Figures:
         bytes: Memory of parameters and buffers, shared ones counted once.
         macs: Multiply-accumulates of one example.
         latency: Measured time of one call, if it was measured.
+        throughput: Examples per second at that batch size, if it was measured.
+        peak_memory: Bytes that loading and running it take, if that was measured.
+        file_bytes: Size of its ONNX file, if it was timed from one.
     """
 
     params: int
     bytes: int
     macs: int
     latency: Timing | None = None
+    throughput: float | None = None
+    peak_memory: int | None = None
+    file_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -39,12 +48,14 @@ class Comparison:
         slim: What the slim one costs.
         speedup: Measured speedup with its interval, if it was measured.
         conditions: What the measurement holds for, or an empty string.
+        batch_size: Examples in one call that was timed.
     """
 
     dense: Figures
     slim: Figures
     speedup: Speedup | None = None
     conditions: str = ""
+    batch_size: int | None = None
 
     @property
     def params_kept(self) -> float:
@@ -72,9 +83,19 @@ class Comparison:
         ):
             table.add_row(label, quantity(dense), quantity(slim), f"{_share(slim, dense):.1%}")
         if self.speedup and self.dense.latency and self.slim.latency:
-            table.add_row(
-                "latency", str(self.dense.latency), str(self.slim.latency), str(self.speedup)
-            )
+            label = f"latency, batch {self.batch_size}"
+            times = str(self.dense.latency), str(self.slim.latency)
+            table.add_row(label, *times, str(self.speedup))
+        if self.dense.throughput and self.slim.throughput:
+            # The line above says what may be claimed of the ratio.
+            table.add_row("examples/s", rate(self.dense.throughput), rate(self.slim.throughput), "")
+        for label, before, after in (
+            ("file", self.dense.file_bytes, self.slim.file_bytes),
+            ("peak memory", self.dense.peak_memory, self.slim.peak_memory),
+        ):
+            if before is not None and after is not None:
+                share = f"{_share(after, before):.1%}"
+                table.add_row(label, megabytes(before), megabytes(after), share)
         return table
 
     def __str__(self) -> str:
@@ -87,8 +108,13 @@ def compare(
     inputs: Any = None,
     *,
     runtime: Runtime | None = "onnxruntime",
+    provider: Provider | None = None,
+    batch_size: int | None = None,
     threads: int = 1,
+    pin: bool | Sequence[int] = False,
+    memory: bool = False,
     rounds: int = 30,
+    warmup: int = 5,
 ) -> Comparison:
     """Measure what was won by going from `dense` to `slim`.
 
@@ -98,26 +124,42 @@ def compare(
         inputs: A tensor, a tuple of positional or a dict of keyword arguments; inferred from the
             first layer when left out.
         runtime: What to time both in, see `bench`; None measures no time.
+        provider: What computes there, see `bench`.
+        batch_size: Batch size to time at; that of the inputs when left out.
         threads: Threads that one operator may use.
+        pin: Processors to stay on while timing, or True to have them chosen.
+        memory: Measure peak memory too, see `bench`.
         rounds: Turns that both have.
+        warmup: Calls of each that are not counted.
 
     Returns:
         The figures of both models.
 
     Raises:
         ExportError: A model cannot be exported to the runtime.
-        InputError: The inputs do not fit, or an argument is out of its range.
+        InputError: The inputs do not fit, an argument is out of its range, or the provider is
+            absent.
     """
-    timed: BenchResult | None = None
-    if runtime is not None:
-        timed = bench(
-            {"dense": dense, "slim": slim}, inputs, runtime=runtime, threads=threads, rounds=rounds
-        )
+    if runtime is None:
+        return Comparison(_figures(dense, inputs), _figures(slim, inputs))
+    timed = bench(
+        {"dense": dense, "slim": slim},
+        inputs,
+        runtime=runtime,
+        provider=provider,
+        batch_sizes=None if batch_size is None else (batch_size,),
+        threads=threads,
+        pin=pin,
+        memory=memory,
+        rounds=rounds,
+        warmup=warmup,
+    )
     return Comparison(
-        dense=_figures(dense, inputs, timed.timings["dense"] if timed else None),
-        slim=_figures(slim, inputs, timed.timings["slim"] if timed else None),
-        speedup=timed.speedup("dense", "slim") if timed else None,
-        conditions=timed.conditions if timed else "",
+        dense=_figures(dense, inputs, timed.at("dense"), timed.file_bytes["dense"]),
+        slim=_figures(slim, inputs, timed.at("slim"), timed.file_bytes["slim"]),
+        speedup=timed.speedup("dense", "slim"),
+        conditions=timed.conditions,
+        batch_size=timed.batch_sizes[0],
     )
 
 
@@ -137,14 +179,22 @@ def quantity(number: float) -> str:
     return f"{number:g}"
 
 
-def _figures(model: nn.Module, inputs: Any, latency: Timing | None) -> Figures:
-    """Count what a model holds and does."""
+def _figures(
+    model: nn.Module,
+    inputs: Any,
+    measured: Measurement | None = None,
+    file_bytes: int | None = None,
+) -> Figures:
+    """Count what a model holds and does, beside what was measured of it."""
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return Figures(
         params=count_params(model),
         bytes=sum(tensor.nbytes for tensor in tensors.values()),
         macs=count_macs(model, inputs),
-        latency=latency,
+        latency=measured.latency if measured else None,
+        throughput=measured.throughput if measured else None,
+        peak_memory=measured.peak_memory if measured else None,
+        file_bytes=file_bytes,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -57,12 +57,21 @@ def bind_inputs(model: nn.Module, inputs: Any) -> inspect.BoundArguments:
         ) from error
 
 
-def open_session(path: str | os.PathLike[str], threads: int = 1) -> InferenceSession:
-    """An onnxruntime session on the CPU, with all optimisations and a stated number of threads.
+def open_session(
+    path: str | os.PathLike[str],
+    threads: int = 1,
+    *,
+    profile: Path | None = None,
+    providers: Sequence[str] = ("CPUExecutionProvider",),
+) -> InferenceSession:
+    """An onnxruntime session with all optimisations and a stated number of threads.
 
     Args:
         path: The ONNX file.
         threads: Threads that one operator may use.
+        profile: Where the session writes its profile, as the beginning of a file name; None: it
+            takes none.
+        providers: Execution providers; each node goes to the first that has a kernel for it.
 
     Returns:
         The session.
@@ -71,13 +80,16 @@ def open_session(path: str | os.PathLike[str], threads: int = 1) -> InferenceSes
         ExportError: The runtime does not load the file.
     """
     options = ort.SessionOptions()
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = os.fspath(profile)
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     # Idle workers that spin would take the cores from the other sessions of a comparison.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
-        return InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+        return InferenceSession(os.fspath(path), options, providers=list(providers))
     except Exception as error:
         raise ExportError(
             f"onnxruntime {ort.__version__} does not load the file: {first_line(error)}",

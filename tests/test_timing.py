@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from depcut import latency
 from depcut.errors import ExportError, InputError
 from depcut.export import export
-from depcut.latency import BenchResult, Speedup, Timing, bench, interleave, median_interval
+from depcut.timing import clock
+from depcut.timing.bench import BenchResult, bench
+from depcut.timing.clock import Speedup, Timing, interleave, median_interval
 
 
 def test_candidates_take_turns(monkeypatch):
-    monkeypatch.setattr(latency, "_SAMPLE_SECONDS", 0.0)
+    monkeypatch.setattr(clock, "_SAMPLE_SECONDS", 0.0)
     order = []
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
     samples = interleave(calls, rounds=4, warmup=2)

@@ -1,0 +1,1 @@
+"""Time as a function of the kept counts, measured on this machine."""

@@ -1,0 +1,159 @@
+"""Run the dense model and smaller ones of it on this machine, with a progress bar."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnxruntime import InferenceSession
+from rich.console import Console
+from rich.progress import Progress
+from torch import nn
+
+from depcut.coupling import Coupling
+from depcut.errors import DepcutError, LatencyError
+from depcut.export import draft
+from depcut.latency.kernels import profile
+from depcut.latency.samples import Sample, Samples
+from depcut.plan import make_plan
+from depcut.runtime import Array, bind_inputs, open_session, session_feeds
+from depcut.timing.clock import interleave
+
+_ENOUGH = 0.7  # of the samples must succeed
+_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A model timed in turns with the dense one.
+
+    Attributes:
+        ratio: Its time as a share of the dense model's; median over the rounds.
+        dense_seconds: Median time of the dense model in those rounds.
+    """
+
+    ratio: float
+    dense_seconds: float
+
+
+class Bench:
+    """The dense model, ready to be run beside smaller ones.
+
+    Args:
+        model: The dense model.
+        inputs: What it is run on; their batch size is the one that is measured.
+        threads: Threads that one operator may use.
+        folder: For files; it outlives the bench.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Any, threads: int, folder: Path) -> None:
+        self.inputs, self.threads, self.folder = inputs, threads, folder
+        self.values = bind_inputs(model, inputs).arguments
+        self.path = folder / "dense.onnx"
+        draft(model, inputs, self.path)
+        self.session = open_session(self.path, threads)
+
+    @property
+    def feeds(self) -> dict[str, Array]:
+        """The inputs as the runtime takes them."""
+        return session_feeds(self.session, self.values)
+
+    def written(self, model: nn.Module) -> Path:
+        """The ONNX file of a smaller model; it takes the place of the one before."""
+        path = self.folder / "slim.onnx"
+        for old in self.folder.glob("slim.onnx*"):
+            old.unlink()
+        draft(model, self.inputs, path)
+        return path
+
+    def beside(self, path: Path, rounds: int = _ROUNDS) -> Beside:
+        """Time a file in turns with the dense model."""
+        other = open_session(path, self.threads)
+        feeds = self.feeds
+        samples = interleave(
+            {"dense": _call(self.session, feeds), "slim": _call(other, feeds)},
+            rounds=rounds,
+            warmup=1,
+        )
+        pairs = zip(samples["dense"], samples["slim"], strict=True)
+        return Beside(median(slim / dense for dense, slim in pairs), median(samples["dense"]))
+
+
+def _call(session: InferenceSession, feeds: dict[str, Array]) -> Callable[[], object]:
+    return lambda: session.run(None, feeds)
+
+
+def measure(
+    coupling: Coupling,
+    model: nn.Module,
+    inputs: Any,
+    counts: NDArray[np.int64],
+    *,
+    threads: int,
+    progress: bool,
+) -> Samples:
+    """Measure the model at several widths.
+
+    Args:
+        coupling: The groups.
+        model: The dense model.
+        inputs: What it is run on.
+        counts: Kept counts, [samples, groups]; the dense ones first.
+        threads: Threads that one operator may use.
+        progress: Whether to show a progress bar on standard error.
+
+    Raises:
+        LatencyError: Too many of the smaller models could not be measured.
+        ExportError: The dense model cannot be exported or run.
+    """
+    samples: list[Sample] = []
+    failures: list[DepcutError] = []
+    dense_seconds: list[float] = []
+    bar = Progress(console=Console(stderr=True), transient=True, disable=not progress)
+    with tempfile.TemporaryDirectory(prefix="depcut-") as name, bar:
+        task = bar.add_task("measuring kernels at several widths", total=len(counts))
+        bench = Bench(model, inputs, threads, Path(name))
+        for row in counts:
+            sample, seconds, error = _attempt(bench, coupling, model, row)
+            if sample is None and (error is None or not samples):
+                raise error or LatencyError("the dense model was not measured")
+            if sample is None:
+                failures += [error] if error else []
+            else:
+                samples.append(sample)
+                dense_seconds.append(seconds)
+            bar.advance(task)
+    if len(samples) < _ENOUGH * len(counts):
+        raise LatencyError(
+            f"{len(failures)} of {len(counts)} smaller models could not be measured; "
+            f"the first: {failures[0]}",
+            where=type(model).__name__,
+            remedy="use of='macs', or hold the layers concerned with keep=",
+        ) from failures[0]
+    return Samples(median(dense_seconds), tuple(samples))
+
+
+def _attempt(
+    bench: Bench, coupling: Coupling, model: nn.Module, row: NDArray[np.int64]
+) -> tuple[Sample | None, float, DepcutError | None]:
+    """One sample and the dense model's time beside it, or what went wrong."""
+    kept = {
+        group.name: np.arange(count)
+        for group, count in zip(coupling.groups, row, strict=True)
+        if count < group.size
+    }
+    try:
+        path = bench.path
+        if kept:
+            path = bench.written(make_plan(coupling, model, kept, {}).apply(model))
+        kernels = profile(path, bench.feeds, bench.threads)
+        found = bench.beside(path)
+    except DepcutError as error:
+        return None, 0.0, error
+    return Sample(tuple(map(int, row)), kernels, found.ratio), found.dense_seconds, None

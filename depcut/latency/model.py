@@ -1,0 +1,153 @@
+"""Time as a function of the kept counts of one model, on one machine."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from depcut.allocate.space import space
+from depcut.cost import Cost
+from depcut.coupling import Coupling
+from depcut.errors import InputError
+from depcut.latency import cache
+from depcut.latency.designs import designs
+from depcut.latency.measure import measure
+from depcut.latency.staircase import fit
+from depcut.machine import processor
+from depcut.plan import Plan, fingerprint
+from depcut.rewrite.preferences import preferences
+from depcut.runtime import bind_inputs
+
+SAMPLES = 16
+_GRID = 8  # widths are sampled at multiples of it, where they allow
+
+
+@dataclass(frozen=True, eq=False)
+class LatencyModel:
+    """Predicts the time of a smaller model from its widths.
+
+    Attributes:
+        coupling: The groups that counts are of.
+        cost: Seconds as a function of the kept counts.
+        dense_seconds: Measured time of the dense model.
+        errors: Relative error of the prediction for each model that was measured.
+        explained: Share of the dense model's time in kernels whose sizes follow from the counts.
+        threads: Threads that one operator could use.
+        runtime: Library, version and provider.
+        machine: The processor.
+    """
+
+    coupling: Coupling
+    cost: Cost
+    dense_seconds: float
+    errors: NDArray[np.float64]
+    explained: float
+    threads: int
+    runtime: str
+    machine: str
+
+    def predict(self, plan: Plan) -> float:
+        """Seconds that the model takes after the plan.
+
+        The model knows widths at multiples of 8 (where a width allows); at others runtimes may
+        leave their fast paths, which it does not see.
+
+        Args:
+            plan: A plan for the same model.
+
+        Raises:
+            PlanError: It was made for another architecture.
+        """
+        return self.cost(plan.keep(self.coupling).counts)
+
+    def __str__(self) -> str:
+        worst = float(np.abs(self.errors).max())
+        return (
+            f"latency model: dense {1e3 * self.dense_seconds:.3g} ms "
+            f"({self.runtime}, {self.threads} thread{'s' * (self.threads > 1)}, {self.machine}); "
+            f"{len(self.errors)} models measured, largest error {worst:.1%}, "
+            f"{self.explained:.0%} of the time in kernels that follow the widths"
+        )
+
+
+def latency_model(
+    coupling: Coupling,
+    model: nn.Module,
+    inputs: Any,
+    *,
+    threads: int = 1,
+    samples: int = SAMPLES,
+    refresh: bool = False,
+    progress: bool = True,
+) -> LatencyModel:
+    """Measure a model in onnxruntime on the CPU, or read what was measured before.
+
+    Each sample is a real smaller model: rewritten, exported, and profiled by the runtime itself, so
+    that every kernel is seen with the layout, the fusions and the neighbours that it has there.
+    Measurements are kept in the user's cache directory, by architecture, inputs, version of the
+    runtime, processor and threads.
+
+    Args:
+        coupling: The groups.
+        model: The dense model; it is only read.
+        inputs: A tensor, a tuple of positional or a dict of keyword arguments; their batch size is
+            the one that is timed.
+        threads: Threads that one operator may use.
+        samples: Number of models to measure, the dense one among them; at least 6.
+        refresh: Measure again even if there are measurements.
+        progress: Whether to show a progress bar on standard error.
+
+    Raises:
+        InputError: An argument is out of its range.
+        LatencyError: The model cannot be measured.
+        ExportError: The model cannot be exported or run.
+    """
+    if threads < 1:
+        raise InputError(f"threads={threads}", where="threads=", remedy="pass 1 or more")
+    if samples < 6:
+        raise InputError(
+            f"samples={samples}", where="samples=", remedy="pass 6 or more: fewer explain nothing"
+        )
+    arguments = bind_inputs(model, inputs)
+    steps = space(coupling, _GRID, set(), preferences(coupling).ties)
+    runtime = f"onnxruntime {ort.__version__}, CPUExecutionProvider"
+    key = {
+        "architecture": fingerprint(coupling),
+        "graph": hashlib.sha256(coupling.program.graph.code.encode()).hexdigest(),
+        "inputs": [_described(leaf) for leaf in pytree.tree_leaves(dict(arguments.arguments))],
+        "runtime": runtime,
+        "torch": torch.__version__,
+        "machine": processor(),
+        "threads": threads,
+        "samples": samples,
+    }
+    found = None if refresh else cache.load(key)
+    if found is None:
+        rows = designs(steps, samples)
+        found = measure(coupling, model, inputs, rows, threads=threads, progress=progress)
+        cache.store(key, found)
+    fitted = fit(coupling, found)
+    return LatencyModel(
+        coupling=coupling,
+        cost=fitted.cost,
+        dense_seconds=found.dense_seconds,
+        errors=fitted.errors,
+        explained=fitted.explained,
+        threads=threads,
+        runtime=runtime,
+        machine=processor(),
+    )
+
+
+def _described(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return [list(leaf.shape), str(leaf.dtype)]
+    return repr(leaf)

@@ -1,0 +1,176 @@
+"""A plan that meets a time: allocate by the model of time, measure the candidate, correct."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import nn
+
+from depcut.allocate.space import Counts
+from depcut.choose import Chooser
+from depcut.errors import BudgetError
+from depcut.latency.measure import Bench
+from depcut.latency.model import LatencyModel
+from depcut.plan import Plan
+
+_TRIES = 4
+_CLOSE = 0.015  # a candidate this close to its target is not corrected
+_MISSED = 0.05
+_ROUNDS = 9
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What time to come to: a share removed of the dense model's, or a number of seconds.
+
+    Attributes:
+        ratio: Fraction of the dense model's time to remove, or None.
+        seconds: Time to come to, or None.
+    """
+
+    ratio: float | None = None
+    seconds: float | None = None
+
+    def share(self, dense_seconds: float) -> float:
+        """Share of the dense model's time that may be left."""
+        if self.seconds is not None:
+            return self.seconds / dense_seconds
+        return 1 - (self.ratio or 0.0)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a plan records of it."""
+        if self.seconds is not None:
+            return {"of": "latency", "latency_ms": 1e3 * self.seconds}
+        return {"of": "latency", "ratio": self.ratio}
+
+
+@dataclass(frozen=True)
+class _Try:
+    """One candidate and its measured time, as a share of the dense one's and in seconds."""
+
+    plan: Plan
+    counts: Counts
+    ratio: float
+    dense_seconds: float
+    miss: float
+
+
+class _Attempts:
+    """Candidates for one goal, each measured beside the dense model."""
+
+    def __init__(self, model: nn.Module, bench: Bench, chooser: Chooser, goal: Goal) -> None:
+        self.model, self.bench, self.chooser, self.goal = model, bench, chooser, goal
+        self.tried: list[_Try] = []
+
+    def measure(self, counts: Counts) -> _Try:
+        """Make and time the model with these counts, unless it was already."""
+        for old in self.tried:
+            if (old.counts == counts).all():
+                return old
+        plan = self.chooser.plan(counts, self.goal.settings)
+        found = self.bench.beside(self.bench.written(plan.apply(self.model)), _ROUNDS)
+        share = self.goal.share(found.dense_seconds)
+        made = _Try(plan, counts, found.ratio, found.dense_seconds, found.ratio / share - 1)
+        self.tried.append(made)
+        return made
+
+    @property
+    def best(self) -> _Try:
+        """The candidate closest to the goal."""
+        return min(self.tried, key=lambda made: abs(made.miss))
+
+
+def plan_for_latency(
+    model: nn.Module,
+    inputs: Any,
+    chooser: Chooser,
+    times: LatencyModel,
+    goal: Goal,
+    *,
+    progress: bool = True,
+) -> Plan:
+    """Choose counts by the model of time, then measure the candidate and correct what was off.
+
+    Args:
+        model: The dense model; it is only read.
+        inputs: What it is run on; their batch size is the one that is timed.
+        chooser: The request, resolved.
+        times: Time as a function of the kept counts.
+        goal: What time to come to.
+        progress: Whether to say on standard error what is being measured.
+
+    Returns:
+        The candidate closest to the goal. Its settings hold what was predicted and measured.
+
+    Raises:
+        BudgetError: Not even the smallest widths are fast enough, or nothing has to go.
+        ExportError: The model cannot be exported or run.
+    """
+    console = Console(stderr=True, quiet=not progress)
+    with (
+        tempfile.TemporaryDirectory(prefix="depcut-") as name,
+        console.status("measuring the dense model") as status,
+    ):
+        bench = Bench(model, inputs, times.threads, Path(name))
+        dense = bench.beside(bench.path, _ROUNDS).dense_seconds
+        if goal.share(dense) >= 1:
+            raise BudgetError(
+                f"the model takes {1e3 * dense:.3g} ms as it is: nothing has to go",
+                where=f"latency_ms={1e3 * (goal.seconds or 0):.4g}",
+                remedy="pass less than that",
+            )
+        attempts = _Attempts(model, bench, chooser, goal)
+        aim = goal.share(dense) * times.cost.total
+        for number in range(_TRIES):
+            status.update(f"measuring candidate {number + 1}")
+            try:
+                counts = chooser.meet(times.cost, aim, "latency")
+            except BudgetError:
+                counts = chooser.smallest()
+            made = attempts.measure(counts)
+            if abs(made.miss) <= _CLOSE or (made.miss > 0 and _is_least(counts, chooser)):
+                break
+            aim /= 1 + made.miss
+    best = attempts.best
+    if best.miss > _MISSED and _is_least(best.counts, chooser):
+        raise _unreachable(best, goal)
+    if abs(best.miss) > _MISSED:
+        warnings.warn(
+            f"the closest of {len(attempts.tried)} candidates takes "
+            f"{1e3 * best.ratio * best.dense_seconds:.3g} ms, {best.miss:+.1%} of the target: "
+            "widths move in steps; align= sets how large they are",
+            stacklevel=3,
+        )
+    measured = {
+        "dense_ms": 1e3 * best.dense_seconds,
+        "measured_ms": 1e3 * best.ratio * best.dense_seconds,
+        "predicted_ms": 1e3 * times.cost(best.counts) / times.cost.total * best.dense_seconds,
+        "candidates": len(attempts.tried),
+        "threads": times.threads,
+        "runtime": times.runtime,
+        "machine": times.machine,
+    }
+    return replace(best.plan, settings={**best.plan.settings, "latency": measured})
+
+
+def _is_least(counts: Counts, chooser: Chooser) -> bool:
+    """Whether nothing more can go."""
+    return bool((counts == chooser.smallest()).all())
+
+
+def _unreachable(best: _Try, goal: Goal) -> BudgetError:
+    reached = best.ratio * best.dense_seconds
+    wanted = goal.share(best.dense_seconds) * best.dense_seconds
+    return BudgetError(
+        f"latency cannot fall to {1e3 * wanted:.3g} ms: the smallest widths take "
+        f"{1e3 * reached:.3g} ms, measured, of {1e3 * best.dense_seconds:.3g} ms",
+        where="of='latency'",
+        remedy=f"ask for a ratio of at most {max(1 - best.ratio, 0.0):.2f} "
+        f"(latency_ms={1e3 * reached:.3g}), or let more layers shrink (keep=, ratios=)",
+    )

@@ -1,0 +1,1 @@
+"""Timing: the clock, what runs a candidate, and the comparison of several."""

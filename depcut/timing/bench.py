@@ -1,0 +1,343 @@
+"""Candidates in turns: latency, throughput, memory, and the conditions that they hold under."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from depcut.errors import InputError
+from depcut.machine import processor
+from depcut.tables import rendered
+from depcut.timing.backends import Candidate, Provider, Runner, Runtime, check_runtime, engine
+from depcut.timing.clock import Speedup, Timing, interleave
+from depcut.timing.modules import ModuleRunner, torch_conditions
+from depcut.timing.pinning import pinned
+from depcut.timing.sessions import SessionRunner
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One candidate at one batch size.
+
+    Attributes:
+        batch: Examples in one call.
+        latency: Time of one call.
+        peak_memory: Bytes that loading and running it take; None if that was not measured.
+    """
+
+    batch: int
+    latency: Timing
+    peak_memory: int | None = None
+
+    @property
+    def throughput(self) -> float:
+        """Examples per second."""
+        return self.batch / self.latency.median
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """Measurements of all candidates, and the conditions that they hold under.
+
+    Attributes:
+        measurements: By candidate name and batch size, both in the order given.
+        file_bytes: Size of each candidate's ONNX file, external data included; None in PyTorch.
+        runtime: Library and version that ran the candidates.
+        provider: Its execution provider or device.
+        threads: Threads that one operator could use.
+        machine: The processor.
+        rounds: Times that every candidate had its turn at a batch size.
+        cpus: Processors that the measurement was pinned to; none of them if it was not.
+        memory: Whether peak memory was asked for.
+    """
+
+    measurements: Mapping[str, Mapping[int, Measurement]]
+    file_bytes: Mapping[str, int | None]
+    runtime: str
+    provider: str
+    threads: int
+    machine: str
+    rounds: int
+    cpus: tuple[int, ...] = ()
+    memory: bool = False
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """The batch sizes, in the order given."""
+        return tuple(next(iter(self.measurements.values())))
+
+    @property
+    def timings(self) -> dict[str, Timing]:
+        """Time of one call of each candidate, at the first batch size."""
+        return {name: self.at(name).latency for name in self.measurements}
+
+    def at(self, candidate: str, batch: int | None = None) -> Measurement:
+        """What was measured of one candidate.
+
+        Args:
+            candidate: Its name.
+            batch: The batch size; the first one when left out.
+
+        Returns:
+            The measurement.
+
+        Raises:
+            InputError: There is no such candidate or batch size.
+        """
+        if candidate not in self.measurements:
+            raise InputError(
+                f"no candidate {candidate!r}", remedy=f"there are: {', '.join(self.measurements)}"
+            )
+        batch = self.batch_sizes[0] if batch is None else batch
+        if batch not in self.batch_sizes:
+            raise InputError(
+                f"batch size {batch} was not measured",
+                remedy=f"there are: {', '.join(map(str, self.batch_sizes))}",
+            )
+        return self.measurements[candidate][batch]
+
+    def speedup(self, base: str, candidate: str, batch: int | None = None) -> Speedup:
+        """How many times faster `candidate` is than `base`.
+
+        Args:
+            base: Name of the candidate to compare with.
+            candidate: Name of the one in question.
+            batch: The batch size; the first one when left out.
+
+        Returns:
+            The ratio with its interval and what may be claimed from it.
+
+        Raises:
+            InputError: There is no such candidate or batch size.
+        """
+        return Speedup.between(self.at(base, batch).latency, self.at(candidate, batch).latency)
+
+    @property
+    def warning(self) -> str:
+        """A line on the candidates whose times scatter too widely, or an empty string."""
+        spreads = [
+            (found.latency.spread, f"{name} at batch size {batch}")
+            for name, sizes in self.measurements.items()
+            for batch, found in sizes.items()
+            if found.latency.is_unstable
+        ]
+        if not spreads:
+            return ""
+        spread, worst = max(spreads)
+        return (
+            f"unstable machine: the middle half of the times of {worst} spans {spread:.0%} of "
+            "their median; stop what else runs, or pin"
+        )
+
+    @property
+    def conditions(self) -> str:
+        """What the numbers hold for: one line, and others on what went wrong, if anything did."""
+        plural = "thread" if self.threads == 1 else "threads"
+        where = f" on CPU {', '.join(map(str, self.cpus))}" if self.cpus else ""
+        line = (
+            f"{self.runtime}, {self.provider}, {self.threads} {plural}{where}, {self.machine}; "
+            f"median of {self.rounds} interleaved rounds, 95 % interval"
+        )
+        missing = self.memory and any(
+            one.peak_memory is None
+            for sizes in self.measurements.values()
+            for one in sizes.values()
+        )
+        note = "no way to measure peak memory here" if missing else ""
+        return "\n".join(filter(None, (line, note, self.warning)))
+
+    def __rich__(self) -> Table:
+        base = next(iter(self.measurements))
+        has_files = any(self.file_bytes.values())
+        table = Table(caption=self.conditions)
+        table.add_column("candidate")
+        headings = ["batch", "latency", f"against {base}", "examples/s"]
+        headings += ["file"] * has_files + ["peak memory"] * self.memory
+        for heading in headings:
+            table.add_column(heading, justify="right")
+        for batch in self.batch_sizes:
+            for name in self.measurements:
+                one = self.at(name, batch)
+                against = "" if name == base else str(self.speedup(base, name, batch))
+                cells = [str(batch), str(one.latency), against, rate(one.throughput)]
+                cells += [megabytes(self.file_bytes[name])] * has_files
+                cells += [megabytes(one.peak_memory)] * self.memory
+                table.add_row(name, *cells)
+        return table
+
+    def __str__(self) -> str:
+        return rendered(self)
+
+
+def bench(
+    candidates: Mapping[str, Candidate],
+    inputs: Any = None,
+    *,
+    runtime: Runtime = "onnxruntime",
+    provider: Provider | None = None,
+    batch_sizes: Sequence[int] | None = None,
+    threads: int = 1,
+    pin: bool | Sequence[int] = False,
+    memory: bool = False,
+    rounds: int = 30,
+    warmup: int = 5,
+) -> BenchResult:
+    """Time candidates in turns (A B A B ...), so that drift of the machine meets all alike.
+
+    Args:
+        candidates: Models, or ONNX files when `runtime` is "onnxruntime", by name. The first one
+            is what the others are compared with.
+        inputs: A tensor, a tuple of positional or a dict of keyword arguments that all take;
+            inferred from each model when left out.
+        runtime: "onnxruntime" (models are exported first), "torch" (eager) or "torch.compile"
+            (compiled anew for each batch size).
+        provider: "cpu", "cuda" or "tensorrt". When left out, onnxruntime computes on the CPU and
+            PyTorch on the device where the model is; "tensorrt" is onnxruntime's. On a GPU, inputs
+            and outputs stay there: copies are not timed.
+        batch_sizes: Batch sizes to measure at, by repeating rows of the inputs; when left out,
+            that of the inputs.
+        threads: Threads that one operator may use.
+        pin: Processors to stay on while measuring, or True for as many as there are threads.
+        memory: Measure peak memory too. In onnxruntime on the CPU this is what a fresh process
+            holds more after loading and running the candidate than before, a second or so for
+            each; in PyTorch on CUDA what its allocator hands out. None elsewhere.
+        rounds: Turns that every candidate has at a batch size, at least 6. A turn is some 5 ms of
+            calls that are not counted, for the caches are cold, and some 20 ms that are.
+        warmup: Calls of each candidate that are not counted.
+
+    Returns:
+        Medians with confidence intervals, and the conditions they hold under.
+
+    Raises:
+        InputError: An argument is out of its range, the provider is absent, a file is given to
+            PyTorch, or a candidate does not take a batch size.
+        ExportError: A model cannot be exported, or a file cannot be run.
+    """
+    check_runtime(runtime, provider)
+    _check(candidates, threads, rounds, warmup, batch_sizes)
+    with contextlib.ExitStack() as stack:
+        cpus = stack.enter_context(pinned(pin, threads))
+        if runtime != "onnxruntime":
+            stack.enter_context(torch_conditions(threads))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="depcut-")))
+        runners: dict[str, Runner] = {}
+        for place, (name, candidate) in enumerate(candidates.items()):
+            if runtime == "onnxruntime":
+                own = folder / str(place)
+                own.mkdir()
+                runners[name] = SessionRunner(
+                    name, candidate, inputs, folder=own, threads=threads, provider=provider or "cpu"
+                )
+            else:
+                runners[name] = ModuleRunner(
+                    name, candidate, inputs, runtime=runtime, provider=provider, stack=stack
+                )
+        measurements = _measured(runners, batch_sizes, memory, rounds, warmup)
+    return BenchResult(
+        measurements=measurements,
+        file_bytes={name: runner.file_bytes for name, runner in runners.items()},
+        runtime=engine(runtime),
+        provider=next(iter(runners.values())).device,
+        threads=threads,
+        machine=processor(),
+        rounds=rounds,
+        cpus=cpus,
+        memory=memory,
+    )
+
+
+def rate(per_second: float) -> str:
+    """Examples per second in as few digits as mean something.
+
+    Args:
+        per_second: The number.
+
+    Returns:
+        At least three digits.
+    """
+    return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.3g}"
+
+
+def megabytes(size: int | None) -> str:
+    """Bytes as people read them.
+
+    Args:
+        size: The bytes, if they are known.
+
+    Returns:
+        Megabytes, or that they were not measured.
+    """
+    return "not measured" if size is None else f"{size / 1e6:.2f} MB"
+
+
+def _measured(
+    runners: Mapping[str, Runner],
+    batch_sizes: Sequence[int] | None,
+    memory: bool,
+    rounds: int,
+    warmup: int,
+) -> dict[str, dict[int, Measurement]]:
+    """Run all that there is to run, one batch size after the other."""
+    devices = {runner.device: name for name, runner in runners.items()}
+    if len(devices) > 1:
+        raise InputError(
+            "the candidates are on different devices: "
+            + ", ".join(f"{name} on {device}" for device, name in devices.items()),
+            where="bench",
+            remedy="move them to the same one",
+        )
+    if batch_sizes is None:
+        batch_sizes = (next(iter(runners.values())).batch,)
+    # All of them before the first is timed, so that a mistake costs no waiting.
+    calls = {b: {name: one.call(b) for name, one in runners.items()} for b in batch_sizes}
+    peaks = {
+        (name, b): one.peak_memory(b) if memory else None
+        for name, one in runners.items()
+        for b in batch_sizes
+    }
+    stopwatch = next(iter(runners.values())).stopwatch
+    samples = {
+        b: interleave(calls[b], rounds=rounds, warmup=warmup, stopwatch=stopwatch)
+        for b in batch_sizes
+    }
+    return {
+        name: {b: Measurement(b, Timing.of(samples[b][name]), peaks[name, b]) for b in batch_sizes}
+        for name in runners
+    }
+
+
+def _check(
+    candidates: Mapping[str, Candidate],
+    threads: int,
+    rounds: int,
+    warmup: int,
+    batch_sizes: Sequence[int] | None,
+) -> None:
+    """Refuse what cannot be timed."""
+    if not candidates:
+        raise InputError("no candidates", where="bench", remedy="pass at least one, by name")
+    if threads < 1:
+        raise InputError(f"threads={threads}", where="bench", remedy="pass 1 or more")
+    if rounds < 6:
+        raise InputError(
+            f"rounds={rounds}",
+            where="bench",
+            remedy="pass 6 or more: fewer give no 95 % interval of a median",
+        )
+    if warmup < 0:
+        raise InputError(f"warmup={warmup}", where="bench", remedy="pass 0 or more")
+    if batch_sizes is None:
+        return
+    sizes = list(batch_sizes)
+    if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
+        raise InputError(
+            f"batch_sizes={batch_sizes}",
+            where="bench",
+            remedy="pass one or more positive numbers, each once",
+        )

@@ -1,0 +1,218 @@
+"""Candidates in PyTorch: eager or compiled, on the CPU or on a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from depcut.errors import InputError
+from depcut.runtime import batch_size, bind_inputs, evaluating, first_line, resized
+from depcut.timing.backends import Candidate, Provider, Runtime, gpu_name
+from depcut.timing.clock import Call, Stopwatch, host_seconds
+from depcut.timing.memory import cuda_memory
+
+# Every candidate and batch size is one more specialisation of the same code.
+_SPECIALISATIONS = 1024
+
+
+class ModuleRunner:
+    """A model in PyTorch, in evaluation mode until the stack closes, on the device where it is.
+
+    Args:
+        name: The candidate's name.
+        candidate: The model.
+        inputs: Its inputs, on any device.
+        runtime: "torch" or "torch.compile".
+        provider: Where the model must be; None for wherever it is.
+        stack: What ends with the measurement.
+
+    Raises:
+        InputError: The candidate is no model, or is on a device that cannot be timed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        candidate: Candidate,
+        inputs: Any,
+        *,
+        runtime: Runtime,
+        provider: Provider | None,
+        stack: contextlib.ExitStack,
+    ) -> None:
+        if not isinstance(candidate, nn.Module):
+            raise InputError(
+                f"{candidate} is a file",
+                where=f"candidate {name!r}",
+                remedy='use runtime="onnxruntime"',
+            )
+        self._name, self._model = name, candidate
+        self._device = _device(candidate, name, provider)
+        stack.enter_context(evaluating(candidate))
+        self._arguments = _moved(bind_inputs(candidate, inputs), self._device)
+        self._compiled = (
+            torch.compile(candidate, dynamic=False) if runtime == "torch.compile" else None
+        )
+        self.batch = batch_size(self._arguments)
+        self.file_bytes: int | None = None
+        self.device = "cpu"
+        self.stopwatch: Stopwatch = host_seconds
+        if self._device.type == "cuda":
+            self.device = f"{self._device} ({gpu_name(self._device.index)})"
+            self.stopwatch = _event_stopwatch(self._device)
+
+    def call(self, batch: int) -> Call:
+        """A function that runs it once at a batch size; it has been seen to run.
+
+        Args:
+            batch: The batch size.
+
+        Returns:
+            The function. On a GPU it only starts the work.
+
+        Raises:
+            InputError: The model does not run at this batch size, or does not compile.
+        """
+        arguments = resized(self._arguments, batch)
+        run = _forward(self._model, arguments)
+        try:
+            run()
+        except Exception as error:
+            raise InputError(
+                f"the model does not run at batch size {batch}: {first_line(error)}",
+                where=f"candidate {self._name!r}",
+                remedy="its code may fix the batch size; use that one",
+            ) from error
+        if self._compiled is None:
+            return run
+        run = _forward(self._compiled, arguments)
+        try:
+            run()
+        except Exception as error:
+            raise InputError(
+                f"torch.compile fails: {first_line(_cause(error))}",
+                where=f"candidate {self._name!r}, batch size {batch}",
+                remedy='it needs a working C++ compiler on the CPU; or use runtime="torch"',
+            ) from error
+        return run
+
+    def peak_memory(self, batch: int) -> int | None:
+        """Bytes of GPU memory that it needs at a batch size.
+
+        Args:
+            batch: The batch size.
+
+        Returns:
+            Weights, inputs and workspace together; None on the CPU, where the process holds much
+            else.
+        """
+        if self._device.type != "cuda":
+            return None
+        arguments = resized(self._arguments, batch)
+        leaves = pytree.tree_leaves(dict(arguments.arguments))
+        held = (*self._model.parameters(), *self._model.buffers(), *leaves)
+        own = {id(tensor): tensor.nbytes for tensor in held if isinstance(tensor, Tensor)}
+        run = _forward(self._model if self._compiled is None else self._compiled, arguments)
+        run()
+        return cuda_memory(run, self._device, sum(own.values()))
+
+
+@contextlib.contextmanager
+def torch_conditions(threads: int) -> Iterator[None]:
+    """Give PyTorch so many threads for a while, and let nothing fall back to eager silently.
+
+    Args:
+        threads: Threads that one operator may use.
+    """
+    before = torch.get_num_threads()
+    strict = torch._dynamo.config.patch(
+        recompile_limit=_SPECIALISATIONS,
+        accumulated_recompile_limit=_SPECIALISATIONS,
+        fail_on_recompile_limit_hit=True,
+        suppress_errors=False,
+        disable=False,
+    )
+    torch.set_num_threads(threads)
+    try:
+        with strict:
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _forward(model: Any, arguments: inspect.BoundArguments) -> Call:
+    """A call of the model."""
+
+    def run() -> None:
+        # no_grad rather than inference_mode: a model may cache tensors that later need gradients
+        with torch.no_grad():
+            model(*arguments.args, **arguments.kwargs)
+
+    return run
+
+
+def _device(model: nn.Module, name: str, provider: Provider | None) -> torch.device:
+    """The one device that the model is on, if its clock can be read."""
+    tensors = (*model.parameters(), *model.buffers())
+    devices = sorted({str(tensor.device) for tensor in tensors}) or ["cpu"]
+    where = f"candidate {name!r}"
+    if len(devices) > 1:
+        raise InputError(
+            f"the model is spread over {', '.join(devices)}",
+            where=where,
+            remedy="move it to one device",
+        )
+    device = torch.device(devices[0])
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(
+            f"no way to time a model on {device}", where=where, remedy="move it to cpu or cuda"
+        )
+    if provider not in (None, device.type):
+        raise InputError(
+            f"the model is on {device}, not on {provider}",
+            where=where,
+            remedy=f'pass model.to("{provider}")',
+        )
+    return device
+
+
+def _moved(arguments: inspect.BoundArguments, device: torch.device) -> inspect.BoundArguments:
+    """The same arguments on a device."""
+
+    def move(leaf: Any) -> Any:
+        return leaf.to(device) if isinstance(leaf, Tensor) else leaf
+
+    values = pytree.tree_map(move, dict(arguments.arguments))
+    return inspect.BoundArguments(arguments.signature, values)
+
+
+def _event_stopwatch(device: torch.device) -> Stopwatch:
+    """Seconds between events on the GPU's stream; each call ends before the next one begins."""
+
+    def seconds(call: Call, count: int) -> float:
+        started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        total = 0.0
+        with torch.cuda.device(device):
+            torch.cuda.synchronize()
+            for _ in range(count):
+                started.record()
+                call()
+                ended.record()
+                ended.synchronize()
+                total += started.elapsed_time(ended)
+        return total / 1e3
+
+    return seconds
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What started a chain of errors: the compiler's own ones only name the stage."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error

@@ -1,0 +1,166 @@
+"""Candidates in onnxruntime, on the CPU or on a GPU."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnxruntime import InferenceSession, OrtValue
+from torch import nn
+
+from depcut.errors import ExportError, InputError
+from depcut.export import export
+from depcut.runtime import (
+    Array,
+    batch_size,
+    bind_inputs,
+    first_line,
+    open_session,
+    resized,
+    session_feeds,
+)
+from depcut.timing.backends import CHAINS, Candidate, Provider, gpu_name
+from depcut.timing.clock import Call, Stopwatch, host_seconds
+from depcut.timing.memory import session_memory
+
+
+class SessionRunner:
+    """An ONNX file in onnxruntime; on a GPU, its inputs and outputs stay there.
+
+    Args:
+        name: The candidate's name.
+        candidate: A file, or a model to be exported.
+        inputs: Its inputs.
+        folder: Where to write what is exported; empty.
+        threads: Threads that one operator may use.
+        provider: What runs the operators.
+
+    Raises:
+        InputError: There is no such file, or the provider does not start.
+        ExportError: The model cannot be exported, or the file does not load.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        candidate: Candidate,
+        inputs: Any,
+        *,
+        folder: Path,
+        threads: int,
+        provider: Provider,
+    ) -> None:
+        self._name, self._threads, self._provider = name, threads, provider
+        if isinstance(candidate, nn.Module):
+            self._arguments = bind_inputs(candidate, inputs)
+            self._path = export(candidate, folder / "model.onnx", inputs).path
+        else:
+            self._path = _existing(Path(candidate), name)
+            values = dict(inputs) if isinstance(inputs, Mapping) else {"": inputs}
+            # A file has no signature; the values count by name, or else in their order.
+            self._arguments = inspect.BoundArguments(inspect.Signature(), values)
+        self._session = open_session(self._path, threads, providers=CHAINS[provider])
+        _refuse_fallback(self._session, provider)
+        self.batch = batch_size(self._arguments)
+        self.file_bytes: int | None = _file_bytes(self._path)
+        self.device = CHAINS[provider][0] + ("" if provider == "cpu" else f" on {gpu_name()}")
+        self.stopwatch: Stopwatch = host_seconds
+
+    def call(self, batch: int) -> Call:
+        """A function that runs it once at a batch size; it has been seen to run.
+
+        Args:
+            batch: The batch size.
+
+        Returns:
+            The function.
+
+        Raises:
+            InputError: The graph's batch size is another one and fixed.
+            ExportError: The runtime stops.
+        """
+        feeds = self._feeds(batch)
+        try:
+            run = self._on_host(feeds) if self._provider == "cpu" else self._on_device(feeds)
+            run()
+        except Exception as error:
+            raise ExportError(
+                f"onnxruntime stops at batch size {batch}: {first_line(error)}",
+                where=f"candidate {self._name!r}",
+                remedy="pass inputs of the sizes that the file was exported with",
+            ) from error
+        return run
+
+    def peak_memory(self, batch: int) -> int | None:
+        """Bytes of resident memory that it needs at a batch size.
+
+        Args:
+            batch: The batch size.
+
+        Returns:
+            Weights and workspace together; None on a GPU, where onnxruntime does not tell.
+        """
+        if self._provider != "cpu":
+            return None
+        return session_memory(self._path, self._feeds(batch), self._threads)
+
+    def _on_host(self, feeds: Mapping[str, Array]) -> Call:
+        """A call with arrays."""
+        return lambda: self._session.run(None, feeds)
+
+    def _on_device(self, feeds: Mapping[str, Array], device: str = "cuda") -> Call:
+        """A call whose inputs and outputs lie where the session computes."""
+        binding = self._session.io_binding()
+        for name, array in feeds.items():
+            binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(array, device, 0))
+        for entry in self._session.get_outputs():
+            binding.bind_output(entry.name, device)
+        return lambda: self._session.run_with_iobinding(binding)
+
+    def _feeds(self, batch: int) -> dict[str, Array]:
+        """The inputs at a batch size, if the graph takes it."""
+        feeds = session_feeds(self._session, resized(self._arguments, batch).arguments)
+        for entry in self._session.get_inputs():
+            size, given = (entry.shape or [None])[0], feeds[entry.name].shape[:1]
+            if isinstance(size, int) and given == (batch,) and size != batch:
+                raise InputError(
+                    f"the graph takes batch size {size} only, not {batch}",
+                    where=f"candidate {self._name!r}, input {entry.name!r}",
+                    remedy=f"use batch size {size}; a model whose code takes any batch size "
+                    "is exported for any",
+                )
+        return feeds
+
+
+def _refuse_fallback(session: InferenceSession, provider: Provider) -> None:
+    """A session that runs elsewhere than it was asked to says so nowhere else."""
+    wanted, found = CHAINS[provider][0], session.get_providers()[0]
+    if found != wanted:
+        raise InputError(
+            f"onnxruntime could not start {wanted} and fell back to {found}",
+            where=f"provider={provider!r}",
+            remedy="its log above names the library that does not load; install that, "
+            'or use provider="cpu"',
+        )
+
+
+def _existing(path: Path, name: str) -> Path:
+    """The path, if there is a file."""
+    if not path.is_file():
+        raise InputError(f"no file {path}", where=f"candidate {name!r}", remedy="export it first")
+    return path
+
+
+def _file_bytes(path: Path) -> int:
+    """Bytes on disk, external data included."""
+    graph = onnx.load(str(path), load_external_data=False).graph
+    beside = {
+        entry.value
+        for tensor in graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    return sum(file.stat().st_size for file in (path, *(path.parent / name for name in beside)))
