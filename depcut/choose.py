@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from depcut.allocate.lagrange import least_loss
+from depcut.allocate.lagrange import least_loss, nudged
 from depcut.allocate.order import ALLOCATIONS, meet, order
 from depcut.allocate.space import Counts, Space, space
 from depcut.axes import Indices
@@ -104,6 +104,17 @@ class Chooser:
         except BudgetError:
             found = self._allocated(free, remaining, target, of)
         return self._with_fixed(found)
+
+    def nudged(self, quantity: Cost, counts: Counts, target: float) -> Counts:
+        """Counts that differ in one class from these, as close to the target as they come.
+
+        Args:
+            quantity: What is budgeted.
+            counts: Kept count of each group.
+            target: Its value to come to.
+        """
+        where, _ = self._spaces()
+        return self._with_fixed(nudged(where, counts, quantity, target))
 
     def smallest(self) -> Counts:
         """The least counts that the request allows."""

@@ -53,6 +53,30 @@ def least_loss(where: Space, scores: Scores, cost: Cost, target: float, of: str)
     return where.kept(search.fill(search.priced(target), target))
 
 
+def nudged(where: Space, counts: Counts, cost: Cost, target: float) -> Counts:
+    """Of the counts that differ in one class, those whose cost is closest to the target.
+
+    Args:
+        where: The steps.
+        counts: Kept count of each group.
+        cost: The budgeted quantity.
+        target: Its value to come to.
+    """
+    classes = len(where.sizes)
+    first = [int(np.flatnonzero(where.class_of == number)[0]) for number in range(classes)]
+    taken = (where.sizes - counts[first]) // where.steps
+    rows = []
+    for number in np.flatnonzero(where.available):
+        for choice in range(where.available[number] + 1):
+            row = taken.copy()
+            row[number] = choice
+            rows.append(where.kept(row))
+    if not rows:
+        return counts
+    table = np.array(rows)
+    return np.asarray(table[np.abs(cost.many(table) - target).argmin()])
+
+
 class _Search:
     """Losses and costs of every class's choices.
 

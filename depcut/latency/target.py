@@ -69,16 +69,17 @@ class _Attempts:
         self.tried: list[_Try] = []
 
     def measure(self, counts: Counts) -> _Try:
-        """Make and time the model with these counts, unless it was already."""
-        for old in self.tried:
-            if (old.counts == counts).all():
-                return old
+        """Make and time the model with these counts."""
         plan = self.chooser.plan(counts, self.goal.settings)
         found = self.bench.beside(self.bench.written(plan.apply(self.model)), _ROUNDS)
         share = self.goal.share(found.dense_seconds)
         made = _Try(plan, counts, found.ratio, found.dense_seconds, found.ratio / share - 1)
         self.tried.append(made)
         return made
+
+    def knows(self, counts: Counts) -> bool:
+        """Whether a candidate with these counts was measured."""
+        return any((old.counts == counts).all() for old in self.tried)
 
     @property
     def best(self) -> _Try:
@@ -129,14 +130,13 @@ def plan_for_latency(
         aim = goal.share(dense) * times.cost.total
         for number in range(_TRIES):
             status.update(f"measuring candidate {number + 1}")
-            try:
-                counts = chooser.meet(times.cost, aim, "latency")
-            except BudgetError:
-                counts = chooser.smallest()
-            made = attempts.measure(counts)
-            if abs(made.miss) <= _CLOSE or (made.miss > 0 and _is_least(counts, chooser)):
+            counts = _counts(attempts, times, aim)
+            if counts is None:
                 break
-            aim /= 1 + made.miss
+            made = attempts.measure(counts)
+            if abs(made.miss) <= _CLOSE:
+                break
+            aim = times.cost(made.counts) / (1 + made.miss)
     best = attempts.best
     if best.miss > _MISSED and _is_least(best.counts, chooser):
         raise _unreachable(best, goal)
@@ -157,6 +157,19 @@ def plan_for_latency(
         "machine": times.machine,
     }
     return replace(best.plan, settings={**best.plan.settings, "latency": measured})
+
+
+def _counts(attempts: _Attempts, times: LatencyModel, aim: float) -> Counts | None:
+    """What to measure next; None if nothing is left to try."""
+    chooser = attempts.chooser
+    try:
+        counts = chooser.meet(times.cost, aim, "latency")
+    except BudgetError:
+        counts = chooser.smallest()
+    if attempts.knows(counts) and not _is_least(counts, chooser):
+        best = attempts.best
+        counts = chooser.nudged(times.cost, best.counts, times.cost(best.counts) / (1 + best.miss))
+    return None if attempts.knows(counts) else counts
 
 
 def _is_least(counts: Counts, chooser: Chooser) -> bool:
