@@ -281,7 +281,7 @@ def random_plans(
         }
         plan = candidates.analysis.plan_keeping(kept)
         files[str(number)] = candidates.write(plan, f"random{number}")
-        expected[str(number)] = times.predict(plan) / times.cost.total
+        expected[str(number)] = times.predict(plan) / times.dense_seconds
     result = candidates.time(files, options.rounds)
     for path in files.values():
         path.unlink()

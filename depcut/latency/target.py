@@ -127,7 +127,7 @@ def plan_for_latency(
                 remedy="pass less than that",
             )
         attempts = _Attempts(model, bench, chooser, goal)
-        aim = goal.share(dense) * times.cost.total
+        aim = goal.share(dense) * times.dense_seconds
         for number in range(_TRIES):
             status.update(f"measuring candidate {number + 1}")
             counts = _counts(attempts, times, aim)
@@ -150,7 +150,7 @@ def plan_for_latency(
     measured = {
         "dense_ms": 1e3 * best.dense_seconds,
         "measured_ms": 1e3 * best.ratio * best.dense_seconds,
-        "predicted_ms": 1e3 * times.cost(best.counts) / times.cost.total * best.dense_seconds,
+        "predicted_ms": 1e3 * times.cost(best.counts) / times.dense_seconds * best.dense_seconds,
         "candidates": len(attempts.tried),
         "threads": times.threads,
         "runtime": times.runtime,
