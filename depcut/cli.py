@@ -66,7 +66,13 @@ def _analyze(options: argparse.Namespace) -> None:
 
 
 def _shrink(options: argparse.Namespace) -> None:
-    timing = _timing(options) if options.time else {"runtime": None}
+    timing = _timing(options)
+    if not options.time:
+        idle = [name for name in ("provider", "batch_size", "pin", "memory") if vars(options)[name]]
+        if idle:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+            raise InputError(f"{names} without --time", remedy="add --time, or leave them out")
+        timing["runtime"] = None
     dense = _model(options)
     inputs = example_inputs(options.input_shape)
     plan = analyze(dense, inputs).plan(
@@ -84,8 +90,7 @@ def _shrink(options: argparse.Namespace) -> None:
     save_weights(slim, out / "weights.safetensors")
     written = [out / "plan.json", out / "weights.safetensors"]
     if options.onnx:
-        made_by = {"plan_digest": plan.digest, "ratio": str(options.ratio), "of": options.of}
-        written.append(export(slim, out / "model.onnx", inputs, metadata=made_by).path)
+        written.append(export(slim, out / "model.onnx", inputs).path)
     for name, reason in plan.report["generated"].items():
         print(f"generated module in place of {name}: {reason}")
     if options.time:

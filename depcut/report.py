@@ -12,7 +12,7 @@ from torch import nn
 from depcut.cost import count_macs, count_params
 from depcut.tables import rendered
 from depcut.timing.backends import Provider, Runtime
-from depcut.timing.bench import Measurement, bench, megabytes, rate
+from depcut.timing.bench import Measurement, bench, byte_size, rate
 from depcut.timing.clock import Speedup, Timing
 
 
@@ -95,7 +95,7 @@ class Comparison:
         ):
             if before is not None and after is not None:
                 share = f"{_share(after, before):.1%}"
-                table.add_row(label, megabytes(before), megabytes(after), share)
+                table.add_row(label, byte_size(before), byte_size(after), share)
         return table
 
     def __str__(self) -> str:

@@ -209,6 +209,28 @@ def test_bench_of_files(folder, shrunk):
     assert "onnxruntime" in text
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs sched_setaffinity and /proc")
+def test_bench_at_several_batch_sizes(folder, shrunk):
+    out, _ = shrunk
+    text = succeeds(
+        folder, "bench", out / "model.onnx", "--rounds", 6, "--input-shape", "1,3,16,16",
+        "--batch-size", 2, "--batch-size", 5, "--memory", "--pin", "auto",
+    )  # fmt: skip
+    rows = [line for line in text.splitlines() if " ms (" in line]
+    assert [row.split("│")[2].strip() for row in rows] == ["2", "5"]
+    for part in ("examples/s", "peak memory", "file", "on CPU"):
+        assert part in text
+
+
+def test_shrink_times_both(folder):
+    text = succeeds(
+        folder, "shrink", "my_models:net", "--ratio", 0.5, "--input-shape", "2,3,16,16",
+        "--out", folder / "timed", "--time", "--batch-size", 4, "--rounds", 6, "--threads", 1,
+    )  # fmt: skip
+    for part in ("latency, batch 4", "examples/s", "file", "95 % interval"):
+        assert part in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -227,6 +249,16 @@ def test_bench_of_files(folder, shrunk):
         (("export", "my_models:net", "--plan", "none.json", "--out", "x.onnx"), "none.json"),
         (("bench", "none.onnx", "--input-shape", "1,3"), "no file"),
         (("bench", "my_models:net", "--rounds", "2"), "rounds=2"),
+        (("bench", "my_models:net", "--batch-size", "0"), "batch_sizes=[0]"),
+        (("bench", "my_models:net", "--pin", "first"), "cannot read the CPUs 'first'"),
+        (
+            ("bench", "no_such_module:net", "--runtime", "torch", "--provider", "tensorrt"),
+            "tensorrt is a provider of onnxruntime",
+        ),
+        (
+            ("shrink", "my_models:net", "--ratio", "0.5", "--out", "never", "--memory"),
+            "--memory without --time",
+        ),
     ],
 )
 def test_mistakes_are_messages(folder, arguments, says, monkeypatch, capsys):

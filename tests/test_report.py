@@ -1,9 +1,12 @@
 """compare: counts are exact, shared tensors count once, nothing is timed unless asked."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
 
+from depcut.errors import InputError
 from depcut.report import compare, quantity
 
 
@@ -32,6 +35,8 @@ def test_counts():
     assert found.speedup is None
     assert found.realised is None
     assert found.dense.latency is None
+    assert found.dense.throughput is None
+    assert found.dense.file_bytes is None
 
 
 def test_report_shows_both_and_what_is_left():
@@ -48,8 +53,26 @@ def test_latency_is_measured_when_asked(runtime):
     assert found.dense.latency.median > 0
     assert found.realised == pytest.approx(found.speedup.ratio * 0.25)
     assert runtime in found.conditions
-    assert "latency" in str(found)
+    assert found.dense.throughput == 2 / found.dense.latency.median
+    assert (found.dense.file_bytes is None) == (runtime == "torch")
+    assert "latency, batch 2" in str(found)
     assert model.training
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+def test_a_batch_size_and_memory_are_measured_when_asked():
+    found = compare(Tied(64), Tied(4), IDS, batch_size=16, memory=True, rounds=6, warmup=1)
+    assert found.batch_size == 16
+    assert found.slim.throughput == 16 / found.slim.latency.median
+    assert found.slim.file_bytes < found.dense.file_bytes
+    assert found.slim.peak_memory > 0
+    for part in ("latency, batch 16", "examples/s", "file", "peak memory"):
+        assert part in str(found)
+
+
+def test_an_absent_provider_is_an_error():
+    with pytest.raises(InputError, match="unknown provider 'npu'"):
+        compare(Tied(16), Tied(4), IDS, provider="npu")
 
 
 def test_a_model_beside_itself_has_no_speedup():

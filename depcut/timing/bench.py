@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.filesize import decimal
 from rich.table import Table
 
 from depcut.errors import InputError
@@ -16,7 +17,7 @@ from depcut.machine import processor
 from depcut.tables import rendered
 from depcut.timing.backends import Candidate, Provider, Runner, Runtime, check_runtime, engine
 from depcut.timing.clock import Speedup, Timing, interleave
-from depcut.timing.modules import ModuleRunner, torch_conditions
+from depcut.timing.modules import ModuleRunner, no_fallback, torch_threads
 from depcut.timing.pinning import pinned
 from depcut.timing.sessions import SessionRunner
 
@@ -123,8 +124,8 @@ class BenchResult:
         """A line on the candidates whose times scatter too widely, or an empty string."""
         spreads = [
             (found.latency.spread, f"{name} at batch size {batch}")
-            for name, sizes in self.measurements.items()
-            for batch, found in sizes.items()
+            for name, by_batch in self.measurements.items()
+            for batch, found in by_batch.items()
             if found.latency.is_unstable
         ]
         if not spreads:
@@ -166,8 +167,8 @@ class BenchResult:
                 one = self.at(name, batch)
                 against = "" if name == base else str(self.speedup(base, name, batch))
                 cells = [str(batch), str(one.latency), against, rate(one.throughput)]
-                cells += [megabytes(self.file_bytes[name])] * has_files
-                cells += [megabytes(one.peak_memory)] * self.memory
+                cells += [byte_size(self.file_bytes[name])] * has_files
+                cells += [byte_size(one.peak_memory)] * self.memory
                 table.add_row(name, *cells)
         return table
 
@@ -224,7 +225,9 @@ def bench(
     with contextlib.ExitStack() as stack:
         cpus = stack.enter_context(pinned(pin, threads))
         if runtime != "onnxruntime":
-            stack.enter_context(torch_conditions(threads))
+            stack.enter_context(torch_threads(threads))
+        if runtime == "torch.compile":
+            stack.enter_context(no_fallback())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="depcut-")))
         runners: dict[str, Runner] = {}
         for place, (name, candidate) in enumerate(candidates.items()):
@@ -264,16 +267,16 @@ def rate(per_second: float) -> str:
     return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.3g}"
 
 
-def megabytes(size: int | None) -> str:
+def byte_size(count: int | None) -> str:
     """Bytes as people read them.
 
     Args:
-        size: The bytes, if they are known.
+        count: How many, if that is known.
 
     Returns:
-        Megabytes, or that they were not measured.
+        One digit after the point and a unit, or that they were not measured.
     """
-    return "not measured" if size is None else f"{size / 1e6:.2f} MB"
+    return "not measured" if count is None else decimal(count)
 
 
 def _measured(

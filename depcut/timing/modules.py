@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -56,9 +57,10 @@ class ModuleRunner:
         self._device = _device(candidate, name, provider)
         stack.enter_context(evaluating(candidate))
         self._arguments = _moved(bind_inputs(candidate, inputs), self._device)
-        self._compiled = (
-            torch.compile(candidate, dynamic=False) if runtime == "torch.compile" else None
-        )
+        self._compiled: Any = None
+        if runtime == "torch.compile":
+            with _compiling(f"candidate {name!r}"):
+                self._compiled = torch.compile(candidate, dynamic=False)
         self.batch = batch_size(self._arguments)
         self.file_bytes: int | None = None
         self.device = "cpu"
@@ -92,14 +94,8 @@ class ModuleRunner:
         if self._compiled is None:
             return run
         run = _forward(self._compiled, arguments)
-        try:
+        with _compiling(f"candidate {self._name!r}, batch size {batch}"):
             run()
-        except Exception as error:
-            raise InputError(
-                f"torch.compile fails: {first_line(_cause(error))}",
-                where=f"candidate {self._name!r}, batch size {batch}",
-                remedy='it needs a working C++ compiler on the CPU; or use runtime="torch"',
-            ) from error
         return run
 
     def peak_memory(self, batch: int) -> int | None:
@@ -124,26 +120,34 @@ class ModuleRunner:
 
 
 @contextlib.contextmanager
-def torch_conditions(threads: int) -> Iterator[None]:
-    """Give PyTorch so many threads for a while, and let nothing fall back to eager silently.
+def torch_threads(threads: int) -> Iterator[None]:
+    """Give PyTorch so many threads for a while.
 
     Args:
         threads: Threads that one operator may use.
     """
     before = torch.get_num_threads()
-    strict = torch._dynamo.config.patch(
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def no_fallback() -> AbstractContextManager[None]:
+    """Settings under which what torch.compile cannot do is an error, not an eager run.
+
+    Returns:
+        Something to enter; the settings are the former ones afterwards.
+    """
+    settings: AbstractContextManager[None] = torch._dynamo.config.patch(
         recompile_limit=_SPECIALISATIONS,
         accumulated_recompile_limit=_SPECIALISATIONS,
         fail_on_recompile_limit_hit=True,
         suppress_errors=False,
         disable=False,
     )
-    torch.set_num_threads(threads)
-    try:
-        with strict:
-            yield
-    finally:
-        torch.set_num_threads(before)
+    return settings
 
 
 def _forward(model: Any, arguments: inspect.BoundArguments) -> Call:
@@ -211,8 +215,17 @@ def _event_stopwatch(device: torch.device) -> Stopwatch:
     return seconds
 
 
-def _cause(error: BaseException) -> BaseException:
-    """What started a chain of errors: the compiler's own ones only name the stage."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
+@contextlib.contextmanager
+def _compiling(where: str) -> Iterator[None]:
+    """Say that it was the compiler that failed, and what started it."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise InputError(
+            f"torch.compile fails: {first_line(cause)}",
+            where=where,
+            remedy='on the CPU it needs a working C++ compiler; or use runtime="torch"',
+        ) from error
