@@ -78,11 +78,13 @@ def _shrink(options: argparse.Namespace) -> None:
     plan = analyze(dense, inputs).plan(
         options.ratio,
         of=options.of,
+        latency_ms=options.latency_ms,
         score=options.score,
         allocation=options.allocation,
         align=options.align,
         keep=tuple(options.keep),
         seed=options.seed,
+        threads=options.threads,
     )
     slim = plan.apply(dense, inputs)
     out = _folder(options.out)
@@ -91,6 +93,12 @@ def _shrink(options: argparse.Namespace) -> None:
     written = [out / "plan.json", out / "weights.safetensors"]
     if options.onnx:
         written.append(export(slim, out / "model.onnx", inputs).path)
+    if "latency" in plan.settings:
+        print(
+            "latency: {measured_ms:.3g} ms, dense {dense_ms:.3g} ms".format(
+                **plan.settings["latency"]
+            )
+        )
     for name, reason in plan.report["generated"].items():
         print(f"generated module in place of {name}: {reason}")
     if options.time:
@@ -210,7 +218,12 @@ class _Command:
         self, parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None]
     ) -> None:
         self.add = parser.add_argument
+        self._parser = parser
         parser.set_defaults(run=run)
+
+    def exclusive(self) -> Callable[..., argparse.Action]:
+        """Adds options of which one must be given, and only one."""
+        return self._parser.add_mutually_exclusive_group(required=True).add_argument
 
     def model(self) -> None:
         """The options of all commands that build one model."""
@@ -303,10 +316,19 @@ def _parser() -> argparse.ArgumentParser:
 
     shrunk = command("shrink", _shrink, "write a plan and the weights of the smaller model")
     shrunk.model()
-    shrunk.add("--ratio", type=float, required=True, help="share to remove, between 0 and 1")
-    shrunk.add("--of", default="macs", help="what to remove that share of: macs, params, channels")
+    budget = shrunk.exclusive()
+    budget("--ratio", type=float, help="share to remove, between 0 and 1")
+    budget("--latency-ms", type=float, help="milliseconds to come to in onnxruntime on this CPU")
+    shrunk.add(
+        "--of",
+        default="macs",
+        help="what to remove that share of: macs, params, channels, latency (measured here)",
+    )
     shrunk.add("--score", default="magnitude", help="criterion that ranks the units")
-    shrunk.add("--allocation", default="uniform", help="how groups share the budget")
+    shrunk.add(
+        "--allocation",
+        help="how groups share the budget: uniform, or global, which is the default for latency",
+    )
     shrunk.add("--align", type=int, default=8, help="kept widths are multiples of this")
     shrunk.add(
         "--keep",

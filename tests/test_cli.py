@@ -222,6 +222,26 @@ def test_bench_at_several_batch_sizes(folder, shrunk):
         assert part in text
 
 
+def test_shrink_to_a_share_of_the_time(folder, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    arguments = ["my_models:net", "--of", "latency", "--ratio", "0.3", "--out", "by_time"]
+    done = depcut(folder, "shrink", *arguments, "--input-shape", "1,3,32,32")
+    assert done.returncode == 0, done.stderr
+    assert "latency: " in done.stdout
+    settings = json.loads((folder / "by_time" / "plan.json").read_text())["settings"]
+    assert settings["of"] == "latency"
+    assert settings["latency"]["measured_ms"] < settings["latency"]["dense_ms"]
+    assert len(list((folder / "cache" / "depcut" / "latency").iterdir())) == 1
+
+
+def test_a_budget_is_one_of_two(folder):
+    both = ("shrink", "my_models:net", "--ratio", "0.5", "--latency-ms", "3", "--out", "out")
+    assert "not allowed with argument --ratio" in depcut(folder, *both).stderr
+    neither = depcut(folder, "shrink", "my_models:net", "--out", "out")
+    assert neither.returncode == 2
+    assert "one of the arguments --ratio --latency-ms is required" in neither.stderr
+
+
 def test_shrink_times_both(folder):
     text = succeeds(
         folder, "shrink", "my_models:net", "--ratio", 0.5, "--input-shape", "2,3,16,16",
