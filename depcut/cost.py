@@ -71,6 +71,7 @@ class Cost:
         times: Factor of each summand.
         dense: Counts of the dense model.
         total: The quantity of the dense model.
+        grid: What each group's count is rounded up to a multiple of; 1 leaves it alone.
     """
 
     monomials: NDArray[np.int64]
@@ -81,6 +82,7 @@ class Cost:
     times: Counts
     dense: Counts
     total: float = 0.0
+    grid: NDArray[np.int64] | None = None
 
     def __call__(self, counts: NDArray[np.number]) -> float:
         """The quantity for the given kept counts (one number a group)."""
@@ -100,8 +102,10 @@ class Cost:
 
     def _slots(self, counts: NDArray[np.number]) -> Counts:
         """Counts of the slots' terms, in whole blocks: [candidates, slots]."""
-        ones = np.ones((len(counts), 1))
-        values = np.concatenate([np.asarray(counts, dtype=np.float64), ones], axis=1)
+        given = np.asarray(counts, dtype=np.float64)
+        if self.grid is not None:
+            given = np.minimum(np.ceil(given / self.grid) * self.grid, self.dense)
+        values = np.concatenate([given, np.ones((len(given), 1))], axis=1)
         products = values[:, self.monomials].prod(axis=2) * self.coefficients
         slots = np.add.reduceat(products, self.starts, axis=1)
         whole = np.ceil(slots / self.blocks - 1e-9) * self.blocks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,14 +95,14 @@ def fitted(analysis: Analysis) -> LatencyModel:
     samples = measured(rows)
     found = fit(analysis.coupling, samples)
     return LatencyModel(
-        analysis.coupling,
-        found.cost,
-        samples.dense_seconds,
-        found.errors,
-        found.explained,
-        1,
-        "",
-        "",
+        coupling=analysis.coupling,
+        cost=replace(found.cost, grid=np.full(len(analysis.groups), 8)),
+        dense_seconds=samples.dense_seconds,
+        errors=found.errors,
+        explained=found.explained,
+        threads=1,
+        runtime="",
+        machine="",
     )
 
 
@@ -118,7 +119,9 @@ def test_designs_begin_with_the_dense_model_and_cover_every_range(analysis: Anal
         assert np.diff(np.unique(column)).max() <= 16
 
 
-@pytest.mark.parametrize("name", ["split_halves_shared_module", "channel_shuffle", "attention_gqa_expand"])
+@pytest.mark.parametrize(
+    "name", ["split_halves_shared_module", "channel_shuffle", "attention_gqa_expand"]
+)
 def test_designs_can_be_planned(name: str) -> None:
     net = NETS[name]
     found = depcut.analyze(net.build(), net.inputs(2))
@@ -233,6 +236,18 @@ def test_the_staircase_has_the_steps_of_the_machine(analysis: Analysis) -> None:
     within, beyond = cost(np.array([64, 96, 120])), cost(np.array([64, 96, 128]))
     assert within == pytest.approx(beyond, rel=0.01)  # the last layer's 120 are computed as 128
     assert cost(np.array([64, 96, 112])) < 0.95 * beyond
+
+
+def test_widths_between_are_taken_for_the_next_and_said(analysis: Analysis) -> None:
+    times = fitted(analysis)
+    names = [g.name for g in analysis.groups]
+    plans = [
+        analysis.plan_keeping({n: np.arange(k) for n, k in zip(names, counts, strict=True)})
+        for counts in ([40, 41, 128], [40, 48, 128])
+    ]
+    with pytest.warns(UserWarning, match=f"1 widths .{names[1]}. lie between"):
+        between = times.predict(plans[0])
+    assert between == times.predict(plans[1])
 
 
 # Allocation --------------------------------------------------------------------------------------

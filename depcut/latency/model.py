@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch.utils import _pytree as pytree
 from depcut.allocate.space import space
 from depcut.cost import Cost
 from depcut.coupling import Coupling
-from depcut.errors import InputError
+from depcut.errors import InputError, listed
 from depcut.latency import cache
 from depcut.latency.designs import designs
 from depcut.latency.measure import measure
@@ -57,8 +58,8 @@ class LatencyModel:
     def predict(self, plan: Plan) -> float:
         """Seconds that the model takes after the plan.
 
-        The model knows widths at multiples of 8 (where a width allows); at others runtimes may
-        leave their fast paths, which it does not see.
+        Time is known at multiples of 8 (where a width allows). Other widths are taken for the next
+        of them, with a warning: the runtime may leave its fast paths there, and take longer.
 
         Args:
             plan: A plan for the same model.
@@ -66,7 +67,18 @@ class LatencyModel:
         Raises:
             PlanError: It was made for another architecture.
         """
-        return self.cost(plan.keep(self.coupling).counts)
+        counts = plan.keep(self.coupling).counts
+        grid = self.cost.grid
+        if grid is not None:
+            between = np.flatnonzero((counts % grid > 0) & (counts < self.cost.dense))
+            names = [self.coupling.groups[int(number)].name for number in between]
+            if names:
+                warnings.warn(
+                    f"{len(names)} widths ({listed(names, 3)}) lie between those that were "
+                    "measured; the time is that of the next larger ones, and may really be longer",
+                    stacklevel=2,
+                )
+        return self.cost(counts)
 
     def __str__(self) -> str:
         worst = float(np.abs(self.errors).max())
@@ -137,7 +149,7 @@ def latency_model(
     fitted = fit(coupling, found)
     return LatencyModel(
         coupling=coupling,
-        cost=fitted.cost,
+        cost=replace(fitted.cost, grid=steps.steps[steps.class_of]),
         dense_seconds=found.dense_seconds,
         errors=fitted.errors,
         explained=fitted.explained,
