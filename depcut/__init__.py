@@ -11,11 +11,13 @@ from depcut.errors import (
     DepcutError,
     ExportError,
     InputError,
+    LatencyError,
     PlanError,
     RuleError,
     VerificationError,
 )
 from depcut.export import ExportReport, export
+from depcut.latency.model import LatencyModel
 from depcut.ops.registry import Op, rule
 from depcut.plan import Plan
 from depcut.report import Comparison, compare
@@ -33,6 +35,8 @@ __all__ = [
     "Frozen",
     "Group",
     "InputError",
+    "LatencyError",
+    "LatencyModel",
     "Member",
     "Op",
     "Plan",

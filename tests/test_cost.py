@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812 - its name everywhere
 from torch.utils.flop_counter import FlopCounterMode
 
 import depcut
-from depcut.cost import compile_cost, count_macs, count_params
+from depcut.cost import compile_cost, compile_staircase, count_macs, count_params
 
 # One of each kind of layer, coupling and size.
 MANY = """
@@ -216,3 +216,61 @@ def test_an_empty_sum_costs_nothing() -> None:
     assert cost.total == 0
     assert cost.gradient(cost.dense).tolist() == [0]
     assert math.isfinite(cost(np.array([1])))
+
+
+# Evaluations -------------------------------------------------------------------------------------
+
+FEW = ["concat_nested", "grouped_bottleneck", "attention_gqa_sdpa", "gru_bidirectional"]
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_many_candidates_at_once_cost_what_each_costs(name: str) -> None:
+    net = NETS[name]
+    analysis = depcut.analyze(net.build(), net.inputs(2))
+    sizes = [g.size for g in analysis.groups]
+    rows = np.random.default_rng(0).integers(1, np.array(sizes) + 1, size=(20, len(sizes)))
+    for cost in analysis.costs.values():
+        assert cost.many(rows) == pytest.approx([cost(row) for row in rows])
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_what_depends_on_a_group_changes_as_the_whole_does(name: str) -> None:
+    net = NETS[name]
+    analysis = depcut.analyze(net.build(), net.inputs(2))
+    dense = np.array([g.size for g in analysis.groups])
+    for cost in analysis.costs.values():
+        for group in analysis.groups:
+            part = cost.within(np.array([group.index]))
+            less = dense.copy()
+            less[group.index] = 1
+            assert cost(dense) - cost(less) == pytest.approx(part(dense) - part(less))
+            assert len(part.times) <= len(cost.times)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_counts_that_are_given_need_not_be_passed(name: str) -> None:
+    net = NETS[name]
+    analysis = depcut.analyze(net.build(), net.inputs(2))
+    generator = np.random.default_rng(1)
+    sizes = np.array([g.size for g in analysis.groups])
+    fixed = np.arange(0, len(sizes), 2)
+    for cost in analysis.costs.values():
+        counts, others = generator.integers(1, sizes + 1, size=(2, len(sizes)))
+        given = cost.at(fixed, counts[fixed])
+        others[1::2] = counts[1::2]
+        assert given(others) == pytest.approx(cost(counts))
+        assert given.total == cost.total
+        assert (given.gradient(others)[fixed] == 0).all()
+
+
+def test_blocks_round_counts_up_before_they_are_multiplied() -> None:
+    net = NETS["concat_nested"]
+    analysis = depcut.analyze(net.build(), net.inputs(2))
+    rest = [1] * (len(analysis.groups) - 2)
+    first, second = {(0,): 1.0}, {(1,): 2.0, (): 3.0}
+    cost = compile_staircase(
+        analysis.coupling, [(0.5, [(first, 4), (second, 8)]), (7.0, []), (1.0, [(first, 1)])]
+    )
+    for a, b in ((1, 1), (4, 2), (5, 3), (7, 7)):
+        expected = 0.5 * -(-a // 4) * 4 * -(-(2 * b + 3) // 8) * 8 + 7 + a
+        assert cost(np.array([a, b, *rest])) == expected
