@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 
+import latency
 import scaling
 import speed
 from measure import HERE, RESULTS, Row
@@ -94,7 +95,21 @@ def failed(rows: list[Row]) -> list[Row]:
     return [r for r in rows if "error" in r]
 
 
-SECTIONS = {"zoo": zoo_table, "speed": speed_table, "scaling": scaling_tables}
+def latency_table(rows: list[Row]) -> str:
+    missing = [r for r in rows if "error" in r]
+    parts = [markdown(latency.COLUMNS, [r for r in rows if "error" not in r])]
+    if missing:
+        lines = (f"- {r['name']}, {r.get('candidate', 'all')}: {r['error']}" for r in missing)
+        parts.append("Without a result:\n\n" + "\n".join(lines))
+    return "\n\n".join(parts)
+
+
+SECTIONS = {
+    "zoo": zoo_table,
+    "speed": speed_table,
+    "scaling": scaling_tables,
+    "latency": latency_table,
+}
 
 if __name__ == "__main__":
     main()
