@@ -162,9 +162,12 @@ class Analysis:
 
         Raises:
             InputError: An argument is out of its range.
+            BudgetError: Nothing can be removed.
             LatencyError: The time cannot be measured.
             ExportError: The model cannot be exported or run.
         """
+        if not self.groups:
+            self._nothing()
         return latency_model(
             self.coupling,
             self.model,

@@ -28,6 +28,7 @@ from depcut.rewrite.preferences import preferences
 from depcut.runtime import bind_inputs
 
 SAMPLES = 16
+_UNSURE = 0.1  # a typical error of the fit that is worth a warning
 _GRID = 8  # widths are sampled at multiples of it, where they allow
 
 
@@ -147,6 +148,13 @@ def latency_model(
         found = measure(coupling, model, inputs, rows, threads=threads, progress=progress)
         cache.store(key, found)
     fitted = fit(coupling, found)
+    typical = float(np.median(np.abs(fitted.errors)))
+    if typical > _UNSURE:
+        warnings.warn(
+            f"the widths explain the measured times to {typical:.0%} only; if the machine was "
+            "busy, measure again with analysis.latency(refresh=True)",
+            stacklevel=3,
+        )
     return LatencyModel(
         coupling=coupling,
         cost=replace(fitted.cost, grid=steps.steps[steps.class_of]),
