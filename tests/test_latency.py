@@ -167,8 +167,7 @@ def test_runs_that_differ_are_no_measurement(names: list[str]) -> None:
 
 def test_a_real_profile(tmp_path: Path) -> None:
     draft(seeded(Chain, 0), IMAGE, tmp_path / "net.onnx")
-    feeds = {"input": IMAGE.numpy()}
-    kernels = profile(tmp_path / "net.onnx", feeds, 1, seconds=0.01)
+    kernels = profile(tmp_path / "net.onnx", {"input": IMAGE}, 1, seconds=0.01)
     convolutions = [k for k in kernels if k.op.startswith("Conv")]
     assert len(convolutions) == 3
     assert {k.inputs[0][1] for k in convolutions} == {3, 64, 96}

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from depcut.errors import LatencyError
-from depcut.runtime import Array, open_session
+from depcut.runtime import open_session, session_feeds
 
 Shape = tuple[int, ...]
 
@@ -39,13 +39,13 @@ class Kernel:
 
 
 def profile(
-    path: Path, feeds: Mapping[str, Array], threads: int, seconds: float = 0.5
+    path: Path, values: Mapping[str, Any], threads: int, seconds: float = 0.5
 ) -> tuple[Kernel, ...]:
     """Time every kernel of a model in place: with its layout, its fusions and its neighbours.
 
     Args:
         path: The ONNX file.
-        feeds: Input arrays by name.
+        values: Arguments of the model by name.
         threads: Threads that one operator may use.
         seconds: Time to fill with runs.
 
@@ -58,12 +58,13 @@ def profile(
     """
     with tempfile.TemporaryDirectory(prefix="depcut-") as folder:
         session = open_session(path, threads, profile=Path(folder) / "profile")
+        feeds = session_feeds(session, values)
         started = time.perf_counter()
-        session.run(None, dict(feeds))
+        session.run(None, feeds)
         once = time.perf_counter() - started
         runs = min(max(math.ceil(seconds / max(once, 1e-6)), _RUNS[0]), _RUNS[1])
         for _ in range(runs + _WARM - 1):
-            session.run(None, dict(feeds))
+            session.run(None, feeds)
         written = Path(session.end_profiling())
         try:
             events = json.loads(written.read_text(encoding="utf-8"))

@@ -22,7 +22,7 @@ from depcut.export import draft
 from depcut.latency.kernels import profile
 from depcut.latency.samples import Sample, Samples
 from depcut.plan import make_plan
-from depcut.runtime import Array, bind_inputs, open_session, session_feeds
+from depcut.runtime import bind_inputs, open_session, session_feeds
 from depcut.timing.clock import interleave
 
 _ENOUGH = 0.7  # of the samples must succeed
@@ -59,11 +59,6 @@ class Bench:
         draft(model, inputs, self.path)
         self.session = open_session(self.path, threads)
 
-    @property
-    def feeds(self) -> dict[str, Array]:
-        """The inputs as the runtime takes them."""
-        return session_feeds(self.session, self.values)
-
     def written(self, model: nn.Module) -> Path:
         """The ONNX file of a smaller model; it takes the place of the one before."""
         path = self.folder / "slim.onnx"
@@ -75,18 +70,18 @@ class Bench:
     def beside(self, path: Path, rounds: int = _ROUNDS) -> Beside:
         """Time a file in turns with the dense model."""
         other = open_session(path, self.threads)
-        feeds = self.feeds
         samples = interleave(
-            {"dense": _call(self.session, feeds), "slim": _call(other, feeds)},
+            {"dense": self._call(self.session), "slim": self._call(other)},
             rounds=rounds,
             warmup=1,
         )
         pairs = zip(samples["dense"], samples["slim"], strict=True)
         return Beside(median(slim / dense for dense, slim in pairs), median(samples["dense"]))
 
-
-def _call(session: InferenceSession, feeds: dict[str, Array]) -> Callable[[], object]:
-    return lambda: session.run(None, feeds)
+    def _call(self, session: InferenceSession) -> Callable[[], object]:
+        # a generated model names its inputs anew
+        feeds = session_feeds(session, self.values)
+        return lambda: session.run(None, feeds)
 
 
 def measure(
@@ -152,7 +147,7 @@ def _attempt(
         path = bench.path
         if kept:
             path = bench.written(make_plan(coupling, model, kept, {}).apply(model))
-        kernels = profile(path, bench.feeds, bench.threads)
+        kernels = profile(path, bench.values, bench.threads)
         found = bench.beside(path)
     except DepcutError as error:
         return None, 0.0, error
