@@ -30,7 +30,7 @@ import depcut
 from depcut.allocate.space import space
 from depcut.analysis import Analysis
 from depcut.choose import Chooser, Request
-from depcut.export import draft
+from depcut.convert import draft
 from depcut.latency.designs import designs
 from depcut.latency.model import LatencyModel
 from depcut.plan import Plan

@@ -23,6 +23,7 @@ from depcut.coupling import Coupling, infer
 from depcut.errors import PlanError, listed
 from depcut.inputs import Inputs, device_of
 from depcut.keep import Keep
+from depcut.origin import record_origin
 from depcut.rewrite.build import rewrite
 from depcut.rewrite.optimizer import check_optimizer, narrow_optimizer
 from depcut.verify import verify
@@ -68,6 +69,8 @@ class Plan:
     ) -> nn.Module:
         """The smaller model: same class, new tensors, verified; `model` is not changed.
 
+        `depcut.export` writes the plan's digest and request into the ONNX files of the result.
+
         Args:
             model: The model the plan was made for, or another instance of its architecture.
             inputs: Example inputs; left out, those of the plan (or of the same shapes).
@@ -89,7 +92,15 @@ class Plan:
         if optimizer is not None:
             narrow_optimizer(optimizer, model, slim.model, keep)
         self.report.update(generated=dict(slim.generated), error=error)
+        record_origin(slim.model, replace(self, coupling=None, model=None)._origin)
         return slim.model
+
+    def _origin(self) -> dict[str, str]:
+        """What the files made from its result say about it."""
+        request = {
+            name: str(self.settings[name]) for name in ("ratio", "of") if name in self.settings
+        }
+        return {"plan_digest": self.digest, **request}
 
     def _check(self, model: nn.Module) -> None:
         """Refuse a model with other tensors before any work is done on it."""

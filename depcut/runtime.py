@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import torch
 from onnxruntime import InferenceSession
@@ -20,6 +22,10 @@ from depcut.errors import ExportError, InputError
 from depcut.inputs import infer
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
+
+_NO_KERNEL = re.compile(
+    r"Could not find an implementation for (\w+)\((\d+)\) node with name '(.*?)'"
+)
 
 
 def bind_inputs(model: nn.Module, inputs: Any) -> inspect.BoundArguments:
@@ -91,15 +97,49 @@ def open_session(
     try:
         return InferenceSession(os.fspath(path), options, providers=list(providers))
     except Exception as error:
+        missing = _NO_KERNEL.search(str(error))
+        if missing:
+            operator, version, node = missing.groups()
+            raise ExportError(
+                f"onnxruntime {ort.__version__} has no kernel for {operator} (opset {version}) in "
+                f"the data type that it has here; the file computes in {_float_types(path)}",
+                where=f"{Path(path).name}, node {node!r}",
+                remedy="export model.float(); a lower opset= may have the kernel, too",
+            ) from error
         raise ExportError(
             f"onnxruntime {ort.__version__} does not load the file: {first_line(error)}",
             where=Path(path).name,
-            remedy="if a kernel is missing for the data type, export model.float()",
+            remedy="if the data type is the reason, export model.float()",
         ) from error
 
 
+def _float_types(path: str | os.PathLike[str]) -> str:
+    """The kinds of real numbers among a file's inputs and weights."""
+    graph = onnx.load(os.fspath(path), load_external_data=False).graph
+    types = {tensor.data_type for tensor in graph.initializer}
+    types |= {value.type.tensor_type.elem_type for value in graph.input}
+    names = sorted(onnx.TensorProto.DataType.Name(kind).lower() for kind in types)
+    return ", ".join(name for name in names if "float" in name or name == "double") or "integers"
+
+
 def session_feeds(session: InferenceSession, values: Mapping[str, Any]) -> dict[str, Array]:
-    """The runtime's input dictionary for a model's arguments.
+    """The runtime's input dictionary for a model's arguments; see `session_tensors`.
+
+    Args:
+        session: The session to feed.
+        values: Arguments by name.
+
+    Returns:
+        Arrays by input name.
+
+    Raises:
+        ExportError: The graph takes another number of tensors, or NumPy has no such data type.
+    """
+    return {name: as_array(value) for name, value in session_tensors(session, values).items()}
+
+
+def session_tensors(session: InferenceSession, values: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors among a model's arguments by the names of the graph's inputs.
 
     Args:
         session: The session to feed.
@@ -107,21 +147,21 @@ def session_feeds(session: InferenceSession, values: Mapping[str, Any]) -> dict[
             ones there), their order counts; what is no tensor is part of the graph and left out.
 
     Returns:
-        Arrays by input name.
+        Tensors by input name.
 
     Raises:
         ExportError: The graph takes another number of tensors.
     """
     names = [entry.name for entry in session.get_inputs()]
     if set(names) <= {name for name, value in values.items() if isinstance(value, Tensor)}:
-        return {name: as_array(values[name]) for name in names}
+        return {name: values[name] for name in names}
     tensors = [leaf for leaf in pytree.tree_leaves(dict(values)) if isinstance(leaf, Tensor)]
     if len(names) != len(tensors):
         raise ExportError(
             f"the graph takes {len(names)} tensors ({', '.join(names)}), not {len(tensors)}",
             remedy="pass the inputs that the file was exported with",
         )
-    return {name: as_array(tensor) for name, tensor in zip(names, tensors, strict=True)}
+    return dict(zip(names, tensors, strict=True))
 
 
 def batch_size(arguments: inspect.BoundArguments) -> int:
@@ -181,8 +221,8 @@ def as_array(tensor: Tensor) -> Array:
     """
     if tensor.dtype == torch.bfloat16:
         raise ExportError(
-            "onnxruntime's CPU provider has hardly a kernel for bfloat16",
-            remedy="export model.float() or model.half()",
+            "NumPy has no bfloat16, and onnxruntime's CPU provider hardly a kernel for it",
+            remedy="use model.float() or model.half()",
         )
     values: Array = tensor.detach().cpu().numpy()
     return values

@@ -1,7 +1,7 @@
 """Export: what appears is valid and agrees; what does not agree never appears."""
 
-import importlib
 import inspect
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -10,12 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from depcut import agreement, convert, publish
 from depcut.errors import ExportError, InputError
-from depcut.export import export
+from depcut.export import draft, export
 from depcut.runtime import bind_inputs, resized
-
-# `import depcut.export as ...` would give the function of that name in the package.
-export_module = importlib.import_module("depcut.export")
 
 
 class Several(nn.Module):
@@ -141,24 +139,227 @@ def test_fixed_batch_is_reported_and_written_as_a_number(tmp_path):
     assert entry.type.tensor_type.shape.dim[0].dim_value == 3
 
 
-def test_large_weights_lie_beside_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(export_module, "_EXTERNAL_DATA_FROM", 100)
-    model = nn.Linear(64, 64).eval()
-    report = export(model, tmp_path / "net.onnx", torch.randn(2, 64))
-    names = sorted(file.name for file in tmp_path.iterdir())
-    assert names == ["net.onnx", "net.onnx.data"]
-    assert report.bytes == sum(file.stat().st_size for file in tmp_path.iterdir())
-    x = torch.randn(4, 64)
-    (found,) = run(report.path, {report.inputs[0]: x})
+def stored_beside(monkeypatch, limit=100):
+    monkeypatch.setattr(convert, "_EXTERNAL_DATA_FROM", limit)
+
+
+def agrees(path, model, features=64):
+    x = torch.randn(4, features)
+    name = onnx.load(path, load_external_data=False).graph.input[0].name
+    (found,) = run(path, {name: x})
     np.testing.assert_allclose(found, model(x).detach().numpy(), rtol=1e-4, atol=1e-5)
 
 
-def test_half_precision(tmp_path):
-    model = nn.Linear(8, 8).half()
-    report = export(model, tmp_path / "net.onnx", torch.randn(2, 8).half())
-    assert (
-        onnx.load(report.path).graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
+def test_large_weights_lie_beside_the_file(tmp_path, monkeypatch):
+    stored_beside(monkeypatch)
+    model = nn.Linear(64, 64).eval()
+    report = export(model, tmp_path / "net.onnx", torch.randn(2, 64))
+    graph, weights = sorted(tmp_path.iterdir())
+    assert graph.name == "net.onnx"
+    assert weights.match("net.onnx.*.data")
+    assert report.bytes == graph.stat().st_size + weights.stat().st_size
+    agrees(graph, model)
+
+
+def test_a_second_export_replaces_both_files(tmp_path, monkeypatch):
+    stored_beside(monkeypatch)
+    path = tmp_path / "net.onnx"
+    export(nn.Linear(64, 64), path, torch.randn(2, 64))
+    before = set(tmp_path.iterdir())
+    model = nn.Linear(64, 64).eval()
+    export(model, path, torch.randn(2, 64))
+    assert len(set(tmp_path.iterdir())) == 2
+    assert set(tmp_path.iterdir()) & before == {path}
+    agrees(path, model)
+    stored_beside(monkeypatch, 2**30)
+    export(model, path, torch.randn(2, 64))
+    assert set(tmp_path.iterdir()) == {path}
+    agrees(path, model)
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2])
+def test_whenever_an_export_is_killed_a_whole_pair_is_there(tmp_path, monkeypatch, moved):
+    stored_beside(monkeypatch)
+    path = tmp_path / "net.onnx"
+    old, new = nn.Linear(64, 64).eval(), nn.Linear(64, 64).eval()
+    export(old, path, torch.randn(2, 64))
+    honest, calls = Path.replace, []
+
+    def replace(self, target):
+        calls.append(target)
+        if len(calls) > moved:
+            raise KeyboardInterrupt
+        return honest(self, target)
+
+    def unlink(self, missing_ok=False):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", replace)
+    monkeypatch.setattr(publish.Path, "unlink", unlink)
+    with pytest.raises(KeyboardInterrupt):
+        export(new, path, torch.randn(2, 64))
+    monkeypatch.undo()
+    agrees(path, new if moved == 2 else old)
+
+
+def test_weights_of_another_name_are_not_ours_to_delete(tmp_path):
+    path = tmp_path / "net.onnx"
+    draft(nn.Linear(64, 64), torch.randn(2, 64), path)
+    proto = onnx.load(path)
+    onnx.save_model(
+        proto, path, save_as_external_data=True, location="shared.bin", size_threshold=0
     )
+    model = nn.Linear(64, 64).eval()
+    export(model, path, torch.randn(2, 64))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["net.onnx", "shared.bin"]
+    agrees(path, model)
+
+
+@pytest.mark.sweep
+def test_more_than_two_gigabytes(tmp_path):
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(8704, 8704) for _ in range(8)))
+    model = model.to_empty(device="cpu").eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.uniform_(-0.02, 0.02)
+    bytes_of_weights = sum(parameter.nbytes for parameter in model.parameters())
+    assert bytes_of_weights > 2.2 * 2**30
+    report = export(model, tmp_path / "net.onnx", torch.randn(2, 8704))
+    assert report.batch_sizes == (2, 3)
+    assert report.bytes > bytes_of_weights
+    graph, weights = sorted(tmp_path.iterdir())
+    assert graph.stat().st_size < 1e5
+    assert weights.stat().st_size >= bytes_of_weights
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.qkv = nn.Linear(16, 48)
+        self.out = nn.Linear(16, 16)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm(x)).view(*x.shape[:-1], 3, 2, 8).permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.out(nn.functional.gelu(y.transpose(1, 2).reshape(x.shape)))
+
+
+def convolutions():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4)
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [(nn.Linear(8, 8), (2, 8)), (Attention(), (2, 5, 16)), (convolutions(), (2, 3, 8, 8))],
+)
+def test_half_precision(tmp_path, model, shape):
+    report = export(model.half(), tmp_path / "net.onnx", torch.randn(shape).half())
+    (entry,) = onnx.load(report.path).graph.input
+    assert entry.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
+    assert report.batch_sizes == (2, 3)
+    assert report.max_rel_error < 2e-2
+
+
+def test_bfloat16_is_compared_where_the_runtime_has_kernels(tmp_path):
+    model = nn.RMSNorm(8).bfloat16()
+    x = torch.randn(2, 8).bfloat16()
+    report = export(model, tmp_path / "net.onnx", x, opset=20)  # computed in float32 there
+    assert report.batch_sizes == (2, 3)
+    assert report.max_rel_error < 5e-2
+    assert agreement.TOLERANCES[torch.bfloat16] == (5e-2, 1e-2)
+
+
+def test_bfloat16_is_not_taken_for_equal(tmp_path, monkeypatch):
+    honest = agreement._values
+    monkeypatch.setattr(agreement, "_values", lambda value: honest(value) * 1.1)
+    with pytest.raises(ExportError, match="differ by"):
+        export(
+            nn.RMSNorm(8).bfloat16(), tmp_path / "net.onnx", torch.randn(2, 8).bfloat16(), opset=20
+        )
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "operator"),
+    [
+        (nn.Linear(4, 4), (2, 4), "Gemm"),
+        (nn.Conv2d(3, 4, 3), (2, 3, 8, 8), "Conv"),
+        (convolutions(), (2, 3, 8, 8), "Conv"),
+        (Attention(), (2, 5, 16), "MatMul"),
+    ],
+)
+def test_a_missing_kernel_is_named(tmp_path, model, shape, operator):
+    with pytest.raises(ExportError, match=rf"onnxruntime .*\b{operator}\b.*bfloat16") as caught:
+        export(model.bfloat16(), tmp_path / "net.onnx", torch.randn(shape).bfloat16())
+    assert "model.float()" in caught.value.remedy
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("opset", [18, 20, 23, 25])
+def test_the_operator_set_is_the_callers_to_choose(tmp_path, opset):
+    report = export(Attention(), tmp_path / "net.onnx", torch.randn(2, 5, 16), opset=opset)
+    assert report.opset == opset
+    operators = [node.op_type for node in onnx.load(report.path).graph.node]
+    assert ("Attention" in operators) == (opset >= 23)
+
+
+def test_the_newest_operator_set_with_translations_is_the_default(tmp_path):
+    assert export(nn.Linear(4, 4), tmp_path / "net.onnx", torch.randn(2, 4)).opset == 23
+
+
+def test_an_older_operator_set_where_the_runtime_has_no_newer_kernel(tmp_path, monkeypatch):
+    model = nn.Sequential(nn.Linear(4, 4), Random())
+    for limit in (2**30, 1):
+        stored_beside(monkeypatch, limit)
+        report = export(model, tmp_path / "net.onnx", torch.randn(2, 4), atol=2.0)
+        assert report.opset == 20
+        assert report.bytes == sum(file.stat().st_size for file in tmp_path.iterdir())
+    with pytest.raises(ExportError, match="no kernel for RandomUniformLike") as caught:
+        export(model, tmp_path / "other.onnx", torch.randn(2, 4), atol=2.0, opset=23)
+    assert "opset=" in caught.value.remedy
+
+
+@pytest.mark.parametrize("opset", [17, 26, 20.0, "23", True])
+def test_an_impossible_operator_set(tmp_path, opset):
+    with pytest.raises(InputError, match=f"opset={opset!r} cannot be written") as caught:
+        export(nn.Linear(4, 4), tmp_path / "net.onnx", torch.randn(2, 4), opset=opset)
+    assert "18 to 25" in caught.value.remedy
+
+
+@pytest.mark.parametrize("metadata", [{"ratio": 0.5}, {1: "a"}])
+def test_metadata_are_texts(tmp_path, metadata):
+    with pytest.raises(InputError, match="no pair of texts") as caught:
+        export(nn.Linear(4, 4), tmp_path / "net.onnx", torch.randn(2, 4), metadata=metadata)
+    assert "str(value)" in caught.value.remedy
+
+
+def test_the_file_does_not_tell_whose_machine_wrote_it(tmp_path):
+    report = export(Attention(), tmp_path / "net.onnx", torch.randn(2, 5, 16))
+    data = report.path.read_bytes()
+    assert str(Path(__file__).parent).encode() not in data
+    assert b"stack_trace" not in data
+    names = {
+        entry.key for node in onnx.load(report.path).graph.node for entry in node.metadata_props
+    }
+    assert names == {"pkg.torch.onnx.name_scopes"}
+
+
+def test_a_draft_may_fix_the_batch(tmp_path):
+    model, x = Attention().train(), torch.randn(1, 5, 16)
+    draft(model, x, tmp_path / "free.onnx", {"a": "b"})
+    draft(model, x, tmp_path / "fixed.onnx", free_batch=False)
+    assert model.training
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["fixed.onnx", "free.onnx"]
+    expected = model.eval()(x).detach().numpy()
+    for name, batch in (("free", ""), ("fixed", 1)):
+        proto = onnx.load(tmp_path / f"{name}.onnx")
+        (entry,) = proto.graph.input
+        size = entry.type.tensor_type.shape.dim[0]
+        assert (size.dim_value == batch) if batch else size.dim_param
+        (found,) = run(tmp_path / f"{name}.onnx", {entry.name: x})
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_attention_has_an_onnx_form_in_eval_mode(tmp_path):
@@ -207,8 +408,8 @@ def test_tolerances_are_the_callers_to_widen(tmp_path):
 
 def test_no_agreement_where_only_one_has_nan(tmp_path, monkeypatch):
     model = nn.Linear(4, 4)
-    honest = export_module.as_array
-    monkeypatch.setattr(export_module, "as_array", lambda tensor: honest(tensor) * np.nan)
+    honest = agreement._exact
+    monkeypatch.setattr(agreement, "_exact", lambda tensor: honest(tensor) * np.nan)
     with pytest.raises(ExportError, match="differ by inf"):
         export(model, tmp_path / "net.onnx", torch.randn(2, 4))
 
@@ -232,9 +433,26 @@ def test_bad_input_names_what_and_what_to_do(tmp_path, model, inputs, error, say
     assert capfd.readouterr() == ("", "")
 
 
-def test_missing_folder(tmp_path):
-    with pytest.raises(ExportError, match="does not exist"):
-        export(nn.Linear(4, 4), tmp_path / "no" / "net.onnx", torch.randn(2, 4))
+@pytest.mark.parametrize(
+    ("name", "says", "remedy"),
+    [
+        ("no/net.onnx", "no does not exist", "create it first"),
+        ("", "is a folder", "name of a file"),
+        ("n" * 300, "cannot be written: .*too long", "choose a folder"),
+    ],
+)
+def test_a_place_where_no_file_can_be(tmp_path, name, says, remedy):
+    with pytest.raises(ExportError, match=says) as caught:
+        export(nn.Linear(4, 4), tmp_path / name, torch.randn(2, 4))
+    assert str(tmp_path / name) in caught.value.where
+    assert remedy in caught.value.remedy
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_draft_that_cannot_be_written(tmp_path):
+    with pytest.raises(ExportError, match="cannot be written") as caught:
+        draft(nn.Linear(4, 4), torch.randn(2, 4), tmp_path / "no" / "net.onnx")
+    assert caught.value.remedy
 
 
 def test_nothing_is_printed(tmp_path, capfd):

@@ -20,8 +20,8 @@ from depcut.allocate.order import meet, order
 from depcut.allocate.space import space
 from depcut.analysis import Analysis
 from depcut.choose import Chooser, Request
+from depcut.convert import draft
 from depcut.errors import BudgetError, InputError, LatencyError
-from depcut.export import draft
 from depcut.latency import cache, model, target
 from depcut.latency.align import aligned, best_alignment
 from depcut.latency.designs import designs

@@ -19,7 +19,7 @@ ROOT = ""  # the package itself, i.e. depcut/__init__.py
 
 # From the bottom up: a module imports only from lines above its own, never from its own line.
 ORDER = [
-    "errors axes tables inline program provenance demo_net version machine",
+    "errors axes tables inline program provenance demo_net version machine origin",
     "checks inputs loading",
     "capture",
     "ops.registry",
@@ -40,6 +40,7 @@ ORDER = [
     "verify",
     "plan",
     "runtime",
+    "agreement convert publish",
     "export",
     "timing.clock timing timing.pinning timing.footprint",
     "timing.backends timing.memory",
@@ -62,8 +63,8 @@ LEVEL = {name: i for i, line in enumerate(ORDER) for name in line.split(" ")}
 
 PUBLIC = """
 Analysis BudgetError CaptureError Comparison DepcutError ExportError ExportReport Frozen Group
-InputError Member Op Plan PlanError RuleError VerificationError analyze bench compare export rule
-shrink __version__
+InputError LatencyError LatencyModel Member Op Plan PlanError RuleError VerificationError analyze
+bench compare export rule shrink __version__
 """.split()
 
 

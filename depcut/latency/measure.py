@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
+from depcut.convert import draft
 from depcut.coupling import Coupling
 from depcut.errors import DepcutError, LatencyError
-from depcut.export import draft
 from depcut.latency.kernels import profile
 from depcut.latency.samples import Sample, Samples
 from depcut.plan import make_plan
@@ -50,13 +50,18 @@ class Bench:
         inputs: What it is run on; their batch size is the one that is measured.
         threads: Threads that one operator may use.
         folder: For files; it outlives the bench.
+        free_batch: Whether files take any batch size, as those of `depcut.export` do. Files for
+            one are written in half of the time, and run equally fast but for a few tiny kernels.
     """
 
-    def __init__(self, model: nn.Module, inputs: Any, threads: int, folder: Path) -> None:
+    def __init__(
+        self, model: nn.Module, inputs: Any, threads: int, folder: Path, *, free_batch: bool = True
+    ) -> None:
         self.inputs, self.threads, self.folder = inputs, threads, folder
+        self.free_batch = free_batch
         self.values = bind_inputs(model, inputs).arguments
         self.path = folder / "dense.onnx"
-        draft(model, inputs, self.path)
+        draft(model, inputs, self.path, free_batch=free_batch)
         self.session = open_session(self.path, threads)
 
     def written(self, model: nn.Module) -> Path:
@@ -64,7 +69,7 @@ class Bench:
         path = self.folder / "slim.onnx"
         for old in self.folder.glob("slim.onnx*"):
             old.unlink()
-        draft(model, self.inputs, path)
+        draft(model, self.inputs, path, free_batch=self.free_batch)
         return path
 
     def beside(self, path: Path, rounds: int = _ROUNDS) -> Beside:
@@ -113,7 +118,7 @@ def measure(
     bar = Progress(console=Console(stderr=True), transient=True, disable=not progress)
     with tempfile.TemporaryDirectory(prefix="depcut-") as name, bar:
         task = bar.add_task("measuring kernels at several widths", total=len(counts))
-        bench = Bench(model, inputs, threads, Path(name))
+        bench = Bench(model, inputs, threads, Path(name), free_batch=False)
         for row in counts:
             sample, seconds, error = _attempt(bench, coupling, model, row)
             if sample is None and (error is None or not samples):

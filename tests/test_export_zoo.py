@@ -1,0 +1,76 @@
+"""Public architectures as ONNX, dense and halved: they agree, and their files are halved, too.
+
+A handful run by default, all of them with `-m sweep`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+import zoo
+from torch import nn
+
+import depcut
+
+FAST = ("tv/squeezenet1_1", "hf/bert", "hf/vit", "hf/llama")
+
+# Exported files hold no names or sizes but those of the graph: some kilobytes an operator.
+TOLERANCE = 0.02
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _libraries() -> None:
+    for name in ("torchvision", "timm", "transformers"):
+        if find_spec(name) is None:
+            pytest.skip(f"{name} is not installed")
+    zoo.libraries()
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_a_public_architecture(name: str, tmp_path: Path) -> None:
+    both(name, tmp_path)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", [name for name in zoo.ZOO if name not in FAST])
+def test_every_public_architecture(name: str, tmp_path: Path) -> None:
+    both(name, tmp_path)
+
+
+def both(name: str, folder: Path) -> None:
+    inputs, model = zoo.ZOO[name].inputs(2), zoo.build(name)
+    slim = depcut.shrink(model, 0.5, inputs)
+    dense = depcut.export(model, folder / "dense.onnx", inputs)
+    narrow = depcut.export(slim, folder / "slim.onnx", inputs)
+    for report in (dense, narrow):
+        assert report.batch_sizes == (2, 3)
+        assert report.max_rel_error < 1e-3
+    assert narrow.bytes < dense.bytes
+    share = weights(narrow.path) / weights(dense.path)
+    assert share == pytest.approx(narrow.bytes / dense.bytes, abs=TOLERANCE)
+    assert share == pytest.approx(tensors(slim) / tensors(model), abs=TOLERANCE)
+
+
+def weights(path: Path) -> int:
+    """Bytes of the constants in a file."""
+    return sum(len(tensor.raw_data) for tensor in onnx.load(path).graph.initializer)
+
+
+def tensors(model: nn.Module) -> int:
+    """Bytes of parameters and buffers."""
+    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
