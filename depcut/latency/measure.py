@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
-from depcut.convert import draft
+from depcut.convert import OLDER_OPSET, OPSET, draft
 from depcut.coupling import Coupling
-from depcut.errors import DepcutError, LatencyError
+from depcut.errors import DepcutError, ExportError, LatencyError
 from depcut.latency.kernels import profile
 from depcut.latency.samples import Sample, Samples
 from depcut.plan import make_plan
@@ -60,16 +60,21 @@ class Bench:
         self.inputs, self.threads, self.folder = inputs, threads, folder
         self.free_batch = free_batch
         self.values = bind_inputs(model, inputs).arguments
-        self.path = folder / "dense.onnx"
+        self.path, self.opset = folder / "dense.onnx", OPSET
         draft(model, inputs, self.path, free_batch=free_batch)
-        self.session = open_session(self.path, threads)
+        try:
+            self.session = open_session(self.path, threads)
+        except ExportError:
+            self.opset = OLDER_OPSET
+            draft(model, inputs, self.path, opset=self.opset, free_batch=free_batch)
+            self.session = open_session(self.path, threads)
 
     def written(self, model: nn.Module) -> Path:
         """The ONNX file of a smaller model; it takes the place of the one before."""
         path = self.folder / "slim.onnx"
         for old in self.folder.glob("slim.onnx*"):
             old.unlink()
-        draft(model, self.inputs, path, free_batch=self.free_batch)
+        draft(model, self.inputs, path, opset=self.opset, free_batch=self.free_batch)
         return path
 
     def beside(self, path: Path, rounds: int = _ROUNDS) -> Beside:

@@ -137,9 +137,11 @@ def plan_for_latency(
             if abs(made.miss) <= _CLOSE:
                 break
             aim = times.cost(made.counts) / (1 + made.miss)
+        if attempts.best.miss > _MISSED and not attempts.knows(chooser.smallest()):
+            attempts.measure(chooser.smallest())
     best = attempts.best
-    if best.miss > _MISSED and _is_least(best.counts, chooser):
-        raise _unreachable(best, goal)
+    if all(made.miss > _MISSED for made in attempts.tried):
+        raise _unreachable(min(attempts.tried, key=lambda made: made.ratio), goal)
     if abs(best.miss) > _MISSED:
         warnings.warn(
             f"the closest of {len(attempts.tried)} candidates takes "
