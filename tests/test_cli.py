@@ -7,8 +7,11 @@ from pathlib import Path
 
 import onnx
 import pytest
+from safetensors import safe_open
 
 from depcut.cli import main
+from depcut.loading import load_weights
+from depcut.plan import Plan
 
 COMMANDS = ("demo", "analyze", "shrink", "export", "bench")
 
@@ -156,7 +159,7 @@ def test_written_files_rebuild_the_slim_model(folder, shrunk):
     assert list(first.initializer) == list(second.initializer)
 
 
-def test_tied_weights_survive(folder):
+def test_tied_weights_survive(folder, monkeypatch):
     out = folder / "tied"
     succeeds(
         folder, "shrink", "my_models:tied", "--ratio", 0.3, "--of", "params", "--out", out,
@@ -166,6 +169,17 @@ def test_tied_weights_survive(folder):
         folder, "export", "my_models:tied", "--plan", out / "plan.json", "--slim-weights",
         out / "weights.safetensors", "--out", out / "net.onnx", "--input-shape", "2,6:int64",
     )  # fmt: skip
+    plan = Plan.load(out / "plan.json")
+    monkeypatch.syspath_prepend(str(folder))
+    from my_models import tied
+
+    slim = plan.apply(tied())
+    load_weights(slim, out / "weights.safetensors")
+    assert slim.head.weight is slim.table.weight
+    with safe_open(out / "weights.safetensors", "pt") as file:
+        stored = set(file.keys())
+    assert ("head.weight" in stored) != ("table.weight" in stored)
+    assert slim.inner.out_features < 64
 
 
 def test_dense_weights_are_loaded(folder):
