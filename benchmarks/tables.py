@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 
+import export
 import latency
 import scaling
 import speed
@@ -104,11 +105,16 @@ def latency_table(rows: list[Row]) -> str:
     return "\n\n".join(parts)
 
 
+def export_table(rows: list[Row]) -> str:
+    return markdown(export.COLUMNS, rows)
+
+
 SECTIONS = {
     "zoo": zoo_table,
     "speed": speed_table,
     "scaling": scaling_tables,
     "latency": latency_table,
+    "export": export_table,
 }
 
 if __name__ == "__main__":
