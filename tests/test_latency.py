@@ -514,3 +514,21 @@ def test_a_model_that_cannot_be_measured_says_why(monkeypatch: pytest.MonkeyPatc
         found.latency(samples=6, progress=False)
     assert "no clock" in str(info.value)
     assert "of='macs'" in str(info.value)
+
+
+@pytest.mark.filterwarnings(*BUSY)
+def test_a_few_that_cannot_be_measured_are_left_out_and_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = itertools.count()
+
+    def failing_once(*arguments: Any) -> Any:
+        if next(calls) == 3:
+            raise LatencyError("no clock", remedy="wind it")
+        return profile(*arguments)
+
+    monkeypatch.setattr("depcut.latency.measure.profile", failing_once)
+    found = depcut.analyze(seeded(Chain, 0), torch.zeros(1, 3, 8, 8))
+    with pytest.warns(UserWarning, match="1 of 6 smaller models could not be measured and are"):
+        times = found.latency(samples=6, progress=False)
+    assert len(times.errors) == 5

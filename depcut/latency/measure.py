@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,28 +126,30 @@ def measure(
         task = bar.add_task("measuring kernels at several widths", total=len(counts))
         bench = Bench(model, inputs, threads, Path(name), free_batch=False)
         for row in counts:
-            sample, seconds, error = _attempt(bench, coupling, model, row)
-            if sample is None and (error is None or not samples):
-                raise error or LatencyError("the dense model was not measured")
-            if sample is None:
-                failures += [error] if error else []
+            made = _attempt(bench, coupling, model, row)
+            if not isinstance(made, DepcutError):
+                samples.append(made[0])
+                dense_seconds.append(made[1])
+            elif not samples:
+                raise made
             else:
-                samples.append(sample)
-                dense_seconds.append(seconds)
+                failures.append(made)
             bar.advance(task)
-    if len(samples) < _ENOUGH * len(counts):
-        raise LatencyError(
-            f"{len(failures)} of {len(counts)} smaller models could not be measured; "
-            f"the first: {failures[0]}",
-            where=type(model).__name__,
-            remedy="use of='macs', or hold the layers concerned with keep=",
-        ) from failures[0]
+    if failures:
+        what = f"{len(failures)} of {len(counts)} smaller models could not be measured"
+        if len(samples) < _ENOUGH * len(counts):
+            raise LatencyError(
+                f"{what}; the first: {failures[0]}",
+                where=type(model).__name__,
+                remedy="use of='macs', or hold the layers concerned with keep=",
+            ) from failures[0]
+        warnings.warn(f"{what} and are left out; the first: {failures[0]}", stacklevel=4)
     return Samples(median(dense_seconds), tuple(samples))
 
 
 def _attempt(
     bench: Bench, coupling: Coupling, model: nn.Module, row: NDArray[np.int64]
-) -> tuple[Sample | None, float, DepcutError | None]:
+) -> tuple[Sample, float] | DepcutError:
     """One sample and the dense model's time beside it, or what went wrong."""
     kept = {
         group.name: np.arange(count)
@@ -160,5 +163,5 @@ def _attempt(
         kernels = profile(path, bench.values, bench.threads)
         found = bench.beside(path)
     except DepcutError as error:
-        return None, 0.0, error
-    return Sample(tuple(map(int, row)), kernels, found.ratio), found.dense_seconds, None
+        return error
+    return Sample(tuple(map(int, row)), kernels, found.ratio), found.dense_seconds
