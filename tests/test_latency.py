@@ -106,6 +106,7 @@ def fitted(analysis: Analysis) -> LatencyModel:
         dense_seconds=samples.dense_seconds,
         errors=found.errors,
         explained=found.explained,
+        slowdown=1.0,
         threads=1,
         runtime="",
         machine="",
@@ -244,15 +245,41 @@ def test_the_staircase_has_the_steps_of_the_machine(analysis: Analysis) -> None:
 
 
 def test_widths_between_are_taken_for_the_next_and_said(analysis: Analysis) -> None:
-    times = fitted(analysis)
+    times = replace(fitted(analysis), slowdown=1.3)
     names = [g.name for g in analysis.groups]
     plans = [
         analysis.plan_keeping({n: np.arange(k) for n, k in zip(names, counts, strict=True)})
-        for counts in ([40, 41, 128], [40, 48, 128])
+        for counts in ([40, 41, 128], [40, 48, 128], [33, 41, 127])
     ]
-    with pytest.warns(UserWarning, match=f"1 widths .{names[1]}. lie between"):
+    says = rf"1 widths .{names[1]}. lie between .* took 1\.30 times as long"
+    with pytest.warns(UserWarning, match=says):
         between = times.predict(plans[0])
-    assert between == times.predict(plans[1])
+    assert between == pytest.approx(1.1 * times.predict(plans[1]))
+    with pytest.warns(UserWarning, match="3 widths"):
+        assert times.predict(plans[2]) == pytest.approx(1.3 * times.cost(np.array([40, 48, 128])))
+
+
+def test_widths_between_the_steps_are_measured_too(
+    analysis: Analysis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow_between(*arguments: Any, **_: Any) -> Samples:
+        rows = arguments[3]
+        next_larger = measured(-(-rows // 8) * 8)
+        between = [((row % 8 > 0) & (row < rows[0])).all() for row in rows]
+        assert between == [False] * 16 + [True] * 2
+        return Samples(
+            next_larger.dense_seconds,
+            tuple(
+                replace(s, counts=tuple(map(int, row)), ratio=s.ratio * (1.5 if off else 1))
+                for s, row, off in zip(next_larger.samples, rows, between, strict=True)
+            ),
+        )
+
+    monkeypatch.setattr(model, "measure", slow_between)
+    times = analysis.latency()
+    assert times.slowdown == pytest.approx(1.5, rel=0.03)
+    assert len(times.errors) == 16
+    assert "between multiples of 8 take 1.5" in str(times)
 
 
 # Allocation --------------------------------------------------------------------------------------
@@ -510,7 +537,7 @@ def test_a_model_that_cannot_be_measured_says_why(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr("depcut.latency.measure.profile", failing)
     found = depcut.analyze(seeded(Chain, 0), torch.zeros(1, 3, 8, 8))
-    with pytest.raises(LatencyError, match="5 of 6 smaller models could not be measured") as info:
+    with pytest.raises(LatencyError, match="7 of 8 smaller models could not be measured") as info:
         found.latency(samples=6, progress=False)
     assert "no clock" in str(info.value)
     assert "of='macs'" in str(info.value)
@@ -529,6 +556,6 @@ def test_a_few_that_cannot_be_measured_are_left_out_and_said(
 
     monkeypatch.setattr("depcut.latency.measure.profile", failing_once)
     found = depcut.analyze(seeded(Chain, 0), torch.zeros(1, 3, 8, 8))
-    with pytest.warns(UserWarning, match="1 of 6 smaller models could not be measured and are"):
+    with pytest.warns(UserWarning, match="1 of 8 smaller models could not be measured and are"):
         times = found.latency(samples=6, progress=False)
     assert len(times.errors) == 5

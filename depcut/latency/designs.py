@@ -35,3 +35,22 @@ def designs(where: Space, count: int, seed: int = 0) -> NDArray[np.int64]:
     taken = np.rint((1 - share) * (where.sizes / where.steps)[:, None]).astype(np.int64)
     taken = np.minimum(taken, where.available[:, None]).T
     return np.stack([where.kept(row) for row in taken[:count]])
+
+
+def between(where: Space, rows: NDArray[np.int64], seed: int = 0) -> NDArray[np.int64]:
+    """Designs moved off the steps: every width that has a step becomes one between two of them.
+
+    Args:
+        where: The classes and their steps.
+        rows: Kept counts of every group, [samples, groups].
+        seed: Of the draw.
+
+    Returns:
+        Kept counts of every group, [samples, groups].
+    """
+    generator = np.random.default_rng(seed)
+    steps = np.where(where.available > 0, where.steps, 1)
+    moved = [1 + generator.integers(0, np.maximum(steps - 1, 1)) for _ in rows]
+    less = np.array([np.where(steps > 1, move, 0)[where.class_of] for move in moved])
+    floors = np.maximum(where.floors[where.class_of], 1)
+    return np.asarray(np.maximum(rows - less, np.minimum(floors, rows)))

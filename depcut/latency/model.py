@@ -19,8 +19,9 @@ from depcut.cost import Cost
 from depcut.coupling import Coupling
 from depcut.errors import InputError, listed
 from depcut.latency import cache
-from depcut.latency.designs import designs
+from depcut.latency.designs import between, designs
 from depcut.latency.measure import measure
+from depcut.latency.samples import Samples
 from depcut.latency.staircase import fit
 from depcut.machine import processor
 from depcut.plan import Plan, fingerprint
@@ -29,6 +30,7 @@ from depcut.runtime import bind_inputs
 
 SAMPLES = 16
 _UNSURE = 0.1  # a typical error of the fit that is worth a warning
+_BETWEEN = 2  # further samples at widths between the steps
 _GRID = 8  # widths are sampled at multiples of it, where they allow
 
 
@@ -42,6 +44,8 @@ class LatencyModel:
         dense_seconds: Measured time of the dense model.
         errors: Relative error of the prediction for each model that was measured.
         explained: Share of the dense model's time in kernels whose sizes follow from the counts.
+        slowdown: Measured over predicted time of models whose widths all lie between the multiples
+            of 8 that the prediction knows (padding, and fast paths that do not apply).
         threads: Threads that one operator could use.
         runtime: Library, version and provider.
         machine: The processor.
@@ -52,6 +56,7 @@ class LatencyModel:
     dense_seconds: float
     errors: NDArray[np.float64]
     explained: float
+    slowdown: float
     threads: int
     runtime: str
     machine: str
@@ -60,7 +65,8 @@ class LatencyModel:
         """Seconds that the model takes after the plan.
 
         Time is known at multiples of 8 (where a width allows). Other widths are taken for the next
-        of them, with a warning: the runtime may leave its fast paths there, and take longer.
+        of them, times what models with such widths were measured to take longer; that is coarse,
+        and said in a warning.
 
         Args:
             plan: A plan for the same model.
@@ -69,17 +75,20 @@ class LatencyModel:
             PlanError: It was made for another architecture.
         """
         counts = plan.keep(self.coupling).counts
-        grid = self.cost.grid
-        if grid is not None:
-            between = np.flatnonzero((counts % grid > 0) & (counts < self.cost.dense))
-            names = [self.coupling.groups[int(number)].name for number in between]
-            if names:
-                warnings.warn(
-                    f"{len(names)} widths ({listed(names, 3)}) lie between those that were "
-                    "measured; the time is that of the next larger ones, and may really be longer",
-                    stacklevel=2,
-                )
-        return self.cost(counts)
+        seconds, grid = self.cost(counts), self.cost.grid
+        if grid is None:
+            return seconds
+        off = np.flatnonzero((counts % grid > 0) & (counts < self.cost.dense))
+        if not len(off):
+            return seconds
+        names = [self.coupling.groups[int(number)].name for number in off]
+        warnings.warn(
+            f"{len(off)} widths ({listed(names, 3)}) lie between those whose time is known; "
+            f"models with such widths took {self.slowdown:.2f} times as long as with the next "
+            "larger ones",
+            stacklevel=2,
+        )
+        return seconds * (1 + (self.slowdown - 1) * len(off) / int((grid > 1).sum()))
 
     def __str__(self) -> str:
         worst = float(np.abs(self.errors).max())
@@ -87,7 +96,8 @@ class LatencyModel:
             f"latency model: dense {1e3 * self.dense_seconds:.3g} ms "
             f"({self.runtime}, {self.threads} thread{'s' * (self.threads > 1)}, {self.machine}); "
             f"{len(self.errors)} models measured, largest error {worst:.1%}, "
-            f"{self.explained:.0%} of the time in kernels that follow the widths"
+            f"{self.explained:.0%} of the time in kernels that follow the widths; "
+            f"widths between multiples of {_GRID} take {self.slowdown:.2f} times as long"
         )
 
 
@@ -114,7 +124,8 @@ def latency_model(
         inputs: A tensor, a tuple of positional or a dict of keyword arguments; their batch size is
             the one that is timed.
         threads: Threads that one operator may use.
-        samples: Number of models to measure, the dense one among them; at least 6.
+        samples: Number of models to measure, the dense one among them; at least 6. Two more have
+            widths between the multiples of 8.
         refresh: Measure again even if there are measurements.
         progress: Whether to show a progress bar on standard error.
 
@@ -141,13 +152,18 @@ def latency_model(
         "machine": processor(),
         "threads": threads,
         "samples": samples,
+        "between": _BETWEEN,
     }
     found = None if refresh else cache.load(key)
     if found is None:
         rows = designs(steps, samples)
+        rows = np.concatenate([rows, between(steps, rows[-_BETWEEN:])])
         found = measure(coupling, model, inputs, rows, threads=threads, progress=progress)
         cache.store(key, found)
-    fitted = fit(coupling, found)
+    grid = steps.steps[steps.class_of]
+    known, others = _split(found, grid)
+    fitted = fit(coupling, known)
+    cost = replace(fitted.cost, grid=grid)
     typical = float(np.median(np.abs(fitted.errors)))
     if typical > _UNSURE:
         warnings.warn(
@@ -157,14 +173,34 @@ def latency_model(
         )
     return LatencyModel(
         coupling=coupling,
-        cost=replace(fitted.cost, grid=steps.steps[steps.class_of]),
+        cost=cost,
         dense_seconds=found.dense_seconds,
         errors=fitted.errors,
         explained=fitted.explained,
+        slowdown=_slowdown(cost, others),
         threads=threads,
         runtime=runtime,
         machine=processor(),
     )
+
+
+def _split(found: Samples, grid: NDArray[np.int64]) -> tuple[Samples, Samples]:
+    """The samples at the steps, and those between them."""
+    dense = np.array(found.samples[0].counts)
+    on = [not ((counts % grid > 0) & (counts < dense)).any() for counts in found.counts]
+    parts = (
+        tuple(s for s, is_on in zip(found.samples, on, strict=True) if is_on == wanted)
+        for wanted in (True, False)
+    )
+    first, second = (Samples(found.dense_seconds, part) for part in parts)
+    return first, second
+
+
+def _slowdown(cost: Cost, others: Samples) -> float:
+    """Geometric mean of measured over predicted time, at least 1; 1 where nothing was measured."""
+    if not others.samples:
+        return 1.0
+    return max(1.0, float(np.exp(np.log(others.seconds / cost.many(others.counts)).mean())))
 
 
 def _described(leaf: Any) -> Any:
