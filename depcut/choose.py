@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -105,16 +105,20 @@ class Chooser:
             found = self._allocated(free, remaining, target, of)
         return self._with_fixed(found)
 
-    def nudged(self, quantity: Cost, counts: Counts, target: float) -> Counts:
+    def nudged(
+        self, quantity: Cost, counts: Counts, target: float, tried: Sequence[Counts]
+    ) -> Counts | None:
         """Counts that differ in one class from these, as close to the target as they come.
 
         Args:
             quantity: What is budgeted.
             counts: Kept count of each group.
             target: Its value to come to.
+            tried: Counts that are not wanted again.
         """
         where, _ = self._spaces()
-        return self._with_fixed(nudged(where, counts, quantity, target))
+        found = nudged(where, counts, quantity, target, tried)
+        return None if found is None else self._with_fixed(found)
 
     def smallest(self) -> Counts:
         """The least counts that the request allows."""

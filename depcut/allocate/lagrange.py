@@ -11,6 +11,7 @@ What the jumps of the solution leave of the budget is then spent greedily.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,7 +54,9 @@ def least_loss(where: Space, scores: Scores, cost: Cost, target: float, of: str)
     return where.kept(search.fill(search.priced(target), target))
 
 
-def nudged(where: Space, counts: Counts, cost: Cost, target: float) -> Counts:
+def nudged(
+    where: Space, counts: Counts, cost: Cost, target: float, tried: Sequence[Counts]
+) -> Counts | None:
     """Of the counts that differ in one class, those whose cost is closest to the target.
 
     Args:
@@ -61,6 +64,10 @@ def nudged(where: Space, counts: Counts, cost: Cost, target: float) -> Counts:
         counts: Kept count of each group.
         cost: The budgeted quantity.
         target: Its value to come to.
+        tried: Counts that are not wanted again.
+
+    Returns:
+        Kept count of each group; None if all of them were tried.
     """
     classes = len(where.sizes)
     first = [int(np.flatnonzero(where.class_of == number)[0]) for number in range(classes)]
@@ -70,9 +77,11 @@ def nudged(where: Space, counts: Counts, cost: Cost, target: float) -> Counts:
         for choice in range(where.available[number] + 1):
             row = taken.copy()
             row[number] = choice
-            rows.append(where.kept(row))
+            kept = where.kept(row)
+            if not any((kept == old).all() for old in tried):
+                rows.append(kept)
     if not rows:
-        return counts
+        return None
     table = np.array(rows)
     return np.asarray(table[np.abs(cost.many(table) - target).argmin()])
 

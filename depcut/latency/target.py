@@ -18,7 +18,7 @@ from depcut.latency.measure import Bench
 from depcut.latency.model import LatencyModel
 from depcut.plan import Plan
 
-_TRIES = 4
+_TRIES = 6
 _CLOSE = 0.015  # a candidate this close to its target is not corrected
 _MISSED = 0.05
 _ROUNDS = 9
@@ -169,8 +169,9 @@ def _counts(attempts: _Attempts, times: LatencyModel, aim: float) -> Counts | No
     except BudgetError:
         counts = chooser.smallest()
     if attempts.knows(counts) and not _is_least(counts, chooser):
-        best = attempts.best
-        counts = chooser.nudged(times.cost, best.counts, times.cost(best.counts) / (1 + best.miss))
+        best, tried = attempts.best, [made.counts for made in attempts.tried]
+        goal = times.cost(best.counts) / (1 + best.miss)
+        return chooser.nudged(times.cost, best.counts, goal, tried)
     return None if attempts.knows(counts) else counts
 
 
