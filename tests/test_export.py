@@ -401,6 +401,29 @@ def test_disagreement_leaves_the_old_file(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["net.onnx"]
 
 
+class Cancelling(nn.Module):
+    """Single precision loses most digits of what it returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((64, 4), 1e4) + torch.randn(64, 4))
+
+    def forward(self, x):
+        return x @ self.weight - x.sum(1, keepdim=True) * 1e4
+
+
+def test_an_error_as_large_as_pytorchs_own_is_rounding(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model, x = Cancelling(), torch.randn(2, 64)
+    monkeypatch.setitem(agreement.TOLERANCES, torch.float32, (0.0, 0.0))
+    report = export(model, tmp_path / "net.onnx", x)
+    assert 0 < report.max_rel_error < 0.05
+    # the same difference where PyTorch is exact is an error
+    monkeypatch.setattr(agreement, "_rounding", lambda *_: [0.0])
+    with pytest.raises(ExportError, match=r"PyTorch's own rounding: 0\)"):
+        export(model, tmp_path / "net.onnx", x)
+
+
 def test_tolerances_are_the_callers_to_widen(tmp_path):
     report = export(Random(), tmp_path / "net.onnx", torch.randn(2, 4), atol=2.0)
     assert 0 < report.max_abs_error < 2
