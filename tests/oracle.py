@@ -278,6 +278,21 @@ def all_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def read_tensors(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """Parameters and buffers that a call in the present mode reads, a tied one once."""
+    args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, dict) else (inputs,)
+    keywords = inputs if isinstance(inputs, dict) else {}
+    with torch.no_grad():
+        program = torch.export.export(model, args, keywords, strict=False)
+    signature = program.graph_signature
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    read = {n.name for n in program.graph.nodes if n.op == "placeholder" and n.users}
+    found = [
+        program.state_dict.get(names[n], program.constants.get(names[n])) for n in read & {*names}
+    ]
+    return list({id(t): t for t in found if t is not None}.values())
+
+
 def ties(model: nn.Module) -> set[frozenset[str]]:
     """Sets of names that are one and the same tensor."""
     names: dict[int, set[str]] = defaultdict(set)
