@@ -32,21 +32,8 @@ def normalize(model: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], dict[s
     Raises:
         InputError: The inputs have another kind, or cannot be inferred.
     """
-    if inputs is None:
-        inputs = infer(model)
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    if isinstance(inputs, torch.Tensor):
-        args, kwargs = (inputs,), {}
-    elif isinstance(inputs, tuple | list):
-        args, kwargs = tuple(inputs), {}
-    elif isinstance(inputs, Mapping):
-        args, kwargs = (), dict(inputs)
-    else:
-        raise InputError(f"inputs is a {type(inputs).__name__}", where="inputs=", remedy=_HOW)
+    args, kwargs = arguments(infer(model) if inputs is None else inputs)
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-    if not tensors:
-        raise InputError("inputs holds no tensor", where="inputs=", remedy=_HOW)
     device = device_of(model)
     single = tensors[0].ndim > 0 and tensors[0].shape[0] == 1
 
@@ -59,6 +46,32 @@ def normalize(model: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], dict[s
         return leaf.detach().to(device)
 
     args, kwargs = pytree.tree_map(prepare, (args, kwargs))
+    return args, kwargs
+
+
+def arguments(inputs: Inputs, where: str = "inputs=") -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs) of what a user passes as inputs, as they are.
+
+    Args:
+        inputs: A tensor, a tuple of positional or a dict of keyword arguments.
+        where: What they were passed as, for messages.
+
+    Raises:
+        InputError: It is something else, or holds no tensor.
+    """
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(inputs, torch.Tensor):
+        args = (inputs,)
+    elif isinstance(inputs, tuple | list):
+        args = tuple(inputs)
+    elif isinstance(inputs, Mapping):
+        kwargs = dict(inputs)
+    else:
+        name = where.removesuffix("=")
+        raise InputError(f"{name} is a {type(inputs).__name__}", where=where, remedy=_HOW)
+    if not any(isinstance(t, torch.Tensor) for t in pytree.tree_leaves((args, kwargs))):
+        raise InputError(f"{where.removesuffix('=')} holds no tensor", where=where, remedy=_HOW)
     return args, kwargs
 
 

@@ -1,0 +1,309 @@
+"""A user's data as batches that fit the captured graph; all mistakes in it are found here."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from depcut.capture import is_symbolic, modes
+from depcut.errors import InputError
+from depcut.inputs import arguments, device_of
+from depcut.program import Program
+
+Data = Iterable[Any]
+Loss = Callable[[Any, Any], torch.Tensor]
+
+BATCHES = 32  # read of `data` unless told otherwise
+
+_PAIRS = "an iterable of what the model takes, or of (input, target) pairs together with loss="
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One batch of calibration data, where the user's loader left it.
+
+    Attributes:
+        args: Positional arguments of the model.
+        kwargs: Keyword arguments of the model.
+        target: What the loss gets beside the output: the target, or the whole item if it is no
+            pair.
+        rows: Size of the batch dimension.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    target: Any
+    rows: int
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Batches bound to a captured model.
+
+    Attributes:
+        program: The captured model.
+        batches: At least one.
+        loss: A function of (output, target) that returns a scalar, or None.
+        device: The model's.
+        low_memory: Whether to trade time for memory.
+        progress: Whether to show a progress bar on standard error.
+    """
+
+    program: Program
+    batches: tuple[Batch, ...]
+    loss: Loss | None
+    device: torch.device
+    low_memory: bool = False
+    progress: bool = True
+
+    @cached_property
+    def rows(self) -> int:
+        """Examples in all batches."""
+        return sum(batch.rows for batch in self.batches)
+
+    def arguments(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Copies of a batch's (args, kwargs) on the model's device."""
+        args, kwargs = moved((batch.args, batch.kwargs), self.device)
+        return args, kwargs
+
+    def leaves(self, batch: Batch) -> list[Any]:
+        """A batch's flat inputs for the captured graph, on the model's device."""
+        return list(pytree.tree_leaves(self.arguments(batch)))
+
+
+def moved(tree: Any, device: torch.device) -> Any:
+    """A copy of all tensors of a tree on a device."""
+
+    def copy(leaf: Any) -> Any:
+        return leaf.detach().to(device, copy=True) if isinstance(leaf, torch.Tensor) else leaf
+
+    return pytree.tree_map(copy, tree)
+
+
+def calibrate(
+    program: Program,
+    model: nn.Module,
+    data: Data,
+    *,
+    loss: Loss | None = None,
+    batches: int = BATCHES,
+    low_memory: bool = False,
+    progress: bool = True,
+) -> Calibration:
+    """Read and check calibration data; the model is run once on the first batch if there is a loss.
+
+    Args:
+        program: The captured model.
+        model: The model itself.
+        data: Any iterable of what the model takes (tensor, tuple, dict), or of (input, target)
+            pairs; without a loss, targets are left aside.
+        loss: A function of (output, target) that returns a scalar. Of an item that is no pair,
+            it gets the whole item as target.
+        batches: How many items to read at most.
+        low_memory: Whether later passes should trade time for memory.
+        progress: Whether later passes show a progress bar on standard error.
+
+    Raises:
+        InputError: The data is empty, has other shapes or types than the captured inputs, holds
+            NaN, or the loss fails or returns no scalar.
+    """
+    if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
+        raise InputError(
+            f"batches is {batches!r}", where="batches=", remedy="pass an integer of at least 1"
+        )
+    if loss is not None and not callable(loss):
+        raise InputError(
+            f"loss is a {type(loss).__name__}, not a function",
+            where="loss=",
+            remedy="pass a function of (output, target), e.g. torch.nn.functional.cross_entropy",
+        )
+    if isinstance(data, torch.Tensor | str | Mapping) or not isinstance(data, Iterable):
+        kind = type(data).__name__
+        raise InputError(f"data is a {kind}", where="data=", remedy=f"pass {_PAIRS}: [x], not x")
+    reader = _Reader(program, model, loss is not None)
+    read = []
+    for number, item in enumerate(data):
+        if number >= batches:
+            break
+        read.append(reader.batch(item, f"data, item {number}"))
+    if not read:
+        raise InputError("the data is empty", where="data=", remedy=f"pass {_PAIRS}")
+    made = Calibration(program, tuple(read), loss, device_of(model), low_memory, progress)
+    if loss is not None:
+        _check_loss(made, model)
+    return made
+
+
+class _Reader:
+    """Turns items into batches of the captured structure."""
+
+    def __init__(self, program: Program, model: nn.Module, pairs: bool) -> None:
+        self.program, self.pairs = program, pairs
+        self.signature = inspect.signature(model.forward)
+        self.expected, self.spec = pytree.tree_flatten((program.args, program.kwargs))
+        nodes = program.inputs
+        same = len(nodes) == len(self.expected)
+        self.dynamic = [
+            same and is_symbolic(nodes[i].meta.get("val")) for i in range(len(self.expected))
+        ]
+
+    def batch(self, item: Any, place: str) -> Batch:
+        inputs, target = self._split(item)
+        args, kwargs = self._bound(arguments(inputs, place), place)
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if spec != self.spec:
+            raise InputError(
+                f"its structure is {_shape((args, kwargs))}, the model was captured with "
+                f"{_shape((self.program.args, self.program.kwargs))}",
+                where=place,
+                remedy="pass data of the structure of inputs=, or (input, target) pairs with loss=",
+            )
+        rows = {self._check(i, leaf, place) for i, leaf in enumerate(leaves)} - {0}
+        if len(rows) > 1:
+            raise InputError(
+                f"its tensors have batches of {sorted(rows)}", where=place, remedy="make them equal"
+            )
+        return Batch(args, kwargs, target, rows.pop() if rows else 1)
+
+    def _split(self, item: Any) -> tuple[Any, Any]:
+        """(inputs, target); a pair whose halves the model would take both is a pair with a loss."""
+        if isinstance(item, tuple | list) and len(item) == 2:
+            if self.pairs or not self._fits(item):
+                return item[0], item[1]
+        elif self.pairs and isinstance(item, tuple | list):
+            return item, item
+        return item, item
+
+    def _fits(self, item: Any) -> bool:
+        """Whether the whole item could be the captured positional arguments."""
+        if self.program.kwargs:
+            return False
+        spec = pytree.tree_structure((tuple(item), {}))
+        return bool(spec == self.spec)
+
+    def _bound(
+        self, given: tuple[tuple[Any, ...], dict[str, Any]], place: str
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments passed as they were at the capture; keywords not used there are dropped."""
+        args, kwargs = given
+        wanted = self.signature.bind(*self.program.args, **self.program.kwargs).arguments
+        if len(args) == len(self.program.args) and kwargs.keys() == self.program.kwargs.keys():
+            return args, kwargs
+        try:
+            found = self.signature.bind_partial(*args, **kwargs).arguments
+        except TypeError as error:
+            raise InputError(
+                f"the model does not take it: {error}",
+                where=place,
+                remedy=f"pass {_PAIRS}",
+            ) from None
+        missing = [name for name in wanted if name not in found]
+        if missing or len(args) > len(wanted):
+            raise InputError(
+                f"the model was captured with {', '.join(wanted)}, this has {', '.join(found)}",
+                where=place,
+                remedy="pass data of the structure of inputs=, or (input, target) pairs with loss=",
+            )
+        names = list(self.signature.parameters)
+        positional = tuple(found[n] for n in names[: len(self.program.args)])
+        return positional, {name: found[name] for name in self.program.kwargs}
+
+    def _check(self, number: int, leaf: Any, place: str) -> int:
+        """Refuse a leaf that the graph does not take; its batch size, 0 for none."""
+        expected = self.expected[number]
+        if not isinstance(expected, torch.Tensor):
+            if leaf is not expected and leaf != expected:
+                raise InputError(
+                    f"an argument is {leaf!r}, the model was captured with {expected!r}",
+                    where=place,
+                    remedy="capture with the arguments of the data: pass them as inputs=",
+                )
+            return 0
+        got = tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else type(leaf).__name__
+        fixed = 1 if self.dynamic[number] else 0
+        want = tuple(expected.shape)
+        alike = isinstance(leaf, torch.Tensor) and leaf.ndim == expected.ndim
+        if not alike or leaf.shape[fixed:] != expected.shape[fixed:] or 0 in leaf.shape:
+            raise InputError(
+                f"it has shape {got}, the model was captured with {want}",
+                where=place,
+                remedy="pass data of the shape of inputs="
+                + (" (any batch size)" if fixed else "; this model takes no other batch size"),
+            )
+        if leaf.dtype != expected.dtype:
+            raise InputError(
+                f"it is {_dtype(leaf)}, the model was captured with {_dtype(expected)}",
+                where=place,
+                remedy=f"convert it: .to({expected.dtype})",
+            )
+        if leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
+            raise InputError(
+                f"{int((~torch.isfinite(leaf)).sum())} of its {leaf.numel()} values are NaN or "
+                "infinite",
+                where=place,
+                remedy="clean the data; statistics of it would mean nothing",
+            )
+        return int(leaf.shape[0]) if self.dynamic[number] else 0
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _shape(tree: Any) -> str:
+    """A tree with shapes in place of tensors, as (args, kwargs) without what is empty."""
+    args, kwargs = pytree.tree_map(
+        lambda v: tuple(v.shape) if isinstance(v, torch.Tensor) else v, tree
+    )
+    return f"{args or ''}{kwargs or ''}" or "nothing"
+
+
+def _check_loss(calibration: Calibration, model: nn.Module) -> None:
+    """Call the loss once, on the first batch."""
+    batch = calibration.batches[0]
+    args, kwargs = calibration.arguments(batch)
+    with modes(model, ()), torch.no_grad():
+        checked_loss(calibration, model(*args, **kwargs), batch)
+
+
+def checked_loss(calibration: Calibration, output: Any, batch: Batch) -> torch.Tensor:
+    """The loss of one batch.
+
+    Args:
+        calibration: Its loss.
+        output: Of the model.
+        batch: The batch it is of.
+
+    Raises:
+        InputError: The loss fails, is no scalar, or is not finite.
+    """
+    assert calibration.loss is not None
+    name = getattr(calibration.loss, "__name__", type(calibration.loss).__name__)
+    place = f"loss={name}"
+    try:
+        value = calibration.loss(output, moved(batch.target, calibration.device))
+    except Exception as error:  # noqa: BLE001  a user's function may raise anything
+        raise InputError(
+            f"it failed on the first item: {type(error).__name__}: {error}"[:300],
+            where=place,
+            remedy="it gets (output of the model, target of the item)",
+        ) from error
+    if not isinstance(value, torch.Tensor) or value.numel() != 1:
+        got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        raise InputError(
+            f"it returned {got}, not a scalar tensor",
+            where=place,
+            remedy="return one number, e.g. with reduction='mean'",
+        )
+    if not bool(torch.isfinite(value)):
+        raise InputError(
+            f"it returned {float(value)}", where=place, remedy="look for NaN in model and targets"
+        )
+    return value.reshape(())

@@ -1,0 +1,27 @@
+"""Progress bars of passes over the calibration data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.progress import Progress
+
+from depcut.calibration.data import Batch, Calibration
+
+
+def bar(calibration: Calibration) -> Progress:
+    """A progress bar on standard error that vanishes when it is done."""
+    console = Console(stderr=True)
+    return Progress(console=console, transient=True, disable=not calibration.progress)
+
+
+def ticking(calibration: Calibration, label: str) -> Iterator[Batch]:
+    """The batches, with a progress bar.
+
+    Args:
+        calibration: The batches.
+        label: What is done with them.
+    """
+    with bar(calibration) as progress:
+        yield from progress.track(calibration.batches, description=label)
