@@ -289,7 +289,7 @@ def checked_loss(calibration: Calibration, output: Any, batch: Batch) -> torch.T
     place = f"loss={name}"
     try:
         value = calibration.loss(output, moved(batch.target, calibration.device))
-    except Exception as error:  # noqa: BLE001  a user's function may raise anything
+    except Exception as error:
         raise InputError(
             f"it failed on the first item: {type(error).__name__}: {error}"[:300],
             where=place,
