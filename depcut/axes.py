@@ -366,7 +366,7 @@ def indices(term: Term, kept: Mapping[Axis, Indices]) -> Indices:
 
 
 def units(term: Term, axis: Axis) -> Indices:
-    """Which index of `axis` each index of a resolved term belongs to, -1 where it does not occur."""
+    """Which index of `axis` each index of a resolved term belongs to; -1: it does not occur."""
     if isinstance(term, Axis):
         return np.arange(term.size) if term is axis else np.full(term.size, -1, dtype=np.int64)
     if isinstance(term, Product):

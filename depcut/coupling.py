@@ -343,8 +343,8 @@ def _groups(
     effects: dict[fx.Node, Effects],
     classes: dict[Axis, Axis],
 ) -> tuple[Group, ...]:
-    found = (origin(node, dim, program) for e in effects.values() for node, dim in e.contracts)
-    consumers = {place for place in found if place is not None}
+    places = (origin(node, dim, program) for e in effects.values() for node, dim in e.contracts)
+    consumers = {place for place in places if place is not None}
     members: dict[Axis, list[Member]] = {}
     labels: dict[Axis, str] = {}
     owned: set[Axis] = set()

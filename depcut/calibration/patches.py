@@ -46,7 +46,7 @@ class Patches:
             patches = x.flatten(2)
         elif self.rank == _PLANE and not self.transposed and not isinstance(call["padding"], str):
             options = {k: call[k] for k in ("dilation", "padding", "stride")}
-            patches = functional.unfold(x, list(kernel), **options)
+            patches = functional.unfold(x, tuple(kernel), **options)
         else:
             patches = self._spread(x, call, kernel)
         columns = patches.reshape(len(x), groups, channels // groups * kernel.numel(), -1)
