@@ -83,6 +83,7 @@ class Chooser:
         self.coupling, self.model, self.request = coupling, model, request
         self.held = _held(coupling, request.keep)
         self.fixed = _fixed(coupling, request.ratios, self.held)
+        self.additive = bool(getattr(request.score, "additive", False))
         self.scores: Scores = score(request.score, coupling, model, request.seed)
 
     def meet(self, quantity: Cost, target: float, of: str) -> Counts:
@@ -156,9 +157,10 @@ class Chooser:
 
     def _allocated(self, where: Space, cost: Cost, target: float, of: str) -> Counts:
         if of == "latency" and self.request.allocation == "global":
-            return least_loss(where, self.scores, cost, target, of)
+            return least_loss(where, self.scores, cost, target, of, self.additive)
         allocation = "uniform" if of == "channels" else self.request.allocation
-        return meet(where, order(allocation, where, self.scores, cost), cost, target, of)
+        sequence = order(allocation, where, self.scores, cost, self.additive)
+        return meet(where, sequence, cost, target, of)
 
 
 def check_budget(ratio: float | None, of: str, latency_ms: float | None) -> str:

@@ -23,7 +23,7 @@ from depcut.calibration.lockstep import Lockstep
 from depcut.calibration.moments import folded
 from depcut.calibration.progress import bar
 from depcut.calibration.site import Call, Site, bound
-from depcut.calibration.sites import find_sites
+from depcut.calibration.sites import find_sites, takes_shift
 from depcut.calibration.solve import Solution, solve
 from depcut.capture import held_tensors
 from depcut.keep import Keep
@@ -89,9 +89,7 @@ class _Repairer:
         self.sites: dict[fx.Node, list[Site]] = {}
         for site in find_sites(keep.coupling):
             self.sites.setdefault(site.node, []).append(site)
-        self.norms = [
-            n for n in self.program.graph.graph.nodes if str(n.target) in _NORMS
-        ]
+        self.norms = [n for n in self.program.graph.graph.nodes if str(n.target) in _NORMS]
         self.uses = Counter(
             name
             for graph in (self.program, self.program.training)
@@ -135,7 +133,7 @@ class _Repairer:
             return
         call = self._call(next(both.steps())[1])
         weight = site.family.matrix(call)
-        absorbs = bool(site.biases) or self._feeds_norm(site.node)
+        absorbs = takes_shift(site)
         bias = torch.zeros(weight.shape[:2]) if absorbs else None
         for name in site.biases:
             bias = bias + self.tensors[name].reshape(weight.shape[:2])
@@ -146,9 +144,7 @@ class _Repairer:
                 self.tensors[name].zero_()
             first = self.tensors[site.biases[0]]
             first.copy_(solution.bias.reshape(first.shape))
-        self.repairs.append(
-            Repair(site.name, solution.before, solution.after, solution.ridge)
-        )
+        self.repairs.append(Repair(site.name, solution.before, solution.after, solution.ridge))
 
     def _pairs(
         self, site: Site, both: Lockstep, weight: torch.Tensor
@@ -196,10 +192,6 @@ class _Repairer:
             if name not in self.tensors:
                 return f"{name} does not exist in the narrowed model"
         return ""
-
-    def _feeds_norm(self, node: fx.Node) -> bool:
-        """Whether a batch norm, which can take a shift, is all that reads the result."""
-        return all(user in self.norms for user in node.users) and bool(node.users)
 
     def _norm(self, node: fx.Node, both: Lockstep) -> None:
         """Shift and scale running statistics as the calibration batches' own moved."""

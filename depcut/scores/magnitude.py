@@ -55,6 +55,12 @@ def _normalized(totals: list[NDArray[np.float64]]) -> list[NDArray[np.float64]]:
     return [t / m if (m := t.mean()) > 0 else np.ones_like(t) for t in totals]
 
 
+def shares(coupling: Coupling, model: nn.Module) -> list[NDArray[np.float64]]:
+    """Each unit's share of the sum of squares over all members of its group."""
+    totals = _norms(coupling, model, 2)
+    return [t / s if (s := t.sum()) > 0 else np.full_like(t, 1 / len(t)) for t in totals]
+
+
 def l2(coupling: Coupling, model: nn.Module, seed: int) -> list[NDArray[np.float64]]:
     """Group L2 norm: sqrt of the sum of squares over all members, divided by the group's mean.
 
