@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from depcut.calibration.data import Calibration
 from depcut.coupling import Coupling
 from depcut.errors import InputError
 from depcut.scores import magnitude
@@ -23,7 +24,13 @@ CRITERIA: dict[str, Criterion] = {
 }
 
 
-def score(criterion: str | Criterion, coupling: Coupling, model: nn.Module, seed: int) -> Scores:
+def score(
+    criterion: str | Criterion,
+    coupling: Coupling,
+    model: nn.Module,
+    seed: int,
+    calibration: Calibration | None = None,
+) -> Scores:
     """Scores of all units: one vector a group, of length `group.size`, higher is kept.
 
     Args:
@@ -43,7 +50,7 @@ def score(criterion: str | Criterion, coupling: Coupling, model: nn.Module, seed
                 remedy=f"use one of {', '.join(CRITERIA)}, or pass a function",
             )
         criterion = CRITERIA[criterion]
-    made = criterion(coupling, model, seed)
+    made = criterion(coupling, model, seed)  # PLACEHOLDER
     try:
         scores = [np.asarray(s, dtype=np.float64) for s in made]
     except (TypeError, ValueError):

@@ -22,6 +22,7 @@ from depcut.scores.context import Context, Scores
 _DAMPING = 1e-2  # of the mean variance of the inputs
 _ROUNDS = 64  # in which the units of a group are eliminated, at most
 _TINY = 1e-30
+_MATRIX = 2
 
 
 def obs(context: Context) -> Scores:
@@ -73,7 +74,7 @@ def _products(coupling: Coupling) -> list[_Product]:
     """Products of two activations that sum over nothing but one axis."""
     out = []
     for node, effects in coupling.effects.items():
-        if len(effects.contracts) != 2 or node.graph is not coupling.program.graph.graph:  # noqa: PLR2004
+        if len(effects.contracts) != 2 or node.graph is not coupling.program.graph.graph:
             continue
         first, second = effects.contracts
         dims = coupling.env[first[0]]
@@ -105,7 +106,8 @@ def _gather(context: Context, sites: list[Site], products: list[_Product]) -> _G
     needed = [s for s in sites if any(leaf in free for leaf in axes.leaves(s.term))]
     wanted = [p for p in products if p.term in free]
     at: dict[fx.Node, list[Site | _Product]] = {}
-    for item in (*needed, *wanted):
+    items: list[Site | _Product] = [*needed, *wanted]
+    for item in items:
         at.setdefault(item.node, []).append(item)
     for _, node, call in visits(coupling, context.model, context.data, list(at), "second moments"):
         for item in at[node]:
@@ -138,17 +140,12 @@ def _add_terms(found: _Gathered, product: _Product, call: Call) -> None:
         x = value.movedim(dim, -1).double()
         x = x if x.ndim > 1 else x[None]
         values.append(x.transpose(-1, -2) @ x)
-    try:
-        both = values[0] * values[1]
-    except RuntimeError:
+    a, b = values
+    if a.ndim == b.ndim and a.ndim > _MATRIX and a.shape[-3] != b.shape[-3]:
         # Grouped queries: every key belongs to several of them.
-        times = (
-            values[0].shape[-3] // values[1].shape[-3],
-            values[1].shape[-3] // values[0].shape[-3],
-        )
-        small = 0 if times[1] > times[0] else 1
-        values[small] = values[small].repeat_interleave(max(times), -3)
-        both = values[0] * values[1]
+        heads = max(a.shape[-3], b.shape[-3])
+        a, b = (v.repeat_interleave(heads // v.shape[-3], -3) for v in (a, b))
+    both = a * b
     gram = both.reshape(-1, *both.shape[-2:]).sum(0).cpu().numpy()
     found.products[product] = found.products.get(product, 0.0) + gram
 
@@ -237,7 +234,8 @@ class _Reader:
 def _trace(inverse: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     """tr(inverse^-1 gram) over the last two dimensions, never negative."""
     solved = torch.linalg.solve(inverse, gram)
-    return solved.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(0)
+    trace: torch.Tensor = solved.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return trace.clamp_min(0)
 
 
 def _reader(site: Site, group: Group, gathered: _Gathered) -> _Reader | None:
