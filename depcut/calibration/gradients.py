@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from depcut.calibration.data import Calibration, checked_loss
 from depcut.calibration.progress import ticking
@@ -39,7 +40,7 @@ def trainable(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
 
 def gradients(
     model: nn.Module, calibration: Calibration, *, create_graph: bool = False
-) -> Iterator[Mapping[str, torch.Tensor]]:
+) -> Iterator[dict[str, torch.Tensor]]:
     """Gradient of the loss on each batch, by parameter name; zeros where it does not reach.
 
     Use inside `trainable`. The batches' losses are taken as they are: means, if the loss is one.
@@ -56,16 +57,47 @@ def gradients(
     for batch in ticking(calibration, "gradients"):
         args, kwargs = calibration.arguments(batch)
         loss = checked_loss(calibration, model(*args, **kwargs), batch)
-        if not loss.requires_grad:
+        found = _derived(loss, held, create_graph) if loss.requires_grad else {}
+        if not found:
             raise InputError(
                 "the loss does not depend on the model's weights",
                 where="loss=",
                 remedy="compute it from the output it gets, without detach() or no_grad()",
             )
-        found = torch.autograd.grad(
-            loss, list(held.values()), create_graph=create_graph, allow_unused=True
-        )
-        yield {
-            name: torch.zeros_like(held[name]) if gradient is None else gradient
-            for name, gradient in zip(held, found, strict=True)
-        }
+        yield {name: found.get(name, torch.zeros_like(p)) for name, p in held.items()}
+
+
+def curvatures(
+    model: nn.Module, calibration: Calibration, *, of_gradient: bool
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Hessian of the loss on each batch times a vector, by parameter name.
+
+    Use inside `trainable`. One more backward pass a batch, through the graph of the gradient.
+
+    Args:
+        model: The model.
+        calibration: Batches and loss.
+        of_gradient: The vector: the batch's gradient, or else the weights.
+
+    Raises:
+        InputError: A loss is not finite, or does not depend on the weights.
+    """
+    held = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    # The fused kernels for attention and recurrence cannot be differentiated twice.
+    with sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False):
+        for gradient in gradients(model, calibration, create_graph=True):
+            vector = gradient if of_gradient else held
+            terms = [(gradient[n] * v.detach()).sum() for n, v in vector.items()]
+            total = torch.stack([t.to(terms[0]) for t in terms]).sum()
+            found = _derived(total, held, False) if total.requires_grad else {}
+            yield {name: found.get(name, torch.zeros_like(p)) for name, p in held.items()}
+
+
+def _derived(
+    value: torch.Tensor, held: Mapping[str, torch.Tensor], create_graph: bool
+) -> dict[str, torch.Tensor]:
+    """Gradients of a scalar, for the parameters that it depends on."""
+    found = torch.autograd.grad(
+        value, list(held.values()), create_graph=create_graph, allow_unused=True
+    )
+    return {n: g for n, g in zip(held, found, strict=True) if g is not None}
