@@ -365,6 +365,19 @@ def indices(term: Term, kept: Mapping[Axis, Indices]) -> Indices:
     return np.concatenate([s + indices(p, kept) for s, p in zip(starts, term.parts, strict=False)])
 
 
+def units(term: Term, axis: Axis) -> Indices:
+    """Which index of `axis` each index of a resolved term belongs to; -1: it does not occur."""
+    if isinstance(term, Axis):
+        return np.arange(term.size) if term is axis else np.full(term.size, -1, dtype=np.int64)
+    if isinstance(term, Product):
+        out = np.full(1, -1, dtype=np.int64)
+        for factor in term.factors:
+            inner = units(factor, axis)
+            out = np.maximum(out[:, None], inner).reshape(-1)
+        return out
+    return np.concatenate([units(part, axis) for part in term.parts])
+
+
 def project(term: Term, values: NDArray[np.float64]) -> Iterator[tuple[Axis, NDArray[np.float64]]]:
     """Sum per-index values of a resolved term onto the indices of each of its axes."""
     if isinstance(term, Axis):

@@ -313,7 +313,7 @@ def _copy(term: Term) -> Term:
     return build(*map(_copy, children))
 
 
-def _origin(node: fx.Node, dim: int, program: Program) -> tuple[str, int] | None:
+def origin(node: fx.Node, dim: int, program: Program) -> tuple[str, int] | None:
     """The parameter dimension behind a contracted one, also through casts and transpositions."""
     if program.training is not None and node in program.training.sizes:
         program = program.training
@@ -343,8 +343,8 @@ def _groups(
     effects: dict[fx.Node, Effects],
     classes: dict[Axis, Axis],
 ) -> tuple[Group, ...]:
-    origins = (_origin(node, dim, program) for e in effects.values() for node, dim in e.contracts)
-    consumers = {origin for origin in origins if origin is not None}
+    places = (origin(node, dim, program) for e in effects.values() for node, dim in e.contracts)
+    consumers = {place for place in places if place is not None}
     members: dict[Axis, list[Member]] = {}
     labels: dict[Axis, str] = {}
     owned: set[Axis] = set()

@@ -7,6 +7,8 @@ the kept indices only. Zeroing producers instead would be wrong: a bias of Batch
 
 from __future__ import annotations
 
+from collections.abc import Collection, Generator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -52,6 +54,24 @@ def _zeroed(tensor: torch.Tensor, dim: int, kept: Any) -> torch.Tensor:
     return tensor.index_fill(dim, at, 0)
 
 
+@dataclass(frozen=True)
+class Step:
+    """A node about to run, with the values of its arguments."""
+
+    node: fx.Node
+    args: list[Any]
+    kwargs: dict[str, Any]
+
+
+def finished(steps: Generator[Step, None, list[Any]]) -> list[Any]:
+    """Run to the end what may have paused; the flat outputs."""
+    try:
+        while True:
+            next(steps)
+    except StopIteration as end:
+        return list(end.value)
+
+
 class Reference:
     """Runs the captured graph: dense with consumer-side zeros, or sliced.
 
@@ -70,28 +90,69 @@ class Reference:
         self, inputs: list[Any], dtype: torch.dtype | None = None, watch: set[fx.Node] | None = None
     ) -> tuple[list[Any], dict[fx.Node, Any]]:
         """Flat outputs for flat inputs, and the values of the nodes to watch."""
-        env: dict[fx.Node, Any] = {}
         watched: dict[fx.Node, Any] = {}
+        steps = self.steps(inputs, dtype, watch=watch, watched=watched)
+        return finished(steps), watched
+
+    def steps(
+        self,
+        inputs: list[Any],
+        dtype: torch.dtype | None = None,
+        *,
+        stops: Collection[fx.Node] = (),
+        tensors: Mapping[str, torch.Tensor] | None = None,
+        watch: Collection[fx.Node] | None = None,
+        watched: dict[fx.Node, Any] | None = None,
+    ) -> Generator[Step, None, list[Any]]:
+        """Run node by node, pausing before some of them.
+
+        Args:
+            inputs: Flat inputs.
+            dtype: Compute in this precision instead of the model's.
+            stops: Nodes to pause before; what their arguments are views of may be changed then.
+            tensors: Parameters and buffers to use in place of the model's, by name.
+            watch: Nodes whose values to copy.
+            watched: Where to.
+
+        Returns:
+            The flat outputs.
+        """
+        env: dict[fx.Node, Any] = {}
         last = self._last_uses()
         given = iter(inputs)
         outputs: list[Any] = []
         for node in self.program.graph.graph.nodes:
             if node.op == "placeholder":
-                env[node] = (
-                    self._tensor(node, dtype) if node in self.program.tensors else next(given)
-                )
+                name = self.program.tensors.get(node)
+                if name is None:
+                    env[node] = next(given)
+                elif tensors is not None and name in tensors:
+                    env[node] = tensors[name]
+                else:
+                    env[node] = self._tensor(node, dtype)
             elif node.op == "get_attr":
                 env[node] = getattr(self.program.graph, str(node.target))
             elif node.op == "call_function":
+                if node in stops:
+                    yield Step(node, *self._arguments(node, env))
                 env[node] = self._call(node, env)
             else:
                 outputs = [env[a] if isinstance(a, fx.Node) else a for a in node.args[0]]
-            if watch and node in watch:
+            if watch and watched is not None and node in watch:
                 value = env.get(node)
                 watched[node] = value.clone() if isinstance(value, torch.Tensor) else value
             for done in last.get(node, ()):
                 env.pop(done, None)
-        return outputs, watched
+        return outputs
+
+    def _arguments(
+        self, node: fx.Node, env: dict[fx.Node, Any]
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """The arguments that a node is called with; of a dense run, before any zeros."""
+        args, kwargs = _arguments(node, env)
+        if self.sliced and node in self.keep.coupling.effects:
+            return self._literals(node, args, kwargs, env)
+        return args, kwargs
 
     def _last_uses(self) -> dict[fx.Node, list[fx.Node]]:
         last: dict[fx.Node, fx.Node] = {}

@@ -1,0 +1,99 @@
+"""Second moments of what a weight reads and of what it should give, in two folds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+FOLDS = 2
+
+
+@dataclass
+class Moments:
+    """Sums over vectors x (in) and targets y (out), for each of several independent blocks.
+
+    Accumulated in double precision: (blocks, ...).
+
+    Attributes:
+        count: Number of vectors.
+        xx: Sum of x x^T.
+        x: Sum of x.
+        yx: Sum of y x^T.
+        y: Sum of y.
+        yy: Sum of y squared, by output.
+    """
+
+    count: int
+    xx: torch.Tensor
+    x: torch.Tensor
+    yx: torch.Tensor
+    y: torch.Tensor
+    yy: torch.Tensor
+
+    @staticmethod
+    def of(x: torch.Tensor, y: torch.Tensor) -> Moments:
+        """Of x (blocks, vectors, in) and y (blocks, vectors, out)."""
+        x, y = x.double(), y.double()
+        turned = x.transpose(1, 2)
+        return Moments(
+            x.shape[1],
+            turned @ x,
+            x.sum(1),
+            y.transpose(1, 2) @ x,
+            y.sum(1),
+            y.square().sum(1),
+        )
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(
+            self.count + other.count,
+            self.xx + other.xx,
+            self.x + other.x,
+            self.yx + other.yx,
+            self.y + other.y,
+            self.yy + other.yy,
+        )
+
+    def centred(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Covariance sums of x with itself and of y with x."""
+        mean = self.x / self.count
+        xx = self.xx - self.x[:, :, None] * mean[:, None, :]
+        return xx, self.yx - self.y[:, :, None] * mean[:, None, :]
+
+    def error(self, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """Sum of |y - W x - b|^2 by block and output, for W (blocks, out, in), b (blocks, out)."""
+        quadratic = ((weight @ self.xx) * weight).sum(-1)
+        cross = (weight * self.yx).sum(-1)
+        through = (weight @ self.x[:, :, None])[..., 0]
+        return (
+            self.yy
+            - 2 * cross
+            + quadratic
+            + 2 * bias * (through - self.y)
+            + self.count * bias.square()
+        )
+
+
+def folded(parts: Iterable[tuple[int, torch.Tensor, torch.Tensor]]) -> list[Moments]:
+    """Moments of two folds that share no batch, or halves of the only batch.
+
+    Args:
+        parts: (number of the batch, x, y) of every batch.
+    """
+    folds: dict[int, Moments] = {}
+    parts = iter(parts)
+    first = next(parts)
+    second = next(parts, None)
+    if second is None:
+        _, x, y = first
+        half = x.shape[1] // 2
+        if not half:
+            return [Moments.of(x, y)]
+        return [Moments.of(x[:, :half], y[:, :half]), Moments.of(x[:, half:], y[:, half:])]
+    for pending in (first, second):
+        folds[len(folds)] = Moments.of(pending[1], pending[2])
+    for number, x, y in parts:
+        folds[number % FOLDS] += Moments.of(x, y)
+    return [folds[number] for number in sorted(folds)]

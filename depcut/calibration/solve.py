@@ -1,0 +1,89 @@
+"""Least squares from second moments, drawn towards the weights that are there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from depcut.calibration.moments import Moments
+
+# Of the mean variance of the inputs; infinite: the weights stay, the bias alone moves.
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, float("inf"))
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Weights that reproduce the targets best.
+
+    Attributes:
+        weight: (blocks, out, in).
+        bias: (blocks, out); zeros where no bias was asked for.
+        ridge: The chosen regularisation, relative to the mean variance of the inputs.
+        before: Share of the targets' variance that the given weights miss, held out.
+        after: The same of the solved ones.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    ridge: float
+    before: float
+    after: float
+
+
+def solve(folds: list[Moments], weight: torch.Tensor, bias: torch.Tensor | None) -> Solution:
+    """Minimise |y - W x - b|^2 + ridge |W - W0|^2.
+
+    The ridge is the one of `RIDGES` whose solution on one fold has the least error on the other,
+    both ways; ties go to the larger one.
+
+    Args:
+        folds: Moments of disjoint data, one or two.
+        weight: W0 (blocks, out, in).
+        bias: b0 (blocks, out); None: no bias may be added.
+    """
+    start = weight.double()
+    fixed = torch.zeros_like(folds[0].y) if bias is None else bias.double()
+    whole = folds[0] if len(folds) == 1 else folds[0] + folds[1]
+    pairs = [(folds[0], folds[1]), (folds[1], folds[0])] if len(folds) > 1 else [(whole, whole)]
+    free = bias is not None
+    spread = float((whole.yy - whole.y.square() / whole.count).sum())
+    errors = [0.0] * len(RIDGES)
+    for fit, test in pairs:
+        for number, ridge in enumerate(RIDGES):
+            w = _fitted(fit, start, ridge, free)
+            errors[number] += float(test.error(w, _intercept(fit, w, fixed, free)).sum())
+    best = min(range(len(RIDGES)), key=lambda i: (errors[i], -RIDGES[i]))
+    made = _fitted(whole, start, RIDGES[best], free)
+    before = sum(float(test.error(start, fixed).sum()) for _, test in pairs)
+    scale = max(spread, 1e-30)
+    return Solution(
+        made,
+        _intercept(whole, made, fixed, free),
+        RIDGES[best],
+        before / scale,
+        errors[best] / scale,
+    )
+
+
+def _fitted(data: Moments, start: torch.Tensor, ridge: float, free: bool) -> torch.Tensor:
+    if ridge == float("inf"):
+        return start
+    xx, yx = data.centred() if free else (data.xx, data.yx)
+    size = xx.shape[-1]
+    level = xx.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
+    eye = torch.eye(size, dtype=xx.dtype, device=xx.device)
+    system = xx + (ridge * level)[:, None, None] * eye
+    factor, failed = torch.linalg.cholesky_ex(system)
+    if bool(failed.any()):
+        return start
+    missing = yx - start @ xx
+    return start + torch.cholesky_solve(missing.transpose(1, 2), factor).transpose(1, 2)
+
+
+def _intercept(
+    data: Moments, weight: torch.Tensor, fixed: torch.Tensor, free: bool
+) -> torch.Tensor:
+    if not free:
+        return fixed
+    return (data.y - (weight @ data.x[:, :, None])[..., 0]) / data.count
