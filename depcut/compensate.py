@@ -89,9 +89,7 @@ class _Repairer:
         self.sites: dict[fx.Node, list[Site]] = {}
         for site in find_sites(keep.coupling):
             self.sites.setdefault(site.node, []).append(site)
-        self.norms = [
-            n for n in self.program.graph.graph.nodes if str(n.target) in _NORMS
-        ]
+        self.norms = [n for n in self.program.graph.graph.nodes if str(n.target) in _NORMS]
         self.uses = Counter(
             name
             for graph in (self.program, self.program.training)
@@ -146,9 +144,7 @@ class _Repairer:
                 self.tensors[name].zero_()
             first = self.tensors[site.biases[0]]
             first.copy_(solution.bias.reshape(first.shape))
-        self.repairs.append(
-            Repair(site.name, solution.before, solution.after, solution.ridge)
-        )
+        self.repairs.append(Repair(site.name, solution.before, solution.after, solution.ridge))
 
     def _pairs(
         self, site: Site, both: Lockstep, weight: torch.Tensor

@@ -10,7 +10,7 @@ from torch import nn
 from depcut.calibration.data import Calibration
 from depcut.coupling import Coupling
 from depcut.errors import InputError
-from depcut.scores import geometry, gradient, magnitude, scale, synaptic
+from depcut.scores import activation, geometry, gradient, magnitude, scale, synaptic
 from depcut.scores.context import Context, Method, Score, Scores
 
 __all__ = ["CRITERIA", "Criterion", "Score", "Scores", "score"]
@@ -26,6 +26,11 @@ CRITERIA: dict[str, Method] = {
     "fpgm": Method(geometry.fpgm, members="producers"),
     "bn": Method(scale.bn, aggregate="mean"),
     "synflow": Method(synaptic.synflow, members="consumers", normalize=None),
+    "wanda": Method(activation.wanda, "data", members=None),
+    "flap": Method(activation.flap, "data", members=None),
+    "apoz": Method(activation.apoz, "data", aggregate="mean", members=None),
+    "hrank": Method(activation.hrank, "data", aggregate="mean", members=None),
+    "chip": Method(activation.chip, "data", aggregate="mean", members=None),
     "taylor": Method(gradient.taylor, "loss"),
     "taylor_gate": Method(gradient.taylor_gate, "loss", members="consumers"),
     "fisher": Method(gradient.fisher, "loss"),

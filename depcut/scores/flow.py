@@ -78,9 +78,14 @@ class Flow(fx.Interpreter):
         if n.op != "call_function" or not hasattr(n.target, "_schema"):
             return _double(super().run_node(n))
         name = n.target._schema.name.partition("::")[2].rstrip("_")
+        if name.startswith("_assert"):
+            return None
         first = self.env.get(n.args[0]) if n.args and isinstance(n.args[0], fx.Node) else None
         if rule_for(n.target) in _NORMS and isinstance(self.coupling.program.sizes[n], tuple):
             return self._norm(Op(n, self.coupling.env, self.coupling.program.sizes))
+        if name == "_weight_norm":
+            op = Op(n, self.coupling.env, self.coupling.program.sizes)
+            return _unit_length(self._value(op, "v"), self._value(op, "g"), int(op.arg("dim")))
         if name == "scaled_dot_product_attention":
             return self._attention(Op(n, self.coupling.env, self.coupling.program.sizes))
         if name in _SOFTMAX:
@@ -90,11 +95,9 @@ class Flow(fx.Interpreter):
         tensors = [a for a in n.all_input_nodes if _is_float(self.env.get(a))]
         if name in ("sub", "rsub", "div") and len(tensors) == 2:
             a, b = (self.env[t] for t in tensors)
-            return (
-                (a / _size(b)).expand(torch.broadcast_shapes(a.shape, b.shape))
-                if name == "div"
-                else a + b
-            )
+            if name == "div":
+                return (a / _size(b)).expand(torch.broadcast_shapes(a.shape, b.shape))
+            return a + b
         if self._is_function(n, name) and _is_float(first):
             return first
         result = _double(super().run_node(n))
@@ -139,7 +142,15 @@ class Flow(fx.Interpreter):
             logits = logits.tril()
         if mask is not None:
             logits = logits * mask if mask.dtype == torch.bool else logits + mask
-        return _shares(logits, -1) @ v
+        out: torch.Tensor = _shares(logits, -1) @ v
+        return out
+
+
+def _unit_length(v: torch.Tensor, g: torch.Tensor, dim: int) -> torch.Tensor:
+    """g v / |v|, the norm held constant, over all dimensions but one (-1: over all)."""
+    others = [d for d in range(v.ndim) if dim < 0 or d != dim]
+    norm: torch.Tensor = torch.linalg.vector_norm(v.detach(), dim=others, keepdim=True)
+    return v * g / norm.where(norm > 0, 1.0)
 
 
 def _is_float(value: Any) -> bool:
@@ -161,4 +172,5 @@ def _shares(logits: Any, dim: int) -> torch.Tensor:
     """Positive numbers divided by their sum, which is held constant; what is masked is zero."""
     positive: torch.Tensor = torch.nan_to_num(logits, neginf=0.0).clamp(min=0)
     total = positive.detach().sum(dim, keepdim=True)
-    return positive / torch.where(total > 0, total, 1.0)
+    shares: torch.Tensor = positive / total.where(total > 0, 1.0)
+    return shares

@@ -6,7 +6,7 @@ import torch
 
 from depcut.scores.aggregate import compared, members
 from depcut.scores.context import Context, Scores
-from depcut.scores.slices import unit_rows
+from depcut.scores.slices import unit_slices
 
 _ENTRIES = 1 << 24  # of a block of distances, 128 MiB in double precision
 
@@ -29,7 +29,8 @@ def fpgm(context: Context) -> Scores:
         for start in range(0, group.size, step):
             squares: list[torch.Tensor] = []
             for name, dim in mine:
-                rows = unit_rows(context.weights[name], dim, coupling.dims[name][dim], group.axis)
+                term = coupling.dims[name][dim]
+                rows = unit_slices(context.weights[name], dim, term, group.axis).flatten(1)
                 found = torch.cdist(rows[start : start + step], rows).square_()
                 if not squares:
                     squares.append(found)

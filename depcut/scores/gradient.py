@@ -114,8 +114,9 @@ def _curved(context: Context, of_gradient: bool) -> Scores:
 def hessian(context: Context) -> Scores:
     """Second order: score(u) = | sum over the unit of w (H w) | / 2, H the Hessian of the loss.
 
-    The mean over the batches; one Hessian-vector product each, with all weights as the vector: exact (no random probes),
-    and, unlike the diagonal, with the unit's share in its interactions with all other weights.
+    The mean over the batches of one Hessian-vector product each, with all weights as the vector:
+    without random probes, and, unlike the diagonal, with the unit's share in its interactions with
+    all other weights.
     Source: the quadratic term of Hassibi and Stork, Optimal Brain Surgeon, NeurIPS 1992, eq. 1,
     shared out element by element as in Wang et al., ICLR 2020. Needs data and a loss.
     """

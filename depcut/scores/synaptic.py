@@ -25,7 +25,7 @@ def synflow(context: Context) -> Scores:
     """Iterative synaptic flow: when a unit is removed, in rounds of an exponential schedule.
 
     R is the sum of the outputs of the network made linear and positive (see `Flow`) for an input of
-    ones; the flow through a unit is the sum of w dR/dw over its members, by default the weights
+    ones; the flow through a unit is the sum of |w dR/dw| over its members, by default the weights
     that read it. In round k of n = 100 the units of least flow are removed, over all groups
     jointly, until N (m / N)^(k / n) of all N are left; their weights are zero in the rounds that
     follow. m is as many as must stay, at least one a group: no budget is needed, and no group
@@ -106,7 +106,7 @@ class _Network:
             found = torch.autograd.grad(total, list(masked.values()), allow_unused=True)
         with torch.no_grad():
             elements = {
-                name: torch.zeros_like(tensor) if gradient is None else tensor * gradient
+                name: torch.zeros_like(tensor) if gradient is None else (tensor * gradient).abs()
                 for (name, tensor), gradient in zip(masked.items(), found, strict=True)
             }
             flows = totals(context, by_element(elements))
