@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from depcut.analysis import analyze
-from depcut.choose import check_budget
 from depcut.calibration.data import BATCHES, Data, Loss, inputs_of, read
+from depcut.choose import check_budget
 from depcut.inputs import Inputs
 from depcut.plan import wants_repair
 from depcut.scores import Criterion, Score

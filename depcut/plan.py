@@ -120,9 +120,7 @@ class Plan:
             compensation = repair(slim.model, model, keep, data)
         if optimizer is not None:
             narrow_optimizer(optimizer, model, slim.model, keep)
-        self.report.update(
-            generated=dict(slim.generated), error=error, compensation=compensation
-        )
+        self.report.update(generated=dict(slim.generated), error=error, compensation=compensation)
         record_origin(slim.model, replace(self, coupling=None, model=None)._origin)
         return slim.model
 

@@ -181,10 +181,11 @@ class _Reader:
         self.signature = inspect.signature(model.forward)
         self.expected, self.spec = pytree.tree_flatten((program.args, program.kwargs))
         nodes = program.inputs
-        same = len(nodes) == len(self.expected)
-        self.dynamic = [
-            same and is_symbolic(nodes[i].meta.get("val")) for i in range(len(self.expected))
-        ]
+        values = [n.meta.get("val") for n in nodes] if len(nodes) == len(self.expected) else []
+        rows = [str(v.shape[0]) if v is not None and is_symbolic(v) else "" for v in values]
+        self.rows = rows or [""] * len(self.expected)
+        # A dimension that varies on its own (positions, say) is no batch.
+        self.batch_size = next(filter(None, self.rows), "")
 
     def batch(self, item: Any, place: str) -> Batch:
         inputs, target = self._split(item)
@@ -225,9 +226,14 @@ class _Reader:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments passed as they were at the capture; keywords not used there are dropped."""
         args, kwargs = given
-        wanted = self.signature.bind(*self.program.args, **self.program.kwargs).arguments
-        if len(args) == len(self.program.args) and kwargs.keys() == self.program.kwargs.keys():
-            return args, kwargs
+        program = self.program
+        if not args and not program.args and program.kwargs.keys() <= kwargs.keys():
+            return (), {name: kwargs[name] for name in program.kwargs}
+        if not args:
+            kwargs = {n: v for n, v in kwargs.items() if n in self.signature.parameters}
+        wanted = self.signature.bind(*program.args, **program.kwargs).arguments
+        if len(args) == len(program.args) and kwargs.keys() == program.kwargs.keys():
+            return args, {name: kwargs[name] for name in program.kwargs}
         try:
             found = self.signature.bind_partial(*args, **kwargs).arguments
         except TypeError as error:
@@ -244,8 +250,8 @@ class _Reader:
                 remedy="pass data of the structure of inputs=, or (input, target) pairs with loss=",
             )
         names = list(self.signature.parameters)
-        positional = tuple(found[n] for n in names[: len(self.program.args)])
-        return positional, {name: found[name] for name in self.program.kwargs}
+        positional = tuple(found[n] for n in names[: len(program.args)])
+        return positional, {name: found[name] for name in program.kwargs}
 
     def _check(self, number: int, leaf: Any, place: str) -> int:
         """Refuse a leaf that the graph does not take; its batch size, 0 for none."""
@@ -259,7 +265,7 @@ class _Reader:
                 )
             return 0
         got = tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else type(leaf).__name__
-        fixed = 1 if self.dynamic[number] else 0
+        fixed = 1 if self.rows[number] else 0
         want = tuple(expected.shape)
         alike = isinstance(leaf, torch.Tensor) and leaf.ndim == expected.ndim
         if not alike or leaf.shape[fixed:] != expected.shape[fixed:] or 0 in leaf.shape:
@@ -282,7 +288,7 @@ class _Reader:
                 where=place,
                 remedy="clean the data; statistics of it would mean nothing",
             )
-        return int(leaf.shape[0]) if self.dynamic[number] else 0
+        return int(leaf.shape[0]) if fixed and self.rows[number] == self.batch_size else 0
 
 
 def _dtype(tensor: torch.Tensor) -> str:
@@ -323,7 +329,7 @@ def checked_loss(calibration: Calibration, output: Any, batch: Batch) -> torch.T
         value = calibration.loss(output, moved(batch.target, calibration.device))
     except Exception as error:
         raise InputError(
-            f"it failed on the first item: {type(error).__name__}: {error}"[:300],
+            f"it failed: {type(error).__name__}: {error}"[:300],
             where=place,
             remedy="it gets (output of the model, target of the item)",
         ) from error

@@ -5,27 +5,57 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
 from depcut.calibration.data import Calibration
 from depcut.coupling import Coupling
 from depcut.errors import InputError
-from depcut.scores import magnitude
+from depcut.scores import activation, geometry, gradient, magnitude, reconstruction, scale, synaptic
+from depcut.scores.context import Context, Method, Score, Scores
 
-Scores = list[NDArray[np.float64]]
+__all__ = [
+    "CRITERIA",
+    "Criterion",
+    "Score",
+    "Scores",
+    "check_criterion",
+    "is_additive",
+    "score",
+    "score_name",
+]
+
 Criterion = Callable[[Coupling, nn.Module, int], Scores]
 
-CRITERIA: dict[str, Criterion] = {
-    "magnitude": magnitude.l2,
-    "l2": magnitude.l2,
-    "l1": magnitude.l1,
-    "random": magnitude.uniform_random,
+CRITERIA: dict[str, Method] = {
+    "magnitude": Method(magnitude.l2),
+    "l2": Method(magnitude.l2),
+    "l1": Method(magnitude.l1),
+    "lamp": Method(magnitude.lamp, normalize="none"),
+    "random": Method(magnitude.uniform_random, aggregate=None, members=None, normalize=None),
+    "fpgm": Method(geometry.fpgm, members="producers"),
+    "bn": Method(scale.bn, aggregate="mean"),
+    "synflow": Method(synaptic.synflow, members="consumers", normalize=None),
+    "wanda": Method(activation.wanda, "data", members=None),
+    "flap": Method(activation.flap, "data", members=None),
+    "apoz": Method(activation.apoz, "data", aggregate="mean", members=None),
+    "hrank": Method(activation.hrank, "data", aggregate="mean", members=None),
+    "chip": Method(activation.chip, "data", aggregate="mean", members=None),
+    "taylor": Method(gradient.taylor, "loss"),
+    "taylor_gate": Method(gradient.taylor_gate, "loss", members="consumers"),
+    "fisher": Method(gradient.fisher, "loss"),
+    "hessian": Method(gradient.hessian, "loss"),
+    "snip": Method(gradient.snip, "loss"),
+    "grasp": Method(gradient.grasp, "loss"),
+    "obs": Method(
+        reconstruction.obs, "data", aggregate=None, members=None, normalize=None, additive=True
+    ),
 }
+
+_MISSING = {"data": ("data", "pass data="), "loss": ("data and a loss", "pass data= and loss=")}
 
 
 def score(
-    criterion: str | Criterion,
+    criterion: str | Score | Criterion,
     coupling: Coupling,
     model: nn.Module,
     seed: int,
@@ -34,23 +64,25 @@ def score(
     """Scores of all units: one vector a group, of length `group.size`, higher is kept.
 
     Args:
-        criterion: Name, or a function of (coupling, model, seed) with the same result.
+        criterion: Name, name with options, or a function of (coupling, model, seed) with the same
+            result.
         coupling: Groups and where they occur.
         model: Whose weights are read.
         seed: For criteria that draw.
+        calibration: Data, and a loss, for criteria that need them.
 
     Raises:
-        InputError: Unknown name, or the criterion returned something else than such vectors.
+        InputError: Unknown name, missing data or loss, or the criterion returned something else
+            than such vectors.
     """
-    if not callable(criterion):
-        if criterion not in CRITERIA:
-            raise InputError(
-                f"unknown criterion {criterion!r}",
-                where="score=",
-                remedy=f"use one of {', '.join(CRITERIA)}, or pass a function",
-            )
-        criterion = CRITERIA[criterion]
-    made = criterion(coupling, model, seed)  # PLACEHOLDER
+    if callable(criterion):
+        label = repr(getattr(criterion, "__name__", criterion))
+        made = criterion(coupling, model, seed)
+    else:
+        check_criterion(criterion, calibration)
+        wanted = Score(criterion) if isinstance(criterion, str) else criterion
+        label, method = repr(wanted.name), CRITERIA[wanted.name]
+        made = method.function(Context(coupling, model, seed, method.settle(wanted), calibration))
     try:
         scores = [np.asarray(s, dtype=np.float64) for s in made]
     except (TypeError, ValueError):
@@ -58,7 +90,7 @@ def score(
     if [s.shape for s in scores] != [(g.size,) for g in coupling.groups]:
         raise InputError(
             "the criterion returned vectors that do not match the groups",
-            where=f"score={getattr(criterion, '__name__', criterion)!r}",
+            where=f"score={label}",
             remedy="return one vector of length group.size for every group, in order",
         )
     for group, values in zip(coupling.groups, scores, strict=True):
@@ -69,3 +101,57 @@ def score(
                 remedy="look for NaN or infinite weights in its layers, or use another criterion",
             )
     return scores
+
+
+def check_criterion(criterion: str | Score | Criterion, calibration: Calibration | None) -> None:
+    """Refuse, before any work, a criterion that is unknown or lacks what it needs.
+
+    Args:
+        criterion: Name, name with options, or a function.
+        calibration: Data, and perhaps a loss, or None.
+
+    Raises:
+        InputError: It is unknown, has no such option, or needs data or a loss.
+    """
+    if callable(criterion):
+        return
+    wanted = Score(criterion) if isinstance(criterion, str) else criterion
+    if not isinstance(wanted, Score) or wanted.name not in CRITERIA:
+        raise InputError(
+            f"unknown criterion {wanted.name if isinstance(wanted, Score) else wanted!r}",
+            where="score=",
+            remedy=f"use one of {', '.join(CRITERIA)}, or pass a function",
+        )
+    method = CRITERIA[wanted.name]
+    method.settle(wanted)
+    has_loss = calibration is not None and calibration.loss is not None
+    if method.needs and (calibration is None or (method.needs == "loss" and not has_loss)):
+        what, remedy = _MISSING[method.needs]
+        raise InputError(
+            f"criterion {wanted.name!r} needs {what}", where="score=", remedy=f"{remedy}"
+        )
+
+
+def is_additive(criterion: str | Score | Criterion) -> bool:
+    """Whether scores are losses that add up, also over groups; else they only rank.
+
+    Args:
+        criterion: Name, name with options, or a function, which may say so by an attribute
+            `additive`.
+    """
+    if callable(criterion):
+        return bool(getattr(criterion, "additive", False))
+    name = criterion.name if isinstance(criterion, Score) else criterion
+    return name in CRITERIA and CRITERIA[name].additive
+
+
+def score_name(criterion: str | Score | Criterion) -> str:
+    """A criterion's name and options, for records.
+
+    Args:
+        criterion: Name, name with options, or a function.
+    """
+    if isinstance(criterion, Score):
+        options = (criterion.aggregate, criterion.members, criterion.normalize)
+        return " ".join([criterion.name, *(o for o in options if o is not None)])
+    return criterion if isinstance(criterion, str) else getattr(criterion, "__name__", "")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -77,15 +79,76 @@ class Context:
         assert self.calibration is not None
         return self.calibration
 
+    @cached_property
+    def canonical(self) -> dict[str, str]:
+        """The name that stands for each parameter: the first of those that share its tensor."""
+        dims, aliases = self.coupling.dims, self.coupling.program.aliases
+        return {
+            name: next(a for a in aliases.get(name, (name,)) if a in dims)
+            for name in dims
+            if name in self.coupling.program.parameters
+        }
+
+    @cached_property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Every floating-point parameter that narrows with a group, shared ones once.
+
+        Raises:
+            InputError: One is on the meta device.
+        """
+        held = dict(self.model.named_parameters(remove_duplicate=False))
+        names = dict.fromkeys(
+            self.canonical[m.tensor]
+            for g in self.coupling.groups
+            for m in g.members
+            if m.tensor in self.canonical
+        )
+        found = {n: held[n].detach() for n in names if held[n].is_floating_point()}
+        for name, tensor in found.items():
+            if tensor.is_meta:
+                raise InputError(
+                    f"criterion {self.score.name!r} needs weights, and these are on the meta "
+                    "device",
+                    where=name,
+                    remedy="load the weights, or pass score='random'",
+                )
+        return found
+
 
 @dataclass(frozen=True)
 class Method:
-    """A criterion of the table.
+    """A criterion of the table, with its defaults; None where it has no such option.
 
     Attributes:
         function: From a context to one vector a group, higher is kept.
         needs: "" (weights alone), "data" (inputs) or "loss" (inputs, targets and a loss).
+        aggregate: See `Score`.
+        members: See `Score`.
+        normalize: See `Score`.
+        additive: Whether scores are losses that add up, also over groups.
     """
 
     function: Callable[[Context], Scores]
     needs: str = ""
+    aggregate: str | None = "sum"
+    members: str | None = "all"
+    normalize: str | None = "mean"
+    additive: bool = False
+
+    def settle(self, score: Score) -> Score:
+        """The options as given, and the defaults for the others.
+
+        Raises:
+            InputError: The criterion has no such option.
+        """
+        settled = {}
+        for option in ("aggregate", "members", "normalize"):
+            given, default = getattr(score, option), getattr(self, option)
+            if given is not None and default is None:
+                raise InputError(
+                    f"criterion {score.name!r} has no option {option}",
+                    where=f"Score({score.name!r}, {option}={given!r})",
+                    remedy=f"leave {option} out",
+                )
+            settled[option] = default if given is None else given
+        return Score(score.name, **settled)

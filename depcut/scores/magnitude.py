@@ -4,80 +4,72 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import nn
 
-from depcut import axes
-from depcut.coupling import Coupling
-from depcut.errors import InputError
+from depcut.scores.aggregate import Sums, compared, totals
+from depcut.scores.context import Context, Scores
 
 
-def _norms(coupling: Coupling, model: nn.Module, power: int) -> list[NDArray[np.float64]]:
-    """Sum of |w|^power over all members of each unit."""
-    program, index = coupling.program, coupling.group_of
-    totals = [np.zeros(g.size) for g in coupling.groups]
-    held = dict(model.named_parameters(remove_duplicate=False))
-    for name, dims in coupling.dims.items():
-        if name not in program.parameters or program.aliases.get(name, (name,))[0] != name:
-            continue
-        free = [i for i, t in enumerate(dims) if any(leaf in index for leaf in axes.leaves(t))]
-        tensor = held[name].detach()
-        if not free or not tensor.is_floating_point():
-            continue
-        if tensor.is_meta:
-            raise InputError(
-                "magnitudes need weights, and these are on the meta device",
-                where=name,
-                remedy="load the weights, or pass score='random'",
-            )
-        values = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-        for i in free:
-            sums = _sums(values, i, power).double().cpu().numpy()
-            for leaf, part in axes.project(dims[i], sums):
-                if leaf in index:
-                    totals[index[leaf].index] += part
-    return totals
+def powers(context: Context, power: int) -> Sums:
+    """Sums of |w|^power.
+
+    Args:
+        context: The weights.
+        power: 1 or 2.
+    """
+
+    def sums(name: str, dim: int) -> torch.Tensor:
+        tensor = context.weights[name]
+        half = tensor.dtype in (torch.float16, torch.bfloat16)
+        values = tensor.float() if half else tensor
+        others = [d for d in range(values.ndim) if d != dim]
+        if dim == 0 and others:
+            # One pass without a temporary, but slow where the rows are not contiguous.
+            norms: torch.Tensor = torch.linalg.vector_norm(values, power, dim=others)
+            return norms**power
+        elements = values.square() if power == 2 else values.abs()
+        return elements.sum(dim=others) if others else elements
+
+    return sums
 
 
-def _sums(values: torch.Tensor, dim: int, power: int) -> torch.Tensor:
-    """Sum of |w|^power over all dimensions but one."""
-    others = [j for j in range(values.ndim) if j != dim]
-    if dim == 0 and others:
-        # One pass without a temporary, but slow where the rows are not contiguous.
-        norms: torch.Tensor = torch.linalg.vector_norm(values, power, dim=others)
-        return norms**power
-    powers = values.square() if power == 2 else values.abs()
-    return powers.sum(dim=others) if others else powers
-
-
-def _normalized(totals: list[NDArray[np.float64]]) -> list[NDArray[np.float64]]:
-    """Divided by the group's mean, so that groups of different size and scale compare."""
-    return [t / m if (m := t.mean()) > 0 else np.ones_like(t) for t in totals]
-
-
-def shares(coupling: Coupling, model: nn.Module) -> list[NDArray[np.float64]]:
-    """Each unit's share of the sum of squares over all members of its group."""
-    totals = _norms(coupling, model, 2)
-    return [t / s if (s := t.sum()) > 0 else np.full_like(t, 1 / len(t)) for t in totals]
-
-
-def l2(coupling: Coupling, model: nn.Module, seed: int) -> list[NDArray[np.float64]]:
-    """Group L2 norm: sqrt of the sum of squares over all members, divided by the group's mean.
+def l2(context: Context) -> Scores:
+    """Group L2 norm: sqrt of the sum of w^2 over all members, divided by the group's mean.
 
     Source: Fang et al., DepGraph, CVPR 2023, eq. 5 (group norm); Li et al., ICLR 2017.
+    Needs no data.
     """
-    return _normalized([np.sqrt(t) for t in _norms(coupling, model, 2)])
+    return compared(context, [np.sqrt(t) for t in totals(context, powers(context, 2))])
 
 
-def l1(coupling: Coupling, model: nn.Module, seed: int) -> list[NDArray[np.float64]]:
+def l1(context: Context) -> Scores:
     """Group L1 norm: sum of |w| over all members, divided by the group's mean.
 
     Source: Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017.
+    Needs no data.
     """
-    return _normalized(_norms(coupling, model, 1))
+    return compared(context, totals(context, powers(context, 1)))
 
 
-def uniform_random(coupling: Coupling, model: nn.Module, seed: int) -> list[NDArray[np.float64]]:
-    """Independent uniform draws: the control that every criterion has to beat."""
-    generator = np.random.default_rng(seed)
-    return [generator.random(g.size) + 1e-9 for g in coupling.groups]
+def lamp(context: Context) -> Scores:
+    """Layer-adaptive magnitude: a unit's share of what is left once all smaller ones are gone.
+
+    With the squared group norms n of a group in ascending order, score(u) = n_u / sum of n_v over
+    all v that are not before u. The best unit of every group scores 1, so none is emptied; the
+    paper's weights are units here, its layers groups.
+    Source: Lee et al., Layer-adaptive Sparsity for the Magnitude-based Pruning, ICLR 2021, eq. 6.
+    Needs no data.
+    """
+    scores = []
+    for norms in totals(context, powers(context, 2)):
+        order = np.argsort(norms, kind="stable")
+        left = np.cumsum(norms[order][::-1])[::-1]
+        share = np.empty_like(norms)
+        share[order] = np.divide(norms[order], left, out=np.ones_like(left), where=left > 0)
+        scores.append(share)
+    return compared(context, scores)
+
+
+def uniform_random(context: Context) -> Scores:
+    """Independent uniform draws: the control that every criterion has to beat. Needs no data."""
+    generator = np.random.default_rng(context.seed)
+    return [generator.random(g.size) + 1e-9 for g in context.coupling.groups]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -16,8 +16,9 @@ from depcut.calibration.site import Call, Site
 from depcut.calibration.sites import find_sites, takes_shift
 from depcut.calibration.visits import visits
 from depcut.coupling import Coupling, Group
-from depcut.scores import magnitude
-from depcut.scores.context import Context, Scores
+from depcut.scores.aggregate import totals
+from depcut.scores.context import Context, Score, Scores
+from depcut.scores.magnitude import powers
 
 _DAMPING = 1e-2  # of the mean variance of the inputs
 _ROUNDS = 64  # in which the units of a group are eliminated, at most
@@ -42,7 +43,7 @@ def obs(context: Context) -> Scores:
     coupling = context.coupling
     sites, products = find_sites(coupling), _products(coupling)
     gathered = _gather(context, sites, products)
-    plain = magnitude.shares(coupling, context.model)
+    plain = _shares(context)
     out = []
     for group in coupling.groups:
         found = [_reader(s, group, gathered) for s in sites]
@@ -50,6 +51,13 @@ def obs(context: Context) -> Scores:
         readers += [_Terms.of(gathered.products[p]) for p in products if p.holds(group)]
         out.append(_eliminated(readers, group.size) if readers else plain[group.index])
     return out
+
+
+def _shares(context: Context) -> Scores:
+    """Each unit's share of the sum of squares over all members of its group."""
+    plain = replace(context, score=Score("l2", aggregate="sum", members="all"))
+    found = totals(plain, powers(plain, 2))
+    return [t / s if (s := float(t.sum())) > 0 else np.full_like(t, 1 / len(t)) for t in found]
 
 
 @dataclass(frozen=True, eq=False)

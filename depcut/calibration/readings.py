@@ -1,0 +1,112 @@
+"""Activations as the operators that sum over them read them, shown batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from depcut import axes
+from depcut.calibration.data import Calibration
+from depcut.calibration.site import bound
+from depcut.calibration.visits import visits
+from depcut.coupling import Coupling
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One dimension of one activation.
+
+    Attributes:
+        source: Node that makes the activation.
+        dim: Its dimension.
+        reader: Node that takes it.
+        groups: Numbers of the groups in that dimension.
+    """
+
+    source: fx.Node
+    dim: int
+    reader: fx.Node
+    groups: frozenset[int]
+
+
+def find_readings(coupling: Coupling) -> list[Reading]:
+    """Every activation dimension that an operator sums over, once, with the groups in it.
+
+    Of a group that nothing sums over (the state of a recurrent layer that is only read within it),
+    the last activation in which it occurs.
+
+    Args:
+        coupling: The analysed model.
+    """
+    nodes = coupling.program.graph.graph.nodes
+    made = _made_of_inputs(coupling)
+    found: dict[tuple[fx.Node, int], Reading] = {}
+    for node in nodes:
+        effects = coupling.effects.get(node)
+        for place in effects.contracts if effects else ():
+            for source, dim in (place, effects.counterparts.get(place, place)) if effects else ():
+                groups = _groups(coupling, source, dim)
+                if source in made and groups and (source, dim) not in found:
+                    found[source, dim] = Reading(source, dim, node, groups)
+    missing = {g.index for g in coupling.groups} - {i for r in found.values() for i in r.groups}
+    for source in reversed(nodes):
+        reader = next((u for u in source.users if hasattr(u.target, "_schema")), None)
+        dims = coupling.env.get(source)
+        if not missing or source not in made or reader is None or not isinstance(dims, tuple):
+            continue
+        for dim in range(len(dims)):
+            groups = _groups(coupling, source, dim) & missing
+            if groups:
+                found[source, dim] = Reading(source, dim, reader, groups)
+                missing -= groups
+    return list(found.values())
+
+
+def _made_of_inputs(coupling: Coupling) -> set[fx.Node]:
+    """Floating-point tensors that depend on an input of the model."""
+    program = coupling.program
+    reached = set(program.inputs)
+    for node in program.graph.graph.nodes:
+        if not reached.isdisjoint(node.all_input_nodes):
+            reached.add(node)
+    values = {node: node.meta.get("val") for node in reached}
+    return {n for n, v in values.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+
+
+def _groups(coupling: Coupling, node: fx.Node, dim: int) -> frozenset[int]:
+    dims = coupling.env.get(node)
+    if not isinstance(dims, tuple):
+        return frozenset()
+    leaves = axes.leaves(axes.resolve(dims[dim]))
+    index = coupling.group_of
+    return frozenset(index[leaf].index for leaf in leaves if leaf in index)
+
+
+def shown(
+    coupling: Coupling,
+    model: nn.Module,
+    calibration: Calibration,
+    readings: list[Reading],
+    label: str,
+) -> Iterator[tuple[Reading, torch.Tensor]]:
+    """(reading, activation) of every batch, in one pass over the data.
+
+    Args:
+        coupling: The analysed model.
+        model: The model; it is only read.
+        calibration: The batches.
+        readings: What to show.
+        label: What the progress bar says.
+    """
+    by_reader: dict[fx.Node, list[Reading]] = {}
+    for reading in readings:
+        by_reader.setdefault(reading.reader, []).append(reading)
+    for _, node, call in visits(coupling, model, calibration, list(by_reader), label):
+        sources = pytree.tree_leaves(dict(bound(node, node.args, node.kwargs)))
+        values = pytree.tree_leaves(dict(call))
+        for reading in by_reader[node]:
+            yield reading, values[sources.index(reading.source)]

@@ -1,0 +1,134 @@
+"""From numbers of a tensor's elements to scores of units: slices, members, groups."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from depcut import axes
+from depcut.axes import Axis, Term
+from depcut.scores.context import Context, Scores
+
+Values = NDArray[np.float64]
+Sums = Callable[[str, int], torch.Tensor]
+"""(parameter, dimension) -> sum of its elements' saliency over all its other dimensions."""
+
+
+def by_element(elements: Mapping[str, torch.Tensor]) -> Sums:
+    """Sums of one saliency an element, accumulated in double precision.
+
+    Args:
+        elements: A tensor of the parameter's shape, by canonical parameter name.
+    """
+
+    def sums(name: str, dim: int) -> torch.Tensor:
+        values = elements[name]
+        others = [d for d in range(values.ndim) if d != dim]
+        return values.sum(dim=others, dtype=torch.float64) if others else values.double()
+
+    return sums
+
+
+def unit_sums(term: Term, values: Values) -> Iterator[tuple[Axis, Values]]:
+    """Sum per-index values of a dimension onto the units of every axis in it.
+
+    The one place where elements become units.
+    """
+    return axes.project(term, values)
+
+
+def totals(context: Context, sums: Sums, names: Collection[str] | None = None) -> Scores:
+    """One vector a group: sums over a unit's slice of each member, aggregated over the members.
+
+    Args:
+        context: Groups, and the options "members" and "aggregate".
+        sums: The elements' saliency, signed or not.
+        names: Only these parameters; a group that none of them narrows with gets zeros.
+    """
+    coupling = context.coupling
+    chosen = members(context, names)
+    maximum = context.score.aggregate == "max"
+    out: list[Values | None] = [None] * len(coupling.groups)
+    for (name, dim), wanted in chosen.items():
+        values = sums(name, dim).double().cpu().numpy()
+        for number, part in _onto_groups(context, name, dim, values).items():
+            before = out[number]
+            if number not in wanted:
+                continue
+            if before is None:
+                out[number] = part
+            else:
+                out[number] = np.maximum(before, part) if maximum else before + part
+    if context.score.aggregate == "mean":
+        counts = np.bincount([n for wanted in chosen.values() for n in wanted], minlength=len(out))
+        out = [None if v is None else v / n for v, n in zip(out, counts, strict=True)]
+    return [np.zeros(g.size) if v is None else v for g, v in zip(coupling.groups, out, strict=True)]
+
+
+def _onto_groups(context: Context, name: str, dim: int, values: Values) -> dict[int, Values]:
+    """Values of a dimension by group number; where a group occurs twice in it, both."""
+    found: dict[int, Values] = {}
+    for axis, part in unit_sums(context.coupling.dims[name][dim], values):
+        group = context.coupling.group_of.get(axis)
+        if group is not None:
+            found[group.index] = found[group.index] + part if group.index in found else part
+    return found
+
+
+def members(
+    context: Context, names: Collection[str] | None = None
+) -> dict[tuple[str, int], set[int]]:
+    """(parameter, dimension) -> groups of which it is a member that counts.
+
+    Shared parameters count once, under their canonical name and with the roles of all their names.
+    A group that has no member of the wanted role has all of its members.
+
+    Args:
+        context: Groups, and the option "members".
+        names: Only these parameters.
+    """
+    role = (context.score.members or "all").removesuffix("s")
+    out: dict[tuple[str, int], set[int]] = {}
+    for group in context.coupling.groups:
+        roles: dict[tuple[str, int], set[str]] = {}
+        for member in group.members:
+            name = context.canonical.get(member.tensor)
+            if name in context.weights and (names is None or name in names):
+                roles.setdefault((name, member.dim), set()).add(member.role)
+        of_role = [place for place, found in roles.items() if role in found]
+        for place in of_role or roles:
+            out.setdefault(place, set()).add(group.index)
+    return out
+
+
+def compared(context: Context, scores: Scores) -> Scores:
+    """Scores made comparable across groups; negative ones are shifted, all by the same number.
+
+    Args:
+        context: The option "normalize".
+        scores: One vector a group.
+    """
+    how = context.score.normalize
+    if how == "mean":
+        scores = [_over(s, float(np.abs(s).mean())) for s in scores]
+    elif how == "zscore":
+        scores = [_over(s - s.mean(), float(s.std()), 0.0) for s in scores]
+    elif how == "size":
+        shapes = {name: tensor.shape for name, tensor in context.weights.items()}
+
+        def ones(name: str, dim: int) -> torch.Tensor:
+            shape = shapes[name]
+            return torch.full((shape[dim],), float(math.prod(shape) // shape[dim]))
+
+        scores = [s / np.maximum(n, 1) for s, n in zip(scores, totals(context, ones), strict=True)]
+    lowest = min((float(s.min()) for s in scores), default=0.0)
+    # An allocation reads scores as what is lost: a share of a sum, which must be positive.
+    return [s - lowest for s in scores] if lowest < 0 else scores
+
+
+def _over(values: Values, scale: float, otherwise: float = 1.0) -> Values:
+    return values / scale if scale > 0 else np.full_like(values, otherwise)

@@ -1,0 +1,44 @@
+"""Where a unit lies among the others of its group: one close to all of them can be spared."""
+
+from __future__ import annotations
+
+import torch
+
+from depcut.scores.aggregate import compared, members
+from depcut.scores.context import Context, Scores
+from depcut.scores.slices import unit_slices
+
+_ENTRIES = 1 << 24  # of a block of distances, 128 MiB in double precision
+
+
+def fpgm(context: Context) -> Scores:
+    """Sum of a unit's distances to all others: score(u) = sum over v of |x_u - x_v|.
+
+    x_u is everything that the unit owns of the members, as one vector; units close to the geometric
+    median of their group are replaceable. By default of the producers, as in the paper. Of several
+    members the squared distances are aggregated ("sum": that of the joint vector).
+    Source: He et al., Filter Pruning via Geometric Median (FPGM), CVPR 2019, eq. 4.
+    Needs no data.
+    """
+    coupling, places = context.coupling, members(context)
+    scores = []
+    for group in coupling.groups:
+        mine = [place for place, groups in places.items() if group.index in groups]
+        total = torch.zeros(group.size, dtype=torch.float64)
+        step = max(1, _ENTRIES // group.size)
+        for start in range(0, group.size, step):
+            squares: list[torch.Tensor] = []
+            for name, dim in mine:
+                term = coupling.dims[name][dim]
+                rows = unit_slices(context.weights[name], dim, term, group.axis).flatten(1)
+                found = torch.cdist(rows[start : start + step], rows).square_()
+                if not squares:
+                    squares.append(found)
+                elif context.score.aggregate == "max":
+                    torch.maximum(squares[0], found, out=squares[0])
+                else:
+                    squares[0] += found
+            count = len(mine) if context.score.aggregate == "mean" else 1
+            total[start : start + step] = (squares[0] / count).sqrt_().sum(dim=1).cpu()
+        scores.append(total.numpy())
+    return compared(context, scores)

@@ -1,0 +1,135 @@
+"""Criteria from gradients of a user's loss: what removing a unit would do to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+import torch
+
+from depcut.calibration.gradients import curvatures, gradients, trainable
+from depcut.scores.aggregate import by_element, compared, totals
+from depcut.scores.context import Context, Scores
+
+Elements = Mapping[str, torch.Tensor]
+
+
+def _mean(batches: Iterator[Scores]) -> Scores:
+    """Mean over the batches, in double precision."""
+    total: Scores = []
+    count = 0
+    for count, scores in enumerate(batches, 1):  # noqa: B007  the last one is how many there are
+        total = [t + s for t, s in zip(total, scores, strict=True)] if total else scores
+    return [t / count for t in total]
+
+
+def _products(context: Context, gradient: Elements) -> dict[str, torch.Tensor]:
+    """Element by element, a gradient times the weight."""
+    return {
+        name: gradient[name].detach().double() * weight.double()
+        for name, weight in context.weights.items()
+    }
+
+
+def _averaged(context: Context, saliency: Callable[[dict[str, torch.Tensor]], Scores]) -> Scores:
+    """Mean over the batches of what is made of g * w."""
+    with trainable(context.model):
+        found = gradients(context.model, context.data)
+        return _mean(saliency(_products(context, gradient)) for gradient in found)
+
+
+def taylor(context: Context) -> Scores:
+    """First-order Taylor: score(u) = mean over the batches of (sum over the unit of g w)^2.
+
+    The squared change of the loss to first order when all the unit's weights are set to zero. The
+    mean is over batches: batches of one example give the paper's.
+    Source: Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019,
+    eq. 8 and 9. Needs data and a loss.
+    """
+
+    def squared(products: dict[str, torch.Tensor]) -> Scores:
+        return [np.square(t) for t in totals(context, by_element(products))]
+
+    return compared(context, _averaged(context, squared))
+
+
+def taylor_gate(context: Context) -> Scores:
+    """First-order Taylor of a gate on the unit where it is read: `taylor` over the consumers.
+
+    Let a gate z = 1 multiply activation a_j where y = W a reads it. Then
+    dL/dz_j = a_j dL/da_j = a_j sum_i W_ij dL/dy_i = sum_i W_ij dL/dW_ij, summed over examples and
+    positions: the sum of g w over the consumers' columns of the unit, without a hook on any
+    activation. A unit that no weight reads is gated where it is produced: its producers.
+    Source: Molchanov et al., CVPR 2019, section 3 (gates); identity derived above.
+    Needs data and a loss.
+    """
+    return taylor(context)
+
+
+def fisher(context: Context) -> Scores:
+    """Diagonal second order: score(u) = mean over the batches of sum over the unit of g^2 w^2 / 2.
+
+    Optimal brain damage with the empirical Fisher information in place of the Hessian's diagonal;
+    g is the gradient of a batch, so batches of one example give the empirical Fisher itself.
+    Source: LeCun et al., Optimal Brain Damage, NeurIPS 1989 (published 1990), eq. 5 and section
+    2.2; Theis et al., Faster gaze prediction with dense networks and Fisher pruning, 2018.
+    Needs data and a loss.
+    """
+
+    def halved(products: dict[str, torch.Tensor]) -> Scores:
+        squares = {name: p.square() / 2 for name, p in products.items()}
+        return totals(context, by_element(squares))
+
+    return compared(context, _averaged(context, halved))
+
+
+def snip(context: Context) -> Scores:
+    """Connection sensitivity: score(u) = sum over the unit of |g w|, g the mean over the batches.
+
+    The paper divides by the sum over all weights, which orders nothing anew.
+    Source: Lee et al., SNIP: Single-shot Network Pruning based on Connection Sensitivity,
+    ICLR 2019, eq. 5. Needs data and a loss.
+    """
+    summed: dict[str, torch.Tensor] = {}
+    with trainable(context.model):
+        for gradient in gradients(context.model, context.data):
+            for name, product in _products(context, gradient).items():
+                summed[name] = summed[name].add_(product) if name in summed else product
+    count = len(context.data.batches)
+    return compared(
+        context, totals(context, by_element({n: p.abs() / count for n, p in summed.items()}))
+    )
+
+
+def _curved(context: Context, of_gradient: bool) -> Scores:
+    """Mean over the batches of the sums over each unit of w (H v), v the gradient or the weights.
+
+    H g is not linear in the loss, so GraSP's mean is one over batches.
+    """
+    with trainable(context.model):
+        found = curvatures(context.model, context.data, of_gradient=of_gradient)
+        return _mean(totals(context, by_element(_products(context, c))) for c in found)
+
+
+def hessian(context: Context) -> Scores:
+    """Second order: score(u) = | sum over the unit of w (H w) | / 2, H the Hessian of the loss.
+
+    The mean over the batches of one Hessian-vector product each, with all weights as the vector:
+    without random probes, and, unlike the diagonal, with the unit's share in its interactions with
+    all other weights.
+    Source: the quadratic term of Hassibi and Stork, Optimal Brain Surgeon, NeurIPS 1992, eq. 1,
+    shared out element by element as in Wang et al., ICLR 2020. Needs data and a loss.
+    """
+    return compared(context, [np.abs(t) / 2 for t in _curved(context, of_gradient=False)])
+
+
+def grasp(context: Context) -> Scores:
+    """Gradient signal preservation: score(u) = sum over the unit of w (H g).
+
+    The paper's S = -w (H g) is how much removal adds to the gradient flow |g|^2, and what has the
+    largest S is removed; higher is kept here, so the sign is turned. Scores are shifted to be
+    positive, all by the same number.
+    Source: Wang et al., Picking Winning Tickets Before Training by Preserving Gradient Flow,
+    ICLR 2020, eq. 8 and algorithm 1. Needs data and a loss.
+    """
+    return compared(context, _curved(context, of_gradient=True))
