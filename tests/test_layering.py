@@ -30,8 +30,8 @@ ORDER = [
     "cost keep",
     "reference calibration",
     "calibration.data",
-    "calibration.progress calibration.site calibration.moments calibration.solve "
-    "calibration.lockstep",
+    "calibration.progress calibration.site calibration.moments",
+    "calibration.solve calibration.lockstep",
     "calibration.gradients calibration.visits calibration.patches calibration.products "
     "calibration.cells",
     "calibration.sites calibration.readings",
