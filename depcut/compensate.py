@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from depcut.calibration.data import Calibration
 from depcut.calibration.lockstep import Lockstep
 from depcut.calibration.moments import folded
+from depcut.calibration.products import Product
 from depcut.calibration.progress import bar
 from depcut.calibration.site import Call, Site, bound
 from depcut.calibration.sites import find_sites, takes_shift
@@ -29,7 +30,7 @@ from depcut.capture import held_tensors, modes
 from depcut.errors import VerificationError
 from depcut.keep import Keep
 from depcut.observe import error
-from depcut.reference import Step
+from depcut.reference import Step, kept_part
 
 _TOLERANCE = 1e-2  # relative, between the repaired graph and model: rounding alone
 _SAME = 1e-6  # relative difference of inputs that counts as rounding
@@ -156,6 +157,7 @@ class _Repairer:
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """(batch, narrowed inputs, the dense layer's outputs that stay)."""
         rows = self.keep.indices(site.rows)
+        stream = _stream(site)
         for number, (dense, slim) in enumerate(both.steps()):
             wide, narrow = self._call(dense), self._call(slim)
             x = site.family.inputs(wide)
@@ -165,8 +167,15 @@ class _Repairer:
             flat = y.transpose(0, 1).flatten(1)
             if rows is not None:
                 flat = flat[:, torch.from_numpy(rows).to(flat.device)]
+            if stream is not None:
+                flat = flat + self._drift(dense, slim, stream).reshape(flat.shape)
             target = flat.unflatten(1, weight.shape[:2]).transpose(0, 1)
             yield number, self._read(site, narrow, x), target
+
+    def _drift(self, dense: Step, slim: Step, stream: fx.Node) -> torch.Tensor:
+        """What the stream that the result is added to has lost so far."""
+        before, after = dense.values[stream], slim.values[stream]
+        return kept_part(before, self.keep, self.keep.coupling.env[stream]) - after
 
     def _read(self, site: Site, narrow: Call, dense: torch.Tensor) -> torch.Tensor:
         """The narrowed inputs; what a cell reads of itself is taken from the dense run."""
@@ -227,6 +236,24 @@ class _Repairer:
 
     def _call(self, step: Step) -> Call:
         return bound(step.node, step.args, step.kwargs)
+
+
+def _stream(site: Site) -> fx.Node | None:
+    """The node that the result of a linear layer is added to, if it was computed before."""
+    if not isinstance(site.family, Product) or site.family.features != -1:
+        return None
+    node = site.node
+    while len(node.users) == 1:
+        (user,) = node.users
+        name = str(user.target)
+        if "dropout" in name:
+            node = user
+            continue
+        others = [a for a in user.args if isinstance(a, fx.Node) and a is not node]
+        if name.startswith("aten.add") and len(user.args) == 2 and len(others) == 1:
+            return others[0] if others[0] < site.node else None
+        return None
+    return None
 
 
 def _statistics(values: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
