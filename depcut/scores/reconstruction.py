@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from string import ascii_letters
 from typing import Protocol
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import fx
 
 from depcut import axes
 from depcut.calibration.site import Call, Site
-from depcut.calibration.sites import find_sites, takes_shift
+from depcut.calibration.sites import find_sites, parameters_behind
 from depcut.calibration.visits import visits
 from depcut.coupling import Coupling, Group
 from depcut.scores.aggregate import totals
@@ -23,7 +24,9 @@ from depcut.scores.magnitude import powers
 _DAMPING = 1e-2  # of the mean variance of the inputs
 _ROUNDS = 64  # in which the units of a group are eliminated, at most
 _TINY = 1e-30
+_NOISE = 1e-12  # of the energy of what is read: what rounding leaves of a variance
 _MATRIX = 2
+_PRODUCTS = ("matmul", "mm", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention")
 
 
 def obs(context: Context) -> Scores:
@@ -87,9 +90,15 @@ def _products(coupling: Coupling) -> list[_Product]:
         first, second = effects.contracts
         dims = coupling.env[first[0]]
         term = axes.resolve(dims[first[1]]) if isinstance(dims, tuple) else None
-        if first[0] is not second[0] and isinstance(term, axes.Axis):
+        computed = not any(parameters_behind(n, coupling.program) for n, _ in effects.contracts)
+        two = first[0] is not second[0] and len(node.all_input_nodes) >= 2
+        if computed and two and isinstance(term, axes.Axis) and _named(node) in _PRODUCTS:
             out.append(_Product(node, (first, second), term))
     return out
+
+
+def _named(node: fx.Node) -> str:
+    return str(node.target).removeprefix("aten.").partition(".")[0]
 
 
 @dataclass
@@ -139,16 +148,8 @@ def _add_inputs(found: _Gathered, site: Site, call: Call) -> None:
 
 def _add_terms(found: _Gathered, product: _Product, call: Call) -> None:
     """Gram matrix of the rank-one terms a_d b_d^T of a product: (A^T A) * (B^T B) by element."""
-    values = []
-    for source, dim in product.places:
-        names = [n for n, v in zip(call, product.node.args, strict=False) if v is source]
-        value = call[names[0]] if names else None
-        if not isinstance(value, torch.Tensor):
-            return
-        x = value.movedim(dim, -1).double()
-        x = x if x.ndim > 1 else x[None]
-        values.append(x.transpose(-1, -2) @ x)
-    a, b = values
+    squares = [_squares(product, call, which) for which in (0, 1)]
+    a, b = squares
     if a.ndim == b.ndim and a.ndim > _MATRIX and a.shape[-3] != b.shape[-3]:
         # Grouped queries: every key belongs to several of them.
         heads = max(a.shape[-3], b.shape[-3])
@@ -156,6 +157,28 @@ def _add_terms(found: _Gathered, product: _Product, call: Call) -> None:
     both = a * b
     gram = both.reshape(-1, *both.shape[-2:]).sum(0).cpu().numpy()
     found.products[product] = found.products.get(product, 0.0) + gram
+
+
+def _squares(product: _Product, call: Call, which: int) -> torch.Tensor:
+    """A^T A over all that only one of the two activations has, (batch..., units, units)."""
+    source, dim = product.places[which]
+    given = {**dict(zip(call, product.node.args, strict=False)), **product.node.kwargs}
+    name = next(n for n, v in given.items() if v is source or _lists(v, source))
+    if given[name] is source:
+        x = call[name].movedim(dim, -1).double()
+        x = x if x.ndim > 1 else x[None]
+        return x.transpose(-1, -2) @ x  # type: ignore[no-any-return]
+    at = list(given[name]).index(source)
+    labels = call["equation"].replace(" ", "").partition("->")[0].split(",")
+    own, other, unit = labels[at], labels[1 - at], labels[at][dim]
+    batch = "".join(c for c in own if c in other and c != unit)
+    twin = next(c for c in ascii_letters if c not in call["equation"])
+    x = call[name][at].double()
+    return torch.einsum(f"{own},{own.replace(unit, twin)}->{batch}{unit}{twin}", x, x)
+
+
+def _lists(value: object, source: fx.Node) -> bool:
+    return isinstance(value, list | tuple) and any(v is source for v in value)
 
 
 class _Reads(Protocol):
@@ -183,7 +206,9 @@ class _Terms:
     @staticmethod
     def of(gram: NDArray[np.float64]) -> _Terms:
         """Of the inner products of its terms."""
-        matrix = torch.from_numpy(gram / max(float(gram.sum()), _TINY))
+        # Terms may cancel to nothing; their own energy then sets the scale.
+        energy = max(float(gram.sum()), 1e-6 * float(gram.trace()), _TINY)
+        matrix = torch.from_numpy(gram / energy)
         return _Terms(matrix, torch.zeros(len(matrix), dtype=matrix.dtype))
 
     def losses(self) -> torch.Tensor:
@@ -252,7 +277,7 @@ def _reader(site: Site, group: Group, gathered: _Gathered) -> _Reader | None:
     if found is None or not (owners >= 0).any():
         return None
     xx, total, count = found
-    if takes_shift(site):
+    if site.takes_shift:
         xx = xx - total[:, :, None] * total[:, None, :] / count
     weight = gathered.weights[site]
     gram = weight.transpose(1, 2) @ weight
@@ -263,24 +288,38 @@ def _reader(site: Site, group: Group, gathered: _Gathered) -> _Reader | None:
     inverse = torch.linalg.inv(xx + _DAMPING * level[:, None, None] * eye)
     order = np.argsort(owners, kind="stable")
     columns = order[np.searchsorted(owners[order], 0) :].reshape(group.size, -1)
-    return _Reader(
-        inverse.cpu(), (gram / max(energy, _TINY)).cpu(), torch.from_numpy(columns.copy())
-    )
+    # Constant inputs carry nothing that a bias does not.
+    constant = energy <= _NOISE * float((gram * found[0]).sum())
+    gram = torch.zeros_like(gram) if constant else gram / energy
+    return _Reader(inverse.cpu(), gram.cpu(), torch.from_numpy(columns.copy()))
 
 
 def _eliminated(readers: list[_Reads], size: int) -> NDArray[np.float64]:
     """Score of each unit: the loss added when it goes, not decreasing in the order of going."""
     alive = np.arange(size)
-    scores = np.zeros(size)
     at_once = math.ceil(size / _ROUNDS)
-    least = 0.0
+    order: list[NDArray[np.int64]] = []
+    costs: list[float] = []
     while len(alive):
         losses = torch.stack([r.losses() for r in readers]).sum(0).numpy()
-        order = np.argsort(losses, kind="stable")[:at_once]
-        together = sum(r.remove(torch.from_numpy(order)) for r in readers)
-        share = losses[order] / max(float(losses[order].sum()), _TINY)
-        least = max(least, together / len(order))
-        # Those that go together are told apart by what each would cost alone.
-        scores[alive[order]] = least * (1 + 1e-3 * np.argsort(np.argsort(share)) / len(order))
-        alive = np.delete(alive, order)
+        next_ones = np.argsort(losses, kind="stable")[:at_once]
+        costs.append(sum(r.remove(torch.from_numpy(next_ones)) for r in readers))
+        order.append(alive[next_ones])
+        alive = np.delete(alive, next_ones)
+    scores = np.zeros(size)
+    # What costs the same still goes in this order.
+    later = 1 + 1e-3 * np.arange(size) / size
+    scores[np.concatenate(order)] = _rising(costs, [len(o) for o in order]) * later
     return scores
+
+
+def _rising(costs: list[float], counts: list[int]) -> NDArray[np.float64]:
+    """Cost of each unit, where a step that costs less than those before shares with them."""
+    pools: list[tuple[float, int]] = []
+    for step in zip(costs, counts, strict=True):
+        cost, count = step
+        while pools and pools[-1][0] * count >= cost * pools[-1][1]:
+            before = pools.pop()
+            cost, count = cost + before[0], count + before[1]
+        pools.append((cost, count))
+    return np.concatenate([np.full(count, max(cost, 0.0) / count) for cost, count in pools])
