@@ -277,9 +277,9 @@ TASKS: Mapping[str, Task] = {
     for task in (
         Task(
             "digits_resnet",
-            lambda: DigitNet((32, 64, 128), depth=2),
+            DigitNet,
             Images(),
-            Recipe(steps=420, batch=64, rate=0.1, momentum=True, decay=5e-4, warmup=0.3),
+            Recipe(steps=400, batch=64, rate=0.1, momentum=True, decay=5e-4, warmup=0.3),
         ),
         Task("digits_vit", nets.ViT, Images(), Recipe(steps=1800, batch=64, rate=1e-3)),
         Task(
