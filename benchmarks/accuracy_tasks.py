@@ -35,7 +35,7 @@ CONTEXT = 128
 RARE = 127  # the symbol of all characters that are not ASCII
 HELD_OUT = 20  # one file of so many is for validation
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data"}
-WINDOWS = 400  # of validation text that the metric reads
+WINDOWS = 250  # of validation text that the metric reads
 
 Pair = tuple[Tensor, Tensor]
 
