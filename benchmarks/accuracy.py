@@ -171,7 +171,7 @@ class Dense:
         metric = self.task.metric(slim)
         lost = self.metric - metric if self.task.higher_is_better else metric - self.metric
         facts = {"macs_kept": kept, "metric": metric, "dense": self.metric, "lost": lost}
-        return {**row, **facts, "seconds": seconds}
+        return {**row, **{k: round(v, 5) for k, v in facts.items()}, "seconds": seconds}
 
 
 def measured(

@@ -1,10 +1,10 @@
 """Torch-Pruning 1.6.1 as the accuracy benchmark's baseline, used as an expert would.
 
 All of its criteria, ranked within a layer, over all layers, and over all of a kind ("isomorphic",
-Fang et al., ECCV 2024); attention is pruned by the
-dimensions of its heads or by whole heads, and the attributes that its code reads are patched
-afterwards. The ratio is searched until the MACs come to the operating point. Criteria that read
-gradients get those of the same samples and the same loss as depcut.
+Fang et al., ECCV 2024); attention is pruned by the dimensions of its heads or by whole heads, and
+the attributes that its code reads are patched afterwards. The ratio is searched until the MACs come
+to the operating point. Criteria that read gradients get those of the same samples and the same loss
+as depcut.
 """
 
 from __future__ import annotations
