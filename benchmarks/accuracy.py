@@ -166,7 +166,7 @@ class Dense:
         try:
             kept, slim = prune(row["removed"])
         except (depcut.DepcutError, RuntimeError) as error:
-            return {**row, "error": measure.first_line(error)}
+            return {**row, "error": measure.first_line(error).removeprefix("RuntimeError: ")}
         seconds = round(time.perf_counter() - start, 2)
         metric = self.task.metric(slim)
         lost = self.metric - metric if self.task.higher_is_better else metric - self.metric

@@ -151,7 +151,7 @@ def pruned(
             kept = sum(measure.counted_macs(slim, (inputs,)).values()) / dense
         except Exception as error:  # noqa: BLE001  (any failure of the peer's is its result)
             source = traceback.extract_tb(error.__traceback__)[-1].line
-            reason = f"{measure.first_line(error)} in {source!r} (at a ratio of {ratio:.3g})"
+            reason = f"{measure.first_line(error)} [{source}]"
             high = ratio
             continue
         if best is None or abs(kept - macs_kept) < abs(best[0] - macs_kept):
@@ -165,7 +165,8 @@ def pruned(
     if measure.shapes(slim, (inputs,)) != measure.shapes(model, (inputs,)):
         raise RuntimeError("the outputs have other shapes")
     if abs(kept - macs_kept) > LIMIT:
-        raise RuntimeError(f"comes to {kept:.3f} of the MACs at best{reason and ': '}{reason}")
+        cause = f" ({reason})" if reason else ""
+        raise RuntimeError(f"no ratio comes within {LIMIT} of the MACs{cause}")
     return kept, slim
 
 

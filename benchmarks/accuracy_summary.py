@@ -103,8 +103,7 @@ def failures(rows: Iterable[Row]) -> list[str]:
 
 def peer_failures(rows: Iterable[Row]) -> list[str]:
     """The same for Torch-Pruning, by reason alone."""
-    lost = [r for r in rows if of_peer(r) and "error" in r]
-    counted = Counter((r["name"], r["error"].split(" (at a ratio")[0]) for r in lost)
+    counted = Counter((r["name"], r["error"]) for r in rows if of_peer(r) and "error" in r)
     return [f"{name}: {error} ({n} points)" for (name, error), n in counted.most_common()]
 
 
