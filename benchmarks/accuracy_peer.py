@@ -196,7 +196,7 @@ def _once(
     pruner.step()
     for attention in _attentions(model):
         attention.num_heads = pruner.num_heads[attention.qkv]
-        attention.head_dim = attention.qkv.out_features // 3 // attention.num_heads
+        attention.head_dim = attention.qkv.weight.shape[0] // 3 // attention.num_heads
     return model.eval()
 
 
