@@ -49,7 +49,7 @@ def main() -> None:
     figure.legend([handles[label] for label in labels], labels, loc="outside lower center", ncols=3)
     seeds = len({row["seed"] for row in rows})
     figure.suptitle(
-        f"One shot, no retraining; mean of {seeds} seeds"
+        f"One shot, no retraining; mean of {seeds} seed{'s' * (seeds > 1)}"
         + (", bands: standard deviation" if seeds > 1 else "")
     )
     out = options.out or RESULTS / f"{options.results}.png"
