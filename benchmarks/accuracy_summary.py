@@ -137,9 +137,9 @@ def print_tables(console: Console, rows: Sequence[Row]) -> None:
             table.add_row(*line)
         console.print(table)
     for key, value in summary(rows).items():
-        console.print(f"{key}: {value}")
+        console.print(f"{key}: {value}", markup=False)
     for line in peer_failures(rows):
-        console.print(f"{PEER} without a result: {line}")
+        console.print(f"{PEER} without a result: {line}", markup=False)
 
 
 def markdown(rows: Sequence[Row]) -> str:
