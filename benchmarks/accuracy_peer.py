@@ -165,7 +165,7 @@ def pruned(
     if measure.shapes(slim, (inputs,)) != measure.shapes(model, (inputs,)):
         raise RuntimeError("the outputs have other shapes")
     if abs(kept - macs_kept) > LIMIT:
-        cause = f" ({reason})" if reason else ""
+        cause = f" ({reason})" if reason else " (nothing is removed)" * (kept == 1.0)
         raise RuntimeError(f"no ratio comes within {LIMIT} of the MACs{cause}")
     return kept, slim
 

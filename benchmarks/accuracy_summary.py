@@ -96,8 +96,9 @@ def _ratio(a: Mapping[int, float], b: Mapping[int, float]) -> str:
 
 
 def failures(rows: Iterable[Row]) -> list[str]:
-    """Every reason for points without a result, with their number."""
-    counted = Counter((r["method"], r["error"]) for r in rows if "error" in r)
+    """Why points of depcut's have no result, with their number."""
+    own = (r for r in rows if not of_peer(r) and "error" in r)
+    counted = Counter((r["method"], r["error"]) for r in own)
     return [f"{method}: {error} ({n} points)" for (method, error), n in counted.items()]
 
 
