@@ -53,6 +53,8 @@ def sensitivities(
     try:
         for batch in ticking(calibration, "sensitivity"):
             for node, squares in probe.squares(batch, generator).items():
+                if node not in features:
+                    continue
                 part = _by_feature(*squares, features[node])
                 total[node] = total[node] + part if node in total else part
     except RuntimeError:

@@ -16,7 +16,7 @@ from depcut.calibration.sensitivity import sensitivities
 from depcut.calibration.site import Call, Site
 from depcut.calibration.sites import find_sites, takes_shift
 from depcut.calibration.visits import visits
-from depcut.coupling import Coupling, Group
+from depcut.coupling import Coupling, Group, origin
 from depcut.scores.aggregate import totals
 from depcut.scores.context import Context, Score, Scores
 from depcut.scores.magnitude import powers
@@ -99,7 +99,8 @@ def _products(coupling: Coupling) -> list[_Product]:
         first, second = effects.contracts
         dims = coupling.env[first[0]]
         term = axes.resolve(dims[first[1]]) if isinstance(dims, tuple) else None
-        if first[0] is not second[0] and isinstance(term, axes.Axis):
+        held = [origin(*place, coupling.program) for place in (first, second)]
+        if first[0] is not second[0] and isinstance(term, axes.Axis) and held == [None, None]:
             out.append(_Product(node, (first, second), term))
     return out
 
