@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from depcut.analysis import Analysis, analyze
 from depcut.api import shrink
+from depcut.compact import Compaction, compact, compaction
 from depcut.coupling import Frozen, Group, Member
 from depcut.errors import (
     BudgetError,
@@ -28,6 +29,7 @@ __all__ = [
     "Analysis",
     "BudgetError",
     "CaptureError",
+    "Compaction",
     "Comparison",
     "DepcutError",
     "ExportError",
@@ -46,6 +48,8 @@ __all__ = [
     "__version__",
     "analyze",
     "bench",
+    "compact",
+    "compaction",
     "compare",
     "export",
     "rule",

@@ -18,6 +18,7 @@ from depcut.capture import held_tensors, is_symbolic
 from depcut.inputs import Inputs, normalize
 from depcut.keep import Keep
 from depcut.ops.registry import Output
+from depcut.program import Program
 
 Watched = dict[fx.Node, Any]
 
@@ -52,6 +53,18 @@ def _zeroed(tensor: torch.Tensor, dim: int, kept: Any) -> torch.Tensor:
     return tensor.index_fill(dim, at, 0)
 
 
+def last_uses(program: Program) -> dict[fx.Node, list[fx.Node]]:
+    """The nodes whose value nobody needs after a node."""
+    last: dict[fx.Node, fx.Node] = {}
+    for node in program.graph.graph.nodes:
+        for source in node.all_input_nodes:
+            last[source] = node
+    out: dict[fx.Node, list[fx.Node]] = {}
+    for source, node in last.items():
+        out.setdefault(node, []).append(source)
+    return out
+
+
 class Reference:
     """Runs the captured graph: dense with consumer-side zeros, or sliced.
 
@@ -72,7 +85,7 @@ class Reference:
         """Flat outputs for flat inputs, and the values of the nodes to watch."""
         env: dict[fx.Node, Any] = {}
         watched: dict[fx.Node, Any] = {}
-        last = self._last_uses()
+        last = last_uses(self.program)
         given = iter(inputs)
         outputs: list[Any] = []
         for node in self.program.graph.graph.nodes:
@@ -92,16 +105,6 @@ class Reference:
             for done in last.get(node, ()):
                 env.pop(done, None)
         return outputs, watched
-
-    def _last_uses(self) -> dict[fx.Node, list[fx.Node]]:
-        last: dict[fx.Node, fx.Node] = {}
-        for node in self.program.graph.graph.nodes:
-            for source in node.all_input_nodes:
-                last[source] = node
-        out: dict[fx.Node, list[fx.Node]] = {}
-        for source, node in last.items():
-            out.setdefault(node, []).append(source)
-        return out
 
     def _tensor(self, node: fx.Node, dtype: torch.dtype | None) -> torch.Tensor:
         name = self.program.tensors[node]

@@ -27,7 +27,8 @@ ORDER = [
     "ops.join ops.attention ops.indexing ops.recurrent",
     "ops",
     "coupling",
-    "cost keep",
+    "cost keep taint",
+    "taint_rules",
     "scores.magnitude",
     "scores allocate allocate.space",
     "allocate.order allocate.lagrange",
@@ -35,8 +36,10 @@ ORDER = [
     "rewrite.tensors",
     "rewrite.graph",
     "rewrite.module rewrite.optimizer rewrite.preferences",
-    "rewrite.build reference",
-    "observe",
+    "rewrite.build rewrite.masks reference",
+    "observe constants",
+    "readings",
+    "dead folding",
     "verify",
     "plan",
     "runtime",
@@ -53,7 +56,7 @@ ORDER = [
     "latency.model",
     "latency.target",
     "analysis",
-    "api",
+    "api compact",
     "report",
     ROOT,
     "demo",
@@ -62,9 +65,9 @@ ORDER = [
 LEVEL = {name: i for i, line in enumerate(ORDER) for name in line.split(" ")}
 
 PUBLIC = """
-Analysis BudgetError CaptureError Comparison DepcutError ExportError ExportReport Frozen Group
+Analysis BudgetError CaptureError Compaction Comparison DepcutError ExportError ExportReport Frozen Group
 InputError LatencyError LatencyModel Member Op Plan PlanError RuleError VerificationError analyze
-bench compare export rule shrink __version__
+bench compact compaction compare export rule shrink __version__
 """.split()
 
 
