@@ -16,8 +16,8 @@ from torch.utils import _pytree as pytree
 
 from depcut.capture import held_tensors
 from depcut.coupling import Coupling
-from depcut.reference import example, last_uses
 from depcut.keep import Keep
+from depcut.reference import example, last_uses
 from depcut.taint import Step, tainted
 from depcut.taint_rules import derived, is_view
 
@@ -136,8 +136,6 @@ def _whole(value: Tensor, found: Any) -> Tensor:
     if found.shape == value.shape:
         return found
     return _filled(value, 0.0).copy_(found)
-
-
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -111,10 +111,11 @@ class _Liveness:
         summed = {c for i, dim in reading.places for c in form.labels[i][dim]}
         out = []
         for i, live in enumerate(reading.live):
+            used = live
             for dim, term in enumerate(self._dims(reading, i)):
                 if live.shape[dim] == term.size > 1 and not summed & set(form.labels[i][dim]):
-                    live = _only(live, dim, self.kept(term))
-            out.append(live)
+                    used = _only(used, dim, self.kept(term))
+            out.append(used)
         if constants and reading.fixed is not None:
             shape = [1] * out[0].ndim
             shape[form.channel] = -1

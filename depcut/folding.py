@@ -67,13 +67,12 @@ def fold_constants(
     if readings is None:
         readings = read(keep.coupling, model)
     held, changed = held_tensors(slim), []
-    for name, added in contributions(keep, readings).items():
+    for name, dense in contributions(keep, readings).items():
         if name not in held:
             continue
         picked = keep.tensors.get(name, (None,))[0]
-        if picked is not None:
-            added = added.index_select(0, torch.from_numpy(picked).to(added.device))
+        at = slice(None) if picked is None else torch.from_numpy(picked).to(dense.device)
         with torch.no_grad():
-            held[name].copy_(held[name].double() + added)
+            held[name].copy_(held[name].double() + dense[at])
         changed.append(name)
     return tuple(changed)

@@ -109,9 +109,9 @@ class Reading:
     why: str = ""
 
 
-def _batch(ndim: int, skip: int = 0) -> str:
+def _batch(ndim: int) -> str:
     """Letters for leading dimensions, aligned at the right."""
-    return string.ascii_uppercase[skip : skip + ndim][::-1]
+    return string.ascii_uppercase[: max(ndim, 0)][::-1]
 
 
 def form_of(step: Step) -> Form | None:
@@ -234,13 +234,13 @@ class Readings:
         numbers = torch.where(fixed, rows[:, 0], 0).double()
         absorber, why = None, made.form.why
         if not why:
-            absorber, why = self._absorber(step, made.form)
+            absorber, why = self._absorber(step)
         weight = step.value(w).detach()
         return replace(
             made, fixed=fixed, numbers=numbers, weight=weight, absorber=absorber, why=why
         )
 
-    def _absorber(self, step: Step, form: Form) -> tuple[Absorber | None, str]:
+    def _absorber(self, step: Step) -> tuple[Absorber | None, str]:
         """The tensor that can absorb a contribution, or why there is none."""
         name = base_name(step.node)
         bias = step.node.args[0] if name == "addmm" else step.arg("bias")

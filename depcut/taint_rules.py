@@ -153,7 +153,7 @@ def filled(step: Step) -> Any:
 
 
 @taints("zero", "zeros", "ones", "zeros_like", "ones_like", "new_zeros", "new_ones")
-def constant(step: Step) -> Any:
+def constant(_: Step) -> Any:
     """The same number everywhere, however many there are."""
     return 0.0
 
@@ -165,7 +165,7 @@ def copied(step: Step) -> Any:
 
 
 @taints("empty", "empty_like", "new_empty", "empty_strided")
-def uninitialised(step: Step) -> Any:
+def uninitialised(_: Step) -> Any:
     """Whatever memory holds."""
     return None
 
@@ -338,7 +338,7 @@ def along(step: Step) -> Any:
 
 
 @taints("sym_size", "sym_numel", "sym_stride")
-def number(step: Step) -> Any:
+def number(_: Step) -> Any:
     """Sizes follow those of the inputs."""
     return 1.0
 
@@ -355,7 +355,7 @@ def derived(step: Step) -> Any:
     if rule is not None:
         try:
             found = rule(step)
-        except Exception:  # noqa: BLE001  a form of the operator that the rule does not know
+        except Exception:  # a form of the operator that the rule does not know
             if os.environ.get("DEPCUT_STRICT"):
                 raise
     drawn = torch.Tag.nondeterministic_seeded in tags or rule is uninitialised

@@ -42,7 +42,11 @@ def _masked(module: nn.Module) -> list[str]:
     if not parametrize.is_parametrized(module):
         return []
     lists: Any = module.parametrizations
-    return [name for name, steps in lists.items() if steps.is_tensor and all(_is_mask(s, steps.original) for s in steps)]
+    return [
+        name
+        for name, steps in lists.items()
+        if steps.is_tensor and all(_is_mask(s, steps.original) for s in steps)
+    ]
 
 
 def _is_mask(step: nn.Module, weight: torch.Tensor) -> bool:
@@ -52,7 +56,9 @@ def _is_mask(step: nn.Module, weight: torch.Tensor) -> bool:
     tensors = [*step.buffers(), *plain]
     return bool(tensors) and all(
         t.ndim <= weight.ndim
-        and all(n in (1, m) for n, m in zip(reversed(t.shape), reversed(weight.shape), strict=False))
+        and all(
+            n in (1, m) for n, m in zip(reversed(t.shape), reversed(weight.shape), strict=False)
+        )
         and bool(((t == 0) | (t == 1)).all())
         for t in tensors
     )
