@@ -8,7 +8,7 @@ of values, so that writes in place reach all who read.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -84,8 +84,9 @@ def _executed(step: Step) -> tuple[Any, Any]:
     """The value of a node, and its taint."""
     node = step.node
     if getattr(node.target, "__name__", "") == "getitem":
-        source, index = node.args
-        value, taint = step.values[source][index], step.taints[source]  # type: ignore[index]
+        source, index = node.args[0], cast(int, node.args[1])
+        assert isinstance(source, fx.Node)
+        value, taint = step.values[source][index], step.taints[source]
         return value, taint[index] if isinstance(taint, list | tuple) else taint
     # First of all, as the operator may overwrite its operands.
     found = derived(step)
@@ -127,15 +128,20 @@ def _settled(step: Step, value: Tensor, found: Any) -> Tensor:
     return taint
 
 
-def _whole(value: Tensor, found: Any) -> Tensor:
+def _whole(value: Tensor, found: Tensor | float | None) -> Tensor:
     """A derived taint in the shape of the value; all of it where there is none that fits."""
-    if found is None or isinstance(found, float):
-        return _filled(value, 1.0 if found is None else found)
-    if found.is_complex() or torch.broadcast_shapes(found.shape, value.shape) != value.shape:
-        return _filled(value, 1.0)
-    if found.shape == value.shape:
-        return found
-    return _filled(value, 0.0).copy_(found)
+    if isinstance(found, Tensor) and not found.is_complex() and _fits(found, value):
+        if found.shape == value.shape:
+            return found
+        spread: Tensor = _filled(value, 0.0)
+        return spread.copy_(found)
+    whole: Tensor = _filled(value, found if isinstance(found, float) else 1.0)
+    return whole
+
+
+def _fits(found: Tensor, value: Tensor) -> bool:
+    pairs = zip(reversed(found.shape), reversed(value.shape), strict=False)
+    return found.ndim <= value.ndim and all(n in (1, m) for n, m in pairs)
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -149,13 +149,13 @@ def find_dead(coupling: Coupling, readings: Sequence[Reading]) -> Dead:
         for group, units, reason in back:
             state.gone[group.axis][units] = False
             surplus.setdefault((group.index, reason), []).extend(int(u) for u in units)
-    units = {g.index: np.flatnonzero(state.gone[g.axis]) for g in coupling.groups}
+    gone = {g.index: np.flatnonzero(state.gone[g.axis]) for g in coupling.groups}
     stuck = [
         Stuck(coupling.groups[i].name, tuple(sorted(found)), reason)
         for (i, reason), found in surplus.items()
     ]
     stuck += _held(coupling, state, {(i, u) for (i, _), found in surplus.items() for u in found})
-    return Dead({i: found for i, found in units.items() if len(found)}, tuple(stuck))
+    return Dead({i: dead.astype(np.int64) for i, dead in gone.items() if len(dead)}, tuple(stuck))
 
 
 def _back(coupling: Coupling, state: _Liveness) -> list[tuple[Group, Indices, str]]:
@@ -198,7 +198,8 @@ def _held(coupling: Coupling, state: _Liveness, known: set[tuple[int, int]]) -> 
     for group in coupling.groups:
         left = ~state.gone[group.axis] & ~busy[group.axis]
         for why, found in reasons[group.axis].items():
-            units = [int(u) for u in np.flatnonzero(left & found) if (group.index, u) not in known]
+            here = [int(u) for u in np.flatnonzero(left & found)]
+            units = [u for u in here if (group.index, u) not in known]
             if units:
                 out.append(Stuck(group.name, tuple(units), why))
                 left &= ~found

@@ -154,10 +154,14 @@ def _convolution(step: Step, name: str) -> Form:
     batch = step.value(x).ndim - rank - 1
     inputs = (*"B"[:batch], "gi", *"pqr"[:rank])
     if "transpose" in name:
-        sizes = (("g", groups), ("i", shape[0] // groups))
+        factors = (("g", groups), ("i", shape[0] // groups))
         why = "it is a transposed convolution, whose kernels overlap unevenly"
-        return Form((x, w), (inputs, ("gi", "o", *"uvw"[:rank])), sizes, why=why)
-    sizes = (("g", groups), ("i", shape[1]), ("o", shape[0] // groups))
+        return Form((x, w), (inputs, ("gi", "o", *"uvw"[:rank])), factors, why=why)
+    sizes: tuple[tuple[str, int], ...] = (
+        ("g", groups),
+        ("i", shape[1]),
+        ("o", shape[0] // groups),
+    )
     why = "it pads with zeros, so that the border differs" if is_padded(step) else ""
     return Form((x, w), (inputs, ("go", "i", *"uvw"[:rank])), sizes, out="go", why=why)
 

@@ -211,7 +211,7 @@ def sums_to_one(node: Any) -> bool:
         source: Any = node.args[0] if node.args else None
         if name in ("softmax", "_softmax"):
             dim = node.args[1]
-            return dim == -1 or dim == node.meta["val"].ndim - 1
+            return bool(dim == -1 or dim == node.meta["val"].ndim - 1)
         if name in ("view", "reshape", "_unsafe_view", "expand"):
             if node.meta["val"].shape[-1] != source.meta["val"].shape[-1]:
                 return False

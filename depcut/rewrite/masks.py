@@ -27,8 +27,16 @@ def without_masks(model: nn.Module) -> nn.Module:
         for name in _pruned(module):
             prune.remove(module, name)
         for name in _masked(module):
+            _own_class(module)
             parametrize.remove_parametrizations(module, name, leave_parametrized=True)
     return made
+
+
+def _own_class(module: nn.Module) -> None:
+    """A class for one module alone: copies share theirs, and removal changes it."""
+    kind = type(module)
+    kept = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+    module.__class__ = type(kind.__name__, kind.__bases__, kept)
 
 
 def _pruned(module: nn.Module) -> list[str]:
