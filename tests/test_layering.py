@@ -65,9 +65,9 @@ ORDER = [
 LEVEL = {name: i for i, line in enumerate(ORDER) for name in line.split(" ")}
 
 PUBLIC = """
-Analysis BudgetError CaptureError Compaction Comparison DepcutError ExportError ExportReport Frozen Group
-InputError LatencyError LatencyModel Member Op Plan PlanError RuleError VerificationError analyze
-bench compact compaction compare export rule shrink __version__
+Analysis BudgetError CaptureError Compaction Comparison DepcutError ExportError ExportReport Frozen
+Group InputError LatencyError LatencyModel Member Op Plan PlanError RuleError VerificationError
+analyze bench compact compaction compare export rule shrink __version__
 """.split()
 
 
