@@ -20,6 +20,7 @@ from depcut.capture import held_tensors, is_symbolic
 from depcut.inputs import Inputs, normalize
 from depcut.keep import Keep
 from depcut.ops.registry import Output
+from depcut.program import Program
 
 Watched = dict[fx.Node, Any]
 
@@ -73,6 +74,18 @@ def finished(steps: Generator[Step, None, list[Any]]) -> list[Any]:
         return list(end.value)
 
 
+def last_uses(program: Program) -> dict[fx.Node, list[fx.Node]]:
+    """The nodes whose value nobody needs after a node."""
+    last: dict[fx.Node, fx.Node] = {}
+    for node in program.graph.graph.nodes:
+        for source in node.all_input_nodes:
+            last[source] = node
+    out: dict[fx.Node, list[fx.Node]] = {}
+    for source, node in last.items():
+        out.setdefault(node, []).append(source)
+    return out
+
+
 class Reference:
     """Runs the captured graph: dense with consumer-side zeros, or sliced.
 
@@ -119,7 +132,7 @@ class Reference:
             The flat outputs.
         """
         env: dict[fx.Node, Any] = {}
-        last = self._last_uses()
+        last = last_uses(self.program)
         given = iter(inputs)
         outputs: list[Any] = []
         for node in self.program.graph.graph.nodes:
@@ -154,16 +167,6 @@ class Reference:
         if self.sliced and node in self.keep.coupling.effects:
             return self._literals(node, args, kwargs, env)
         return args, kwargs
-
-    def _last_uses(self) -> dict[fx.Node, list[fx.Node]]:
-        last: dict[fx.Node, fx.Node] = {}
-        for node in self.program.graph.graph.nodes:
-            for source in node.all_input_nodes:
-                last[source] = node
-        out: dict[fx.Node, list[fx.Node]] = {}
-        for source, node in last.items():
-            out.setdefault(node, []).append(source)
-        return out
 
     def _tensor(self, node: fx.Node, dtype: torch.dtype | None) -> torch.Tensor:
         name = self.program.tensors[node]

@@ -29,6 +29,16 @@ def take(tensor: torch.Tensor, picked: tuple[Indices | None, ...]) -> torch.Tens
     return out
 
 
+def computed_tensors(model: nn.Module) -> dict[int, Any]:
+    """A memo for copying: results that pre-forward hooks compute anew, which deepcopy refuses."""
+    return {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, torch.Tensor) and not value.is_leaf
+    }
+
+
 def narrowed_copy(model: nn.Module, keep: Keep) -> nn.Module:
     """A deep copy of the model in which only the kept indices of every tensor exist.
 
@@ -38,17 +48,12 @@ def narrowed_copy(model: nn.Module, keep: Keep) -> nn.Module:
         model: The dense model.
         keep: What stays.
     """
-    memo: dict[int, Any] = {}
+    memo = computed_tensors(model)
     held = held_tensors(model)
     for name, picked in keep.tensors.items():
         old = held.get(name)
         if old is not None and id(old) not in memo:
             memo[id(old)] = like(old, take(old, picked))
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, torch.Tensor) and not value.is_leaf and id(value) not in memo:
-                # A result that a pre-forward hook computes anew; deepcopy refuses such tensors.
-                memo[id(value)] = value.detach().clone()
     slim: nn.Module = copied(model, memo)
     _rescale(model, slim, keep)
     return slim
