@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from depcut.analysis import Analysis, analyze
 from depcut.api import shrink
+from depcut.calibration.data import Calibration
+from depcut.compensate import Compensation
 from depcut.coupling import Frozen, Group, Member
 from depcut.errors import (
     BudgetError,
@@ -21,14 +23,17 @@ from depcut.latency.model import LatencyModel
 from depcut.ops.registry import Op, rule
 from depcut.plan import Plan
 from depcut.report import Comparison, compare
+from depcut.scores import Score
 from depcut.timing.bench import bench
 from depcut.version import __version__
 
 __all__ = [
     "Analysis",
     "BudgetError",
+    "Calibration",
     "CaptureError",
     "Comparison",
+    "Compensation",
     "DepcutError",
     "ExportError",
     "ExportReport",
@@ -42,6 +47,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "RuleError",
+    "Score",
     "VerificationError",
     "__version__",
     "analyze",

@@ -17,6 +17,7 @@ from torch import nn
 
 from depcut import axes, cost
 from depcut.axes import Indices
+from depcut.calibration.data import BATCHES, Calibration, Data, Loss, calibrate
 from depcut.capture import capture
 from depcut.choose import Chooser, Request, check_budget
 from depcut.cost import Cost
@@ -28,7 +29,7 @@ from depcut.latency.target import Goal, plan_for_latency
 from depcut.plan import Plan, make_plan
 from depcut.program import Program
 from depcut.runtime import bind_inputs, resized
-from depcut.scores import Criterion
+from depcut.scores import Criterion, Score, is_additive
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +95,11 @@ class Analysis:
         *,
         of: str = "macs",
         latency_ms: float | None = None,
-        score: str | Criterion = "magnitude",
+        score: str | Score | Criterion | None = None,
+        data: Data | Calibration | None = None,
+        loss: Loss | None = None,
+        batches: int = BATCHES,
+        low_memory: bool = False,
         allocation: str | None = None,
         align: int = 8,
         keep: Iterable[str] = (),
@@ -110,9 +115,15 @@ class Analysis:
             of: "macs", "params", "channels" (every group loses that share) or "latency" (measured
                 in onnxruntime on this machine's CPU, see `latency`).
             latency_ms: In place of a ratio: milliseconds to come to, for the inputs as given.
-            score: Name of a criterion, or a function of (coupling, model, seed).
+            score: A criterion by name, as `depcut.Score` with options, or as a function of
+                (coupling, model, seed); by default "obs" with data and "magnitude" without.
+            data: Calibration data: an iterable of what the model takes, or of (input, target).
+            loss: A function of (output, target), for criteria that need gradients.
+            batches: How many items of the data to read at most.
+            low_memory: Whether to trade time for memory.
             allocation: "uniform" (every group loses the same share) or "global" (score per cost);
-                by default "global" for latency, "uniform" for all else.
+                by default "global" for latency and for scores that are losses ("obs"), "uniform"
+                for all else.
             align: Kept widths are multiples of it where the width allows; 1: any width.
             keep: Globs over module or parameter names whose width must stay.
             ratios: Fraction of units removed, by glob, for groups that the budget does not decide.
@@ -128,8 +139,13 @@ class Analysis:
         of = check_budget(ratio, of, latency_ms)
         if not self.groups:
             self._nothing()
-        allocation = allocation or ("global" if of == "latency" else "uniform")
-        request = Request(score, allocation, align, keep, ratios or {}, seed)
+        score = score or ("magnitude" if data is None else "obs")
+        if allocation is None:
+            allocation = "global" if of == "latency" or is_additive(score) else "uniform"
+        calibration = self.calibrate(
+            data, loss=loss, batches=batches, low_memory=low_memory, progress=progress
+        )
+        request = Request(score, allocation, align, keep, ratios or {}, seed, calibration)
         chooser = Chooser(self.coupling, self.model, request)
         if of == "latency":
             goal = Goal(ratio, None if latency_ms is None else 1e-3 * latency_ms)
@@ -140,6 +156,40 @@ class Analysis:
         quantity = self.costs[of]
         counts = chooser.meet(quantity, quantity.total * (1 - cast(float, ratio)), of)
         return chooser.plan(counts, {"ratio": float(cast(float, ratio)), "of": of})
+
+    def calibrate(
+        self,
+        data: Data | Calibration | None,
+        *,
+        loss: Loss | None = None,
+        batches: int = BATCHES,
+        low_memory: bool = False,
+        progress: bool = True,
+    ) -> Calibration | None:
+        """Read and check calibration data once, for `plan` and `Plan.apply`.
+
+        Args:
+            data: An iterable of what the model takes, or of (input, target) pairs; None and what
+                this function returned before are handed back.
+            loss: A function of (output, target) that returns a scalar.
+            batches: How many items to read at most.
+            low_memory: Whether to trade time for memory.
+            progress: Whether to show progress bars on standard error.
+
+        Raises:
+            InputError: The data or the loss does not fit the model.
+        """
+        if data is None or isinstance(data, Calibration):
+            return data
+        return calibrate(
+            self.program,
+            self.model,
+            data,
+            loss=loss,
+            batches=batches,
+            low_memory=low_memory,
+            progress=progress,
+        )
 
     def latency(
         self,

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from depcut.analysis import analyze
+from depcut.calibration.data import BATCHES, Data, Loss, inputs_of, read
 from depcut.choose import check_budget
 from depcut.inputs import Inputs
-from depcut.scores import Criterion
+from depcut.plan import wants_repair
+from depcut.scores import Criterion, Score
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -23,7 +25,12 @@ def shrink(
     *,
     of: str = "macs",
     latency_ms: float | None = None,
-    score: str | Criterion = "magnitude",
+    score: str | Score | Criterion | None = None,
+    data: Data | None = None,
+    loss: Loss | None = None,
+    batches: int = BATCHES,
+    compensate: bool | str = "auto",
+    low_memory: bool = False,
     allocation: str | None = None,
     align: int = 8,
     keep: Iterable[str] = (),
@@ -38,14 +45,21 @@ def shrink(
     Args:
         model: Any module that torch.export can capture; it is not changed.
         ratio: Fraction removed of the quantity named by `of`, in (0, 1).
-        inputs: A tensor, a tuple of positional or a dict of keyword arguments; left out, inferred
-            from the first layer where that is unambiguous.
+        inputs: A tensor, a tuple of positional or a dict of keyword arguments; left out, the first
+            item of the data, or inferred from the first layer where that is unambiguous.
         of: "macs", "params", "channels" (every group loses that share) or "latency" (measured in
             onnxruntime on this machine's CPU, on the inputs as given).
         latency_ms: In place of a ratio: milliseconds to come to.
-        score: Name of a criterion ("magnitude", "l1", "l2", "random") or a function.
-        allocation: "uniform" (same share everywhere) or "global" (least score per cost first); by
-            default "global" for latency, "uniform" for all else.
+        score: A criterion by name (see `depcut.scores`), as `depcut.Score` with options, or as a
+            function of (coupling, model, seed); by default "obs" with data, "magnitude" without.
+        data: Calibration data: any iterable of what the model takes, or of (input, target) pairs.
+        loss: A function of (output, target) that returns a scalar, for criteria with gradients.
+        batches: How many items of the data to read at most.
+        compensate: Whether to re-solve the weights that read what was removed, so that every
+            layer's outputs come close to the dense ones on the data; "auto": if there is data.
+        low_memory: Whether to trade time for memory.
+        allocation: "uniform" (same share everywhere) or "global" (least loss per cost first); by
+            default "global" for latency and for scores that are losses ("obs"), else "uniform".
         align: Kept widths are multiples of it where the width allows; 1: any width.
         keep: Globs over module or parameter names whose width must stay.
         ratios: Fraction of units removed, by glob, for groups that the budget does not decide.
@@ -58,11 +72,20 @@ def shrink(
         DepcutError: See `depcut.analyze`, `Analysis.plan` and `Plan.apply`.
     """
     check_budget(ratio, of, latency_ms)
-    plan = analyze(model, inputs).plan(
+    wants_repair(compensate, data is not None)
+    items = None if data is None else read(data, batches)
+    if inputs is None and items is not None and isinstance(model, nn.Module):
+        inputs = inputs_of(items[0], model, loss is not None)
+    analysis = analyze(model, inputs)
+    calibration = analysis.calibrate(
+        items, loss=loss, batches=batches, low_memory=low_memory, progress=progress
+    )
+    plan = analysis.plan(
         ratio,
         of=of,
         latency_ms=latency_ms,
         score=score,
+        data=calibration,
         allocation=allocation,
         align=align,
         keep=keep,
@@ -71,4 +94,5 @@ def shrink(
         threads=threads,
         progress=progress,
     )
-    return cast(ModelT, plan.apply(model, optimizer=optimizer))
+    slim = plan.apply(model, optimizer=optimizer, data=calibration, compensate=compensate)
+    return cast(ModelT, slim)

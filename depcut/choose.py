@@ -16,12 +16,13 @@ from depcut.allocate.lagrange import least_loss, nudged
 from depcut.allocate.order import ALLOCATIONS, meet, order
 from depcut.allocate.space import Counts, Space, space
 from depcut.axes import Indices
+from depcut.calibration.data import Calibration
 from depcut.cost import COSTS, Cost
 from depcut.coupling import Coupling, Group, layer_of
 from depcut.errors import BudgetError, InputError
 from depcut.plan import Plan, make_plan
 from depcut.rewrite.preferences import preferences
-from depcut.scores import Criterion, Scores, score
+from depcut.scores import Criterion, Score, Scores, is_additive, score, score_name
 
 
 @dataclass(frozen=True)
@@ -29,31 +30,35 @@ class Request:
     """What a user asks for, apart from the budget.
 
     Attributes:
-        score: Name of a criterion, or a function of (coupling, model, seed).
+        score: A criterion by name, with options, or a function of (coupling, model, seed).
         allocation: "uniform" or "global".
         align: Kept widths are multiples of it where the width allows; 1: any width.
         keep: Globs over module or parameter names whose width must stay.
         ratios: Fraction of units removed, by glob, for groups that the budget does not decide.
         seed: For criteria that draw.
+        calibration: Data, and perhaps a loss, for criteria that need them.
     """
 
-    score: str | Criterion = "magnitude"
+    score: str | Score | Criterion = "magnitude"
     allocation: str = "uniform"
     align: int = 8
     keep: Iterable[str] = ()
     ratios: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
+    calibration: Calibration | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
         """What a plan records of it."""
-        name = self.score if isinstance(self.score, str) else getattr(self.score, "__name__", "")
-        return {
+        made: dict[str, Any] = {
             "align": self.align,
             "allocation": self.allocation,
             "seed": self.seed,
-            "score": name,
+            "score": score_name(self.score),
         }
+        if self.calibration is not None:
+            made["examples"] = self.calibration.rows
+        return made
 
 
 class Chooser:
@@ -83,7 +88,10 @@ class Chooser:
         self.coupling, self.model, self.request = coupling, model, request
         self.held = _held(coupling, request.keep)
         self.fixed = _fixed(coupling, request.ratios, self.held)
-        self.scores: Scores = score(request.score, coupling, model, request.seed)
+        self.additive = is_additive(request.score)
+        self.scores: Scores = score(
+            request.score, coupling, model, request.seed, request.calibration
+        )
 
     def meet(self, quantity: Cost, target: float, of: str) -> Counts:
         """Kept counts whose cost is as close to the target as steps allow.
@@ -156,9 +164,10 @@ class Chooser:
 
     def _allocated(self, where: Space, cost: Cost, target: float, of: str) -> Counts:
         if of == "latency" and self.request.allocation == "global":
-            return least_loss(where, self.scores, cost, target, of)
+            return least_loss(where, self.scores, cost, target, of, self.additive)
         allocation = "uniform" if of == "channels" else self.request.allocation
-        return meet(where, order(allocation, where, self.scores, cost), cost, target, of)
+        sequence = order(allocation, where, self.scores, cost, self.additive)
+        return meet(where, sequence, cost, target, of)
 
 
 def check_budget(ratio: float | None, of: str, latency_ms: float | None) -> str:

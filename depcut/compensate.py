@@ -2,14 +2,13 @@
 
 Layer by layer in the order of execution, the kept columns of each weight are solved by least
 squares for the dense layer's outputs, from the inputs that the layers before, repaired already,
-deliver. Sources: He et al., Channel Pruning, ICCV 2017, eq. 1 (reconstruction, sequential); Frantar &
-Alistarh, Optimal Brain Compression, NeurIPS 2022 (closed form from second moments); Nagel et al.,
-Data-Free Quantization, ICCV 2019, section 4.2 (biases take the mean).
+deliver. Sources: He et al., Channel Pruning, ICCV 2017, eq. 1 (reconstruction, in sequence);
+Frantar & Alistarh, Optimal Brain Compression, NeurIPS 2022 (closed form from second moments); Nagel
+et al., Data-Free Quantization, ICCV 2019, section 4.2 (biases take the mean).
 """
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,18 +16,23 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from depcut.calibration.data import Calibration
 from depcut.calibration.lockstep import Lockstep
 from depcut.calibration.moments import folded
+from depcut.calibration.products import Product
 from depcut.calibration.progress import bar
 from depcut.calibration.site import Call, Site, bound
-from depcut.calibration.sites import find_sites
-from depcut.calibration.solve import Solution, solve
-from depcut.capture import held_tensors
+from depcut.calibration.sites import find_sites, takes_shift
+from depcut.calibration.solve import solve
+from depcut.capture import held_tensors, modes
+from depcut.errors import VerificationError
 from depcut.keep import Keep
-from depcut.reference import Step
+from depcut.observe import error
+from depcut.reference import Step, kept_part
 
+_TOLERANCE = 1e-2  # relative, between the repaired graph and model: rounding alone
 _SAME = 1e-6  # relative difference of inputs that counts as rounding
 _NORMS = ("aten.batch_norm.default",)
 
@@ -119,9 +123,11 @@ class _Repairer:
                         self._site(site, both)
                 else:
                     self._norm(node, both)
+        expected = both.outputs()
         held = held_tensors(self.slim)
         for name, tensor in self.tensors.items():
             held[name].data.copy_(tensor)
+        self._verify(expected)
         return Compensation(tuple(self.repairs), self.left)
 
     def _site(self, site: Site, both: Lockstep) -> None:
@@ -133,10 +139,10 @@ class _Repairer:
             return
         call = self._call(next(both.steps())[1])
         weight = site.family.matrix(call)
-        absorbs = bool(site.biases) or self._feeds_norm(site.node)
-        bias = torch.zeros(weight.shape[:2]) if absorbs else None
-        for name in site.biases:
-            bias = bias + self.tensors[name].reshape(weight.shape[:2])
+        absorbs = takes_shift(site)
+        added = [self.tensors[name].reshape(weight.shape[:2]) for name in site.biases]
+        start = weight.new_zeros(weight.shape[:2])
+        bias = sum(added, start) if absorbs else None
         solution = solve(folded(self._pairs(site, both, weight)), weight, bias)
         site.family.write(call, solution.weight.to(weight.dtype))
         if site.biases:
@@ -151,6 +157,7 @@ class _Repairer:
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """(batch, narrowed inputs, the dense layer's outputs that stay)."""
         rows = self.keep.indices(site.rows)
+        stream = _stream(site)
         for number, (dense, slim) in enumerate(both.steps()):
             wide, narrow = self._call(dense), self._call(slim)
             x = site.family.inputs(wide)
@@ -160,8 +167,15 @@ class _Repairer:
             flat = y.transpose(0, 1).flatten(1)
             if rows is not None:
                 flat = flat[:, torch.from_numpy(rows).to(flat.device)]
+            if stream is not None:
+                flat = flat + self._drift(dense, slim, stream).reshape(flat.shape)
             target = flat.unflatten(1, weight.shape[:2]).transpose(0, 1)
             yield number, self._read(site, narrow, x), target
+
+    def _drift(self, dense: Step, slim: Step, stream: fx.Node) -> torch.Tensor:
+        """What the stream that the result is added to has lost so far."""
+        before, after = dense.values[stream], slim.values[stream]
+        return kept_part(before, self.keep, self.keep.coupling.env[stream]) - after
 
     def _read(self, site: Site, narrow: Call, dense: torch.Tensor) -> torch.Tensor:
         """The narrowed inputs; what a cell reads of itself is taken from the dense run."""
@@ -175,9 +189,8 @@ class _Repairer:
 
     def _untouched(self, site: Site, both: Lockstep) -> bool:
         """Whether the inputs are the dense ones, so that there is nothing to repair."""
-        if self.keep.narrows(site.term) or self.keep.narrows(site.rows):
-            if self.keep.narrows(site.term):
-                return False
+        if self.keep.narrows(site.term):
+            return False
         dense, slim = next(both.steps())
         x, given = (site.family.inputs(self._call(s)) for s in (dense, slim))
         if x.shape != given.shape:
@@ -193,36 +206,60 @@ class _Repairer:
                 return f"{name} does not exist in the narrowed model"
         return ""
 
-    def _feeds_norm(self, node: fx.Node) -> bool:
-        """Whether a batch norm, which can take a shift, is all that reads the result."""
-        return all(user in self.norms for user in node.users) and bool(node.users)
-
     def _norm(self, node: fx.Node, both: Lockstep) -> None:
         """Shift and scale running statistics as the calibration batches' own moved."""
         pairs = [(self._call(d), self._call(s)) for d, s in both.steps()]
-        names = [self.program.tensors.get(node.args[i]) for i in (3, 4)]
-        if None in names or any(n not in self.tensors for n in names):
+        found = [self.program.tensors.get(node.args[i]) for i in (3, 4)]  # type: ignore[arg-type]
+        names = [n for n in found if n in self.tensors]
+        dims = self.keep.coupling.env[node]
+        if len(names) != len(found) or not isinstance(dims, tuple):
             return
-        kept = self.keep.indices(self.keep.coupling.env[node][1])
-        before = _statistics([p[0]["input"] for p in pairs])
-        after = _statistics([p[1]["input"] for p in pairs])
-        if kept is not None:
-            before = tuple(b[torch.from_numpy(kept)] for b in before)
-        mean, variance = (self.tensors[n] for n in names)
-        mean += (after[0] - before[0]).to(mean.dtype)
-        variance *= (after[1] / before[1].clamp_min(1e-12)).clamp(1e-2, 1e2).to(variance.dtype)
+        kept = self.keep.indices(dims[1])
+        before, after = (_statistics([p[i]["input"] for p in pairs]) for i in (0, 1))
+        old = [b if kept is None else b[torch.from_numpy(kept).to(b.device)] for b in before]
+        mean, variance = (self.tensors[str(n)] for n in names)
+        mean += (after[0] - old[0]).to(mean.dtype)
+        variance *= (after[1] / old[1].clamp_min(1e-12)).clamp(1e-2, 1e2).to(variance.dtype)
+
+    def _verify(self, expected: list[Any]) -> None:
+        """Refuse a model that gives other outputs than the graph that was repaired."""
+        args, kwargs = self.calibration.arguments(self.calibration.batches[0])
+        with modes(self.slim, ()):
+            outputs = pytree.tree_leaves(self.slim(*args, **kwargs))
+        size, message = error(expected, outputs)
+        if message or not size <= _TOLERANCE:
+            raise VerificationError(
+                message or f"after compensation, outputs differ by {size:.3g} of their scale",
+                where=type(self.slim).__name__,
+                remedy="pass compensate=False, and please report the model",
+            )
 
     def _call(self, step: Step) -> Call:
         return bound(step.node, step.args, step.kwargs)
 
 
+def _stream(site: Site) -> fx.Node | None:
+    """The node that the result of a linear layer is added to, if it was computed before."""
+    if not isinstance(site.family, Product) or site.family.features != -1:
+        return None
+    node = site.node
+    while len(node.users) == 1:
+        (user,) = node.users
+        name = str(user.target)
+        if "dropout" in name:
+            node = user
+            continue
+        others = [a for a in user.args if isinstance(a, fx.Node) and a is not node]
+        if name.startswith("aten.add") and len(user.args) == 2 and len(others) == 1:
+            return others[0] if others[0] < site.node else None
+        return None
+    return None
+
+
 def _statistics(values: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and variance by channel."""
-    count = total = square = 0.0
-    for value in values:
-        flat = value.double().transpose(0, 1).flatten(1)
-        count += flat.shape[1]
-        total = total + flat.sum(1)
-        square = square + flat.square().sum(1)
-    mean = total / count
-    return mean, (square / count - mean.square()).clamp_min(0)
+    flat = [v.double().transpose(0, 1).flatten(1) for v in values]
+    count = sum(f.shape[1] for f in flat)
+    mean = torch.stack([f.sum(1) for f in flat]).sum(0) / count
+    spread = torch.stack([(f - mean[:, None]).square().sum(1) for f in flat]).sum(0)
+    return mean, spread / count

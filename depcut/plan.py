@@ -18,9 +18,11 @@ from torch.utils import _pytree as pytree
 
 from depcut import cost
 from depcut.axes import Indices
+from depcut.calibration.data import BATCHES, Calibration, Data, calibrate
 from depcut.capture import capture
+from depcut.compensate import compensate as repair
 from depcut.coupling import Coupling, infer
-from depcut.errors import PlanError, listed
+from depcut.errors import InputError, PlanError, listed
 from depcut.inputs import Inputs, device_of
 from depcut.keep import Keep
 from depcut.origin import record_origin
@@ -66,8 +68,16 @@ class Plan:
         inputs: Inputs = None,
         *,
         optimizer: torch.optim.Optimizer | None = None,
+        data: Data | Calibration | None = None,
+        batches: int = BATCHES,
+        compensate: bool | str = "auto",
+        low_memory: bool = False,
+        progress: bool = True,
     ) -> nn.Module:
         """The smaller model: same class, new tensors, verified; `model` is not changed.
+
+        With data, the weights that read what was removed are re-solved afterwards
+        (`depcut.compensate`); what that did is in `report["compensation"]`.
 
         `depcut.export` writes the plan's digest and request into the ONNX files of the result.
 
@@ -75,11 +85,18 @@ class Plan:
             model: The model the plan was made for, or another instance of its architecture.
             inputs: Example inputs; left out, those of the plan (or of the same shapes).
             optimizer: One that trains `model`; it is pointed at the smaller model.
+            data: Calibration data: an iterable of what the model takes, or of (input, target).
+            batches: How many items of the data to read at most.
+            compensate: Whether to re-solve weights; "auto": if there is data.
+            low_memory: Whether to trade time for memory.
+            progress: Whether to show a progress bar on standard error.
 
         Raises:
+            InputError: The data does not fit the model.
             PlanError: The model has another architecture.
             VerificationError: The smaller model does not compute what it should.
         """
+        repairs = wants_repair(compensate, data is not None)
         if optimizer is not None:
             check_optimizer(optimizer, model)
         coupling = self.coupling
@@ -87,11 +104,23 @@ class Plan:
             self._check(model)
             coupling = infer(capture(model, inputs if inputs is not None else self._inputs(model)))
         keep = self.keep(coupling)
+        if repairs and data is not None and not isinstance(data, Calibration):
+            data = calibrate(
+                coupling.program,
+                model,
+                data,
+                batches=batches,
+                low_memory=low_memory,
+                progress=progress,
+            )
         slim = rewrite(model, keep)
         error = verify(slim, model)
+        compensation = None
+        if repairs and isinstance(data, Calibration):
+            compensation = repair(slim.model, model, keep, data)
         if optimizer is not None:
             narrow_optimizer(optimizer, model, slim.model, keep)
-        self.report.update(generated=dict(slim.generated), error=error)
+        self.report.update(generated=dict(slim.generated), error=error, compensation=compensation)
         record_origin(slim.model, replace(self, coupling=None, model=None)._origin)
         return slim.model
 
@@ -255,6 +284,31 @@ class Plan:
             example, (args, kwargs), is_leaf=lambda v: isinstance(v, dict) and "shape" in v
         )
         return made[1] if made[1] else tuple(made[0])
+
+
+def wants_repair(compensate: bool | str, has_data: bool) -> bool:
+    """Whether to compensate.
+
+    Args:
+        compensate: What the user asked for: True, False or "auto".
+        has_data: Whether there is calibration data.
+
+    Raises:
+        InputError: It is something else, or True without data.
+    """
+    if compensate not in (True, False, "auto"):
+        raise InputError(
+            f"compensate is {compensate!r}",
+            where="compensate=",
+            remedy='use "auto" (if there is data), True or False',
+        )
+    if compensate is True and not has_data:
+        raise InputError(
+            "compensation needs data: it re-solves weights for the dense layers' outputs",
+            where="compensate=True",
+            remedy="pass data=, an iterable of what the model takes",
+        )
+    return bool(compensate) and has_data
 
 
 def make_plan(

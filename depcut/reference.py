@@ -56,11 +56,12 @@ def _zeroed(tensor: torch.Tensor, dim: int, kept: Any) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Step:
-    """A node about to run, with the values of its arguments."""
+    """A node about to run, with the values of its arguments and of all that is still needed."""
 
     node: fx.Node
     args: list[Any]
     kwargs: dict[str, Any]
+    values: Mapping[fx.Node, Any]
 
 
 def finished(steps: Generator[Step, None, list[Any]]) -> list[Any]:
@@ -134,7 +135,7 @@ class Reference:
                 env[node] = getattr(self.program.graph, str(node.target))
             elif node.op == "call_function":
                 if node in stops:
-                    yield Step(node, *self._arguments(node, env))
+                    yield Step(node, *self._arguments(node, env), env)
                 env[node] = self._call(node, env)
             else:
                 outputs = [env[a] if isinstance(a, fx.Node) else a for a in node.args[0]]

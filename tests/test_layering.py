@@ -30,8 +30,8 @@ ORDER = [
     "cost keep",
     "reference calibration",
     "calibration.data",
-    "calibration.progress calibration.site calibration.moments calibration.solve "
-    "calibration.lockstep",
+    "calibration.progress calibration.site calibration.moments",
+    "calibration.solve calibration.lockstep",
     "calibration.gradients calibration.visits calibration.patches calibration.products "
     "calibration.cells",
     "calibration.sites calibration.readings",
@@ -47,7 +47,7 @@ ORDER = [
     "rewrite.module rewrite.optimizer rewrite.preferences",
     "rewrite.build",
     "observe",
-    "verify",
+    "verify compensate",
     "plan",
     "runtime",
     "agreement convert publish",
@@ -72,8 +72,8 @@ ORDER = [
 LEVEL = {name: i for i, line in enumerate(ORDER) for name in line.split(" ")}
 
 PUBLIC = """
-Analysis BudgetError CaptureError Comparison DepcutError ExportError ExportReport Frozen Group
-InputError LatencyError LatencyModel Member Op Plan PlanError RuleError VerificationError analyze
+Analysis BudgetError Calibration CaptureError Comparison Compensation DepcutError ExportError ExportReport Frozen Group
+InputError LatencyError LatencyModel Member Op Plan PlanError RuleError Score VerificationError analyze
 bench compare export rule shrink __version__
 """.split()
 

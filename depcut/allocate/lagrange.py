@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from depcut.allocate.space import Counts, Scores, Space, losses, marginal
+from depcut.allocate.space import Counts, Scores, Space, marginals
 from depcut.cost import Cost
 from depcut.errors import BudgetError
 
@@ -25,7 +25,9 @@ _PRICES = 40
 _CLOSE = 1e-3  # of the budget; the search for a price ends there
 
 
-def least_loss(where: Space, scores: Scores, cost: Cost, target: float, of: str) -> Counts:
+def least_loss(
+    where: Space, scores: Scores, cost: Cost, target: float, of: str, additive: bool = False
+) -> Counts:
     """Kept counts that lose least score among those found within the budget.
 
     Args:
@@ -34,6 +36,7 @@ def least_loss(where: Space, scores: Scores, cost: Cost, target: float, of: str)
         cost: The budgeted quantity.
         target: Its value to stay within.
         of: Name of the quantity, for messages.
+        additive: Whether scores are losses that add up, also over groups.
 
     Returns:
         Kept count of each group.
@@ -41,7 +44,7 @@ def least_loss(where: Space, scores: Scores, cost: Cost, target: float, of: str)
     Raises:
         BudgetError: Even the smallest widths cost more than the target.
     """
-    search = _Search(where, scores, cost)
+    search = _Search(where, scores, cost, additive)
     floor = cost(where.kept(where.available))
     if floor > target * (1 + 1e-9):
         raise BudgetError(
@@ -93,17 +96,13 @@ class _Search:
         where: The steps.
         scores: One vector a group.
         cost: The budgeted quantity.
+        additive: Whether scores are losses that add up.
     """
 
-    def __init__(self, where: Space, scores: Scores, cost: Cost) -> None:
+    def __init__(self, where: Space, scores: Scores, cost: Cost, additive: bool) -> None:
         self.where, self.cost = where, cost
         self.available = where.available
-        self.lost = [
-            np.append(0.0, np.cumsum(marginal(values, int(n), int(step))))
-            for values, n, step in zip(
-                losses(where, scores), self.available, where.steps, strict=True
-            )
-        ]
+        self.lost = [np.append(0.0, np.cumsum(lost)) for lost in marginals(where, scores, additive)]
         members = [np.flatnonzero(where.class_of == c) for c in range(len(self.available))]
         self.members = members
         self.parts = [cost.within(groups) for groups in members]

@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from depcut.allocate.space import Counts, Scores, Space, losses, marginal
+from depcut.allocate.space import Counts, Scores, Space, marginals
 from depcut.cost import Cost
 from depcut.errors import BudgetError, InputError
 
@@ -21,7 +21,9 @@ _LAST = 1e30
 _LAST_SHARE = 0.1  # of a group's units; removed only when the budget cannot be met otherwise
 
 
-def order(allocation: str, where: Space, scores: Scores, cost: Cost) -> Counts:
+def order(
+    allocation: str, where: Space, scores: Scores, cost: Cost, additive: bool = False
+) -> Counts:
     """The classes in the order in which they give up a step.
 
     Args:
@@ -31,6 +33,7 @@ def order(allocation: str, where: Space, scores: Scores, cost: Cost) -> Counts:
         where: The steps.
         scores: One vector a group.
         cost: The budgeted quantity.
+        additive: Whether scores are losses that add up, also over groups.
 
     Raises:
         InputError: Unknown allocation.
@@ -42,14 +45,16 @@ def order(allocation: str, where: Space, scores: Scores, cost: Cost) -> Counts:
             remedy=f"use one of {', '.join(ALLOCATIONS)}",
         )
     available, keys, classes = where.available, [], []
-    lost = losses(where, scores) if allocation == "global" else []
+    lost = marginals(where, scores, additive) if allocation == "global" else []
     price = np.bincount(where.class_of, weights=cost.gradient(cost.dense), minlength=len(available))
     for number, (size, step, n) in enumerate(zip(where.sizes, where.steps, available, strict=True)):
         share = np.arange(1, n + 1) * step / size
         if allocation == "uniform":
             key = share
         else:
-            key = marginal(lost[number], int(n), int(step)) / max(price[number] * size, 1e-12)
+            # What counts is the share of a group, unless losses are absolute.
+            amount = step if additive else size
+            key = lost[number] / max(price[number] * amount, 1e-12)
             key = np.where(share > 1 - _LAST_SHARE, key + _LAST * share, key)
         keys.append(key)
         classes.append(np.full(n, number))

@@ -113,34 +113,29 @@ def _cofactors(term: Term, cofactor: int) -> list[tuple[Axis, int]]:
     return out
 
 
-def losses(where: Space, scores: Scores) -> Scores:
-    """Scores of each class's units, the k-th cheapest of its groups averaged, ascending.
+def marginals(where: Space, scores: Scores, additive: bool = False) -> Scores:
+    """What each step of each class loses, not decreasing.
+
+    Scores that only rank (norms) say nothing of how much a group may give up: their loss is
+    -d/dk of R^(1 - p), where R is the share of the group's score that is left. A loss linear in R
+    would empty the most expensive group before it touches the next.
 
     Args:
         where: The classes.
         scores: One vector a group.
+        additive: Whether scores are losses that add up, also over groups.
     """
     sums = [np.zeros(n) for n in where.sizes]
     members = np.bincount(where.class_of, minlength=len(sums))
     for group, values in enumerate(scores):
         sums[where.class_of[group]] += np.sort(values)
-    return [s / n for s, n in zip(sums, members, strict=True)]
-
-
-def marginal(ascending: NDArray[np.float64], n: int, step: int) -> NDArray[np.float64]:
-    """Loss of each step for -d/dk of R^(1 - p), where R is the share of the score that is left.
-
-    A loss linear in R would empty the most expensive group before it touches the next.
-
-    Args:
-        ascending: Scores of a class's units, see `losses`.
-        n: Number of steps.
-        step: Units of a step.
-
-    Returns:
-        One number a step, not decreasing.
-    """
-    gone = ascending[: n * step].reshape(n, step).sum(axis=1)
-    total = max(float(ascending.sum()), 1e-12)
-    left = np.maximum(1 - np.cumsum(gone) / total, 1e-3)
-    return np.maximum.accumulate(gone / total / left**_CONVEXITY)
+    out = []
+    for total, number in zip(sums, range(len(sums)), strict=True):
+        n, step = int(where.available[number]), int(where.steps[number])
+        gone = total[: n * step].reshape(n, step).sum(axis=1)
+        if not additive:
+            whole = max(float(total.sum()), 1e-12 * members[number])
+            left = np.maximum(1 - np.cumsum(gone) / whole, 1e-3)
+            gone = gone / whole / left**_CONVEXITY
+        out.append(np.maximum.accumulate(gone))
+    return out

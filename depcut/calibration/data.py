@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from depcut.capture import is_symbolic, modes
 from depcut.errors import InputError
-from depcut.inputs import arguments, device_of
+from depcut.inputs import Inputs, arguments, device_of
 from depcut.program import Program
 
 Data = Iterable[Any]
@@ -115,29 +115,62 @@ def calibrate(
         InputError: The data is empty, has other shapes or types than the captured inputs, holds
             NaN, or the loss fails or returns no scalar.
     """
-    if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
-        raise InputError(
-            f"batches is {batches!r}", where="batches=", remedy="pass an integer of at least 1"
-        )
     if loss is not None and not callable(loss):
         raise InputError(
             f"loss is a {type(loss).__name__}, not a function",
             where="loss=",
             remedy="pass a function of (output, target), e.g. torch.nn.functional.cross_entropy",
         )
-    if isinstance(data, torch.Tensor | str | Mapping) or not isinstance(data, Iterable):
-        kind = type(data).__name__
-        raise InputError(f"data is a {kind}", where="data=", remedy=f"pass {_PAIRS}: [x], not x")
     reader = _Reader(program, model, loss is not None)
-    read = []
-    for number, item in enumerate(itertools.islice(data, batches)):
-        read.append(reader.batch(item, f"data, item {number}"))
-    if not read:
-        raise InputError("the data is empty", where="data=", remedy=f"pass {_PAIRS}")
-    made = Calibration(program, tuple(read), loss, device_of(model), low_memory, progress)
+    items = read(data, batches)
+    bound = tuple(reader.batch(item, f"data, item {i}") for i, item in enumerate(items))
+    made = Calibration(program, bound, loss, device_of(model), low_memory, progress)
     if loss is not None:
         _check_loss(made, model)
     return made
+
+
+def read(data: Data, batches: int = BATCHES) -> list[Any]:
+    """The first items of an iterable.
+
+    Args:
+        data: Any iterable of items.
+        batches: How many to read at most.
+
+    Raises:
+        InputError: It is no iterable of items, or empty.
+    """
+    if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
+        raise InputError(
+            f"batches is {batches!r}", where="batches=", remedy="pass an integer of at least 1"
+        )
+    if isinstance(data, torch.Tensor | str | Mapping) or not isinstance(data, Iterable):
+        kind = type(data).__name__
+        raise InputError(f"data is a {kind}", where="data=", remedy=f"pass {_PAIRS}: [x], not x")
+    items = list(islice(data, batches))
+    if not items:
+        raise InputError("the data is empty", where="data=", remedy=f"pass {_PAIRS}")
+    return items
+
+
+def inputs_of(item: Any, model: nn.Module, pairs: bool) -> Inputs:
+    """What the model takes of an item of data, before it is captured.
+
+    Args:
+        item: A batch: inputs, or (input, target).
+        model: The model.
+        pairs: Whether there is a loss, which takes the targets; without one, an item of two that
+            the model's forward would not take is a pair.
+    """
+    if isinstance(item, tuple | list) and len(item) == 2:
+        if pairs:
+            return item[0]  # type: ignore[no-any-return]
+        try:
+            inspect.signature(model.forward).bind(*item)
+        except TypeError:
+            return item[0]  # type: ignore[no-any-return]
+        return tuple(item)
+    return item  # type: ignore[no-any-return]
 
 
 class _Reader:

@@ -13,7 +13,8 @@ from depcut.calibration.data import Batch, Calibration
 def bar(calibration: Calibration) -> Progress:
     """A progress bar on standard error that vanishes when it is done."""
     console = Console(stderr=True)
-    return Progress(console=console, transient=True, disable=not calibration.progress)
+    shown = calibration.progress and (console.is_interactive or console.is_jupyter)
+    return Progress(console=console, transient=True, disable=not shown)
 
 
 def ticking(calibration: Calibration, label: str) -> Iterator[Batch]:

@@ -117,6 +117,9 @@ def bound(node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call
         kwargs: Values of its keyword arguments.
     """
     target: Any = node.target
-    given = {a.name: a.default_value for a in target._schema.arguments if a.has_default_value()}
-    names = [a.name for a in target._schema.arguments]
-    return {**given, **dict(zip(names, args, strict=False)), **kwargs}
+    schema = target._schema.arguments
+    given = {**dict(zip((a.name for a in schema), args, strict=False)), **kwargs}
+    return {
+        a.name: given.get(a.name, a.default_value if a.has_default_value() else None)
+        for a in schema
+    }

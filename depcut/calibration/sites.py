@@ -39,3 +39,13 @@ def find_sites(coupling: Coupling) -> list[Site]:
         if build is not None:
             found += build(Place(coupling, node))
     return found
+
+
+def takes_shift(site: Site) -> bool:
+    """Whether a constant can be added to its results: a bias, or a batch norm that alone reads it.
+
+    Args:
+        site: Any site.
+    """
+    norms = ["aten.batch_norm" in str(user.target) for user in site.node.users]
+    return bool(site.biases) or (bool(norms) and all(norms))

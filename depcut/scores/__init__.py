@@ -10,10 +10,19 @@ from torch import nn
 from depcut.calibration.data import Calibration
 from depcut.coupling import Coupling
 from depcut.errors import InputError
-from depcut.scores import activation, geometry, gradient, magnitude, scale, synaptic
+from depcut.scores import activation, geometry, gradient, magnitude, reconstruction, scale, synaptic
 from depcut.scores.context import Context, Method, Score, Scores
 
-__all__ = ["CRITERIA", "Criterion", "Score", "Scores", "score"]
+__all__ = [
+    "CRITERIA",
+    "Criterion",
+    "Score",
+    "Scores",
+    "check_criterion",
+    "is_additive",
+    "score",
+    "score_name",
+]
 
 Criterion = Callable[[Coupling, nn.Module, int], Scores]
 
@@ -37,6 +46,9 @@ CRITERIA: dict[str, Method] = {
     "hessian": Method(gradient.hessian, "loss"),
     "snip": Method(gradient.snip, "loss"),
     "grasp": Method(gradient.grasp, "loss"),
+    "obs": Method(
+        reconstruction.obs, "data", aggregate=None, members=None, normalize=None, additive=True
+    ),
 }
 
 _MISSING = {"data": ("data", "pass data="), "loss": ("data and a loss", "pass data= and loss=")}
@@ -118,3 +130,28 @@ def check_criterion(criterion: str | Score | Criterion, calibration: Calibration
         raise InputError(
             f"criterion {wanted.name!r} needs {what}", where="score=", remedy=f"{remedy}"
         )
+
+
+def is_additive(criterion: str | Score | Criterion) -> bool:
+    """Whether scores are losses that add up, also over groups; else they only rank.
+
+    Args:
+        criterion: Name, name with options, or a function, which may say so by an attribute
+            `additive`.
+    """
+    if callable(criterion):
+        return bool(getattr(criterion, "additive", False))
+    name = criterion.name if isinstance(criterion, Score) else criterion
+    return name in CRITERIA and CRITERIA[name].additive
+
+
+def score_name(criterion: str | Score | Criterion) -> str:
+    """A criterion's name and options, for records.
+
+    Args:
+        criterion: Name, name with options, or a function.
+    """
+    if isinstance(criterion, Score):
+        options = (criterion.aggregate, criterion.members, criterion.normalize)
+        return " ".join([criterion.name, *(o for o in options if o is not None)])
+    return criterion if isinstance(criterion, str) else getattr(criterion, "__name__", "")

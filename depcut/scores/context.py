@@ -125,6 +125,7 @@ class Method:
         aggregate: See `Score`.
         members: See `Score`.
         normalize: See `Score`.
+        additive: Whether scores are losses that add up, also over groups.
     """
 
     function: Callable[[Context], Scores]
@@ -132,6 +133,7 @@ class Method:
     aggregate: str | None = "sum"
     members: str | None = "all"
     normalize: str | None = "mean"
+    additive: bool = False
 
     def settle(self, score: Score) -> Score:
         """The options as given, and the defaults for the others.

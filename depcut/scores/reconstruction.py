@@ -2,40 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import fx
 
-from depcut.axes import Axis
-from depcut.calibration.site import Site
-from depcut.calibration.sites import find_sites
+from depcut import axes
+from depcut.calibration.site import Call, Site
+from depcut.calibration.sites import find_sites, takes_shift
 from depcut.calibration.visits import visits
 from depcut.coupling import Coupling, Group
-from depcut.scores.context import Context, Scores
+from depcut.scores.aggregate import totals
+from depcut.scores.context import Context, Score, Scores
+from depcut.scores.magnitude import powers
 
 _DAMPING = 1e-2  # of the mean variance of the inputs
 _ROUNDS = 64  # in which the units of a group are eliminated, at most
-
-
-@dataclass
-class _Reader:
-    """One weight that reads a group: covariance of its inputs and Gram matrix of its columns.
-
-    Attributes:
-        inverse: Inverse of the damped covariance, (blocks, in, in).
-        gram: W^T W over the outputs, (blocks, in, in).
-        columns: Columns of each unit that is left, (units, columns of a unit).
-        energy: Variance of the outputs.
-    """
-
-    inverse: torch.Tensor
-    gram: torch.Tensor
-    columns: torch.Tensor
-    energy: float
+_TINY = 1e-30
+_MATRIX = 2
 
 
 def obs(context: Context) -> Scores:
@@ -43,13 +31,256 @@ def obs(context: Context) -> Scores:
 
     For a weight W (out, in) that reads inputs of covariance H, removing the columns S and
     re-solving the others costs tr(W_S ((H^-1)_SS)^-1 W_S^T); W and H^-1 are then updated for the
-    next removal. Summed over all weights that read the unit, each in units of its outputs' variance.
-    The cheapest units go first; a unit's score is the loss that its removal added, so that sums
-    over what is removed are losses of reconstruction.
+    next removal. Summed over all weights that read the unit, each in units of its outputs'
+    variance. A product of two activations that sums over the units (head_dim of queries and keys)
+    adds the energy of their terms in it, as nothing there can be re-solved. The cheapest units go
+    first; a unit's score is the loss that its removal added, so that a sum over removed units is a
+    loss of reconstruction. Units that neither reads have their share of the group's squared
+    weights.
 
-    Units that no such weight reads (head_dim of queries and keys) are ranked by the energy of their
-    terms in the product; where there is none, by the group's L2 norm.
-
-    Source: Kurtic et al., ZipLM, NeurIPS 2023, eq. 3-5; Hassibi & Stork 1992. Needs data.
+    Source: Kurtic et al., ZipLM, NeurIPS 2023, eq. 3-5; Hassibi & Stork, NeurIPS 1992. Needs data.
     """
-    raise NotImplementedError(Sequence, Axis, fx.Node, Group, Coupling, Site, find_sites, visits)
+    coupling = context.coupling
+    sites, products = find_sites(coupling), _products(coupling)
+    gathered = _gather(context, sites, products)
+    plain = _shares(context)
+    out = []
+    for group in coupling.groups:
+        found = [_reader(s, group, gathered) for s in sites]
+        readers: list[_Reads] = [r for r in found if r is not None]
+        readers += [_Terms.of(gathered.products[p]) for p in products if p.holds(group)]
+        out.append(_eliminated(readers, group.size) if readers else plain[group.index])
+    return out
+
+
+def _shares(context: Context) -> Scores:
+    """Each unit's share of the sum of squares over all members of its group."""
+    plain = replace(context, score=Score("l2", aggregate="sum", members="all"))
+    found = totals(plain, powers(plain, 2))
+    return [t / s if (s := float(t.sum())) > 0 else np.full_like(t, 1 / len(t)) for t in found]
+
+
+@dataclass(frozen=True, eq=False)
+class _Product:
+    """A node that sums over an axis of two activations.
+
+    Attributes:
+        node: The node.
+        places: (argument, dimension) of either activation.
+        term: The summed dimension.
+    """
+
+    node: fx.Node
+    places: tuple[tuple[fx.Node, int], tuple[fx.Node, int]]
+    term: axes.Term
+
+    def holds(self, group: Group) -> bool:
+        return self.term is group.axis
+
+
+def _products(coupling: Coupling) -> list[_Product]:
+    """Products of two activations that sum over nothing but one axis."""
+    out = []
+    for node, effects in coupling.effects.items():
+        if len(effects.contracts) != 2 or node.graph is not coupling.program.graph.graph:
+            continue
+        first, second = effects.contracts
+        dims = coupling.env[first[0]]
+        term = axes.resolve(dims[first[1]]) if isinstance(dims, tuple) else None
+        if first[0] is not second[0] and isinstance(term, axes.Axis):
+            out.append(_Product(node, (first, second), term))
+    return out
+
+
+@dataclass
+class _Gathered:
+    """What one pass over the data collects.
+
+    Attributes:
+        inputs: By site, sum of x x^T (blocks, in, in), sum of x (blocks, in), count.
+        weights: By site, W (blocks, out, in).
+        products: By product, the Gram matrix of its terms (units, units).
+    """
+
+    inputs: dict[Site, tuple[torch.Tensor, torch.Tensor, int]]
+    weights: dict[Site, torch.Tensor]
+    products: dict[_Product, NDArray[np.float64]]
+
+
+def _gather(context: Context, sites: list[Site], products: list[_Product]) -> _Gathered:
+    coupling = context.coupling
+    found = _Gathered({}, {}, {})
+    free = set(coupling.group_of)
+    needed = [s for s in sites if any(leaf in free for leaf in axes.leaves(s.term))]
+    wanted = [p for p in products if p.term in free]
+    at: dict[fx.Node, list[Site | _Product]] = {}
+    items: list[Site | _Product] = [*needed, *wanted]
+    for item in items:
+        at.setdefault(item.node, []).append(item)
+    for _, node, call in visits(coupling, context.model, context.data, list(at), "second moments"):
+        for item in at[node]:
+            if isinstance(item, Site):
+                _add_inputs(found, item, call)
+            else:
+                _add_terms(found, item, call)
+    return found
+
+
+def _add_inputs(found: _Gathered, site: Site, call: Call) -> None:
+    x = site.family.inputs(call).double()
+    xx, total, count = x.transpose(1, 2) @ x, x.sum(1), x.shape[1]
+    if site in found.inputs:
+        before = found.inputs[site]
+        xx, total, count = before[0].add_(xx), before[1].add_(total), before[2] + count
+    else:
+        found.weights[site] = site.family.matrix(call).detach().double()
+    found.inputs[site] = xx, total, count
+
+
+def _add_terms(found: _Gathered, product: _Product, call: Call) -> None:
+    """Gram matrix of the rank-one terms a_d b_d^T of a product: (A^T A) * (B^T B) by element."""
+    values = []
+    for source, dim in product.places:
+        names = [n for n, v in zip(call, product.node.args, strict=False) if v is source]
+        value = call[names[0]] if names else None
+        if not isinstance(value, torch.Tensor):
+            return
+        x = value.movedim(dim, -1).double()
+        x = x if x.ndim > 1 else x[None]
+        values.append(x.transpose(-1, -2) @ x)
+    a, b = values
+    if a.ndim == b.ndim and a.ndim > _MATRIX and a.shape[-3] != b.shape[-3]:
+        # Grouped queries: every key belongs to several of them.
+        heads = max(a.shape[-3], b.shape[-3])
+        a, b = (v.repeat_interleave(heads // v.shape[-3], -3) for v in (a, b))
+    both = a * b
+    gram = both.reshape(-1, *both.shape[-2:]).sum(0).cpu().numpy()
+    found.products[product] = found.products.get(product, 0.0) + gram
+
+
+class _Reads(Protocol):
+    """What reads a group, for the units that are left."""
+
+    def losses(self) -> torch.Tensor:
+        """What removing each unit alone costs."""
+
+    def remove(self, units: torch.Tensor) -> float:
+        """Remove units together; the cost."""
+
+
+@dataclass
+class _Terms:
+    """A product of two activations that sums over a group.
+
+    Attributes:
+        gram: Inner products of its terms, (units, units); all of them sum to 1.
+        extra: What the terms that are gone already add to the cost of each unit.
+    """
+
+    gram: torch.Tensor
+    extra: torch.Tensor
+
+    @staticmethod
+    def of(gram: NDArray[np.float64]) -> _Terms:
+        """Of the inner products of its terms."""
+        matrix = torch.from_numpy(gram / max(float(gram.sum()), _TINY))
+        return _Terms(matrix, torch.zeros(len(matrix), dtype=matrix.dtype))
+
+    def losses(self) -> torch.Tensor:
+        """What removing each unit alone costs."""
+        return self.gram.diagonal() + 2 * self.extra
+
+    def remove(self, units: torch.Tensor) -> float:
+        """Remove units together; the cost."""
+        cost = float(self.gram[units][:, units].sum() + 2 * self.extra[units].sum())
+        stay = torch.ones(len(self.gram), dtype=torch.bool)
+        stay[units] = False
+        self.extra = (self.extra + self.gram[units].sum(0))[stay]
+        self.gram = self.gram[stay][:, stay]
+        return cost
+
+
+@dataclass
+class _Reader:
+    """One weight that reads a group, for the units that are left.
+
+    Attributes:
+        inverse: Inverse of the damped covariance of its inputs, (blocks, in, in).
+        gram: W^T W over the outputs, (blocks, in, in).
+        columns: Columns of each unit, (units, columns of a unit).
+    """
+
+    inverse: torch.Tensor
+    gram: torch.Tensor
+    columns: torch.Tensor
+
+    def losses(self) -> torch.Tensor:
+        """What removing each unit alone costs."""
+        rows, cols = self.columns[:, :, None], self.columns[:, None, :]
+        return _trace(self.inverse[:, rows, cols], self.gram[:, rows, cols]).sum(0)
+
+    def remove(self, units: torch.Tensor) -> float:
+        """Remove units together and re-solve what is left; the cost."""
+        gone = self.columns[units].flatten()
+        mask = torch.ones(self.inverse.shape[-1], dtype=torch.bool)
+        mask[gone] = False
+        left = mask.nonzero().flatten()
+        inverse, gram = self.inverse, self.gram
+        within = inverse[:, gone[:, None], gone]
+        cost = float(_trace(within, gram[:, gone[:, None], gone]).sum())
+        through = torch.linalg.solve(within, inverse[:, gone[:, None], left])
+        across = gram[:, left[:, None], gone] @ through
+        own = through.transpose(1, 2) @ (gram[:, gone[:, None], gone] @ through)
+        self.gram = gram[:, left[:, None], left] - across - across.transpose(1, 2) + own
+        self.inverse = inverse[:, left[:, None], left] - inverse[:, left[:, None], gone] @ through
+        stay = torch.ones(len(self.columns), dtype=torch.bool)
+        stay[units] = False
+        self.columns = (torch.cumsum(mask, 0) - 1)[self.columns[stay]]
+        return cost
+
+
+def _trace(inverse: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """tr(inverse^-1 gram) over the last two dimensions, never negative."""
+    solved = torch.linalg.solve(inverse, gram)
+    trace: torch.Tensor = solved.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return trace.clamp_min(0)
+
+
+def _reader(site: Site, group: Group, gathered: _Gathered) -> _Reader | None:
+    found = gathered.inputs.get(site)
+    owners = site.units(group.axis)
+    if found is None or not (owners >= 0).any():
+        return None
+    xx, total, count = found
+    if takes_shift(site):
+        xx = xx - total[:, :, None] * total[:, None, :] / count
+    weight = gathered.weights[site]
+    gram = weight.transpose(1, 2) @ weight
+    energy = float((gram * xx).sum())
+    level = xx.diagonal(dim1=1, dim2=2).mean(1)
+    level = level.clamp_min(1e-6 * float(level.max()) + _TINY)
+    eye = torch.eye(xx.shape[-1], dtype=xx.dtype, device=xx.device)
+    inverse = torch.linalg.inv(xx + _DAMPING * level[:, None, None] * eye)
+    order = np.argsort(owners, kind="stable")
+    columns = order[np.searchsorted(owners[order], 0) :].reshape(group.size, -1)
+    return _Reader(
+        inverse.cpu(), (gram / max(energy, _TINY)).cpu(), torch.from_numpy(columns.copy())
+    )
+
+
+def _eliminated(readers: list[_Reads], size: int) -> NDArray[np.float64]:
+    """Score of each unit: the loss added when it goes, not decreasing in the order of going."""
+    alive = np.arange(size)
+    scores = np.zeros(size)
+    at_once = math.ceil(size / _ROUNDS)
+    least = 0.0
+    while len(alive):
+        losses = torch.stack([r.losses() for r in readers]).sum(0).numpy()
+        order = np.argsort(losses, kind="stable")[:at_once]
+        together = sum(r.remove(torch.from_numpy(order)) for r in readers)
+        share = losses[order] / max(float(losses[order].sum()), _TINY)
+        least = max(least, together / len(order))
+        # Those that go together are told apart by what each would cost alone.
+        scores[alive[order]] = least * (1 + 1e-3 * np.argsort(np.argsort(share)) / len(order))
+        alive = np.delete(alive, order)
+    return scores
