@@ -697,7 +697,10 @@ def test_criteria_need_weights(criterion: str) -> None:
         scores(analysis, criterion)
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.sweep] if i % 5 else []) for i, n in enumerate(NETS)],
+)
 def test_every_criterion_scores_every_net(name: str) -> None:
     analysis = analysis_of(name)
     if not analysis.groups:
