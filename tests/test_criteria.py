@@ -17,7 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 import depcut
+from depcut import axes
 from depcut.calibration.data import calibrate
+from depcut.calibration.readings import find_readings
 from depcut.errors import InputError
 from depcut.scores import CRITERIA, Score, score
 
@@ -622,6 +624,19 @@ def test_map_criteria_give_the_same_in_blocks(
     whole = scores(analysis, criterion, data)
     monkeypatch.setattr("depcut.scores.maps._ENTRIES", 1)
     same(scores(analysis, criterion, data), whole, 1e-9)
+
+
+@pytest.mark.parametrize("name", BRUTE)
+def test_every_group_is_read_somewhere(name: str) -> None:
+    analysis = analysis_of(name)
+    readings = find_readings(analysis.coupling)
+    assert {i for r in readings for i in r.groups} == set(range(len(analysis.groups)))
+    assert len({(r.source, r.dim) for r in readings}) == len(readings)
+    for reading in readings:
+        dims = analysis.coupling.env[reading.source]
+        leaves = set(axes.leaves(axes.resolve(dims[reading.dim])))
+        assert all(analysis.groups[i].axis in leaves for i in reading.groups)
+        assert reading.source in reading.reader.all_input_nodes
 
 
 def test_a_group_that_no_weight_reads_has_its_norm() -> None:
