@@ -7,7 +7,7 @@ the kept indices only. Zeroing producers instead would be wrong: a bias of Batch
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Mapping
+from collections.abc import Collection, Generator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +61,7 @@ class Step:
     node: fx.Node
     args: list[Any]
     kwargs: dict[str, Any]
-    values: Mapping[fx.Node, Any]
+    values: MutableMapping[fx.Node, Any]
 
 
 def finished(steps: Generator[Step, None, list[Any]]) -> list[Any]:
