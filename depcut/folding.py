@@ -48,6 +48,33 @@ def contributions(keep: Keep, readings: Sequence[Reading]) -> dict[str, Tensor]:
     return out
 
 
+def may_fold(keep: Keep, model: nn.Module) -> bool:
+    """Whether a removed unit may be a constant: a cheap look for rows of zeros that make one.
+
+    Args:
+        keep: What stays of the dense model.
+        model: The dense model.
+    """
+    held = held_tensors(model)
+    for group in keep.coupling.groups:
+        if group.index not in keep.units:
+            continue
+        for member in group.members:
+            tensor = held.get(member.tensor)
+            picked = keep.tensors.get(member.tensor, ())
+            if member.role != "producer" or tensor is None or tensor.is_meta or not picked:
+                continue
+            kept = picked[member.dim]
+            if kept is None or member.tensor not in keep.coupling.program.parameters:
+                continue
+            others = [d for d in range(tensor.ndim) if d != member.dim]
+            zero = ((tensor == 0).all(others) if others else tensor == 0).cpu().numpy()
+            # A bias that is zero says nothing, a scale does, and so does a row of a weight.
+            if zero.any() and not zero.all() and np.delete(zero, kept).any():
+                return True
+    return False
+
+
 def fold_constants(
     keep: Keep, model: nn.Module, slim: nn.Module, readings: Sequence[Reading] | None = None
 ) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from depcut.capture import capture
 from depcut.compensate import compensate as repair
 from depcut.coupling import Coupling, infer
 from depcut.errors import InputError, PlanError, listed
+from depcut.folding import fold_constants, may_fold
 from depcut.inputs import Inputs, device_of
 from depcut.keep import Keep
 from depcut.origin import record_origin
@@ -87,7 +88,8 @@ class Plan:
             optimizer: One that trains `model`; it is pointed at the smaller model.
             data: Calibration data: an iterable of what the model takes, or of (input, target).
             batches: How many items of the data to read at most.
-            compensate: Whether to re-solve weights; "auto": if there is data.
+            compensate: Whether to re-solve weights; "auto": if there is data, and else fold removed
+                units that are constant (a row of zeros makes them) into biases, exactly.
             low_memory: Whether to trade time for memory.
             progress: Whether to show a progress bar on standard error.
 
@@ -118,6 +120,8 @@ class Plan:
         compensation = None
         if repairs and isinstance(data, Calibration):
             compensation = repair(slim.model, model, keep, data)
+        elif compensate and may_fold(keep, model):
+            fold_constants(keep, model, slim.model)
         if optimizer is not None:
             narrow_optimizer(optimizer, model, slim.model, keep)
         self.report.update(generated=dict(slim.generated), error=error, compensation=compensation)
@@ -306,7 +310,8 @@ def wants_repair(compensate: bool | str, has_data: bool) -> bool:
         raise InputError(
             "compensation needs data: it re-solves weights for the dense layers' outputs",
             where="compensate=True",
-            remedy="pass data=, an iterable of what the model takes",
+            remedy="pass data=, an iterable of what the model takes; without it, removed units "
+            'that are constant are folded into biases, which "auto" does',
         )
     return bool(compensate) and has_data
 
