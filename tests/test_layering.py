@@ -25,9 +25,10 @@ ORDER = [
     "ops.registry",
     "ops.pointwise ops.contraction ops.convolution ops.normalization ops.reduction ops.shape "
     "ops.join ops.attention ops.indexing ops.recurrent",
-    "ops",
+    "ops outer mesh",
     "coupling",
-    "cost keep",
+    "cost keep units",
+    "scores.rows",
     "scores.magnitude",
     "scores allocate allocate.space",
     "allocate.order allocate.lagrange",

@@ -116,14 +116,16 @@ def _cofactors(term: Term, cofactor: int) -> list[tuple[Axis, int]]:
 def losses(where: Space, scores: Scores) -> Scores:
     """Scores of each class's units, the k-th cheapest of its groups averaged, ascending.
 
+    Where a group chooses row by row, the k-th cheapest of all rows go together: their mean counts.
+
     Args:
         where: The classes.
-        scores: One vector a group.
+        scores: One vector a group, or a row of it for each row of its outer axis.
     """
     sums = [np.zeros(n) for n in where.sizes]
     members = np.bincount(where.class_of, minlength=len(sums))
     for group, values in enumerate(scores):
-        sums[where.class_of[group]] += np.sort(values)
+        sums[where.class_of[group]] += np.atleast_2d(np.sort(values, axis=-1)).mean(axis=0)
     return [s / n for s, n in zip(sums, members, strict=True)]
 
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from functools import cache, partial
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from depcut import axes
-from depcut.coupling import Coupling
+from depcut.axes import Axis
+from depcut.coupling import Coupling, Group
 from depcut.errors import InputError
+from depcut.scores.rows import row_sums
 
 
 def _norms(coupling: Coupling, model: nn.Module, power: int) -> list[NDArray[np.float64]]:
-    """Sum of |w|^power over all members of each unit."""
+    """Sum of |w|^power over all members of each unit, row by row where there is an outer axis."""
     program, index = coupling.program, coupling.group_of
-    totals = [np.zeros(g.size) for g in coupling.groups]
+    totals = [np.zeros((g.rows, g.size) if g.outer else g.size) for g in coupling.groups]
     held = dict(model.named_parameters(remove_duplicate=False))
     for name, dims in coupling.dims.items():
         if name not in program.parameters or program.aliases.get(name, (name,))[0] != name:
@@ -31,12 +35,28 @@ def _norms(coupling: Coupling, model: nn.Module, power: int) -> list[NDArray[np.
                 remedy="load the weights, or pass score='random'",
             )
         values = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+        once = cache(partial(_summed, values, power))
+        by_row: dict[Axis, Group] = {}
         for i in free:
-            sums = _sums(values, i, power).double().cpu().numpy()
-            for leaf, part in axes.project(dims[i], sums):
-                if leaf in index:
-                    totals[index[leaf].index] += part
+            for leaf, part in axes.project(dims[i], once((i,))):
+                group = index.get(leaf)
+                if group is not None and group.outer is None:
+                    totals[group.index] += part
+                elif group is not None:
+                    by_row[leaf] = group
+        for group in by_row.values():
+            totals[group.index] += row_sums(once, dims, group)
     return totals
+
+
+def _summed(values: torch.Tensor, power: int, kept: tuple[int, ...]) -> NDArray[np.float64]:
+    """Sum of |w|^power over all dimensions but one or two."""
+    if len(kept) == 1:
+        return np.asarray(_sums(values, kept[0], power).double().cpu().numpy())
+    powers = values.square() if power == 2 else values.abs()
+    others = [j for j in range(values.ndim) if j not in kept]
+    sums = powers.sum(dim=others) if others else powers
+    return np.asarray((sums if kept[0] < kept[1] else sums.T).double().cpu().numpy())
 
 
 def _sums(values: torch.Tensor, dim: int, power: int) -> torch.Tensor:
