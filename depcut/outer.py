@@ -120,6 +120,7 @@ class _Search:
     names: Mapping[Axis, str]
     left: dict[Axis, list[Axis]] = field(default_factory=dict)
     lost: dict[Axis, dict[Axis, str]] = field(default_factory=dict)
+    near: dict[Axis, set[Axis]] = field(default_factory=dict)
     first: dict[Axis, str] = field(default_factory=dict)
 
     def lose(self, inner: Axis, outer: Axis, why: str) -> None:
@@ -134,6 +135,7 @@ class _Search:
             inner = place.inner
             if inner not in self.left:
                 self.left[inner], self.first[inner] = list(place.partners), label()
+                self.near[inner] = {a for a, own in place.partners.items() if own}
             for outer in [a for a in self.left[inner] if a not in place.partners]:
                 name = self.names.get(outer, "its outer axis")
                 self.lose(inner, outer, f"{label()} holds it without {name!r}")
@@ -171,8 +173,10 @@ class _Search:
     def _why(self, inner: Axis, spare: bool) -> str:
         if spare:
             return "other groups choose by its own units"
-        # The candidate that went furthest was the likeliest.
-        why = next(reversed(self.lost.get(inner, {}).values()), "")
+        # Of the factors beside it, the one that went furthest was the likeliest.
+        lost, near = self.lost.get(inner, {}), self.near.get(inner, set())
+        likely = [why for a, why in lost.items() if a in near] or list(lost.values())
+        why = likely[-1] if likely else ""
         return why or f"no other axis goes with it in {self.first.get(inner, 'any tensor')}"
 
 

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from nets import NETS, Head, attend, conv, image, normal, seeded, sequence
+import zoo
+from nets import NETS, Head, attend, conv, image, integers, normal, seeded, sequence
 from oracle import (
     all_tensors,
     assert_close,
@@ -45,12 +46,12 @@ Digits = list[tuple[Axis, int]]
 # Plans --------------------------------------------------------------------------------------------
 
 
-def by_row(analysis: Any, rng: np.random.Generator, floor: int = 1) -> dict[str, Any]:
+def by_row(analysis: Any, rng: np.random.Generator) -> dict[str, Any]:
     """A random plan; wherever there is an outer axis, other units in every row."""
     keep: dict[str, Any] = {}
     for family in families(analysis):
-        count = max(random_count(family, rng), floor)
-        for group in family:
+        count = random_count(family, rng)
+        for group in family if count else []:
             if group.outer is not None:
                 keep[group.name] = [some_units(group.size, count, rng) for _ in range(group.rows)]
             else:
@@ -154,15 +155,13 @@ def relabelled(analysis: Any, model: nn.Module, keep: dict[str, Any]) -> nn.Modu
     return model
 
 
-def check_rows(
-    model: nn.Module, make: Any, seeds: Any = (0, 1), tolerance: float = 1e-5, floor: int = 1
-) -> Any:
+def check_rows(model: nn.Module, make: Any, seeds: Any = (0,), tolerance: float = 1e-5) -> Any:
     """Compare plans row by row with the relabelled model, cut alike in all rows."""
     before = snapshot(model)
     analysis = depcut.analyze(model, make(2))
     assert with_rows(analysis)
     for seed in seeds:
-        keep = by_row(analysis, np.random.default_rng(seed), floor)
+        keep = by_row(analysis, np.random.default_rng(seed))
         slim = analysis.plan_keeping(keep).apply(model)
         twin = relabelled(analysis, model, keep)
         assert_close(outputs(twin, make(3)), outputs(model, make(3)), tolerance, keep)
@@ -369,6 +368,58 @@ def test_rows_of_other_structures(name: str) -> None:
     build, make, expected = EXTRA[name]
     analysis = check_rows(seeded(build, 3), make)
     assert sizes(analysis) == expected
+
+
+# Public architectures -----------------------------------------------------------------------------
+
+TINY = {"hidden_size": 24, "num_hidden_layers": 2, "intermediate_size": 20}
+IMAGE = {"image_size": 8, "patch_size": 4}
+TEXT = {"vocab_size": 30, "max_position_embeddings": 16}
+
+
+def public(kind: str, options: dict[str, Any]) -> nn.Module:
+    model_class = getattr(zoo.libraries()["transformers"], kind)
+    config = model_class.config_class(**options)
+    config.use_cache = False
+    return seeded(lambda: model_class(config), 0)
+
+
+def words(batch: int) -> dict[str, Tensor]:
+    return {"input_ids": integers(25, batch, 5) + 5}
+
+
+PUBLIC = {
+    "vit": (
+        "ViTForImageClassification",
+        {**TINY, **IMAGE, "num_attention_heads": 3},
+        lambda batch: {"pixel_values": normal(batch, 3, 8, 8)},
+        [(8, 3)] * 4,
+    ),
+    "bert": (
+        "BertForSequenceClassification",
+        {**TINY, **TEXT, "num_attention_heads": 3},
+        words,
+        [(8, 3)] * 4,
+    ),
+    # Queries and keys are turned by the angles of all heads; query heads are rows of key heads.
+    "llama": (
+        "LlamaForCausalLM",
+        {**TINY, **TEXT, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 4},
+        words,
+        [(3, 2), (3, 2), (4, 2), (4, 2)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_rows_of_public_architectures(name: str) -> None:
+    pytest.importorskip("transformers")
+    kind, options, make, expected = PUBLIC[name]
+    analysis = check_rows(public(kind, options), make)
+    assert sizes(analysis) == expected
+    if name == "llama":
+        turned = {g.name for g in analysis.groups if g.size == 2 and "q_proj" in g.name}
+        assert not turned & {*with_rows(analysis)}
 
 
 # Refusals -----------------------------------------------------------------------------------------
