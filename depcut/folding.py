@@ -65,7 +65,11 @@ def may_fold(keep: Keep, model: nn.Module) -> bool:
             if member.role != "producer" or tensor is None or tensor.is_meta or not picked:
                 continue
             kept = picked[member.dim]
-            if kept is None or member.tensor not in keep.coupling.program.parameters:
+            if (
+                kept is None
+                or kept.ndim > 1
+                or member.tensor not in keep.coupling.program.parameters
+            ):
                 continue
             others = [d for d in range(tensor.ndim) if d != member.dim]
             zero = ((tensor == 0).all(others) if others else tensor == 0).cpu().numpy()
