@@ -188,7 +188,10 @@ class Candidates:
         """Share of each group's score that stays, averaged over the groups."""
         groups = zip(self.analysis.groups, self.scores, strict=True)
         shares = [
-            s[plan.kept[g.name]].sum() / s.sum() if g.name in plan.kept else 1.0 for g, s in groups
+            np.take_along_axis(s, plan.kept[g.name], axis=-1).sum() / s.sum()
+            if g.name in plan.kept
+            else 1.0
+            for g, s in groups
         ]
         return float(np.mean(shares))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gc
+import io
 import json
 import math
 import os
@@ -88,10 +89,11 @@ def shapes(model: nn.Module, inputs: Any) -> list[tuple[int, ...]]:
 def counted_macs(model: nn.Module, inputs: Any) -> dict[str, float]:
     """Multiply-accumulates by operator as torch's FlopCounterMode counts them.
 
-    Attention runs as plain matrix products for it, since the counter knows no fused CPU kernel.
+    Attention and recurrent layers run as plain matrix products for it, since the counter knows no
+    fused CPU kernel.
     """
     counter = FlopCounterMode(display=False)
-    with plain_attention(), without_gradients(model), torch.no_grad(), counter:
+    with plain_attention(), plain_recurrence(), without_gradients(model), torch.no_grad(), counter:
         call(model, inputs)
     return {str(op): flops / 2 for op, flops in counter.get_flop_counts()["Global"].items()}
 
@@ -105,6 +107,12 @@ def plain_attention() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextmanager
+def plain_recurrence() -> Iterator[None]:
+    with torch.backends.mkldnn.flags(enabled=False):
+        yield
 
 
 @contextmanager
@@ -151,13 +159,21 @@ def write(name: str, rows: Sequence[Row], summary: Mapping[str, Any]) -> list[Pa
     RESULTS.mkdir(exist_ok=True)
     as_json, as_csv = RESULTS / f"{name}.json", RESULTS / f"{name}.csv"
     data = {"machine": machine(), "summary": dict(summary), "rows": list(rows)}
-    as_json.write_text(json.dumps(data, indent=1) + "\n")
+    _replace(as_json, json.dumps(data, indent=1) + "\n")
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    with as_csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: _cell(v) for k, v in row.items()} for row in rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: _cell(v) for k, v in row.items()} for row in rows)
+    _replace(as_csv, text.getvalue())
     return [as_json, as_csv]
+
+
+def _replace(path: Path, text: str) -> None:
+    """Written beside it first: a run that is interrupted leaves the earlier results whole."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(text)
+    draft.replace(path)
 
 
 def _cell(value: Any) -> Any:

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 
+import accuracy_summary
 import export
 import latency
 import scaling
@@ -115,6 +116,7 @@ SECTIONS = {
     "scaling": scaling_tables,
     "latency": latency_table,
     "export": export_table,
+    "accuracy": accuracy_summary.markdown,
 }
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from depcut.analysis import Analysis, analyze
 from depcut.api import shrink
 from depcut.calibration.data import Calibration
+from depcut.compact import Compaction, compact, compaction
 from depcut.compensate import Compensation
 from depcut.coupling import Frozen, Group, Member
 from depcut.errors import (
@@ -32,6 +33,7 @@ __all__ = [
     "BudgetError",
     "Calibration",
     "CaptureError",
+    "Compaction",
     "Comparison",
     "Compensation",
     "DepcutError",
@@ -52,6 +54,8 @@ __all__ = [
     "__version__",
     "analyze",
     "bench",
+    "compact",
+    "compaction",
     "compare",
     "export",
     "rule",

@@ -230,10 +230,10 @@ def best_units(values: Any, count: int) -> Indices:
     """The highest-scored units, ascending; the earlier of equals.
 
     Args:
-        values: One score a unit.
-        count: How many.
+        values: One score a unit; a row of them for each row of the group's outer axis.
+        count: How many (of each row).
     """
-    return np.sort(np.argsort(-values, kind="stable")[:count])
+    return np.sort(np.argsort(-values, axis=-1, kind="stable")[..., :count], axis=-1)
 
 
 def matching(coupling: Coupling, pattern: str, option: str) -> set[int]:

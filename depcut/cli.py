@@ -1,4 +1,4 @@
-"""The `depcut` command: demo, analyze, shrink, export, bench."""
+"""The `depcut` command: demo, analyze, shrink, compact, export, bench."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from depcut.analysis import analyze
+from depcut.compact import compaction
 from depcut.demo import run_demo
 from depcut.errors import DepcutError, InputError
 from depcut.export import export
@@ -104,6 +105,20 @@ def _shrink(options: argparse.Namespace) -> None:
     if options.time:
         dense, slim = _placed(options, [dense, slim])
     print(compare(dense, slim, inputs, batch_size=options.batch_size, **timing))
+    print("written:", ", ".join(map(str, written)))
+
+
+def _compact(options: argparse.Namespace) -> None:
+    inputs = example_inputs(options.input_shape)
+    found = compaction(_model(options), inputs)
+    print(found)
+    slim = found.apply()
+    out = _folder(options.out)
+    found.plan.save(out / "plan.json")
+    save_weights(slim, out / "weights.safetensors")
+    written = [out / "plan.json", out / "weights.safetensors"]
+    if options.onnx:
+        written.append(export(slim, out / "model.onnx", inputs).path)
     print("written:", ", ".join(map(str, written)))
 
 
@@ -283,7 +298,7 @@ class _Command:
 
 
 def _parser() -> argparse.ArgumentParser:
-    """The parser with its five commands."""
+    """The parser with its six commands."""
     parser = argparse.ArgumentParser(
         prog="depcut",
         description="Structured pruning of PyTorch models, verified: a smaller dense model out.",
@@ -342,6 +357,13 @@ def _parser() -> argparse.ArgumentParser:
     shrunk.add("--onnx", action="store_true", help="write the smaller model as ONNX too")
     shrunk.add("--time", action="store_true", help="time both models, as below")
     shrunk.runtime(several_batches=False)
+
+    compacted = command("compact", _compact, "remove the units that are dead, and nothing else")
+    compacted.model()
+    compacted.add(
+        "--out", type=Path, required=True, metavar="DIR", help="folder for what is written"
+    )
+    compacted.add("--onnx", action="store_true", help="write the smaller model as ONNX too")
 
     exported = command("export", _export, "write a model as ONNX, checked in onnxruntime")
     exported.model()

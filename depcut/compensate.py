@@ -182,7 +182,8 @@ class _Repairer:
     def _drift(self, dense: Step, slim: Step, stream: fx.Node) -> torch.Tensor:
         """What the stream that the result is added to has lost so far."""
         before, after = dense.values[stream], slim.values[stream]
-        return kept_part(before, self.keep, self.keep.coupling.env[stream]) - after
+        kept = kept_part(before, self.keep, self.keep.coupling.env[stream])
+        return kept - torch.as_tensor(after)
 
     def _read(self, site: Site, narrow: Call, dense: torch.Tensor) -> torch.Tensor:
         """The narrowed inputs; what a cell reads of itself is taken from the dense run."""

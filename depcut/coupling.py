@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +13,7 @@ import depcut.ops  # noqa: F401  (fills the table of rules)
 from depcut import axes
 from depcut.axes import Axis, Concat, Product, Reason, Term
 from depcut.ops.registry import Dims, Effects, Op, Output, rule_for
+from depcut.outer import OUTPUT, find_outer
 from depcut.program import Program, where
 
 
@@ -37,6 +38,9 @@ class Group:
         tied: Groups with the same number keep equally many units; None: free.
         index: Position in `Coupling.groups`.
         floor: Least number of units that must stay.
+        outer: The axis in each of whose rows it may keep other units, equally many; None: it keeps
+            the same ones everywhere.
+        alone: Why there is no outer axis.
     """
 
     name: str
@@ -46,6 +50,13 @@ class Group:
     tied: int | None
     index: int
     floor: int = 1
+    outer: Axis | None = None
+    alone: str = ""
+
+    @property
+    def rows(self) -> int:
+        """How many choices of units it makes."""
+        return 1 if self.outer is None else self.outer.size
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -139,7 +150,9 @@ def infer(program: Program) -> Coupling:
         unknown.update(more[2])
     classes = _settle_ties([tie for e in effects.values() for tie in e.ties])
     resolved = {name: tuple(map(axes.resolve, shape)) for name, shape in dims.items()}
-    groups = _groups(program, resolved, effects, classes)
+    made = _groups(program, resolved, effects, classes)
+    outer = find_outer({g.axis: g.name for g in made}, resolved, env, effects, where)
+    groups = tuple(replace(g, outer=(o := outer[g.axis]).axis, alone=o.why) for g in made)
     return Coupling(program, resolved, env, effects, groups, unknown)
 
 
@@ -162,7 +175,7 @@ def _run(
             for result in node.all_input_nodes:
                 for shape in _shapes(env.get(result)):
                     for term in shape or ():
-                        axes.freeze(term, Reason("model output", result.name))
+                        axes.freeze(term, Reason(OUTPUT, result.name))
     return env, effects, unknown
 
 

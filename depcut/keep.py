@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from torch import fx
 
 from depcut import axes
-from depcut.axes import Axis, Indices, Term
+from depcut.axes import Indices, Term
 from depcut.coupling import Coupling
-from depcut.ops.registry import Effects, Literal
+from depcut.mesh import Rows, Selection, fitted, mesh
+from depcut.ops.registry import Dims, Effects, Literal
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,48 +24,62 @@ class Keep:
 
     Attributes:
         coupling: The groups.
-        units: Ascending kept indices by group number; groups not in it keep everything.
+        units: Ascending kept indices by group number, a list or one for each row of the group's
+            outer axis; groups not in it keep everything.
     """
 
     coupling: Coupling
     units: Mapping[int, Indices]
 
     @cached_property
-    def by_axis(self) -> dict[Axis, Indices]:
+    def chosen(self) -> Selection:
         """Kept indices of each narrowed axis."""
-        return {self.coupling.groups[i].axis: kept for i, kept in self.units.items()}
+        groups = self.coupling.groups
+        rows = {
+            groups[i].axis: Rows(outer, kept)
+            for i, kept in self.units.items()
+            if kept.ndim == 2 and (outer := groups[i].outer) is not None
+        }
+        same = {groups[i].axis: kept for i, kept in self.units.items() if kept.ndim == 1}
+        return Selection(same, rows)
 
     @cached_property
     def counts(self) -> NDArray[np.int64]:
         """Kept count of each group."""
         out = np.array([g.size for g in self.coupling.groups], dtype=np.int64)
         for i, kept in self.units.items():
-            out[i] = len(kept)
+            out[i] = kept.shape[-1]
         return out
 
     def count(self, term: Term) -> int:
         """How many indices of a term stay."""
-        return axes.count(axes.resolve(term), self._count_axis)
-
-    def _count_axis(self, axis: Axis) -> int:
-        kept = self.by_axis.get(axis)
-        return axis.size if kept is None else len(kept)
+        return axes.count(axes.resolve(term), self.chosen.count)
 
     def narrows(self, term: Term) -> bool:
         """Whether an index of the term goes."""
-        return any(leaf in self.by_axis for leaf in axes.leaves(axes.resolve(term)))
+        return self.chosen.narrows(axes.resolve(term))
 
     def indices(self, term: Term) -> Indices | None:
-        """Kept indices of a term, None for all."""
+        """Kept indices of a term that holds the outer axes of its rows; None for all."""
         term = axes.resolve(term)
-        return axes.indices(term, self.by_axis) if self.narrows(term) else None
+        return self.chosen.indices(term) if self.chosen.narrows(term) else None
+
+    def mesh(self, dims: Dims, shape: tuple[int, ...] | None = None) -> tuple[Indices | None, ...]:
+        """Kept indices of each dimension of a tensor, see `depcut.mesh.mesh`.
+
+        Args:
+            dims: Terms of its dimensions.
+            shape: Its sizes, where the batch may be another than the captured one.
+        """
+        resolved = tuple(map(axes.resolve, dims))
+        return mesh(resolved if shape is None else fitted(resolved, shape), self.chosen)
 
     @cached_property
     def tensors(self) -> dict[str, tuple[Indices | None, ...]]:
         """Kept indices of every dimension of every narrowed parameter, buffer or constant."""
         out = {}
         for name, dims in self.coupling.dims.items():
-            picked = tuple(map(self.indices, dims))
+            picked = self.mesh(dims)
             if any(p is not None for p in picked):
                 out[name] = picked
         return out

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -23,11 +22,13 @@ from depcut.capture import capture
 from depcut.compensate import compensate as repair
 from depcut.coupling import Coupling, infer
 from depcut.errors import InputError, PlanError, listed
+from depcut.folding import fold_constants, may_fold
 from depcut.inputs import Inputs, device_of
 from depcut.keep import Keep
 from depcut.origin import record_origin
 from depcut.rewrite.build import rewrite
 from depcut.rewrite.optimizer import check_optimizer, narrow_optimizer
+from depcut.units import check_rows, check_ties, units_of
 from depcut.verify import verify
 
 FORMAT = 1
@@ -41,7 +42,8 @@ class Plan:
     """Kept units of every narrowed group, for one architecture.
 
     Attributes:
-        kept: Ascending kept indices by group name; groups not in it keep everything.
+        kept: Ascending kept indices by group name, a list or one for each row of the group's outer
+            axis; groups not in it keep everything.
         sizes: Dense size of every group of the architecture.
         shapes: Dense shape of every parameter and buffer.
         fingerprint: Of the architecture's tensors and groups.
@@ -87,7 +89,8 @@ class Plan:
             optimizer: One that trains `model`; it is pointed at the smaller model.
             data: Calibration data: an iterable of what the model takes, or of (input, target).
             batches: How many items of the data to read at most.
-            compensate: Whether to re-solve weights; "auto": if there is data.
+            compensate: Whether to re-solve weights; "auto": if there is data, and else fold removed
+                units that are constant (a row of zeros makes them) into biases, exactly.
             low_memory: Whether to trade time for memory.
             progress: Whether to show a progress bar on standard error.
 
@@ -118,6 +121,8 @@ class Plan:
         compensation = None
         if repairs and isinstance(data, Calibration):
             compensation = repair(slim.model, model, keep, data)
+        elif compensate and may_fold(keep, model):
+            fold_constants(keep, model, slim.model)
         if optimizer is not None:
             narrow_optimizer(optimizer, model, slim.model, keep)
         self.report.update(generated=dict(slim.generated), error=error, compensation=compensation)
@@ -152,7 +157,7 @@ class Plan:
         """The kept units as an evaluation over an analysed architecture.
 
         Raises:
-            PlanError: The architecture is another one.
+            PlanError: The architecture is another one, or has other rows.
         """
         coupling = coupling or self._bound()
         if fingerprint(coupling) != self.fingerprint:
@@ -161,6 +166,7 @@ class Plan:
                 where=_difference(self.sizes, {g.name: g.size for g in coupling.groups}),
                 remedy=_ANEW,
             )
+        check_rows(coupling, self.kept)
         numbers = {g.name: g.index for g in coupling.groups}
         return Keep(coupling, {numbers[n]: k for n, k in self.kept.items()})
 
@@ -181,7 +187,13 @@ class Plan:
         return replace(self, coupling=coupling, model=model)
 
     def tensor_indices(self) -> dict[str, tuple[Indices | None, ...]]:
-        """Kept indices (None: all) of every dimension of every parameter and buffer, by name."""
+        """Kept indices of every dimension of every parameter and buffer, by name.
+
+        Returns:
+            For each dimension None (all stay), a list, or, where what stays of a dimension differs
+            along another one, an array with as many dimensions as the tensor, of size 1 along
+            those that do not matter: index arrays that broadcast, as those of `numpy.ix_`.
+        """
         keep = self.keep()
         return {
             name: keep.tensors.get(name, (None,) * len(dims))
@@ -208,7 +220,7 @@ class Plan:
             "inputs": self.inputs,
             "sizes": dict(self.sizes),
             "shapes": {n: list(shape) for n, shape in self.shapes.items()},
-            "kept": {name: [int(i) for i in kept] for name, kept in self.kept.items()},
+            "kept": {name: kept.tolist() for name, kept in self.kept.items()},
         }
         target = Path(path)
         handle, temporary = tempfile.mkstemp(dir=target.parent or ".", suffix=".tmp")
@@ -236,7 +248,7 @@ class Plan:
                     remedy="make it anew, or use the depcut that wrote it",
                 )
             sizes = {str(n): int(s) for n, s in data["sizes"].items()}
-            kept = {n: _units(n, sizes, k) for n, k in data["kept"].items()}
+            kept = {n: units_of(n, sizes, k) for n, k in data["kept"].items()}
             shapes = {str(n): [int(i) for i in s] for n, s in data["shapes"].items()}
             if not isinstance(data["inputs"]["args"], list) or not isinstance(
                 data["inputs"]["kwargs"], dict
@@ -256,11 +268,14 @@ class Plan:
     @property
     def digest(self) -> str:
         """A short hash of what is kept."""
-        text = json.dumps({n: [int(i) for i in k] for n, k in sorted(self.kept.items())})
+        text = json.dumps({n: k.tolist() for n, k in sorted(self.kept.items())})
         return hashlib.sha256((self.fingerprint + text).encode()).hexdigest()[:16]
 
     def __str__(self) -> str:
-        rows = [f"{n}: {len(k)} of {self.sizes[n]}" for n, k in self.kept.items()]
+        rows = [
+            f"{n}: {k.shape[-1]} of {self.sizes[n]}" + (f" in each of {len(k)} rows" * (k.ndim - 1))
+            for n, k in self.kept.items()
+        ]
         return f"Plan {self.digest} ({len(rows)} of {len(self.sizes)} groups)\n  " + "\n  ".join(
             rows
         )
@@ -306,7 +321,8 @@ def wants_repair(compensate: bool | str, has_data: bool) -> bool:
         raise InputError(
             "compensation needs data: it re-solves weights for the dense layers' outputs",
             where="compensate=True",
-            remedy="pass data=, an iterable of what the model takes",
+            remedy="pass data=, an iterable of what the model takes; without it, removed units "
+            'that are constant are folded into biases, which "auto" does',
         )
     return bool(compensate) and has_data
 
@@ -322,12 +338,13 @@ def make_plan(
     Args:
         coupling: The analysed architecture.
         model: The model it was analysed from.
-        kept: Kept indices of some groups; the others keep everything.
+        kept: Kept indices of some groups, or one list for each row of a group's outer axis; the
+            other groups keep everything.
         settings: How it was made.
 
     Raises:
-        PlanError: Unknown group, indices out of range or repeated, none left, or groups that must
-            keep equally many do not.
+        PlanError: Unknown group, indices out of range or repeated, none left, rows that are none of
+            the group's, or groups (or rows) that must keep equally many do not.
     """
     sizes = {g.name: g.size for g in coupling.groups}
     unknown = [n for n in kept if n not in sizes]
@@ -337,63 +354,26 @@ def make_plan(
             where="kept units",
             remedy=f"name groups of the analysis: {listed(list(sizes))}",
         )
-    units = {n: _units(n, sizes, k) for n, k in kept.items()}
-    _check_ties(coupling, units)
+    units = {n: units_of(n, sizes, k) for n, k in kept.items()}
+    check_rows(coupling, units)
+    counts = {
+        g.name: units[g.name].shape[-1] if g.name in units else g.size for g in coupling.groups
+    }
+    check_ties(coupling, counts)
     for group in coupling.groups:
-        if len(units.get(group.name, range(group.size))) < group.floor:
+        if counts[group.name] < group.floor:
             raise PlanError(
-                f"{len(units[group.name])} units are kept, and the model needs {group.floor}",
+                f"{counts[group.name]} units are kept, and the model needs {group.floor}",
                 where=f"group {group.name!r}",
                 remedy="keep more: its code squeezes a dimension of size 1 away",
             )
-    units = {n: u for n, u in units.items() if len(u) < sizes[n]}
+    units = {n: u for n, u in units.items() if u.shape[-1] < sizes[n]}
     inputs = pytree.tree_map(
         _describe, {"args": list(coupling.program.args), "kwargs": coupling.program.kwargs}
     )
     shapes = {n: list(t.shape) for n, t in model.state_dict(keep_vars=True).items()}
     made = fingerprint(coupling)
     return Plan(units, sizes, shapes, made, dict(settings), inputs, coupling, model)
-
-
-def _units(name: str, sizes: Mapping[str, int], kept: Any) -> Indices:
-    if name not in sizes:
-        raise PlanError(f"unknown group {name!r}", remedy="the file is no plan of this depcut")
-    units = np.asarray(kept)
-    problem = ""
-    if units.ndim != 1 or not len(units):
-        problem = "none are kept" if not units.size else "they are no flat list"
-    elif units.dtype.kind not in "iu":
-        problem = f"{listed([str(u) for u in units.tolist()])} are not integers"
-    else:
-        wrong = units[(units < 0) | (units >= sizes[name])]
-        ordered, times = np.unique(units, return_counts=True)
-        if len(wrong):
-            problem = f"{listed([str(u) for u in wrong])} is out of range"
-        elif times.max() > 1:
-            problem = f"{ordered[times > 1][0]} occurs {times.max()} times"
-    if problem:
-        raise PlanError(
-            f"the kept units of a group of {sizes[name]} are impossible: {problem}",
-            where=f"group {name!r}",
-            remedy=f"keep at least one unit, each once, numbered 0 to {sizes[name] - 1}",
-        )
-    return ordered.astype(np.int64)
-
-
-def _check_ties(coupling: Coupling, units: Mapping[str, Indices]) -> None:
-    counts: dict[int, tuple[str, int]] = {}
-    for group in coupling.groups:
-        if group.tied is None:
-            continue
-        count = len(units.get(group.name, range(group.size)))
-        name, expected = counts.setdefault(group.tied, (group.name, count))
-        if count != expected:
-            raise PlanError(
-                f"{group.name!r} keeps {count} units and {name!r} keeps {expected}, but the model "
-                "cuts them evenly",
-                where=f"groups {name!r} and {group.name!r}",
-                remedy="keep equally many units of both",
-            )
 
 
 def _describe(leaf: Any) -> Any:

@@ -7,7 +7,7 @@ the kept indices only. Zeroing producers instead would be wrong: a bias of Batch
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,43 +17,48 @@ from torch import fx, nn
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.utils import _pytree as pytree
 
-from depcut.axes import Indices
+from depcut import axes
 from depcut.capture import held_tensors, is_symbolic
 from depcut.inputs import Inputs, normalize
 from depcut.keep import Keep
+from depcut.mesh import along, fitted
 from depcut.ops.registry import Output
+from depcut.program import Program
+from depcut.rewrite.tensors import open_mesh, take
 
 Watched = dict[fx.Node, Any]
 
 
 def kept_part(tensor: torch.Tensor, keep: Keep, output: Output) -> torch.Tensor:
     """The kept part of a dense activation."""
-    if isinstance(output, tuple):
-        for dim, term in enumerate(output):
-            kept = keep.indices(term)
-            if kept is not None:
-                tensor = tensor.index_select(dim, torch.from_numpy(kept).to(tensor.device))
-    return tensor
+    if not isinstance(output, tuple) or not any(map(keep.narrows, output)):
+        return tensor
+    return take(tensor, keep.mesh(output, tuple(tensor.shape)))
 
 
 def _spread(small: torch.Tensor, keep: Keep, output: Output) -> torch.Tensor:
     """A kept part back in the dense shape, zeros elsewhere."""
-    if isinstance(output, tuple):
-        for dim, term in enumerate(output):
-            kept = keep.indices(term)
-            if kept is not None:
-                shape = list(small.shape)
-                shape[dim] = term.size
-                at = torch.from_numpy(kept).to(small.device)
-                small = small.new_zeros(shape).index_copy(dim, at, small)
-    return small
+    if not isinstance(output, tuple) or not any(map(keep.narrows, output)):
+        return small
+    terms = [axes.resolve(term) for term in output]
+    shape = [n * t.size // keep.count(t) for n, t in zip(small.shape, terms, strict=True)]
+    dense = small.new_zeros(shape)
+    dense[open_mesh(dense, keep.mesh(output, tuple(shape)))] = small
+    return dense
 
 
-def _zeroed(tensor: torch.Tensor, dim: int, kept: Any) -> torch.Tensor:
-    gone = torch.ones(tensor.shape[dim], dtype=torch.bool)
-    gone[torch.from_numpy(kept)] = False
-    at = gone.nonzero().flatten().to(tensor.device)
-    return tensor.index_fill(dim, at, 0)
+def _zeroed(tensor: torch.Tensor, keep: Keep, output: Output, dim: int) -> torch.Tensor:
+    """Zeros at the indices of a dimension that go."""
+    assert isinstance(output, tuple)
+    dims = fitted(tuple(map(axes.resolve, output)), tuple(tensor.shape))
+    kept = along(dims, dim, keep.chosen, dense=True)
+    assert kept is not None
+    at = torch.from_numpy(kept).to(tensor.device)
+    if at.ndim == 1:
+        at = at.reshape([-1 if i == dim else 1 for i in range(tensor.ndim)])
+    shape = [tensor.shape[dim] if i == dim else n for i, n in enumerate(at.shape)]
+    stays = torch.zeros(shape, dtype=torch.bool, device=tensor.device).scatter(dim, at, True)
+    return tensor.masked_fill(~stays, 0)
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class Step:
     node: fx.Node
     args: list[Any]
     kwargs: dict[str, Any]
-    values: Mapping[fx.Node, Any]
+    values: MutableMapping[fx.Node, Any]
 
 
 def finished(steps: Generator[Step, None, list[Any]]) -> list[Any]:
@@ -96,6 +101,18 @@ class _Autocast:
         yield
         for region in self.regions:
             region.__enter__()
+
+
+def last_uses(program: Program) -> dict[fx.Node, list[fx.Node]]:
+    """The nodes whose value nobody needs after a node."""
+    last: dict[fx.Node, fx.Node] = {}
+    for node in program.graph.graph.nodes:
+        for source in node.all_input_nodes:
+            last[source] = node
+    out: dict[fx.Node, list[fx.Node]] = {}
+    for source, node in last.items():
+        out.setdefault(node, []).append(source)
+    return out
 
 
 class Reference:
@@ -144,7 +161,7 @@ class Reference:
             The flat outputs.
         """
         env: dict[fx.Node, Any] = {}
-        last = self._last_uses()
+        last = last_uses(self.program)
         given = iter(inputs)
         outputs: list[Any] = []
         autocast = _Autocast()
@@ -182,16 +199,6 @@ class Reference:
             return self._literals(node, args, kwargs, env)
         return args, kwargs
 
-    def _last_uses(self) -> dict[fx.Node, list[fx.Node]]:
-        last: dict[fx.Node, fx.Node] = {}
-        for node in self.program.graph.graph.nodes:
-            for source in node.all_input_nodes:
-                last[source] = node
-        out: dict[fx.Node, list[fx.Node]] = {}
-        for source, node in last.items():
-            out.setdefault(node, []).append(source)
-        return out
-
     def _tensor(self, node: fx.Node, dtype: torch.dtype | None) -> torch.Tensor:
         name = self.program.tensors[node]
         held = self.program.constants if name in self.program.anonymous else self.held
@@ -217,22 +224,22 @@ class Reference:
             return self._on_kept(node, env, effects.out)
         masked: dict[fx.Node, torch.Tensor] = {}
         for place in effects.contracts:
-            if self._kept(*place) is None:
+            if not self._narrows(*place):
                 continue
             source, dim = place
             other = effects.counterparts.get(place)
             if other is not None and env[other[0]].numel() < env[source].numel():
                 source, dim = other
-            kept = self._kept(source, dim)
-            if kept is not None:
-                masked[source] = _zeroed(masked.get(source, env[source]), dim, kept)
+            if self._narrows(source, dim):
+                dense, dims = masked.get(source, env[source]), self.keep.coupling.env[source]
+                masked[source] = _zeroed(dense, self.keep, dims, dim)
         if masked:
             args, kwargs = _arguments(node, {**env, **masked})
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    def _kept(self, node: fx.Node, dim: int) -> Indices | None:
+    def _narrows(self, node: fx.Node, dim: int) -> bool:
         dims = self.keep.coupling.env[node]
-        return self.keep.indices(dims[dim]) if isinstance(dims, tuple) else None
+        return isinstance(dims, tuple) and self.keep.narrows(dims[dim])
 
     def _on_kept(self, node: fx.Node, env: dict[fx.Node, Any], output: Output) -> Any:
         """Statistics over the kept indices only: gather, compute, put back."""

@@ -22,7 +22,7 @@ from depcut.rewrite.build import Slim
 from depcut.rewrite.graph import parent_of, stack_entries
 from depcut.rewrite.tensors import take
 
-__all__ = ["masked_outputs", "verify"]
+__all__ = ["masked_outputs", "verify", "verify_equal"]
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _RANDOM = ("rand", "bernoulli", "normal", "exponential", "uniform", "multinomial", "randperm")
@@ -129,6 +129,39 @@ def verify(slim: Slim, model: nn.Module) -> float:
                 remedy="keep the layers concerned with keep=; please report the model",
             ) from found.problem
         slim.replace(culprit, found.message or "its code computes other values at the new sizes")
+
+
+def verify_equal(slim: nn.Module, keep: Keep, model: nn.Module) -> float:
+    """Check that a smaller model computes what the dense model does, with nothing zeroed.
+
+    Args:
+        slim: The smaller model.
+        keep: What stays.
+        model: The dense model.
+
+    Returns:
+        The largest difference of an output, relative to the output's scale.
+
+    Raises:
+        VerificationError: They differ by more than rounding.
+    """
+    whole = Keep(keep.coupling, {})
+
+    def difference(made: nn.Module, trial: Trial) -> tuple[float, str]:
+        return error(_expected(whole, model, trial)[0], observe(made, keep, trial).outputs)
+
+    size, message = difference(slim, Trial())
+    if _is_random(keep) and not message:
+        return 0.0
+    if message or size > _tolerance(keep):
+        double = Trial(dtype=torch.float64)
+        if message or difference(copy.deepcopy(slim).double(), double)[0] > _CERTAIN:
+            raise VerificationError(
+                message or f"outputs differ from the dense model's by {size:.3g} of their scale",
+                where="units that were taken to be dead",
+                remedy="please report the model; depcut.shrink does not rely on dead units",
+            )
+    return size
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from depcut.cli import main
 from depcut.loading import load_weights
 from depcut.plan import Plan
 
-COMMANDS = ("demo", "analyze", "shrink", "export", "bench")
+COMMANDS = ("demo", "analyze", "shrink", "compact", "export", "bench")
 
 MODELS = """
 import torch
@@ -60,6 +60,14 @@ def broken():
 
 
 number = int
+
+
+def half_dead():
+    model = net()
+    with torch.no_grad():
+        model.conv1.weight[:16] = 0.0
+        model.conv1.bias[:16] = -1.0
+    return model
 """
 
 
@@ -309,3 +317,14 @@ def test_mistakes_are_messages(folder, arguments, says, monkeypatch, capsys):
 
 def test_a_mistake_in_a_real_process(folder):
     assert "to do: " in fails(folder, "analyze", "my_models:missing")
+
+
+def test_compact_writes_what_the_plan_then_loads(folder):
+    out = folder / "compacted"
+    text = succeeds(
+        folder, "compact", "my_models:half_dead", "--input-shape", "2,3,16,16", "--out", out
+    )
+    assert "16 of 64 units are dead and can go" in text
+    assert Plan.load(out / "plan.json").kept["conv1"].tolist() == list(range(16, 32))
+    with safe_open(out / "weights.safetensors", "pt") as weights:
+        assert weights.get_slice("conv1.weight").get_shape() == [16, 3, 3, 3]

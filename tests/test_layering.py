@@ -25,28 +25,31 @@ ORDER = [
     "ops.registry",
     "ops.pointwise ops.contraction ops.convolution ops.normalization ops.reduction ops.shape "
     "ops.join ops.attention ops.indexing ops.recurrent",
-    "ops",
+    "ops outer mesh",
     "coupling",
-    "cost keep",
-    "reference calibration",
+    "cost keep taint units",
+    "taint_rules calibration rewrite rewrite.literals rewrite.copying rewrite.generated "
+    "rewrite.dropout",
+    "rewrite.tensors",
+    "reference",
     "calibration.data",
     "calibration.progress calibration.site calibration.moments",
     "calibration.solve calibration.lockstep",
     "calibration.gradients calibration.visits calibration.patches calibration.products "
-    "calibration.cells",
+    "calibration.cells calibration.sensitivity",
     "calibration.sites calibration.readings",
-    "scores.context scores.slices scores.flow scores.maps",
+    "scores.context scores.slices scores.flow scores.maps scores.rows",
     "scores.aggregate",
     "scores.magnitude scores.geometry scores.gradient scores.synaptic",
     "scores.scale scores.activation scores.reconstruction",
     "scores allocate allocate.space",
     "allocate.order allocate.lagrange",
-    "rewrite rewrite.literals rewrite.copying rewrite.generated rewrite.dropout",
-    "rewrite.tensors",
     "rewrite.graph",
     "rewrite.module rewrite.optimizer rewrite.preferences",
-    "rewrite.build",
-    "observe",
+    "rewrite.build rewrite.masks",
+    "observe constants",
+    "readings",
+    "dead folding",
     "verify compensate",
     "plan",
     "runtime",
@@ -63,7 +66,7 @@ ORDER = [
     "latency.model",
     "latency.target",
     "analysis",
-    "api",
+    "api compact",
     "report",
     ROOT,
     "demo",
@@ -72,9 +75,10 @@ ORDER = [
 LEVEL = {name: i for i, line in enumerate(ORDER) for name in line.split(" ")}
 
 PUBLIC = """
-Analysis BudgetError Calibration CaptureError Comparison Compensation DepcutError ExportError ExportReport Frozen Group
-InputError LatencyError LatencyModel Member Op Plan PlanError RuleError Score VerificationError analyze
-bench compare export rule shrink __version__
+Analysis BudgetError Calibration CaptureError Compaction Comparison Compensation DepcutError
+ExportError ExportReport Frozen Group InputError LatencyError LatencyModel Member Op Plan PlanError
+RuleError Score VerificationError analyze bench compact compaction compare export rule shrink
+__version__
 """.split()
 
 

@@ -170,7 +170,7 @@ def without(key: str) -> Any:
         with_entry("kept", {"stem.0": [0, 0]}),
         with_entry("kept", {"stem.0": [0.5]}),
         with_entry("kept", {"stem.0": ["0"]}),
-        with_entry("kept", {"stem.0": [[0], [1]]}),
+        with_entry("kept", {"stem.0": [[[0]], [[1]]]}),
         with_entry("kept", {"stem.0": [[0], 1]}),
         with_entry("kept", {"stem.0": 10**30}),
         with_entry("kept", {"stem.0": None}),
@@ -185,7 +185,10 @@ def test_a_corrupt_file_is_refused(change: Any, tmp_path: Path) -> None:
         depcut.Plan.load(path)
 
 
-@pytest.mark.parametrize(("key", "value"), [("inputs", None), ("inputs", {}), ("fingerprint", 3)])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("inputs", None), ("inputs", {}), ("fingerprint", 3), ("kept", {"stem.0": [[0], [1]]})],
+)
 def test_a_file_with_a_wrong_entry_ends_in_an_error_that_explains(
     key: str, value: Any, tmp_path: Path
 ) -> None:

@@ -120,15 +120,18 @@ def marginals(where: Space, scores: Scores, additive: bool = False) -> Scores:
     -d/dk of R^(1 - p), where R is the share of the group's score that is left. A loss linear in R
     would empty the most expensive group before it touches the next.
 
+    Where a group chooses row by row, the k-th cheapest of all rows go together: their mean counts.
+
     Args:
         where: The classes.
-        scores: One vector a group.
+        scores: One vector a group, or a row of it for each row of its outer axis.
         additive: Whether scores are losses that add up, also over groups.
     """
     sums = [np.zeros(n) for n in where.sizes]
     members = np.bincount(where.class_of, minlength=len(sums))
     for group, values in enumerate(scores):
-        sums[where.class_of[group]] += np.sort(values)
+        rows = np.atleast_2d(np.sort(values, axis=-1))
+        sums[where.class_of[group]] += rows.sum(axis=0) if additive else rows.mean(axis=0)
     out = []
     for total, number in zip(sums, range(len(sums)), strict=True):
         n, step = int(where.available[number]), int(where.steps[number])

@@ -36,6 +36,11 @@ class Patches:
     rank: int
     transposed: bool
 
+    @property
+    def result(self) -> int:
+        """The channels."""
+        return -self.rank - 1
+
     def inputs(self, call: Call) -> torch.Tensor:
         """(groups, batch * positions, in / groups * taps)."""
         x: torch.Tensor = call["input"]

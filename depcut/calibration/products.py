@@ -27,6 +27,11 @@ class Product:
     weight: str
     dim: int
 
+    @property
+    def result(self) -> int:
+        """Where the vectors of the result lie."""
+        return self.features
+
     def inputs(self, call: Call) -> torch.Tensor:
         """Every vector of features, whatever dimensions lead to it."""
         x: torch.Tensor = call[self.source]
@@ -99,6 +104,10 @@ class Einsum:
     blocks: str
     summed: str
     made: str
+
+    @property
+    def result(self) -> None:
+        """The result's labels may lie anywhere."""
 
     def inputs(self, call: Call) -> torch.Tensor:
         """Blocks first, summed labels last."""

@@ -23,7 +23,16 @@ Call = Mapping[str, Any]  # an operator's arguments by schema name
 
 
 class Family(Protocol):
-    """How one family of operators multiplies; matrices are (blocks, out, in)."""
+    """How one family of operators multiplies; matrices are (blocks, out, in).
+
+    Attributes:
+        result: Dimension of the node's result that is blocks * out long, from the end; None where
+            the products are not the result itself.
+    """
+
+    @property
+    def result(self) -> int | None:
+        """See above."""
 
     def inputs(self, call: Call) -> torch.Tensor:
         """X (blocks, vectors, in) from the values of the node's arguments."""

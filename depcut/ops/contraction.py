@@ -115,14 +115,14 @@ def einsum(op: Op) -> Output:
     operands = list(op.arg("tensors"))
     inputs, arrow, output = equation.partition("->")
     shapes = [op.dims(n) for n in operands]
-    labels = [_labels(spec, len(s)) for spec, s in zip(inputs.split(","), shapes, strict=True)]
+    labels = [labels_of(spec, len(s)) for spec, s in zip(inputs.split(","), shapes, strict=True)]
     if not arrow:
         flat = [c for spec in labels for c in spec]
         output = "".join(sorted(c for c in set(flat) if flat.count(c) == 1 and c.isalpha()))
         wanted = sorted({c for c in flat if not c.isalpha()}, reverse=True) + list(output)
     else:
         dots = max((sum(not c.isalpha() for c in spec) for spec in labels), default=0)
-        wanted = _labels(output, len(output.replace("...", "")) + dots)
+        wanted = labels_of(output, len(output.replace("...", "")) + dots)
     terms: dict[str, Term] = {}
     for spec, shape in zip(labels, shapes, strict=True):
         for label, term in zip(spec, shape, strict=True):
@@ -147,7 +147,7 @@ def einsum(op: Op) -> Output:
     return tuple(axes.resolve(terms[label]) for label in wanted)
 
 
-def _labels(spec: str, ndim: int) -> list[str]:
+def labels_of(spec: str, ndim: int) -> list[str]:
     """The labels of an operand; the dimensions under "..." are numbered from the right."""
     left, dots, right = spec.partition("...")
     if not dots:

@@ -14,19 +14,49 @@ from depcut.rewrite.copying import copied, like
 
 
 def take(tensor: torch.Tensor, picked: tuple[Indices | None, ...]) -> torch.Tensor:
-    """The kept indices of each dimension (None: all) as a new contiguous tensor.
+    """The kept indices of each dimension as a new contiguous tensor.
 
     Args:
         tensor: Any tensor.
-        picked: One index array or None for each of its dimensions.
+        picked: For each of its dimensions None (all), a list of indices, or an array of the
+            tensor's rank where they vary along other dimensions (see `depcut.mesh`).
     """
     out = tensor.detach()
-    for dim, kept in enumerate(picked):
-        if kept is not None:
-            out = out.index_select(dim, torch.from_numpy(kept).to(tensor.device))
+    if any(kept is not None and kept.ndim > 1 for kept in picked):
+        out = out[open_mesh(out, picked)]
+    else:
+        for dim, kept in enumerate(picked):
+            if kept is not None:
+                out = out.index_select(dim, torch.from_numpy(kept).to(tensor.device))
     if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
         out = out.contiguous(memory_format=torch.channels_last)
     return out
+
+
+def computed_tensors(model: nn.Module) -> dict[int, Any]:
+    """A memo for copying: results that pre-forward hooks compute anew, which deepcopy refuses."""
+    return {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, torch.Tensor) and not value.is_leaf
+    }
+
+
+def open_mesh(tensor: torch.Tensor, picked: tuple[Indices | None, ...]) -> tuple[torch.Tensor, ...]:
+    """Index tensors, one a dimension, that broadcast to the shape of what stays.
+
+    Args:
+        tensor: The dense tensor.
+        picked: What stays of its dimensions, as for `take`.
+    """
+    out = []
+    for dim, kept in enumerate(picked):
+        whole = torch.arange(tensor.shape[dim]) if kept is None else torch.from_numpy(kept)
+        if whole.ndim == 1:
+            whole = whole.reshape([-1 if i == dim else 1 for i in range(tensor.ndim)])
+        out.append(whole.to(tensor.device))
+    return tuple(out)
 
 
 def narrowed_copy(model: nn.Module, keep: Keep) -> nn.Module:
@@ -38,17 +68,12 @@ def narrowed_copy(model: nn.Module, keep: Keep) -> nn.Module:
         model: The dense model.
         keep: What stays.
     """
-    memo: dict[int, Any] = {}
+    memo = computed_tensors(model)
     held = held_tensors(model)
     for name, picked in keep.tensors.items():
         old = held.get(name)
         if old is not None and id(old) not in memo:
             memo[id(old)] = like(old, take(old, picked))
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, torch.Tensor) and not value.is_leaf and id(value) not in memo:
-                # A result that a pre-forward hook computes anew; deepcopy refuses such tensors.
-                memo[id(value)] = value.detach().clone()
     slim: nn.Module = copied(model, memo)
     _rescale(model, slim, keep)
     return slim

@@ -61,7 +61,10 @@ def score(
     seed: int,
     calibration: Calibration | None = None,
 ) -> Scores:
-    """Scores of all units: one vector a group, of length `group.size`, higher is kept.
+    """Scores of all units, higher is kept: one vector a group, of length `group.size`.
+
+    For a group with an outer axis it may be an array [group.rows, group.size]: the group then keeps
+    the best units of each row.
 
     Args:
         criterion: Name, name with options, or a function of (coupling, model, seed) with the same
@@ -87,16 +90,20 @@ def score(
         scores = [np.asarray(s, dtype=np.float64) for s in made]
     except (TypeError, ValueError):
         scores = []
-    if [s.shape for s in scores] != [(g.size,) for g in coupling.groups]:
+    shapes = [((g.size,), (g.rows, g.size) if g.outer else None) for g in coupling.groups]
+    if len(scores) != len(shapes) or not all(
+        s.shape in known for s, known in zip(scores, shapes, strict=True)
+    ):
         raise InputError(
             "the criterion returned vectors that do not match the groups",
             where=f"score={label}",
-            remedy="return one vector of length group.size for every group, in order",
+            remedy="return one vector of length group.size for every group, in order, or an array "
+            "[group.rows, group.size] for one that has group.outer",
         )
     for group, values in zip(coupling.groups, scores, strict=True):
         if not np.isfinite(values).all():
             raise InputError(
-                f"{int((~np.isfinite(values)).sum())} of {group.size} scores are not finite",
+                f"{int((~np.isfinite(values)).sum())} of {values.size} scores are not finite",
                 where=f"group {group.name!r}",
                 remedy="look for NaN or infinite weights in its layers, or use another criterion",
             )

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from depcut import axes
 from depcut.axes import Axis, Term
 from depcut.scores.context import Context, Scores
+from depcut.scores.rows import row_sums
 
 Values = NDArray[np.float64]
-Sums = Callable[[str, int], torch.Tensor]
-"""(parameter, dimension) -> sum of its elements' saliency over all its other dimensions."""
+Sums = Callable[[str, tuple[int, ...]], torch.Tensor]
+"""(parameter, dimensions) -> sums of its elements' saliency over all but these, in their order."""
 
 
 def by_element(elements: Mapping[str, torch.Tensor]) -> Sums:
@@ -25,10 +26,11 @@ def by_element(elements: Mapping[str, torch.Tensor]) -> Sums:
         elements: A tensor of the parameter's shape, by canonical parameter name.
     """
 
-    def sums(name: str, dim: int) -> torch.Tensor:
+    def sums(name: str, kept: tuple[int, ...]) -> torch.Tensor:
         values = elements[name]
-        others = [d for d in range(values.ndim) if d != dim]
-        return values.sum(dim=others, dtype=torch.float64) if others else values.double()
+        others = [d for d in range(values.ndim) if d not in kept]
+        left = values.sum(dim=others, dtype=torch.float64) if others else values.double()
+        return left.permute([sorted(kept).index(d) for d in kept])
 
     return sums
 
@@ -41,24 +43,29 @@ def unit_sums(term: Term, values: Values) -> Iterator[tuple[Axis, Values]]:
     return axes.project(term, values)
 
 
-def totals(context: Context, sums: Sums, names: Collection[str] | None = None) -> Scores:
+def totals(
+    context: Context, sums: Sums, names: Collection[str] | None = None, *, rows: bool = False
+) -> Scores:
     """One vector a group: sums over a unit's slice of each member, aggregated over the members.
 
     Args:
         context: Groups, and the options "members" and "aggregate".
         sums: The elements' saliency, signed or not.
         names: Only these parameters; a group that none of them narrows with gets zeros.
+        rows: Whether groups with an outer axis get an array [rows, size] in place of a vector.
     """
     coupling = context.coupling
     chosen = members(context, names)
     maximum = context.score.aggregate == "max"
     out: list[Values | None] = [None] * len(coupling.groups)
     for (name, dim), wanted in chosen.items():
-        values = sums(name, dim).double().cpu().numpy()
-        for number, part in _onto_groups(context, name, dim, values).items():
+        values = sums(name, (dim,)).double().cpu().numpy()
+        for number, flat in _onto_groups(context, name, dim, values).items():
             before = out[number]
             if number not in wanted:
                 continue
+            part = _by_row(context, sums, name, dim, number) if rows else None
+            part = flat if part is None else part
             if before is None:
                 out[number] = part
             else:
@@ -67,6 +74,18 @@ def totals(context: Context, sums: Sums, names: Collection[str] | None = None) -
         counts = np.bincount([n for wanted in chosen.values() for n in wanted], minlength=len(out))
         out = [None if v is None else v / n for v, n in zip(out, counts, strict=True)]
     return [np.zeros(g.size) if v is None else v for g, v in zip(coupling.groups, out, strict=True)]
+
+
+def _by_row(context: Context, sums: Sums, name: str, dim: int, number: int) -> Values | None:
+    """Sums of a member by row of a group's outer axis, None where it has none."""
+    group = context.coupling.groups[number]
+    if group.outer is None:
+        return None
+
+    def summed(kept: tuple[int, ...]) -> Values:
+        return np.asarray(sums(name, kept).double().cpu().numpy())
+
+    return row_sums(summed, context.coupling.dims[name], group, dim)
 
 
 def _onto_groups(context: Context, name: str, dim: int, values: Values) -> dict[int, Values]:
@@ -120,11 +139,15 @@ def compared(context: Context, scores: Scores) -> Scores:
     elif how == "size":
         shapes = {name: tensor.shape for name, tensor in context.weights.items()}
 
-        def ones(name: str, dim: int) -> torch.Tensor:
-            shape = shapes[name]
-            return torch.full((shape[dim],), float(math.prod(shape) // shape[dim]))
+        def ones(name: str, kept: tuple[int, ...]) -> torch.Tensor:
+            sizes = [shapes[name][d] for d in kept]
+            return torch.full(sizes, float(math.prod(shapes[name]) // math.prod(sizes)))
 
-        scores = [s / np.maximum(n, 1) for s, n in zip(scores, totals(context, ones), strict=True)]
+        sizes = [totals(context, ones, rows=rows) for rows in (False, True)]
+        scores = [
+            s / np.maximum(by_row if s.ndim > 1 else flat, 1)
+            for s, flat, by_row in zip(scores, *sizes, strict=True)
+        ]
     lowest = min((float(s.min()) for s in scores), default=0.0)
     # An allocation reads scores as what is lost: a share of a sum, which must be positive.
     return [s - lowest for s in scores] if lowest < 0 else scores

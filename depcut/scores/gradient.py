@@ -48,7 +48,7 @@ def taylor(context: Context) -> Scores:
     """
 
     def squared(products: dict[str, torch.Tensor]) -> Scores:
-        return [np.square(t) for t in totals(context, by_element(products))]
+        return [np.square(t) for t in totals(context, by_element(products), rows=True)]
 
     return compared(context, _averaged(context, squared))
 
@@ -78,7 +78,7 @@ def fisher(context: Context) -> Scores:
 
     def halved(products: dict[str, torch.Tensor]) -> Scores:
         squares = {name: p.square() / 2 for name, p in products.items()}
-        return totals(context, by_element(squares))
+        return totals(context, by_element(squares), rows=True)
 
     return compared(context, _averaged(context, halved))
 
@@ -97,7 +97,8 @@ def snip(context: Context) -> Scores:
                 summed[name] = summed[name].add_(product) if name in summed else product
     count = len(context.data.batches)
     return compared(
-        context, totals(context, by_element({n: p.abs() / count for n, p in summed.items()}))
+        context,
+        totals(context, by_element({n: p.abs() / count for n, p in summed.items()}), rows=True),
     )
 
 
@@ -108,7 +109,7 @@ def _curved(context: Context, of_gradient: bool) -> Scores:
     """
     with trainable(context.model):
         found = curvatures(context.model, context.data, of_gradient=of_gradient)
-        return _mean(totals(context, by_element(_products(context, c))) for c in found)
+        return _mean(totals(context, by_element(_products(context, c)), rows=True) for c in found)
 
 
 def hessian(context: Context) -> Scores:

@@ -17,17 +17,18 @@ def powers(context: Context, power: int) -> Sums:
         power: 1 or 2.
     """
 
-    def sums(name: str, dim: int) -> torch.Tensor:
+    def sums(name: str, kept: tuple[int, ...]) -> torch.Tensor:
         tensor = context.weights[name]
         half = tensor.dtype in (torch.float16, torch.bfloat16)
         values = tensor.float() if half else tensor
-        others = [d for d in range(values.ndim) if d != dim]
-        if dim == 0 and others:
+        others = [d for d in range(values.ndim) if d not in kept]
+        if kept == (0,) and others:
             # One pass without a temporary, but slow where the rows are not contiguous.
             norms: torch.Tensor = torch.linalg.vector_norm(values, power, dim=others)
             return norms**power
         elements = values.square() if power == 2 else values.abs()
-        return elements.sum(dim=others) if others else elements
+        left = elements.sum(dim=others) if others else elements
+        return left.permute([sorted(kept).index(d) for d in kept])
 
     return sums
 
@@ -38,7 +39,7 @@ def l2(context: Context) -> Scores:
     Source: Fang et al., DepGraph, CVPR 2023, eq. 5 (group norm); Li et al., ICLR 2017.
     Needs no data.
     """
-    return compared(context, [np.sqrt(t) for t in totals(context, powers(context, 2))])
+    return compared(context, [np.sqrt(t) for t in totals(context, powers(context, 2), rows=True)])
 
 
 def l1(context: Context) -> Scores:
@@ -47,7 +48,7 @@ def l1(context: Context) -> Scores:
     Source: Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017.
     Needs no data.
     """
-    return compared(context, totals(context, powers(context, 1)))
+    return compared(context, totals(context, powers(context, 1), rows=True))
 
 
 def lamp(context: Context) -> Scores:
@@ -60,11 +61,13 @@ def lamp(context: Context) -> Scores:
     Needs no data.
     """
     scores = []
-    for norms in totals(context, powers(context, 2)):
-        order = np.argsort(norms, kind="stable")
-        left = np.cumsum(norms[order][::-1])[::-1]
+    for norms in totals(context, powers(context, 2), rows=True):
+        order = np.argsort(norms, axis=-1, kind="stable")
+        ascending = np.take_along_axis(norms, order, -1)
+        left = np.cumsum(ascending[..., ::-1], axis=-1)[..., ::-1]
         share = np.empty_like(norms)
-        share[order] = np.divide(norms[order], left, out=np.ones_like(left), where=left > 0)
+        shares = np.divide(ascending, left, out=np.ones_like(left), where=left > 0)
+        np.put_along_axis(share, order, shares, -1)
         scores.append(share)
     return compared(context, scores)
 

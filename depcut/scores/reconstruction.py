@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import fx
 
 from depcut import axes
+from depcut.calibration.sensitivity import sensitivities
 from depcut.calibration.site import Call, Site
 from depcut.calibration.sites import find_sites, parameters_behind
 from depcut.calibration.visits import visits
@@ -34,24 +35,35 @@ def obs(context: Context) -> Scores:
 
     For a weight W (out, in) that reads inputs of covariance H, removing the columns S and
     re-solving the others costs tr(W_S ((H^-1)_SS)^-1 W_S^T); W and H^-1 are then updated for the
-    next removal. Summed over all weights that read the unit, each in units of its outputs'
-    variance. A product of two activations that sums over the units (head_dim of queries and keys)
-    adds the energy of their terms in it, as nothing there can be re-solved. The cheapest units go
-    first; a unit's score is the loss that its removal added, so that a sum over removed units is a
-    loss of reconstruction. Units that neither reads have their share of the group's squared
-    weights.
+    next removal. Rows of W are weighted by how much the model's outputs feel an error in them
+    (`sensitivities`), so that losses of all layers are shares of the outputs' variance and add up.
+    A product of two activations that sums over the units (head_dim of queries and keys) adds the
+    energy of their terms in it, as nothing there can be re-solved. The cheapest units go first; a
+    unit's score is the loss that its removal added. Units that neither reads have their share of
+    the group's squared weights.
 
-    Source: Kurtic et al., ZipLM, NeurIPS 2023, eq. 3-5; Hassibi & Stork, NeurIPS 1992. Needs data.
+    Source: Kurtic et al., ZipLM, NeurIPS 2023, eq. 3-5; Hassibi & Stork, NeurIPS 1992 (second-order
+    removal); Martens & Grosse, K-FAC, ICML 2015 (rows weighted by squared derivatives). Needs data.
     """
     coupling = context.coupling
     sites, products = find_sites(coupling), _products(coupling)
     gathered = _gather(context, sites, products)
+    felt = sensitivities(
+        coupling,
+        context.model,
+        context.data,
+        {**dict.fromkeys(p.node for p in products), **{s.node: s.family.result for s in sites}},
+    )
     plain = _shares(context)
     out = []
     for group in coupling.groups:
-        found = [_reader(s, group, gathered) for s in sites]
+        found = [_reader(s, group, gathered, felt.get(s.node)) for s in sites]
         readers: list[_Reads] = [r for r in found if r is not None]
-        readers += [_Terms.of(gathered.products[p]) for p in products if p.holds(group)]
+        readers += [
+            _Terms.of(gathered.products[p], float(felt.get(p.node, torch.ones(())).sum()))
+            for p in products
+            if p.holds(group)
+        ]
         out.append(_eliminated(readers, group.size) if readers else plain[group.index])
     return out
 
@@ -196,7 +208,7 @@ class _Terms:
     """A product of two activations that sums over a group.
 
     Attributes:
-        gram: Inner products of its terms, (units, units); all of them sum to 1.
+        gram: Inner products of its terms, (units, units).
         extra: What the terms that are gone already add to the cost of each unit.
     """
 
@@ -204,11 +216,11 @@ class _Terms:
     extra: torch.Tensor
 
     @staticmethod
-    def of(gram: NDArray[np.float64]) -> _Terms:
-        """Of the inner products of its terms."""
+    def of(gram: NDArray[np.float64], scale: float) -> _Terms:
+        """Of the inner products of its terms; all together cost `scale`."""
         # Terms may cancel to nothing; their own energy then sets the scale.
         energy = max(float(gram.sum()), 1e-6 * float(gram.trace()), _TINY)
-        matrix = torch.from_numpy(gram / energy)
+        matrix = torch.from_numpy(gram * (scale / energy))
         return _Terms(matrix, torch.zeros(len(matrix), dtype=matrix.dtype))
 
     def losses(self) -> torch.Tensor:
@@ -271,7 +283,17 @@ def _trace(inverse: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     return trace.clamp_min(0)
 
 
-def _reader(site: Site, group: Group, gathered: _Gathered) -> _Reader | None:
+def _reader(
+    site: Site, group: Group, gathered: _Gathered, felt: torch.Tensor | None
+) -> _Reader | None:
+    """A site as a reader of a group, None if it does not read it.
+
+    Args:
+        site: The site.
+        group: The group.
+        gathered: Moments of what the site reads.
+        felt: See `sensitivities`; None: an error counts as a share of its outputs' variance.
+    """
     found = gathered.inputs.get(site)
     owners = site.units(group.axis)
     if found is None or not (owners >= 0).any():
@@ -280,8 +302,14 @@ def _reader(site: Site, group: Group, gathered: _Gathered) -> _Reader | None:
     if site.takes_shift:
         xx = xx - total[:, :, None] * total[:, None, :] / count
     weight = gathered.weights[site]
-    gram = weight.transpose(1, 2) @ weight
-    energy = float((gram * xx).sum())
+    if felt is not None and felt.ndim:
+        scale = float(count)
+        rows = weight * felt.reshape(*weight.shape[:2], 1).to(weight)
+    else:
+        energy = float((weight.transpose(1, 2) @ weight * xx).sum())
+        scale = max(energy, _TINY) / (1.0 if felt is None else float(felt))
+        rows = weight
+    gram = weight.transpose(1, 2) @ rows
     level = xx.diagonal(dim1=1, dim2=2).mean(1)
     level = level.clamp_min(1e-6 * float(level.max()) + _TINY)
     eye = torch.eye(xx.shape[-1], dtype=xx.dtype, device=xx.device)
@@ -289,8 +317,8 @@ def _reader(site: Site, group: Group, gathered: _Gathered) -> _Reader | None:
     order = np.argsort(owners, kind="stable")
     columns = order[np.searchsorted(owners[order], 0) :].reshape(group.size, -1)
     # Constant inputs carry nothing that a bias does not.
-    constant = energy <= _NOISE * float((gram * found[0]).sum())
-    gram = torch.zeros_like(gram) if constant else gram / energy
+    constant = float((gram * xx).sum()) <= _NOISE * float((gram * found[0]).sum())
+    gram = torch.zeros_like(gram) if constant else gram / max(scale, _TINY)
     return _Reader(inverse.cpu(), gram.cpu(), torch.from_numpy(columns.copy()))
 
 

@@ -31,7 +31,11 @@ def synflow(context: Context) -> Scores:
     follow. m is as many as must stay, at least one a group: no budget is needed, and no group
     loses its last unit before all others are gone. score(u) = (rounds that u has outlived) + (its
     flow in the round that removes it, as a share of the largest), so that the order of the scores
-    is the order of removal.
+    is the order of removal; for what stays, n + its flow in the last round that removes any.
+
+    What keeps a layer from collapsing is that all flow must pass it, so that the fewer units are
+    left, the more each carries. Beside a skip connection nothing must: a residual branch that ends
+    without a norm may go down to a single unit where scores are ranked over all groups.
     Source: Tanaka et al., Pruning Neural Networks without Any Data by Iteratively Conserving
     Synaptic Flow, NeurIPS 2020, eq. 1 and algorithm 1. Needs no data.
     """
