@@ -17,6 +17,8 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from depcut import axes
+from depcut.axes import Reason
 from depcut.calibration.data import Calibration
 from depcut.calibration.lockstep import Lockstep
 from depcut.calibration.moments import folded
@@ -162,7 +164,7 @@ class _Repairer:
         stream = _stream(site, self.program.sizes)
         for number, (dense, slim) in enumerate(both.steps()):
             wide, narrow = self._call(dense), self._call(slim)
-            x = site.family.inputs(wide)
+            x = site.family.inputs(self._along(site, dense))
             dense_weight = site.family.matrix(wide)
             exact = torch.promote_types(x.dtype, torch.float32)
             y = x.to(exact) @ dense_weight.to(exact).transpose(1, 2)
@@ -178,6 +180,25 @@ class _Repairer:
             for value in (given, target):
                 check_finite(value, number, site.node)
             yield number, given, target
+
+    def _along(self, site: Site, dense: Step) -> Call:
+        """The dense call without vectors that the narrowed one has not (channels as positions)."""
+        dims = self.keep.coupling.env
+        own = {*axes.leaves(site.term), *axes.leaves(axes.resolve(site.rows))}
+        values = {}
+        for source in site.node.all_input_nodes:
+            value, terms = dense.values[source], dims[source]
+            if isinstance(terms, tuple) and source not in self.program.tensors:
+                held = Reason("of the weight's own", source.name)
+                rest = [
+                    axes.axis(t.size, held) if own & {*axes.leaves(axes.resolve(t))} else t
+                    for t in terms
+                ]
+                value = kept_part(value, self.keep, tuple(rest))
+            values[source] = value
+        args = fx.map_arg(site.node.args, values.__getitem__)
+        kwargs = fx.map_arg(site.node.kwargs, values.__getitem__)
+        return bound(site.node, args, kwargs)
 
     def _drift(self, dense: Step, slim: Step, stream: fx.Node) -> torch.Tensor:
         """What the stream that the result is added to has lost so far."""
@@ -200,7 +221,8 @@ class _Repairer:
         if self.keep.narrows(site.term):
             return False
         for dense, slim in both.steps():
-            x, given = (site.family.inputs(self._call(s)) for s in (dense, slim))
+            x = site.family.inputs(self._along(site, dense))
+            given = site.family.inputs(self._call(slim))
             if x.shape != given.shape:
                 return False
             if not float((x - given).abs().max()) <= _SAME * float(x.abs().max()):

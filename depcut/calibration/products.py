@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from string import ascii_letters
 
 import torch
 from torch import fx
@@ -94,6 +95,7 @@ class Einsum:
         given: Labels of the other operand.
         held: Labels of the parameter.
         blocks: Labels that both and the result have.
+        free: Labels that only the other operand and the result have.
         summed: Labels that both have and the result has not.
         made: Labels that only the parameter and the result have.
     """
@@ -102,6 +104,7 @@ class Einsum:
     given: str
     held: str
     blocks: str
+    free: str
     summed: str
     made: str
 
@@ -112,8 +115,7 @@ class Einsum:
     def inputs(self, call: Call) -> torch.Tensor:
         """Blocks first, summed labels last."""
         x = call["tensors"][1 - self.which]
-        rest = "".join(c for c in self.given if c not in self.blocks + self.summed)
-        x = torch.einsum(f"{self.given}->{self.blocks}{rest}{self.summed}", x)
+        x = torch.einsum(f"{self.given}->{self.blocks}{self.free}{self.summed}", x)
         ends = len(self.blocks), x.ndim - len(self.summed)
         sizes = x.shape[: ends[0]].numel(), x.shape[ends[0] : ends[1]].numel()
         return x.reshape(*sizes, x.shape[ends[1] :].numel())
@@ -137,14 +139,27 @@ class Einsum:
         turned.copy_(matrix.reshape(turned.shape))
 
 
+def _spelled(place: Place) -> str:
+    """The equation with letters in place of dots, the same from the right for all operands."""
+    equation: str = place.arg("equation").replace(" ", "")
+    inputs, arrow, output = equation.partition("->")
+    free = [c for c in ascii_letters if c not in equation]
+    specs, most = inputs.split(","), 0
+    for i, spec in enumerate(specs):
+        if "..." in spec:
+            count = len(place.dims(place.arg("tensors")[i])) - len(spec.replace("...", ""))
+            specs[i] = spec.replace("...", "".join(free[:count][::-1]))
+            most = max(most, count)
+    return ",".join(specs) + arrow + output.replace("...", "".join(free[:most][::-1]))
+
+
 def einsum(place: Place) -> list[Site]:
     """A sum over labels that a parameter shares with activations."""
     operands = list(place.arg("tensors"))
-    equation = place.arg("equation").replace(" ", "")
-    inputs, arrow, output = equation.partition("->")
+    inputs, arrow, output = _spelled(place).partition("->")
     specs = inputs.split(",")
     names = [place.parameter(n) for n in operands]
-    if len(operands) != 2 or not arrow or names.count(None) != 1 or "." in equation:
+    if len(operands) != 2 or not arrow or names.count(None) != 1:
         return []
     which = 0 if names[0] is not None else 1
     held, given, name = specs[which], specs[1 - which], names[which]
@@ -154,10 +169,10 @@ def einsum(place: Place) -> list[Site]:
     blocks = "".join(c for c in shared if c in output)
     summed = "".join(c for c in shared if c not in output)
     single = len(set(held)) == len(held) and len(set(given)) == len(given)
-    alone = all(c in output for c in made) and all(c in output for c in given if c not in summed)
-    if not (single and alone and summed):
+    free = "".join(c for c in given if c in output and c not in blocks)
+    if not (single and summed and all(c in output for c in made)):
         return []
     terms = dict(zip(held, place.coupling.dims[name], strict=True))
     rows = axes.product(*(terms[c] for c in blocks + made))
-    family = Einsum(which, given, held, blocks, summed, made)
+    family = Einsum(which, given, held, blocks, free, summed, made)
     return [Site(place.node, (name,), (), (tuple(terms[c] for c in summed),), rows, family)]
