@@ -185,6 +185,11 @@ class _Repairer:
         """The dense call without vectors that the narrowed one has not (channels as positions)."""
         dims = self.keep.coupling.env
         own = {*axes.leaves(site.term), *axes.leaves(axes.resolve(site.rows))}
+        for source in site.node.all_input_nodes:
+            if source in self.program.tensors:
+                own |= {
+                    leaf for term in dims[source] or () for leaf in axes.leaves(axes.resolve(term))
+                }
         values = {}
         for source in site.node.all_input_nodes:
             value, terms = dense.values[source], dims[source]

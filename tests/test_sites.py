@@ -49,7 +49,9 @@ def visited(coupling: Coupling, model: nn.Module, inputs: Any) -> dict[Any, tupl
 def computed(site: Site, call: Call, model: nn.Module) -> Tensor:
     """X W^T + b, (vectors, blocks * out)."""
     held = dict(model.named_parameters(remove_duplicate=False))
-    y = site.family.inputs(call) @ site.family.matrix(call).transpose(1, 2)
+    x, w = site.family.inputs(call), site.family.matrix(call)
+    exact = torch.promote_types(x.dtype, torch.float32)
+    y = x.to(exact) @ w.to(exact).transpose(1, 2)
     for name in site.biases:
         y = y + held[name].detach().reshape(len(y), 1, -1)
     return y.transpose(0, 1).flatten(1)
@@ -68,7 +70,11 @@ def directly(site: Site, result: Tensor, program: Program) -> Tensor:
     return result.movedim(dim, -1).reshape(-1, rows.size)
 
 
-@pytest.mark.parametrize("net", NETS.values(), ids=list(NETS))
+# In an autocast region an operator converts its arguments by itself.
+ALONE = {name: net for name, net in NETS.items() if name != "autocast_on"}
+
+
+@pytest.mark.parametrize("net", ALONE.values(), ids=list(ALONE))
 def test_sites_compute_what_their_nodes_compute(net: Net) -> None:
     model = net.build()
     coupling = depcut.analyze(model, net.inputs(2)).coupling
@@ -79,9 +85,8 @@ def test_sites_compute_what_their_nodes_compute(net: Net) -> None:
         if isinstance(result, Tensor) and type(site.family).__name__ != "Einsum":
             got, want = computed(site, call, model), directly(site, result, coupling.program)
             scale = float(want.abs().max())
-            tolerance = 2e-2 if "autocast" in net.name else 1e-5
             torch.testing.assert_close(
-                got.double(), want.double(), rtol=0, atol=tolerance * max(scale, 1e-2)
+                got.double(), want.double(), rtol=0, atol=1e-5 * max(scale, 1e-2)
             )
         elif isinstance(result, Tensor):
             got = computed(site, call, model)
@@ -136,9 +141,13 @@ class Cells(nn.Module):
         self.kind = kind
         self.cell = getattr(nn, kind)(4, 5, **options)
         self.head = nn.Linear(5 * (1 + both), 3)
+        self.register_buffer("h", torch.randn(2 * (1 + both), 1, 5))
+        self.register_buffer("c", torch.randn(2 * (1 + both), 1, 5))
 
-    def forward(self, x: Tensor, h: Tensor, c: Tensor) -> Tensor:
-        return self.head(self.cell(x, (h, c) if self.kind == "LSTM" else h)[0] + 0 * c.sum())
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.shape[0 if self.cell.batch_first else 1]
+        h, c = (state.expand(-1, rows, -1).contiguous() for state in (self.h, self.c))
+        return self.head(self.cell(x, (h, c) if self.kind == "LSTM" else h)[0])
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
@@ -147,9 +156,9 @@ class Cells(nn.Module):
 def test_cells_read_what_a_loop_over_the_steps_reads(kind: str, both: bool, first: bool) -> None:
     model, length, batch, ways = Cells(kind, both, first).eval(), 6, 3, 1 + both
     x = torch.randn(batch, length, 4) if first else torch.randn(length, batch, 4)
-    states = torch.randn(2 * ways, batch, 5), torch.randn(2 * ways, batch, 5)
-    coupling = depcut.analyze(model, (x, *states)).coupling
-    calls = visited(coupling, model, (x, *states))
+    states = [s.expand(-1, batch, -1) for s in (model.h, model.c)]
+    coupling = depcut.analyze(model, x).coupling
+    calls = visited(coupling, model, x)
     sites = [s for s in find_sites(coupling) if s.name == "cell"]
     assert len(sites) == 2 * ways * (2 if kind == "GRU" else 1)
     (call, result) = calls[sites[0].node]

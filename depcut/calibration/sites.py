@@ -100,5 +100,6 @@ def parameters_behind(node: fx.Node, program: Program) -> set[str]:
     if node.op != "call_function":
         name = program.tensors.get(node)
         return {name} if name in program.parameters else set()
-    found = [parameters_behind(n, program) for n in node.all_input_nodes]
-    return set().union(*found) if all(found) else set()
+    tensors = [n for n in node.all_input_nodes if program.sizes.get(n) is not None]
+    found = [parameters_behind(n, program) for n in tensors]
+    return set().union(*found) if found and all(found) else set()
