@@ -186,10 +186,8 @@ class _Repairer:
         dims = self.keep.coupling.env
         own = {*axes.leaves(site.term), *axes.leaves(axes.resolve(site.rows))}
         for source in site.node.all_input_nodes:
-            if source in self.program.tensors:
-                own |= {
-                    leaf for term in dims[source] or () for leaf in axes.leaves(axes.resolve(term))
-                }
+            for term in self.keep.coupling.dims.get(self.program.tensors.get(source, ""), ()):
+                own |= {*axes.leaves(term)}
         values = {}
         for source in site.node.all_input_nodes:
             value, terms = dense.values[source], dims[source]
@@ -289,8 +287,12 @@ class _Repairer:
     def _verify(self, expected: list[Any]) -> None:
         """Refuse a model that gives other outputs than the graph that was repaired."""
         args, kwargs = self.calibration.arguments(self.calibration.batches[0])
+        written = {n: t.clone() for n, t in self.slim.named_buffers()}
         with modes(self.slim, ()):
             outputs = pytree.tree_leaves(self.slim(*args, **kwargs))
+        for name, buffer in self.slim.named_buffers():
+            if name in written and buffer.shape == written[name].shape:
+                buffer.copy_(written[name])
         size, message = error(expected, outputs)
         if message or not size <= _TOLERANCE:
             raise VerificationError(

@@ -49,10 +49,8 @@ def solve(folds: list[Moments], weight: torch.Tensor, bias: torch.Tensor | None)
     fixed = torch.zeros_like(folds[0].y) if bias is None else bias.double()
     whole = folds[0] if len(folds) == 1 else folds[0] + folds[1]
     free = bias is not None
-    if len(folds) > 1:
-        pairs, ridges = [(folds[0], folds[1]), (folds[1], folds[0])], RIDGES
-    else:
-        pairs, ridges = [(whole, whole)], RIDGES[-1:]
+    pairs = [(folds[0], folds[1]), (folds[1], folds[0])] if len(folds) > 1 else [(whole, whole)]
+    ridges: tuple[float, ...] = RIDGES if len(folds) > 1 else RIDGES[-1:]
     spread = float((whole.yy - whole.y.square() / whole.count).sum())
     errors = [0.0] * len(ridges)
     for fit, test in pairs:

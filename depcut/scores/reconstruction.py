@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from string import ascii_letters
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -174,7 +174,7 @@ def _add_terms(found: _Gathered, product: _Product, call: Call) -> None:
 def _squares(product: _Product, call: Call, which: int) -> torch.Tensor:
     """A^T A over all that only one of the two activations has, (batch..., units, units)."""
     source, dim = product.places[which]
-    given = {**dict(zip(call, product.node.args, strict=False)), **product.node.kwargs}
+    given: Any = {**dict(zip(call, product.node.args, strict=False)), **product.node.kwargs}
     name = next(n for n, v in given.items() if v is source or _lists(v, source))
     if given[name] is source:
         x = call[name].movedim(dim, -1).double()
