@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from string import ascii_letters
 from typing import Any, Protocol
 
@@ -26,6 +26,7 @@ _DAMPING = 1e-2  # of the mean variance of the inputs
 _ROUNDS = 64  # in which the units of a group are eliminated, at most
 _TINY = 1e-30
 _NOISE = 1e-12  # of the energy of what is read: what rounding leaves of a variance
+_SPARSE = 1 / 8  # of the columns, which are dropped when so many are gone
 _MATRIX = 2
 _PRODUCTS = ("matmul", "mm", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention")
 
@@ -242,14 +243,16 @@ class _Reader:
     """One weight that reads a group, for the units that are left.
 
     Attributes:
-        inverse: Inverse of the damped covariance of its inputs, (blocks, in, in).
-        gram: W^T W over the outputs, (blocks, in, in).
+        inverse: Inverse of the damped covariance of its inputs, (blocks, in, in); written to.
+        gram: W^T W over the outputs, (blocks, in, in); written to.
         columns: Columns of each unit, (units, columns of a unit).
+        gone: Columns that went and still take part as zeros.
     """
 
     inverse: torch.Tensor
     gram: torch.Tensor
     columns: torch.Tensor
+    gone: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
     def losses(self) -> torch.Tensor:
         """What removing each unit alone costs."""
@@ -259,21 +262,34 @@ class _Reader:
     def remove(self, units: torch.Tensor) -> float:
         """Remove units together and re-solve what is left; the cost."""
         gone = self.columns[units].flatten()
-        mask = torch.ones(self.inverse.shape[-1], dtype=torch.bool)
-        mask[gone] = False
-        left = mask.nonzero().flatten()
+        self.gone = torch.cat([self.gone, gone])
         inverse, gram = self.inverse, self.gram
         within = inverse[:, gone[:, None], gone]
-        cost = float(_trace(within, gram[:, gone[:, None], gone]).sum())
-        through = torch.linalg.solve(within, inverse[:, gone[:, None], left])
-        across = gram[:, left[:, None], gone] @ through
-        own = through.transpose(1, 2) @ (gram[:, gone[:, None], gone] @ through)
-        self.gram = gram[:, left[:, None], left] - across - across.transpose(1, 2) + own
-        self.inverse = inverse[:, left[:, None], left] - inverse[:, left[:, None], gone] @ through
+        square = gram[:, gone[:, None], gone]
+        cost = float(_trace(within, square).sum())
+        # With T = (H^-1)_SS^-1 (H^-1)_S: the new gram is (I - E T)^T G (I - E T), E picks S.
+        across = inverse[:, gone]
+        through = torch.linalg.solve(within, across)
+        turned = through.transpose(1, 2)
+        half = gram[:, :, gone] - 0.5 * turned @ square
+        inverse.baddbmm_(across.transpose(1, 2), through, alpha=-1)
+        gram.baddbmm_(half, through, alpha=-1).baddbmm_(turned, half.transpose(1, 2), alpha=-1)
         stay = torch.ones(len(self.columns), dtype=torch.bool)
         stay[units] = False
-        self.columns = (torch.cumsum(mask, 0) - 1)[self.columns[stay]]
+        self.columns = self.columns[stay]
+        if len(self.gone) >= _SPARSE * inverse.shape[-1]:
+            self._compact()
         return cost
+
+    def _compact(self) -> None:
+        """Drop rows and columns of what is gone, which are zeros, all at once."""
+        mask = torch.ones(self.inverse.shape[-1], dtype=torch.bool)
+        mask[self.gone] = False
+        left = mask.nonzero().flatten()
+        self.inverse = self.inverse.index_select(1, left).index_select(2, left)
+        self.gram = self.gram.index_select(1, left).index_select(2, left)
+        self.columns = (torch.cumsum(mask, 0) - 1)[self.columns]
+        self.gone = self.gone[:0]
 
 
 def _trace(inverse: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
@@ -307,13 +323,14 @@ def _reader(
         rows = weight * felt.reshape(*weight.shape[:2], 1).to(weight)
     else:
         energy = float((weight.transpose(1, 2) @ weight * xx).sum())
-        scale = max(energy, _TINY) / (1.0 if felt is None else float(felt))
+        scale = max(energy, _TINY) / max(1.0 if felt is None else float(felt), _TINY)
         rows = weight
     gram = weight.transpose(1, 2) @ rows
     level = xx.diagonal(dim1=1, dim2=2).mean(1)
     level = level.clamp_min(1e-6 * float(level.max()) + _TINY)
-    eye = torch.eye(xx.shape[-1], dtype=xx.dtype, device=xx.device)
-    inverse = torch.linalg.inv(xx + _DAMPING * level[:, None, None] * eye)
+    damped = xx.clone()
+    damped.diagonal(dim1=1, dim2=2).add_(_DAMPING * level[:, None])
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     order = np.argsort(owners, kind="stable")
     columns = order[np.searchsorted(owners[order], 0) :].reshape(group.size, -1)
     # Constant inputs carry nothing that a bias does not.
