@@ -167,6 +167,11 @@ def test_dead_units_go_first_and_give_no_nan(dead: float) -> None:
     assert np.isfinite(found).all()
     assert set(np.argsort(found)[:3]) == {3, 4, 5} or not dead
     assert dead or float(found.max()) < 1e-6
+    with torch.no_grad():
+        model.up.weight.zero_()
+        model.up.bias.fill_(1000.1)
+    [found] = score("obs", analysis.coupling, model, 0, data)
+    assert np.isfinite(found).all()
 
 
 @pytest.mark.parametrize("net", NETS.values(), ids=list(NETS))
