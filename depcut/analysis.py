@@ -21,6 +21,8 @@ from depcut.capture import capture
 from depcut.choose import Chooser, Request, check_budget
 from depcut.cost import Cost
 from depcut.coupling import Coupling, Frozen, Group, infer, layer_of
+from depcut.depth.branches import Branch, Residuals
+from depcut.depth.find import residuals
 from depcut.errors import BudgetError, InputError, listed
 from depcut.inputs import Inputs
 from depcut.latency.model import SAMPLES, LatencyModel, latency_model
@@ -74,6 +76,16 @@ class Analysis:
     def params(self) -> int:
         """Parameters of the dense model, shared ones once."""
         return round(self.costs["params"].total)
+
+    @cached_property
+    def residuals(self) -> Residuals:
+        """Residual branches, blocks of them, and what looks like a branch and is none, with why."""
+        return residuals(self.coupling)
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """Residual branches that a plan can drop as a whole."""
+        return self.residuals.branches
 
     @cached_property
     def graph(self) -> nx.DiGraph:
@@ -187,13 +199,20 @@ class Analysis:
         single = resized(bind_inputs(self.model, given), 1)
         return dict(single.arguments) if single.kwargs else tuple(single.args)
 
-    def plan_keeping(self, kept: Mapping[str, Sequence[int] | Indices]) -> Plan:
+    def plan_keeping(
+        self, kept: Mapping[str, Sequence[int] | Indices], dropped: Iterable[str] = ()
+    ) -> Plan:
         """A plan from kept units by group name; groups not named keep everything.
 
+        Args:
+            kept: Indices that stay.
+            dropped: Names of residual branches, or of blocks of them, that go: see `branches`.
+
         Raises:
-            PlanError: Unknown group, impossible units, or unequal counts where they are tied.
+            PlanError: Unknown group or branch, impossible units, or unequal counts where they are
+                tied.
         """
-        return make_plan(self.coupling, self.model, kept, {"units": "given"})
+        return make_plan(self.coupling, self.model, kept, {"units": "given"}, dropped)
 
     def _nothing(self) -> None:
         reasons: dict[str, list[str]] = {}

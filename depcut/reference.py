@@ -17,6 +17,7 @@ from depcut.axes import Indices
 from depcut.capture import held_tensors, is_symbolic
 from depcut.inputs import Inputs, normalize
 from depcut.keep import Keep
+from depcut.liveness import is_size
 from depcut.ops.registry import Output
 
 Watched = dict[fx.Node, Any]
@@ -75,11 +76,18 @@ class Reference:
         last = self._last_uses()
         given = iter(inputs)
         outputs: list[Any] = []
+        gone = self.keep.gone
         for node in self.program.graph.graph.nodes:
             if node.op == "placeholder":
                 env[node] = (
                     self._tensor(node, dtype) if node in self.program.tensors else next(given)
                 )
+            elif node in gone.nodes:
+                if is_size(node):
+                    env[node] = self._size(node, inputs)
+            elif node in gone.through:
+                value = env[gone.through[node]]
+                env[node] = value.clone() if node in gone.fresh else value
             elif node.op == "get_attr":
                 env[node] = getattr(self.program.graph, str(node.target))
             elif node.op == "call_function":
@@ -102,6 +110,20 @@ class Reference:
         for source, node in last.items():
             out.setdefault(node, []).append(source)
         return out
+
+    def _size(self, node: fx.Node, inputs: list[Any]) -> int:
+        """A size that was read off a tensor that is gone, computed from the sizes of the inputs."""
+        value = node.meta["val"]
+        if not isinstance(value, torch.SymInt):
+            return int(value)
+        known = {
+            symbolic.node.expr: actual
+            for placeholder, given in zip(self.program.inputs, inputs, strict=True)
+            if isinstance(given, torch.Tensor)
+            for symbolic, actual in zip(placeholder.meta["val"].shape, given.shape, strict=True)
+            if isinstance(symbolic, torch.SymInt)
+        }
+        return int(value.node.expr.subs(known))
 
     def _tensor(self, node: fx.Node, dtype: torch.dtype | None) -> torch.Tensor:
         name = self.program.tensors[node]

@@ -20,7 +20,7 @@ ROOT = ""  # the package itself, i.e. depcut/__init__.py
 # From the bottom up: a module imports only from lines above its own, never from its own line.
 ORDER = [
     "errors axes tables inline program provenance demo_net version machine origin",
-    "checks inputs loading",
+    "checks inputs loading liveness",
     "capture",
     "ops.registry",
     "ops.pointwise ops.contraction ops.convolution ops.normalization ops.reduction ops.shape "
@@ -34,8 +34,11 @@ ORDER = [
     "rewrite rewrite.literals rewrite.copying rewrite.generated rewrite.dropout",
     "rewrite.tensors",
     "rewrite.graph",
+    "rewrite.removal",
     "rewrite.module rewrite.optimizer rewrite.preferences",
     "rewrite.build reference",
+    "depth depth.branches",
+    "depth.find",
     "observe",
     "verify",
     "plan",
@@ -46,7 +49,8 @@ ORDER = [
     "timing.backends timing.memory",
     "timing.sessions timing.modules",
     "timing.bench",
-    "choose latency latency.kernels latency.designs",
+    "choose depth.score latency latency.kernels latency.designs",
+    "depth.choose",
     "latency.samples latency.sizes",
     "latency.align latency.cache latency.measure",
     "latency.staircase",
