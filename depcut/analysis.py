@@ -22,6 +22,7 @@ from depcut.choose import Chooser, Request, check_budget
 from depcut.cost import Cost
 from depcut.coupling import Coupling, Frozen, Group, infer, layer_of
 from depcut.depth.branches import Branch, Residuals
+from depcut.depth.choose import depth_and_width
 from depcut.depth.find import residuals
 from depcut.errors import BudgetError, InputError, listed
 from depcut.inputs import Inputs
@@ -114,6 +115,7 @@ class Analysis:
         seed: int = 0,
         threads: int = 1,
         progress: bool = True,
+        depth: bool = False,
     ) -> Plan:
         """Choose the units that stay.
 
@@ -131,13 +133,15 @@ class Analysis:
             seed: For criteria that draw.
             threads: Threads that one operator may use, where time is measured.
             progress: Whether to show on standard error what is being measured.
+            depth: Whether residual branches may be dropped as a whole, see `branches`. How many
+                go is decided by how little the outputs change on the example inputs.
 
         Raises:
             InputError: An option has a wrong value, or a name matches nothing.
             BudgetError: The ratio or time cannot be reached, or nothing can be removed.
             LatencyError: The time cannot be measured.
         """
-        of = check_budget(ratio, of, latency_ms)
+        of = check_budget(ratio, of, latency_ms, depth)
         if not self.groups:
             self._nothing()
         allocation = allocation or ("global" if of == "latency" else "uniform")
@@ -149,6 +153,8 @@ class Analysis:
             return plan_for_latency(
                 self.model, self._inputs, chooser, times, goal, progress=progress
             )
+        if depth:
+            return depth_and_width(chooser, self.residuals, of, cast(float, ratio))
         quantity = self.costs[of]
         counts = chooser.meet(quantity, quantity.total * (1 - cast(float, ratio)), of)
         return chooser.plan(counts, {"ratio": float(cast(float, ratio)), "of": of})

@@ -32,6 +32,7 @@ def shrink(
     threads: int = 1,
     progress: bool = True,
     optimizer: torch.optim.Optimizer | None = None,
+    depth: bool = False,
 ) -> ModelT:
     """A smaller model of the same class that computes the same on the units that stay.
 
@@ -53,11 +54,12 @@ def shrink(
         threads: Threads that one operator may use, where time is measured.
         progress: Whether to show on standard error what is being measured.
         optimizer: One that trains `model`; its state is sliced, and it trains the result.
+        depth: Whether residual branches may be dropped as a whole, beside narrowing the rest.
 
     Raises:
         DepcutError: See `depcut.analyze`, `Analysis.plan` and `Plan.apply`.
     """
-    check_budget(ratio, of, latency_ms)
+    check_budget(ratio, of, latency_ms, depth)
     plan = analyze(model, inputs).plan(
         ratio,
         of=of,
@@ -70,5 +72,6 @@ def shrink(
         seed=seed,
         threads=threads,
         progress=progress,
+        depth=depth,
     )
     return cast(ModelT, plan.apply(model, optimizer=optimizer))

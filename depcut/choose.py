@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -82,8 +83,25 @@ class Chooser:
             )
         self.coupling, self.model, self.request = coupling, model, request
         self.held = _held(coupling, request.keep)
+        self.absent: frozenset[int] = frozenset()
         self.fixed = _fixed(coupling, request.ratios, self.held)
         self.scores: Scores = score(request.score, coupling, model, request.seed)
+
+    def without(self, tensors: Collection[str]) -> Chooser:
+        """The same where these tensors are gone: their groups are neither counted nor narrowed.
+
+        Args:
+            tensors: Names of parameters and buffers.
+        """
+        groups = self.coupling.groups
+        dead = {g.index for g in groups if all(m.tensor in tensors for m in g.members)}
+        alive = {g.tied for g in groups if g.index not in dead}
+        other = copy.copy(self)
+        other.absent = frozenset(
+            i for i in dead if groups[i].tied is None or groups[i].tied not in alive
+        )
+        other.fixed = {i: n for i, n in self.fixed.items() if i not in other.absent}
+        return other
 
     def meet(self, quantity: Cost, target: float, of: str) -> Counts:
         """Kept counts whose cost is as close to the target as steps allow.
@@ -141,10 +159,11 @@ class Chooser:
 
     def _spaces(self) -> tuple[Space, Space]:
         """The steps that keep a model within its own classes, and those that do not care."""
-        liked, taken = preferences(self.coupling), self.held | set(self.fixed)
+        liked, taken = preferences(self.coupling), self.held | set(self.fixed) | self.absent
+        ties = [pair for pair in liked.ties if self.absent.isdisjoint(pair)]
         align = self.request.align
         return (
-            space(self.coupling, align, taken | (liked.holds - self.held), liked.ties),
+            space(self.coupling, align, taken | (liked.holds - self.held), ties),
             space(self.coupling, align, taken),
         )
 
@@ -161,13 +180,16 @@ class Chooser:
         return meet(where, order(allocation, where, self.scores, cost), cost, target, of)
 
 
-def check_budget(ratio: float | None, of: str, latency_ms: float | None) -> str:
+def check_budget(
+    ratio: float | None, of: str, latency_ms: float | None, depth: bool = False
+) -> str:
     """Refuse a budget that is out of range or contradicts itself.
 
     Args:
         ratio: Fraction to remove, or None.
         of: What of.
         latency_ms: Milliseconds to come to, or None.
+        depth: Whether branches may be dropped.
 
     Returns:
         The quantity that is budgeted.
@@ -175,6 +197,12 @@ def check_budget(ratio: float | None, of: str, latency_ms: float | None) -> str:
     Raises:
         InputError: An argument has a wrong value, or two of them exclude each other.
     """
+    if depth and (of == "latency" or latency_ms is not None):
+        raise InputError(
+            "branches cannot be dropped for a budget of time: it is modelled for widths alone",
+            where="depth=",
+            remedy="use of='macs' or of='params', and measure with depcut.compare",
+        )
     if latency_ms is not None:
         number = isinstance(latency_ms, int | float) and not isinstance(latency_ms, bool)
         if not number or not 0 < latency_ms < math.inf:

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from depcut.keep import Keep
 from depcut.liveness import is_size
-from depcut.program import ModuleCall, Program, stack_entries
+from depcut.program import ModuleCall, Program, parent_of, stack_entries
 from depcut.rewrite.dropout import when_training
 from depcut.rewrite.generated import GeneratedModule
 
@@ -113,15 +113,21 @@ class _Builder:
                 self.env.setdefault(leaf, placeholder)
         done: set[int] = set()
         self.children = self._children()
+        passing = self._passing()
         for node in self.program.graph.graph.nodes:
-            if node in self.env or node in self.keep.gone.nodes or not self._is_inside(node):
+            if node in self.keep.gone.nodes or not self._is_inside(node):
                 continue
             child = self.children.get(node)
-            if child is None:
+            if node in self.env:
+                pass
+            elif child is None:
                 self._copy(node)
             elif id(child) not in done:
                 done.add(id(child))
                 self._call_child(child)
+            if node in self.env:
+                for call in passing.get(node, ()):
+                    self._call_child(call)
         self.graph.output([self._value(leaf) for leaf in self.call.out_leaves])
         self.graph.eliminate_dead_code(_has_effect)
         return self.graph
@@ -155,6 +161,30 @@ class _Builder:
                 if self._is_callable(calls[which]):
                     out[node] = calls[which]
                     break
+        return out
+
+    def _passing(self) -> dict[fx.Node, list[ModuleCall]]:
+        """Calls, by the node, that returned what they got but may not in training (drop path)."""
+        inside = {self.name, *(c.module for c in self.program.calls if id(c) in self.inline)}
+        called = {"", *(c.module for c in self.program.calls)}
+        nodes = self.program.graph.graph.nodes
+        entered = {entry.partition("@")[0] for n in nodes for entry in stack_entries(n)}
+        out: dict[fx.Node, list[ModuleCall]] = {}
+        for call in self.program.calls:
+            if call.module in entered or len(call.leaves) != 1 or call.leaves != call.out_leaves:
+                continue
+            caller, leaf = parent_of(call.module), call.leaves[0]
+            while caller not in called:
+                caller = parent_of(caller)
+            given = any(leaf is g for g in self.call.leaves)
+            # Of several readers, it is not known which came after the call.
+            if (
+                caller in inside
+                and isinstance(leaf, fx.Node)
+                and not given
+                and len(leaf.users) == 1
+            ):
+                out.setdefault(leaf, []).append(call)
         return out
 
     def _is_callable(self, call: ModuleCall) -> bool:
