@@ -185,7 +185,9 @@ class _Finder:
         name = self._name(alone | {operand})
         if operand not in alone:
             user = next(u for u in operand.users if u is not path[0])
-            return Refused(name, "what it adds is used elsewhere, too", where(user))
+            return Refused(
+                self._way(operand, stream), "what it adds is used elsewhere, too", where(user)
+            )
         if skip.meta["val"].dtype != path[0].meta["val"].dtype:
             return Refused(name, "without it, the sum would have another dtype", where(path[0]))
         outside = self._without(path[-1])
@@ -193,11 +195,16 @@ class _Finder:
         for source in sorted(self._read(alone) - same):
             if source in outside and self.stems_from(source, stream):
                 reason = "what it computes on its way is used elsewhere, too"
-                return Refused(name, reason, where(source))
+                return Refused(self._way(operand, stream), reason, where(source))
         owned = {tensors[n] for n in alone if n in tensors} & self.program.parameters
         return Branch(
             name, operand, path, skip, frozenset(alone), tuple(sorted(owned)), self._macs(alone)
         )
+
+    def _way(self, operand: fx.Node, stream: fx.Node) -> str:
+        """The innermost module with all layers between a stream and what is added to it."""
+        between = {n for n in self.dense if self.stems_from(operand, n)} - {stream}
+        return self._name({n for n in between if self.stems_from(n, stream)} | {operand})
 
     def _without(self, total: fx.Node) -> set[fx.Node]:
         """What the outputs need besides a sum."""
