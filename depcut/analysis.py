@@ -310,6 +310,9 @@ class Analysis:
         console.print(
             f"{self.macs:,} MACs, {self.params:,} parameters, {self.frozen_share:.1%} frozen"
         )
+        if self.branches:
+            names = listed([b.name for b in self.branches], 4)
+            console.print(f"  residual branches (depth=True): {names}", highlight=False)
         for why, times in sorted(reasons.items(), key=lambda item: -item[1]):
             console.print(f"  frozen: {why} ({times} dimensions)", highlight=False)
         for target, nodes in self.coupling.unknown.items():

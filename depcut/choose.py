@@ -103,6 +103,12 @@ class Chooser:
         other.fixed = {i: n for i, n in self.fixed.items() if i not in other.absent}
         return other
 
+    def spares(self, tensor: str) -> bool:
+        """Whether the request says of a parameter how wide it is to be."""
+        keep = self.request.keep
+        patterns = [keep] if isinstance(keep, str) else list(keep)
+        return any(is_named(tensor, p) for p in (*patterns, *self.request.ratios))
+
     def meet(self, quantity: Cost, target: float, of: str) -> Counts:
         """Kept counts whose cost is as close to the target as steps allow.
 
@@ -281,13 +287,21 @@ def matching(coupling: Coupling, pattern: str, option: str) -> set[int]:
 
 def _matches(group: Group, pattern: str) -> bool:
     for member in group.members:
-        if member.role == "producer":
-            layer = layer_of(member.tensor)
-            if fnmatchcase(member.tensor, pattern) or fnmatchcase(layer, pattern):
-                return True
-            if layer.startswith(pattern + "."):
-                return True
+        if member.role == "producer" and is_named(member.tensor, pattern):
+            return True
     return fnmatchcase(group.name, pattern)
+
+
+def is_named(tensor: str, pattern: str) -> bool:
+    """Whether a glob over module or parameter names means this parameter.
+
+    Args:
+        tensor: Name of a parameter.
+        pattern: The glob; the name of a module means all that it contains.
+    """
+    layer = layer_of(tensor)
+    names = fnmatchcase(tensor, pattern) or fnmatchcase(layer, pattern)
+    return names or layer.startswith(pattern + ".")
 
 
 def _held(coupling: Coupling, keep: Iterable[str]) -> set[int]:

@@ -386,6 +386,15 @@ def test_no_branch_goes_where_each_is_more_than_the_budget() -> None:
     assert plan.dropped == ()
 
 
+def test_what_the_request_names_is_not_dropped() -> None:
+    model, given = deep()
+    analysis = depcut.analyze(model, given)
+    for options in ({"keep": "blocks.0.mlp.0"}, {"ratios": {"blocks.0.mlp.0": 0.5}}):
+        plan = analysis.plan(0.4, align=1, depth=True, **options)
+        assert "blocks.0.mlp" not in plan.dropped
+        assert "blocks.1.attn" in plan.dropped
+
+
 def test_a_model_without_branches_is_narrowed() -> None:
     model = seeded(NoStream, 0)
     analysis = depcut.analyze(model, words(2))
@@ -401,6 +410,12 @@ def test_groups_of_dropped_branches_are_left_alone() -> None:
     dead = [g.name for g in analysis.groups if all(m.tensor in gone for m in g.members)]
     assert dead
     assert not set(dead) & set(plan.kept)
+
+
+def test_an_analysis_names_its_branches() -> None:
+    assert "residual branches (depth=True): a, b" in str(
+        depcut.analyze(CASES["parallel"].build(), rows(2))
+    )
 
 
 def test_time_is_no_budget_for_branches() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import cast
 
@@ -84,6 +84,17 @@ class Residuals:
     branches: tuple[Branch, ...]
     blocks: tuple[Block, ...]
     refused: tuple[Refused, ...]
+
+    def sparing(self, spared: Callable[[str], bool]) -> Residuals:
+        """Only those that leave some parameters alone.
+
+        Args:
+            spared: Whether a parameter, by name, must stay.
+        """
+        branches = tuple(b for b in self.branches if not any(map(spared, b.parameters)))
+        free = {b.name for b in branches}
+        blocks = tuple(b for b in self.blocks if free.issuperset(b.branches))
+        return Residuals(branches, blocks, self.refused)
 
     def named(self, names: Iterable[str]) -> tuple[Branch, ...]:
         """Branches by their names; the name of a block stands for all of its branches.

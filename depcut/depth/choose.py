@@ -39,6 +39,8 @@ def depth_and_width(
 ) -> Plan:
     """The plan that drops as many branches as change the outputs least, and narrows the rest.
 
+    A branch stays if one of its parameters is named by keep= or ratios=.
+
     Args:
         chooser: A request, resolved.
         found: Branches and blocks.
@@ -69,7 +71,8 @@ def depth_and_width(
     def saved(names: Names) -> float:
         return dense - build(coupling, without(names)).total
 
-    return plan_with_depth(coupling, chooser.model, found, saved, plan_for, batches)
+    allowed = found.sparing(chooser.spares)
+    return plan_with_depth(coupling, chooser.model, allowed, saved, plan_for, batches)
 
 
 def plan_with_depth(
@@ -132,11 +135,11 @@ def _chains(
     batches: Sequence[Batch],
 ) -> list[list[Names]]:
     """Growing sets of branches: one by one, and block by block."""
-    candidates: list[Branch | Block] = [*found.branches, *found.blocks]
-    scores = influence(coupling, model, candidates, batches) if candidates else {}
     out: list[list[Names]] = []
     kinds: list[Sequence[Branch | Block]] = [found.branches, found.blocks]
     for kind in kinds:
+        # Scored apart, as a block may have the name of a branch of its.
+        scores = influence(coupling, model, kind, batches) if kind else {}
         gains = {c.name: saved(_branches(c)) for c in kind}
         chain: list[Names] = [()]
         for candidate in cheapest_first(kind, scores, gains):

@@ -32,6 +32,11 @@ def examples(coupling: Coupling) -> list[Batch]:
     return [pytree.tree_leaves(example(Keep(coupling, {})))]
 
 
+def _copied(batch: Batch) -> Batch:
+    """A graph may change its inputs in place."""
+    return [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in batch]
+
+
 def influence(
     coupling: Coupling,
     model: nn.Module,
@@ -56,7 +61,9 @@ def influence(
     count = 0
     with torch.no_grad():
         for batch in batches:
-            _, values = reference.run(batch, watch={n for c in candidates for n in _watched(c)})
+            _, values = reference.run(
+                _copied(batch), watch={n for c in candidates for n in _watched(c)}
+            )
             for candidate in candidates:
                 result, other = (values[n].float() for n in _watched(candidate))
                 before = other if isinstance(candidate, Block) else result - other
@@ -97,7 +104,7 @@ def outputs_of(keep: Keep, model: nn.Module, batches: Sequence[Batch]) -> list[l
     """
     reference = Reference(keep, model, sliced=True)
     with torch.no_grad():
-        return [reference.run(batch)[0] for batch in batches]
+        return [reference.run(_copied(batch))[0] for batch in batches]
 
 
 def output_change(dense: list[list[Any]], other: list[list[Any]]) -> float:
