@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from depcut.program import Program, stack_entries
 Bypass = Mapping[fx.Node, fx.Node]
 
 _ARITHMETIC = (operator.mul, operator.add, operator.sub, operator.floordiv)
+_SIZE = (torch.ops.aten.sym_size.int, torch.ops.aten.sym_size.default)
 _CASTS = ("aten.to", "aten.contiguous", "aten.type_as")  # they may return the very tensor they got
 
 
@@ -50,7 +52,7 @@ def is_size(node: fx.Node) -> bool:
 
     Where the tensor is dead, the size can be had elsewhere.
     """
-    if "sym_size" in str(node.target):
+    if node.target in _SIZE:
         return True
     return node.target in _ARITHMETIC and isinstance(node.meta.get("val"), torch.SymInt | int)
 
@@ -70,9 +72,7 @@ def live_nodes(program: Program, bypass: Bypass) -> set[fx.Node]:
             if node in live:
                 live.update(_sources(node, bypass))
         hidden = {
-            n
-            for n in nodes
-            if n not in live and any(_storage(written) in live for written in _written(n))
+            n for n in nodes if n not in live and any(_storage(w) in live for w in written(n))
         }
         if not hidden:
             return live
@@ -141,7 +141,7 @@ def rewritten(program: Program, dead: Gone) -> dict[str, str]:
         dead: What is gone.
     """
     out: dict[str, str] = {}
-    for node in dead.fresh | {n for n in dead.through if _written(n)}:
+    for node in dead.fresh | {n for n in dead.through if written(n)}:
         entries = [e for e in stack_entries(node) if e not in dead.calls]
         out.setdefault(_base(entries[-1]) if entries else "", "a branch of its is dropped")
     for node in dead.nodes:
@@ -220,18 +220,28 @@ def _tensors(
 # Storage ------------------------------------------------------------------------------------------
 
 
-def _arguments(node: fx.Node) -> Iterator[tuple[Any, Any]]:
-    """(schema argument, node) for every argument that is a single node."""
-    schema = getattr(node.target, "_schema", None)
-    for i, argument in enumerate(schema.arguments if schema is not None else ()):
-        value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+@lru_cache(maxsize=4096)
+def _aliased(target: Any) -> tuple[tuple[int, str, bool], ...]:
+    """(position, name, whether it is written to) of arguments whose storage an operator uses."""
+    schema = getattr(target, "_schema", None)
+    return tuple(
+        (i, a.name, a.alias_info.is_write)
+        for i, a in enumerate(schema.arguments if schema is not None else ())
+        if a.alias_info is not None
+    )
+
+
+def _arguments(node: fx.Node) -> Iterator[tuple[bool, fx.Node]]:
+    """(whether it is written to, node) for arguments whose storage a node uses."""
+    for i, name, is_write in _aliased(node.target) if node.op == "call_function" else ():
+        value = node.args[i] if i < len(node.args) else node.kwargs.get(name)
         if isinstance(value, fx.Node):
-            yield argument, value
+            yield is_write, value
 
 
-def _written(node: fx.Node) -> list[fx.Node]:
+def written(node: fx.Node) -> list[fx.Node]:
     """Arguments that a node changes in place."""
-    return [v for a, v in _arguments(node) if a.alias_info is not None and a.alias_info.is_write]
+    return [value for is_write, value in _arguments(node) if is_write]
 
 
 def _shared(node: fx.Node) -> fx.Node | None:
@@ -241,7 +251,7 @@ def _shared(node: fx.Node) -> fx.Node | None:
     if getattr(node.target, "__name__", "") == "getitem" or "dropout" in str(node.target):
         source = node.args[0]
         return source if isinstance(source, fx.Node) else None
-    return next((v for a, v in _arguments(node) if a.alias_info is not None), None)
+    return next((value for _, value in _arguments(node)), None)
 
 
 def _storage(node: fx.Node) -> fx.Node:
@@ -259,7 +269,7 @@ def _is_written(node: fx.Node, through: Bypass) -> bool:
         for user in current.users:
             if user in through:
                 follows = through[user] is current
-            elif current in _written(user):
+            elif current in written(user):
                 return True
             else:
                 follows = _shared(user) is current

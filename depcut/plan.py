@@ -20,7 +20,7 @@ from depcut import cost
 from depcut.axes import Indices
 from depcut.capture import capture
 from depcut.coupling import Coupling, infer
-from depcut.depth.branches import bypass
+from depcut.depth.branches import Residuals, bypass
 from depcut.depth.find import residuals
 from depcut.errors import PlanError, listed
 from depcut.inputs import Inputs, device_of
@@ -123,8 +123,12 @@ class Plan:
                 continue
             raise PlanError(_OTHER, where=difference, remedy=_ANEW)
 
-    def keep(self, coupling: Coupling | None = None) -> Keep:
+    def keep(self, coupling: Coupling | None = None, found: Residuals | None = None) -> Keep:
         """The kept units as an evaluation over an analysed architecture.
+
+        Args:
+            coupling: The architecture; left out, that of the plan.
+            found: Its branches, where they are known.
 
         Raises:
             PlanError: The architecture is another one.
@@ -137,7 +141,8 @@ class Plan:
                 remedy=_ANEW,
             )
         numbers = {g.name: g.index for g in coupling.groups}
-        through = bypass(residuals(coupling).named(self.dropped)) if self.dropped else {}
+        found = (found or residuals(coupling)) if self.dropped else None
+        through = bypass(found.named(self.dropped)) if found is not None else {}
         return Keep(coupling, {numbers[n]: k for n, k in self.kept.items()}, bypass=through)
 
     def _bound(self) -> Coupling:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import nn
 
 from depcut.choose import Chooser
-from depcut.cost import COSTS
+from depcut.cost import COSTS, ITEMS, dense_total
 from depcut.coupling import Coupling
 from depcut.depth.branches import Block, Branch, Residuals, bypass
 from depcut.depth.score import (
@@ -51,8 +51,8 @@ def depth_and_width(
     Raises:
         BudgetError: No number of branches and no widths meet the budget.
     """
-    coupling, build = chooser.coupling, COSTS[of]
-    dense = build(coupling).total
+    coupling = chooser.coupling
+    dense = dense_total(ITEMS[of](coupling, Gone()))
     target = dense * (1 - ratio)
 
     def without(names: Names) -> Gone:
@@ -60,7 +60,7 @@ def depth_and_width(
 
     def plan_for(names: Names) -> Plan | None:
         dead = without(names)
-        quantity = build(coupling, dead)
+        quantity = COSTS[of](coupling, dead)
         if quantity.total < target:
             return None
         narrowed = chooser.without(dead.tensors)
@@ -69,7 +69,7 @@ def depth_and_width(
         return replace(plan, dropped=tuple(sorted(names)))
 
     def saved(names: Names) -> float:
-        return dense - build(coupling, without(names)).total
+        return dense - dense_total(ITEMS[of](coupling, without(names)))
 
     allowed = found.sparing(chooser.spares)
     return plan_with_depth(coupling, chooser.model, allowed, saved, plan_for, batches)
@@ -115,7 +115,9 @@ def plan_with_depth(
                 plan = None
             known[names] = None
             if plan is not None:
-                change = output_change(dense, outputs_of(plan.keep(coupling), model, batches))
+                change = output_change(
+                    dense, outputs_of(plan.keep(coupling, found), model, batches)
+                )
                 known[names] = (change, len(names), plan)
         return known[names]
 

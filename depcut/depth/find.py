@@ -19,7 +19,7 @@ from torch import fx
 from depcut import axes
 from depcut.coupling import Coupling
 from depcut.depth.branches import Block, Branch, Refused, Residuals, bypass, operands
-from depcut.liveness import is_size, live_nodes, returns_its_input
+from depcut.liveness import is_size, live_nodes, returns_its_input, written
 from depcut.program import Program, module_of, parent_of, stack_entries, where
 
 _ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
@@ -132,8 +132,19 @@ class _Finder:
 
     def _alone(self, operand: fx.Node, add: fx.Node) -> set[fx.Node]:
         """Nodes that nothing needs once an operand is left out of its addition."""
-        a, b = operands(add)
-        return self.dense - live_nodes(self.program, {add: b if operand is a else a})
+        alone: set[fx.Node] = set()
+        waiting = [operand]
+        while waiting:
+            node = waiting.pop()
+            kept = {u for u in node.users if (u.users or u.op == "output") and not is_size(u)}
+            if node in self.dense and kept - {add if node is operand else None} <= alone:
+                alone.add(node)
+                waiting += node.all_input_nodes
+        if any(map(written, alone)):
+            # What is changed in place may be seen under another name.
+            a, b = operands(add)
+            return self.dense - live_nodes(self.program, {add: b if operand is a else a})
+        return alone
 
     def _read(self, alone: set[fx.Node]) -> set[fx.Node]:
         """Activations that these nodes are computed from."""
