@@ -205,7 +205,7 @@ class ResNet(nn.Module):
 
 @case("pre_activation", pictures, conv="conv")
 class PreActivation(nn.Module):
-    """The first thing the branch does changes the stream."""
+    """The first thing the branch does changes the stream, under another name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -214,7 +214,7 @@ class PreActivation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
-        out = x + self.conv(self.relu(x))
+        out = x + self.conv(self.relu(x.transpose(2, 3)))
         return self.head(out.mean((2, 3)))
 
 
