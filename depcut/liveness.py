@@ -143,7 +143,7 @@ def rewritten(program: Program, dead: Gone) -> dict[str, str]:
     out: dict[str, str] = {}
     for node in dead.fresh | {n for n in dead.through if written(n)}:
         entries = [e for e in stack_entries(node) if e not in dead.calls]
-        out.setdefault(_base(entries[-1]) if entries else "", "a branch of its is dropped")
+        out.setdefault(_base(entries[-1]) if entries else "", "one of its branches is dropped")
     for node in dead.nodes:
         if node.op != "call_function":
             continue

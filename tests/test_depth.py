@@ -199,6 +199,27 @@ def test_what_is_used_elsewhere_stays_with_the_reason() -> None:
     assert all("depth_nets.py" in r.where for r in refused)
 
 
+def test_branches_in_the_lines_of_the_whole_model() -> None:
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Linear(12, 12), nn.Linear(12, 4)
+            self.weight, self.gain = nn.Parameter(torch.ones(12, 12)), nn.Parameter(torch.ones(12))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            x = x + torch.nn.functional.linear(x, self.weight).relu()
+            return self.head(x + x * self.gain)
+
+    model = seeded(Root, 0)
+    analysis = depcut.analyze(model, rows(2))
+    assert [b.name for b in analysis.branches] == ["weight", "gain"]
+    slim = analysis.plan_keeping({}, dropped=["weight", "gain"]).apply(model)
+    assert {n.partition(".")[0] for n in slim.state_dict()} == {"stem", "head"}
+    with torch.no_grad():
+        close([slim(rows(3))], [model.head(model.stem(rows(3)))], 1e-6)
+
+
 def test_siblings_and_broadcasts_are_no_branches() -> None:
     residuals = depcut.analyze(seeded(NoStream, 0), words(2)).residuals
     assert (residuals.branches, residuals.blocks, residuals.refused) == ((), (), ())

@@ -99,6 +99,8 @@ class Residuals:
     def named(self, names: Iterable[str]) -> tuple[Branch, ...]:
         """Branches by their names; the name of a block stands for all of its branches.
 
+        Where a block has the name of a branch, the branch is meant.
+
         Raises:
             PlanError: There is no such branch, or it cannot be dropped.
         """

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from depcut import axes
-from depcut.coupling import Coupling
+from depcut.coupling import Coupling, layer_of
 from depcut.depth.branches import Block, Branch, Refused, Residuals, bypass, operands
 from depcut.liveness import is_size, live_nodes, returns_its_input, written
 from depcut.program import Program, module_of, parent_of, stack_entries, where
@@ -231,11 +231,12 @@ class _Finder:
         effects = self.coupling.effects
         layers = [n for n in nodes if n in effects and effects[n].macs]
         layers = layers or [n for n in nodes if any(s in tensors for s in n.all_input_nodes)]
-        first, *others = (module_of(n) for n in sorted(layers))
+        first, *others = (module_of(n) for n in sorted(layers or nodes))
         common = first
         while common and not all(f"{o}.".startswith(f"{common}.") for o in others):
             common = parent_of(common)
-        return common or first
+        read = (tensors[s] for n in sorted(nodes) for s in n.all_input_nodes if s in tensors)
+        return common or first or layer_of(next(read, "model"))
 
 
 def _alike(a: axes.Term, b: axes.Term) -> bool:
