@@ -113,7 +113,9 @@ class _Repairer:
 
     def run(self) -> Compensation:
         order = {node: i for i, node in enumerate(self.program.graph.graph.nodes)}
-        stops = sorted([*self.sites, *self.norms], key=lambda n: order[n])
+        gone = self.keep.gone.nodes
+        stops = [n for n in (*self.sites, *self.norms) if n not in gone]
+        stops.sort(key=lambda n: order[n])
         both = Lockstep(self.keep, self.model, self.tensors, self.calibration, stops)
         with bar(self.calibration) as progress:
             for node in progress.track(stops, description="compensate"):
