@@ -9,8 +9,7 @@ et al., Data-Free Quantization, ICCV 2019, section 4.2 (biases take the mean).
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,17 +23,25 @@ from depcut.calibration.moments import folded
 from depcut.calibration.products import Product
 from depcut.calibration.progress import bar
 from depcut.calibration.site import Call, Site, bound
-from depcut.calibration.sites import find_sites, takes_shift
+from depcut.calibration.sites import (
+    find_sites,
+    is_batch_norm,
+    is_shared,
+    parameters_behind,
+    shared_statistics,
+)
 from depcut.calibration.solve import solve
+from depcut.calibration.visits import check_finite
 from depcut.capture import held_tensors, modes
+from depcut.coupling import layer_of
 from depcut.errors import VerificationError
 from depcut.keep import Keep
 from depcut.observe import error
 from depcut.reference import Step, kept_part
 
 _TOLERANCE = 1e-2  # relative, between the repaired graph and model: rounding alone
+_COMPUTED = "its weight or bias is computed, or is part of a larger tensor"
 _SAME = 1e-6  # relative difference of inputs that counts as rounding
-_NORMS = ("aten.batch_norm.default",)
 
 
 @dataclass(frozen=True)
@@ -93,14 +100,8 @@ class _Repairer:
         self.sites: dict[fx.Node, list[Site]] = {}
         for site in find_sites(keep.coupling):
             self.sites.setdefault(site.node, []).append(site)
-        self.norms = [n for n in self.program.graph.graph.nodes if str(n.target) in _NORMS]
-        self.uses = Counter(
-            name
-            for graph in (self.program, self.program.training)
-            if graph is not None
-            for node, name in graph.tensors.items()
-            for _ in node.users
-        )
+        self.norms = [n for n in self.program.graph.graph.nodes if is_batch_norm(n)]
+        self.held = held_tensors(model)
         self.tensors = self._narrowed()
         self.repairs: list[Repair] = []
         self.left: dict[str, str] = {}
@@ -116,7 +117,9 @@ class _Repairer:
         gone = self.keep.gone.nodes
         stops = [n for n in (*self.sites, *self.norms) if n not in gone]
         stops.sort(key=lambda n: order[n])
-        both = Lockstep(self.keep, self.model, self.tensors, self.calibration, stops)
+        changed = {name for name in self.tensors if name in self.program.parameters}
+        changed |= {name for norm in self.norms for name in self._statistics(norm)}
+        both = Lockstep(self.keep, self.model, self.tensors, self.calibration, stops, changed)
         with bar(self.calibration) as progress:
             for node in progress.track(stops, description="compensate"):
                 both.advance()
@@ -127,24 +130,23 @@ class _Repairer:
                     self._norm(node, both)
         expected = both.outputs()
         held = held_tensors(self.slim)
-        for name, tensor in self.tensors.items():
-            held[name].data.copy_(tensor)
+        for name in changed:
+            held[name].data.copy_(self.tensors[name])
         self._verify(expected)
-        return Compensation(tuple(self.repairs), self.left)
+        return Compensation(tuple(self.repairs), {**self.left, **self._unread()})
 
     def _site(self, site: Site, both: Lockstep) -> None:
         if self._untouched(site, both):
             return
-        reason = self._obstacle(site)
+        call = self._call(next(both.steps())[1])
+        reason = self._obstacle(site, call)
         if reason:
             self.left[site.name] = reason
             return
-        call = self._call(next(both.steps())[1])
         weight = site.family.matrix(call)
-        absorbs = takes_shift(site)
         added = [self.tensors[name].reshape(weight.shape[:2]) for name in site.biases]
         start = weight.new_zeros(weight.shape[:2])
-        bias = sum(added, start) if absorbs else None
+        bias = sum(added, start) if site.takes_shift else None
         solution = solve(folded(self._pairs(site, both, weight)), weight, bias)
         site.family.write(call, solution.weight.to(weight.dtype))
         if site.biases:
@@ -159,20 +161,25 @@ class _Repairer:
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """(batch, narrowed inputs, the dense layer's outputs that stay)."""
         rows = self.keep.indices(site.rows)
-        stream = _stream(site)
+        stream = _stream(site, self.program.sizes)
         for number, (dense, slim) in enumerate(both.steps()):
             wide, narrow = self._call(dense), self._call(slim)
             x = site.family.inputs(wide)
-            y = x @ site.family.matrix(wide).transpose(1, 2)
+            dense_weight = site.family.matrix(wide)
+            exact = torch.promote_types(x.dtype, torch.float32)
+            y = x.to(exact) @ dense_weight.to(exact).transpose(1, 2)
             for name in site.biases:
-                y = y + held_tensors(self.model)[name].reshape(len(y), 1, -1)
+                y = y + self.held[name].reshape(len(y), 1, -1)
             flat = y.transpose(0, 1).flatten(1)
             if rows is not None:
                 flat = flat[:, torch.from_numpy(rows).to(flat.device)]
             if stream is not None:
                 flat = flat + self._drift(dense, slim, stream).reshape(flat.shape)
             target = flat.unflatten(1, weight.shape[:2]).transpose(0, 1)
-            yield number, self._read(site, narrow, x), target
+            given = self._read(site, narrow, x)
+            for value in (given, target):
+                check_finite(value, number, site.node)
+            yield number, given, target
 
     def _drift(self, dense: Step, slim: Step, stream: fx.Node) -> torch.Tensor:
         """What the stream that the result is added to has lost so far."""
@@ -186,7 +193,7 @@ class _Repairer:
         if site.own:
             kept = self.keep.indices(site.term)
             own = sum(self.keep.count(t) for c in site.columns[-site.own :] for t in c)
-            picked = dense if kept is None else dense[..., torch.from_numpy(kept)]
+            picked = dense if kept is None else dense[..., torch.from_numpy(kept).to(x.device)]
             x = torch.cat([x[..., : x.shape[-1] - own], picked[..., x.shape[-1] - own :]], -1)
         return x
 
@@ -194,35 +201,65 @@ class _Repairer:
         """Whether the inputs are the dense ones, so that there is nothing to repair."""
         if self.keep.narrows(site.term):
             return False
-        dense, slim = next(both.steps())
-        x, given = (site.family.inputs(self._call(s)) for s in (dense, slim))
-        if x.shape != given.shape:
-            return False
-        return float((x - given).abs().max()) <= _SAME * float(x.abs().max())
+        for dense, slim in both.steps():
+            x, given = (site.family.inputs(self._call(s)) for s in (dense, slim))
+            if x.shape != given.shape:
+                return False
+            if not float((x - given).abs().max()) <= _SAME * float(x.abs().max()):
+                return False
+        return True
 
-    def _obstacle(self, site: Site) -> str:
+    def _obstacle(self, site: Site, call: Call) -> str:
         """Why the weights of a site cannot be changed, "" if they can."""
         for name in (*site.weights, *site.biases):
-            if len(self.program.aliases.get(name, ())) > 1 or self.uses[name] > 1:
+            if is_shared(name, self.keep.coupling):
                 return f"{name} is used more than once"
             if name not in self.tensors:
                 return f"{name} does not exist in the narrowed model"
+        leaves = pytree.tree_leaves(dict(call))
+        read = {_storage(t) for t in leaves if isinstance(t, torch.Tensor)}
+        for name in site.weights:
+            if _storage(self.tensors[name]) not in read:
+                return f"{name} is converted before it is used"
         return ""
+
+    def _unread(self) -> dict[str, str]:
+        """Layers with narrowed weights that no site can tell how to read."""
+        found: dict[str, str] = {}
+        for node, effects in self.keep.coupling.effects.items():
+            if node.graph is not self.program.graph.graph or node in self.sites:
+                continue
+            for source, dim in effects.contracts:
+                dims = self.keep.coupling.env[source]
+                narrowed = isinstance(dims, tuple) and self.keep.narrows(dims[dim])
+                name = next(iter(parameters_behind(source, self.program)), "")
+                if narrowed and name:
+                    found[layer_of(name)] = _COMPUTED
+        return found
+
+    def _statistics(self, norm: fx.Node) -> tuple[str, ...]:
+        """Names of a batch norm's running mean and variance, where they can be changed."""
+        found = [self.program.tensors.get(n) for n in norm.args[3:5] if isinstance(n, fx.Node)]
+        names = tuple(n for n in found if n is not None and n in self.tensors)
+        shared = shared_statistics(norm, self.keep.coupling)
+        return names if len(names) == 2 and shared is None else ()
 
     def _norm(self, node: fx.Node, both: Lockstep) -> None:
         """Shift and scale running statistics as the calibration batches' own moved."""
-        pairs = [(self._call(d), self._call(s)) for d, s in both.steps()]
-        found = [self.program.tensors.get(node.args[i]) for i in (3, 4)]  # type: ignore[arg-type]
-        names = [n for n in found if n in self.tensors]
+        names = self._statistics(node)
         dims = self.keep.coupling.env[node]
-        if len(names) != len(found) or not isinstance(dims, tuple):
+        pairs = [(self._call(d), self._call(s)) for d, s in both.steps()]
+        if not names or not isinstance(dims, tuple):
             return
         kept = self.keep.indices(dims[1])
-        before, after = (_statistics([p[i]["input"] for p in pairs]) for i in (0, 1))
+        before, after = (_moments([p[i]["input"] for p in pairs]) for i in (0, 1))
         old = [b if kept is None else b[torch.from_numpy(kept).to(b.device)] for b in before]
-        mean, variance = (self.tensors[str(n)] for n in names)
+        mean, variance = (self.tensors[name] for name in names)
         mean += (after[0] - old[0]).to(mean.dtype)
-        variance *= (after[1] / old[1].clamp_min(1e-12)).clamp(1e-2, 1e2).to(variance.dtype)
+        # Its epsilon tells noise from variance here too.
+        eps = pairs[0][1]["eps"]
+        ratio = ((after[1] + eps) / (old[1] + eps)).clamp(1e-2, 1e2)
+        variance *= ratio.to(variance.dtype)
 
     def _verify(self, expected: list[Any]) -> None:
         """Refuse a model that gives other outputs than the graph that was repaired."""
@@ -241,7 +278,7 @@ class _Repairer:
         return bound(step.node, step.args, step.kwargs)
 
 
-def _stream(site: Site) -> fx.Node | None:
+def _stream(site: Site, sizes: Mapping[fx.Node, Any]) -> fx.Node | None:
     """The node that the result of a linear layer is added to, if it was computed before."""
     if not isinstance(site.family, Product) or site.family.features != -1:
         return None
@@ -253,16 +290,23 @@ def _stream(site: Site) -> fx.Node | None:
             node = user
             continue
         others = [a for a in user.args if isinstance(a, fx.Node) and a is not node]
-        if name.startswith("aten.add") and len(user.args) == 2 and len(others) == 1:
-            return others[0] if others[0] < site.node else None
+        plain = len(user.args) == 2 and not user.kwargs
+        if name.startswith(("aten.add.", "aten.add_.")) and plain and len(others) == 1:
+            alike = others[0].op == "call_function" and sizes[others[0]] == sizes[site.node]
+            return others[0] if alike and others[0] < site.node else None
         return None
     return None
 
 
-def _statistics(values: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def _moments(values: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and variance by channel."""
     flat = [v.double().transpose(0, 1).flatten(1) for v in values]
     count = sum(f.shape[1] for f in flat)
     mean = torch.stack([f.sum(1) for f in flat]).sum(0) / count
     spread = torch.stack([(f - mean[:, None]).square().sum(1) for f in flat]).sum(0)
     return mean, spread / count
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    """What tells views of one tensor from copies of it."""
+    return tensor.untyped_storage().data_ptr()

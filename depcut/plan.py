@@ -115,8 +115,14 @@ class Plan:
         keep = self.keep(coupling)
         found = None
         if repairs and data is not None:
-            options = {"batches": batches, "low_memory": low_memory, "progress": progress}
-            found = calibrate(coupling.program, model, data, **options)
+            found = calibrate(
+                coupling.program,
+                model,
+                data,
+                batches=batches,
+                low_memory=low_memory,
+                progress=progress,
+            )
         slim = rewrite(model, keep)
         error = verify(slim, model)
         compensation = mend(slim.model, model, keep, found) if compensate else None

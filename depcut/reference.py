@@ -7,12 +7,14 @@ the kept indices only. Zeroing producers instead would be wrong: a bias of Batch
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Mapping, MutableMapping
+from collections.abc import Collection, Generator, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.utils import _pytree as pytree
 
 from depcut import axes
@@ -79,6 +81,29 @@ def finished(steps: Generator[Step, None, list[Any]]) -> list[Any]:
         return list(end.value)
 
 
+class _Autocast:
+    """The autocast regions that a run is in: a state of the thread, not to be left to others."""
+
+    def __init__(self) -> None:
+        self.regions: list[torch.autocast] = []
+
+    def follow(self, node: fx.Node, env: dict[fx.Node, Any]) -> None:
+        """Note that a node has entered or left one."""
+        if node.target is _enter_autocast:
+            self.regions.append(env[node])
+        elif node.target is _exit_autocast:
+            self.regions.remove(env[node.all_input_nodes[0]])
+
+    @contextmanager
+    def left(self) -> Iterator[None]:
+        """Outside of all of them for the time of the context; for good if the run is given up."""
+        for region in reversed(self.regions):
+            region.__exit__(None, None, None)
+        yield
+        for region in self.regions:
+            region.__enter__()
+
+
 def last_uses(program: Program) -> dict[fx.Node, list[fx.Node]]:
     """The nodes whose value nobody needs after a node."""
     last: dict[fx.Node, fx.Node] = {}
@@ -140,7 +165,7 @@ class Reference:
         last = last_uses(self.program)
         given = iter(inputs)
         outputs: list[Any] = []
-        gone = self.keep.gone
+        gone, autocast = self.keep.gone, _Autocast()
         for node in self.program.graph.graph.nodes:
             if node.op == "placeholder":
                 name = self.program.tensors.get(node)
@@ -157,8 +182,10 @@ class Reference:
                 env[node] = getattr(self.program.graph, str(node.target))
             elif node.op == "call_function":
                 if node in stops:
-                    yield Step(node, *self._arguments(node, env), env)
+                    with autocast.left():
+                        yield Step(node, *self._arguments(node, env), env)
                 env[node] = self._call(node, env)
+                autocast.follow(node, env)
             else:
                 outputs = [env[a] if isinstance(a, fx.Node) else a for a in node.args[0]]
             if watch and watched is not None and node in watch:
@@ -197,7 +224,7 @@ class Reference:
         tensor = held[name].detach()
         if self.sliced:
             tensor = kept_part(tensor, self.keep, self.keep.coupling.env[node])
-        elif name not in self.program.parameters:
+        if name not in self.program.parameters:
             # Buffers may be written to in place.
             tensor = tensor.clone()
         if dtype is not None and tensor.is_floating_point():

@@ -38,7 +38,7 @@ ORDER = [
     "calibration.gradients calibration.visits calibration.patches calibration.products "
     "calibration.cells calibration.sensitivity",
     "calibration.sites calibration.readings",
-    "scores.context scores.slices scores.flow scores.maps scores.rows",
+    "scores.context scores.slices scores.flow scores.maps scores.rows scores.elimination",
     "scores.aggregate",
     "scores.magnitude scores.geometry scores.gradient scores.synaptic",
     "scores.scale scores.activation scores.reconstruction",

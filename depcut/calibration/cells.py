@@ -46,7 +46,8 @@ class Cell:
     def inputs(self, call: Call) -> torch.Tensor:
         """(1, batch * time, features below and hidden units of the step before)."""
         directions, per_cell = self._layout(call)
-        x, params = call["input"], call["params"]
+        params = call["params"]
+        x = call["input"].to(params[0].dtype)  # an autocast region casts both
         states = call["hx"] if isinstance(call["hx"], list | tuple) else [call["hx"]]
         below = x
         for layer in range(self.layer + 1):

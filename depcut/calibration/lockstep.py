@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class Lockstep:
             what comes later sees the change.
         calibration: The batches.
         stops: Nodes to pause before, in the order of execution.
+        shared: Which of the tensors are changed at stops.
     """
 
     def __init__(
@@ -36,10 +37,12 @@ class Lockstep:
         tensors: dict[str, torch.Tensor],
         calibration: Calibration,
         stops: list[fx.Node],
+        shared: Collection[str],
     ) -> None:
         self.calibration, self.tensors, self.stops = calibration, tensors, stops
         self.dense = Reference(Keep(keep.coupling, {}), dense)
         self.slim = Reference(keep, dense, sliced=True)
+        self.shared = shared
         self.at = 0
         self.runs: list[tuple[_Run, _Run]] = []
         self.paused: list[tuple[Step, Step]] = []
@@ -48,8 +51,12 @@ class Lockstep:
         leaves, again = self.calibration.leaves(batch), self.calibration.leaves(batch)
         return (
             self.dense.steps(leaves, stops=set(stops)),
-            self.slim.steps(again, stops=set(stops), tensors=self.tensors),
+            self.slim.steps(again, stops=set(stops), tensors=self._tensors()),
         )
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """Those to change as they are; copies of the others, which the model may write to."""
+        return {n: t if n in self.shared else t.clone() for n, t in self.tensors.items()}
 
     def advance(self) -> None:
         """Go on to the next stop."""

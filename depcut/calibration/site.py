@@ -58,6 +58,7 @@ class Site:
         rows: Term of the results, of length blocks * out.
         family: How to extract X and W.
         own: How many of the last weights read what the site itself computed one step before.
+        absorbed: Whether all that reads its results are batch norms, whose mean takes a constant.
     """
 
     node: fx.Node
@@ -67,6 +68,12 @@ class Site:
     rows: Term
     family: Family
     own: int = 0
+    absorbed: bool = False
+
+    @property
+    def takes_shift(self) -> bool:
+        """Whether a constant can be added to its results."""
+        return bool(self.biases) or self.absorbed
 
     @property
     def name(self) -> str:

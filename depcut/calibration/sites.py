@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
+from torch import fx
+
+from depcut import axes
 from depcut.calibration import cells, patches, products
 from depcut.calibration.site import Place, Site
 from depcut.coupling import Coupling
+from depcut.program import Program
 
 _FAMILIES: dict[str, Callable[[Place], list[Site]]] = {
     "aten.linear": products.linear,
@@ -37,15 +42,63 @@ def find_sites(coupling: Coupling) -> list[Site]:
         name = str(node.target)
         build = _FAMILIES.get(name) or _FAMILIES.get(name.rpartition(".")[0])
         if build is not None:
-            found += build(Place(coupling, node))
+            place = Place(coupling, node)
+            found += [replace(s, absorbed=_absorbed(s, place)) for s in build(place)]
     return found
 
 
-def takes_shift(site: Site) -> bool:
-    """Whether a constant can be added to its results: a bias, or a batch norm that alone reads it.
+def _absorbed(site: Site, place: Place) -> bool:
+    """Whether batch norms over the site's own outputs are all that reads it."""
+    rows = list(axes.leaves(axes.resolve(site.rows)))
+    return bool(site.node.users) and all(
+        is_batch_norm(user)
+        and shared_statistics(user, place.coupling) is None
+        and list(axes.leaves(place.dims(site.node)[1])) == rows
+        for user in site.node.users
+    )
+
+
+def is_batch_norm(node: fx.Node) -> bool:
+    """Whether a node is a batch norm of any rank."""
+    return str(node.target) == "aten.batch_norm.default"
+
+
+def shared_statistics(norm: fx.Node, coupling: Coupling) -> str | None:
+    """A running statistic of a batch norm that something else reads too, None if there is none.
 
     Args:
-        site: Any site.
+        norm: A batch norm.
+        coupling: The analysed model.
     """
-    norms = ["aten.batch_norm" in str(user.target) for user in site.node.users]
-    return bool(site.biases) or (bool(norms) and all(norms))
+    program = coupling.program
+    for source in norm.args[3:5]:
+        name = program.tensors.get(source) if isinstance(source, fx.Node) else None
+        if name is not None and is_shared(name, coupling):
+            return name
+    return None
+
+
+def is_shared(name: str, coupling: Coupling) -> bool:
+    """Whether a parameter or buffer is read in several places of the graph.
+
+    Args:
+        name: Its name.
+        coupling: The analysed model.
+    """
+    program = coupling.program
+    names = program.aliases.get(name, (name,))
+    return sum(len(n.users) for n, t in program.tensors.items() if t in names) > 1
+
+
+def parameters_behind(node: fx.Node, program: Program) -> set[str]:
+    """Parameters that a node is computed from, if it is computed from nothing else.
+
+    Args:
+        node: A node of the captured graph.
+        program: The captured model.
+    """
+    if node.op != "call_function":
+        name = program.tensors.get(node)
+        return {name} if name in program.parameters else set()
+    found = [parameters_behind(n, program) for n in node.all_input_nodes]
+    return set().union(*found) if all(found) else set()

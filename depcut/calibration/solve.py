@@ -8,8 +8,10 @@ import torch
 
 from depcut.calibration.moments import Moments
 
+# Of the mean square of the inputs: what rounding leaves of their variance.
+_NOISE = 1e-12
 # Of the mean variance of the inputs; infinite: the weights stay, the bias alone moves.
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, float("inf"))
+RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, float("inf"))
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ def solve(folds: list[Moments], weight: torch.Tensor, bias: torch.Tensor | None)
     """Minimise |y - W x - b|^2 + ridge |W - W0|^2.
 
     The ridge is the one of `RIDGES` whose solution on one fold has the least error on the other,
-    both ways; ties go to the larger one.
+    both ways; ties go to the larger one. Where there is only one fold, nothing tells a fit from
+    chance, and the weights stay.
 
     Args:
         folds: Moments of disjoint data, one or two.
@@ -45,22 +48,25 @@ def solve(folds: list[Moments], weight: torch.Tensor, bias: torch.Tensor | None)
     start = weight.double()
     fixed = torch.zeros_like(folds[0].y) if bias is None else bias.double()
     whole = folds[0] if len(folds) == 1 else folds[0] + folds[1]
-    pairs = [(folds[0], folds[1]), (folds[1], folds[0])] if len(folds) > 1 else [(whole, whole)]
     free = bias is not None
+    if len(folds) > 1:
+        pairs, ridges = [(folds[0], folds[1]), (folds[1], folds[0])], list(RIDGES)
+    else:
+        pairs, ridges = [(whole, whole)], [RIDGES[-1]]
     spread = float((whole.yy - whole.y.square() / whole.count).sum())
-    errors = [0.0] * len(RIDGES)
+    errors = [0.0] * len(ridges)
     for fit, test in pairs:
-        for number, ridge in enumerate(RIDGES):
+        for number, ridge in enumerate(ridges):
             w = _fitted(fit, start, ridge, free)
             errors[number] += float(test.error(w, _intercept(fit, w, fixed, free)).sum())
-    best = min(range(len(RIDGES)), key=lambda i: (errors[i], -RIDGES[i]))
-    made = _fitted(whole, start, RIDGES[best], free)
+    best = min(range(len(ridges)), key=lambda i: (errors[i], -ridges[i]))
+    made = _fitted(whole, start, ridges[best], free)
     before = sum(float(test.error(start, fixed).sum()) for _, test in pairs)
     scale = max(spread, 1e-30)
     return Solution(
         made,
         _intercept(whole, made, fixed, free),
-        RIDGES[best],
+        ridges[best],
         before / scale,
         errors[best] / scale,
     )
@@ -70,10 +76,10 @@ def _fitted(data: Moments, start: torch.Tensor, ridge: float, free: bool) -> tor
     if ridge == float("inf"):
         return start
     xx, yx = data.centred() if free else (data.xx, data.yx)
-    size = xx.shape[-1]
-    level = xx.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
-    eye = torch.eye(size, dtype=xx.dtype, device=xx.device)
-    system = xx + (ridge * level)[:, None, None] * eye
+    level = xx.diagonal(dim1=1, dim2=2).mean(1).clamp_min(0)
+    noise = _NOISE * data.xx.diagonal(dim1=1, dim2=2).mean(1)
+    system = xx.clone()
+    system.diagonal(dim1=1, dim2=2).add_((ridge * level + noise + 1e-30)[:, None])
     factor, failed = torch.linalg.cholesky_ex(system)
     if bool(failed.any()):
         return start
