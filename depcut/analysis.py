@@ -170,7 +170,8 @@ class Analysis:
                 self.model, self._inputs, chooser, times, goal, progress=progress
             )
         if depth:
-            return depth_and_width(chooser, self.residuals, of, cast(float, ratio))
+            flat = [calibration.leaves(b) for b in calibration.batches] if calibration else ()
+            return depth_and_width(chooser, self.residuals, of, cast(float, ratio), flat)
         quantity = self.costs[of]
         counts = chooser.meet(quantity, quantity.total * (1 - cast(float, ratio)), of)
         return chooser.plan(counts, {"ratio": float(cast(float, ratio)), "of": of})

@@ -74,7 +74,7 @@ ORDER = [
     "api compact",
     "report",
     ROOT,
-    "demo",
+    "demo options",
     "cli",
 ]
 LEVEL = {name: i for i, line in enumerate(ORDER) for name in line.split(" ")}
