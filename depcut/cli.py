@@ -17,6 +17,7 @@ from depcut.compact import compaction
 from depcut.demo import run_demo
 from depcut.errors import DepcutError, InputError
 from depcut.export import export
+from depcut.inputs import Inputs
 from depcut.loading import (
     build_data,
     build_model,
@@ -84,7 +85,7 @@ def _shrink(options: argparse.Namespace) -> None:
             raise InputError(f"{names} without --time", remedy="add --time, or leave them out")
         timing["runtime"] = None
     dense = _model(options)
-    inputs = example_inputs(options.input_shape)
+    inputs: Inputs = example_inputs(options.input_shape)
     data = read(build_data(options.data), options.batches) if options.data else None
     loss = import_function(options.loss) if options.loss else None
     if data is not None and inputs is None:
@@ -119,6 +120,8 @@ def _shrink(options: argparse.Namespace) -> None:
         )
     for name, reason in plan.report["generated"].items():
         print(f"generated module in place of {name}: {reason}")
+    if plan.report["compensation"] is not None:
+        print(plan.report["compensation"])
     if options.time:
         dense, slim = _placed(options, [dense, slim])
     print(compare(dense, slim, inputs, batch_size=options.batch_size, **timing))
@@ -275,9 +278,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     shrunk.add("--score", help='criterion that ranks the units; "obs" with data, else "magnitude"')
     shrunk.add("--data", metavar="DATA", help="calibration data, as package.module:factory")
-    shrunk.add(
-        "--loss", metavar="LOSS", help="loss of (output, target), as package.module:function"
-    )
+    shrunk.add("--loss", metavar="LOSS", help="of (output, target), as package.module:function")
     shrunk.add("--batches", type=int, default=BATCHES, help="items of the data to read at most")
     shrunk.add(
         "--no-compensate",

@@ -75,6 +75,12 @@ class Compensation:
     repairs: tuple[Repair, ...]
     left: dict[str, str]
 
+    def __str__(self) -> str:
+        lines = [f"{len(self.repairs)} layers re-solved; share of the outputs that is missing:"]
+        lines += [f"  {r.layer}: {r.before:.3g} -> {r.after:.3g}" for r in self.repairs]
+        lines += [f"  {layer} was left as it is: {why}" for layer, why in self.left.items()]
+        return "\n".join(lines)
+
 
 def compensate(
     slim: nn.Module, model: nn.Module, keep: Keep, calibration: Calibration
