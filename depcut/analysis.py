@@ -22,6 +22,9 @@ from depcut.capture import capture
 from depcut.choose import Chooser, Request, check_budget
 from depcut.cost import Cost
 from depcut.coupling import Coupling, Frozen, Group, infer, layer_of
+from depcut.depth.branches import Branch, Residuals
+from depcut.depth.choose import depth_and_width
+from depcut.depth.find import residuals
 from depcut.errors import BudgetError, InputError, listed
 from depcut.inputs import Inputs
 from depcut.latency.model import SAMPLES, LatencyModel, latency_model
@@ -77,6 +80,16 @@ class Analysis:
         return round(self.costs["params"].total)
 
     @cached_property
+    def residuals(self) -> Residuals:
+        """Residual branches, blocks of them, and what looks like a branch and is none, with why."""
+        return residuals(self.coupling)
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """Residual branches that a plan can drop as a whole."""
+        return self.residuals.branches
+
+    @cached_property
     def graph(self) -> nx.DiGraph:
         """Layers and groups: edges from a layer to the groups it produces and to their readers."""
         graph = nx.DiGraph()
@@ -107,6 +120,7 @@ class Analysis:
         seed: int = 0,
         threads: int = 1,
         progress: bool = True,
+        depth: bool = False,
     ) -> Plan:
         """Choose the units that stay.
 
@@ -130,13 +144,15 @@ class Analysis:
             seed: For criteria that draw.
             threads: Threads that one operator may use, where time is measured.
             progress: Whether to show on standard error what is being measured.
+            depth: Whether residual branches may be dropped as a whole, see `branches`. How many
+                go is decided by how little the outputs change on the example inputs.
 
         Raises:
             InputError: An option has a wrong value, or a name matches nothing.
             BudgetError: The ratio or time cannot be reached, or nothing can be removed.
             LatencyError: The time cannot be measured.
         """
-        of = check_budget(ratio, of, latency_ms)
+        of = check_budget(ratio, of, latency_ms, depth)
         if not self.groups:
             self._nothing()
         score = score or ("magnitude" if data is None else "obs")
@@ -153,6 +169,9 @@ class Analysis:
             return plan_for_latency(
                 self.model, self._inputs, chooser, times, goal, progress=progress
             )
+        if depth:
+            flat = [calibration.leaves(b) for b in calibration.batches] if calibration else ()
+            return depth_and_width(chooser, self.residuals, of, cast(float, ratio), flat)
         quantity = self.costs[of]
         counts = chooser.meet(quantity, quantity.total * (1 - cast(float, ratio)), of)
         return chooser.plan(counts, {"ratio": float(cast(float, ratio)), "of": of})
@@ -179,8 +198,8 @@ class Analysis:
         Raises:
             InputError: The data or the loss does not fit the model.
         """
-        if data is None or isinstance(data, Calibration):
-            return data
+        if data is None:
+            return None
         return calibrate(
             self.program,
             self.model,
@@ -237,13 +256,20 @@ class Analysis:
         single = resized(bind_inputs(self.model, given), 1)
         return dict(single.arguments) if single.kwargs else tuple(single.args)
 
-    def plan_keeping(self, kept: Mapping[str, Sequence[int] | Indices]) -> Plan:
+    def plan_keeping(
+        self, kept: Mapping[str, Sequence[int] | Indices], dropped: Iterable[str] = ()
+    ) -> Plan:
         """A plan from kept units by group name; groups not named keep everything.
 
+        Args:
+            kept: Indices that stay.
+            dropped: Names of residual branches, or of blocks of them, that go: see `branches`.
+
         Raises:
-            PlanError: Unknown group, impossible units, or unequal counts where they are tied.
+            PlanError: Unknown group or branch, impossible units, or unequal counts where they are
+                tied.
         """
-        return make_plan(self.coupling, self.model, kept, {"units": "given"})
+        return make_plan(self.coupling, self.model, kept, {"units": "given"}, dropped)
 
     def _nothing(self) -> None:
         reasons: dict[str, list[str]] = {}
@@ -335,6 +361,9 @@ class Analysis:
         console.print(
             f"{self.macs:,} MACs, {self.params:,} parameters, {self.frozen_share:.1%} frozen"
         )
+        if self.branches:
+            names = listed([b.name for b in self.branches], 4)
+            console.print(f"  residual branches (depth=True): {names}", highlight=False)
         for why, times in sorted(reasons.items(), key=lambda item: -item[1]):
             console.print(f"  frozen: {why} ({times} dimensions)", highlight=False)
         for target, nodes in self.coupling.unknown.items():

@@ -12,7 +12,7 @@ from depcut.analysis import analyze
 from depcut.calibration.data import BATCHES, Data, Loss, inputs_of, read
 from depcut.choose import check_budget
 from depcut.inputs import Inputs
-from depcut.plan import wants_repair
+from depcut.mend import wants_repair
 from depcut.scores import Criterion, Score
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -39,6 +39,7 @@ def shrink(
     threads: int = 1,
     progress: bool = True,
     optimizer: torch.optim.Optimizer | None = None,
+    depth: bool = False,
 ) -> ModelT:
     """A smaller model of the same class that computes the same on the units that stay.
 
@@ -67,11 +68,12 @@ def shrink(
         threads: Threads that one operator may use, where time is measured.
         progress: Whether to show on standard error what is being measured.
         optimizer: One that trains `model`; its state is sliced, and it trains the result.
+        depth: Whether residual branches may be dropped as a whole, beside narrowing the rest.
 
     Raises:
         DepcutError: See `depcut.analyze`, `Analysis.plan` and `Plan.apply`.
     """
-    check_budget(ratio, of, latency_ms)
+    check_budget(ratio, of, latency_ms, depth)
     wants_repair(compensate, data is not None)
     items = None if data is None else read(data, batches)
     if inputs is None and items is not None and isinstance(model, nn.Module):
@@ -93,6 +95,7 @@ def shrink(
         seed=seed,
         threads=threads,
         progress=progress,
+        depth=depth,
     )
     slim = plan.apply(model, optimizer=optimizer, data=calibration, compensate=compensate)
     return cast(ModelT, slim)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -87,11 +88,34 @@ class Chooser:
             )
         self.coupling, self.model, self.request = coupling, model, request
         self.held = _held(coupling, request.keep)
+        self.absent: frozenset[int] = frozenset()
         self.fixed = _fixed(coupling, request.ratios, self.held)
         self.additive = is_additive(request.score)
         self.scores: Scores = score(
             request.score, coupling, model, request.seed, request.calibration
         )
+
+    def without(self, tensors: Collection[str]) -> Chooser:
+        """The same where these tensors are gone: their groups are neither counted nor narrowed.
+
+        Args:
+            tensors: Names of parameters and buffers.
+        """
+        groups = self.coupling.groups
+        dead = {g.index for g in groups if all(m.tensor in tensors for m in g.members)}
+        alive = {g.tied for g in groups if g.index not in dead}
+        other = copy.copy(self)
+        other.absent = frozenset(
+            i for i in dead if groups[i].tied is None or groups[i].tied not in alive
+        )
+        other.fixed = {i: n for i, n in self.fixed.items() if i not in other.absent}
+        return other
+
+    def spares(self, tensor: str) -> bool:
+        """Whether the request says of a parameter how wide it is to be."""
+        keep = self.request.keep
+        patterns = [keep] if isinstance(keep, str) else list(keep)
+        return any(is_named(tensor, p) for p in (*patterns, *self.request.ratios))
 
     def meet(self, quantity: Cost, target: float, of: str) -> Counts:
         """Kept counts whose cost is as close to the target as steps allow.
@@ -149,10 +173,11 @@ class Chooser:
 
     def _spaces(self) -> tuple[Space, Space]:
         """The steps that keep a model within its own classes, and those that do not care."""
-        liked, taken = preferences(self.coupling), self.held | set(self.fixed)
+        liked, taken = preferences(self.coupling), self.held | set(self.fixed) | self.absent
+        ties = [pair for pair in liked.ties if self.absent.isdisjoint(pair)]
         align = self.request.align
         return (
-            space(self.coupling, align, taken | (liked.holds - self.held), liked.ties),
+            space(self.coupling, align, taken | (liked.holds - self.held), ties),
             space(self.coupling, align, taken),
         )
 
@@ -170,13 +195,16 @@ class Chooser:
         return meet(where, sequence, cost, target, of)
 
 
-def check_budget(ratio: float | None, of: str, latency_ms: float | None) -> str:
+def check_budget(
+    ratio: float | None, of: str, latency_ms: float | None, depth: bool = False
+) -> str:
     """Refuse a budget that is out of range or contradicts itself.
 
     Args:
         ratio: Fraction to remove, or None.
         of: What of.
         latency_ms: Milliseconds to come to, or None.
+        depth: Whether branches may be dropped.
 
     Returns:
         The quantity that is budgeted.
@@ -184,6 +212,12 @@ def check_budget(ratio: float | None, of: str, latency_ms: float | None) -> str:
     Raises:
         InputError: An argument has a wrong value, or two of them exclude each other.
     """
+    if depth and (of == "latency" or latency_ms is not None):
+        raise InputError(
+            "branches cannot be dropped for a budget of time: it is modelled for widths alone",
+            where="depth=",
+            remedy="use of='macs' or of='params', and measure with depcut.compare",
+        )
     if latency_ms is not None:
         number = isinstance(latency_ms, int | float) and not isinstance(latency_ms, bool)
         if not number or not 0 < latency_ms < math.inf:
@@ -262,13 +296,21 @@ def matching(coupling: Coupling, pattern: str, option: str) -> set[int]:
 
 def _matches(group: Group, pattern: str) -> bool:
     for member in group.members:
-        if member.role == "producer":
-            layer = layer_of(member.tensor)
-            if fnmatchcase(member.tensor, pattern) or fnmatchcase(layer, pattern):
-                return True
-            if layer.startswith(pattern + "."):
-                return True
+        if member.role == "producer" and is_named(member.tensor, pattern):
+            return True
     return fnmatchcase(group.name, pattern)
+
+
+def is_named(tensor: str, pattern: str) -> bool:
+    """Whether a glob over module or parameter names means this parameter.
+
+    Args:
+        tensor: Name of a parameter.
+        pattern: The glob; the name of a module means all that it contains.
+    """
+    layer = layer_of(tensor)
+    names = fnmatchcase(tensor, pattern) or fnmatchcase(layer, pattern)
+    return names or layer.startswith(pattern + ".")
 
 
 def _held(coupling: Coupling, keep: Iterable[str]) -> set[int]:

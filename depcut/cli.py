@@ -12,14 +12,24 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from depcut.analysis import analyze
+from depcut.calibration.data import BATCHES, inputs_of, read
 from depcut.compact import compaction
 from depcut.demo import run_demo
 from depcut.errors import DepcutError, InputError
 from depcut.export import export
-from depcut.loading import build_model, example_inputs, load_weights, save_weights
+from depcut.inputs import Inputs
+from depcut.loading import (
+    build_data,
+    build_model,
+    example_inputs,
+    import_function,
+    load_weights,
+    save_weights,
+)
+from depcut.options import Command, Help
 from depcut.plan import Plan
 from depcut.report import compare
-from depcut.timing.backends import PROVIDERS, RUNTIMES, Candidate, check_runtime
+from depcut.timing.backends import Candidate, check_runtime
 from depcut.timing.bench import bench
 from depcut.version import __version__
 
@@ -75,19 +85,27 @@ def _shrink(options: argparse.Namespace) -> None:
             raise InputError(f"{names} without --time", remedy="add --time, or leave them out")
         timing["runtime"] = None
     dense = _model(options)
-    inputs = example_inputs(options.input_shape)
-    plan = analyze(dense, inputs).plan(
+    inputs: Inputs = example_inputs(options.input_shape)
+    data = read(build_data(options.data), options.batches) if options.data else None
+    loss = import_function(options.loss) if options.loss else None
+    if data is not None and inputs is None:
+        inputs = inputs_of(data[0], dense, loss is not None)
+    analysis = analyze(dense, inputs)
+    calibration = analysis.calibrate(data, loss=loss, batches=options.batches)
+    plan = analysis.plan(
         options.ratio,
         of=options.of,
         latency_ms=options.latency_ms,
         score=options.score,
+        data=calibration,
+        depth=options.depth,
         allocation=options.allocation,
         align=options.align,
         keep=tuple(options.keep),
         seed=options.seed,
         threads=options.threads,
     )
-    slim = plan.apply(dense, inputs)
+    slim = plan.apply(dense, data=calibration, compensate="auto" if options.compensate else False)
     out = _folder(options.out)
     plan.save(out / "plan.json")
     save_weights(slim, out / "weights.safetensors")
@@ -102,6 +120,8 @@ def _shrink(options: argparse.Namespace) -> None:
         )
     for name, reason in plan.report["generated"].items():
         print(f"generated module in place of {name}: {reason}")
+    if plan.report["compensation"] is not None:
+        print(plan.report["compensation"])
     if options.time:
         dense, slim = _placed(options, [dense, slim])
     print(compare(dense, slim, inputs, batch_size=options.batch_size, **timing))
@@ -214,89 +234,6 @@ def _folder(path: Path) -> Path:
     return path
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults that say something, and leaves the lines of the epilog as they are."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return super()._get_help_string(action) if action.default else action.help
-
-
-class _Command:
-    """One command under construction.
-
-    Args:
-        parser: Its parser.
-        run: What it runs.
-    """
-
-    def __init__(
-        self, parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None]
-    ) -> None:
-        self.add = parser.add_argument
-        self._parser = parser
-        parser.set_defaults(run=run)
-
-    def exclusive(self) -> Callable[..., argparse.Action]:
-        """Adds options of which one must be given, and only one."""
-        return self._parser.add_mutually_exclusive_group(required=True).add_argument
-
-    def model(self) -> None:
-        """The options of all commands that build one model."""
-        self.add("model", metavar="MODEL", help="package.module:factory")
-        self.inputs()
-
-    def inputs(self) -> None:
-        """Weights and example inputs."""
-        self.add(
-            "--weights", type=Path, metavar="FILE", help="safetensors file for the dense model"
-        )
-        self.add(
-            "--input-shape",
-            action="append",
-            default=[],
-            metavar="SHAPE",
-            help="sizes of an input, such as 2,3,224,224 or 2,32:int64; once per positional "
-            "argument; inferred from the first layer if left out",
-        )
-
-    def plan(self) -> None:
-        """The options that make the model slim before it is used."""
-        self.add("--plan", type=Path, metavar="FILE", help="plan to apply to the model first")
-        self.add(
-            "--slim-weights",
-            type=Path,
-            metavar="FILE",
-            help="safetensors file to load after the plan was applied",
-        )
-
-    def timing(self) -> None:
-        """The options of timing."""
-        self.add("--threads", type=int, default=1, help="threads that one operator may use")
-        self.add("--rounds", type=int, default=30, help="turns that every candidate has")
-
-    def runtime(self, *, several_batches: bool) -> None:
-        """The options that say what is timed, where and how."""
-        self.add("--runtime", choices=RUNTIMES, default="onnxruntime", help="what runs the models")
-        self.add(
-            "--provider",
-            choices=PROVIDERS,
-            help="what computes in it; the CPU if left out; tensorrt is onnxruntime's",
-        )
-        self.add(
-            "--batch-size",
-            type=int,
-            action="append" if several_batches else "store",
-            metavar="N",
-            help="batch size to time at, that of the inputs if left out"
-            + ("; may be repeated" if several_batches else ""),
-        )
-        self.add(
-            "--pin", metavar="CPUS", help='CPUs to stay on while timing, such as 2,3, or "auto"'
-        )
-        self.add("--memory", action="store_true", help="measure peak memory too")
-        self.timing()
-
-
 def _parser() -> argparse.ArgumentParser:
     """The parser with its six commands."""
     parser = argparse.ArgumentParser(
@@ -308,12 +245,12 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(
         name: str, run: Callable[[argparse.Namespace], None], text: str, epilog: str = _EPILOG
-    ) -> _Command:
+    ) -> Command:
         described = f"{text[0].upper()}{text[1:]}."
         added = commands.add_parser(
-            name, help=text, description=described, epilog=epilog, formatter_class=_Help
+            name, help=text, description=described, epilog=epilog, formatter_class=Help
         )
-        return _Command(added, run)
+        return Command(added, run)
 
     demo = command(
         "demo", _demo, "train, shrink, export and time a small ResNet on real digits", epilog=""
@@ -339,10 +276,20 @@ def _parser() -> argparse.ArgumentParser:
         default="macs",
         help="what to remove that share of: macs, params, channels, latency (measured here)",
     )
-    shrunk.add("--score", default="magnitude", help="criterion that ranks the units")
+    shrunk.add("--score", help='criterion that ranks the units; "obs" with data, else "magnitude"')
+    shrunk.add("--data", metavar="DATA", help="calibration data, as package.module:factory")
+    shrunk.add("--loss", metavar="LOSS", help="of (output, target), as package.module:function")
+    shrunk.add("--batches", type=int, default=BATCHES, help="items of the data to read at most")
+    shrunk.add(
+        "--no-compensate",
+        dest="compensate",
+        action="store_false",
+        help="do not re-solve weights on the data",
+    )
+    shrunk.add("--depth", action="store_true", help="residual branches may go as a whole")
     shrunk.add(
         "--allocation",
-        help="how groups share the budget: uniform, or global, which is the default for latency",
+        help="how groups share the budget: uniform, or global, the default for latency and obs",
     )
     shrunk.add("--align", type=int, default=8, help="kept widths are multiples of this")
     shrunk.add(

@@ -77,6 +77,12 @@ class Compensation:
     repairs: tuple[Repair, ...]
     left: dict[str, str]
 
+    def __str__(self) -> str:
+        lines = [f"{len(self.repairs)} layers re-solved; share of the outputs that is missing:"]
+        lines += [f"  {r.layer}: {r.before:.3g} -> {r.after:.3g}" for r in self.repairs]
+        lines += [f"  {layer} was left as it is: {why}" for layer, why in self.left.items()]
+        return "\n".join(lines)
+
 
 def compensate(
     slim: nn.Module, model: nn.Module, keep: Keep, calibration: Calibration
@@ -116,7 +122,9 @@ class _Repairer:
 
     def run(self) -> Compensation:
         order = {node: i for i, node in enumerate(self.program.graph.graph.nodes)}
-        stops = sorted([*self.sites, *self.norms], key=lambda n: order[n])
+        gone = self.keep.gone.nodes
+        stops = [n for n in (*self.sites, *self.norms) if n not in gone]
+        stops.sort(key=lambda n: order[n])
         changed = {name for name in self.tensors if name in self.program.parameters}
         changed |= {name for norm in self.norms for name in self._statistics(norm)}
         both = Lockstep(self.keep, self.model, self.tensors, self.calibration, stops, changed)

@@ -21,11 +21,14 @@ from depcut.axes import Axis, Term
 from depcut.capture import capture
 from depcut.coupling import Coupling, infer
 from depcut.inputs import Inputs
+from depcut.liveness import Gone
 from depcut.ops.registry import Dims
 
 Counts = NDArray[np.float64]
 Polynomial = dict[tuple[int, ...], float]
 Blocked = Sequence[tuple[Polynomial, int]]
+
+NOTHING = Gone()
 
 
 def _expand(term: Term, number: dict[Axis, int]) -> Polynomial:
@@ -235,25 +238,53 @@ def compile_staircase(coupling: Coupling, items: Iterable[tuple[float, Blocked]]
     return replace(made, total=made(made.dense))
 
 
-def macs(coupling: Coupling) -> Cost:
+Items = list[tuple[float, Dims]]
+
+
+def _macs(coupling: Coupling, gone: Gone) -> Items:
+    program = coupling.program
+    found = [e for n, e in coupling.effects.items() if n in program.sizes and n not in gone.nodes]
+    return [(t / program.batch, d) for e in found for t, d in e.macs]
+
+
+def _params(coupling: Coupling, gone: Gone) -> Items:
+    program = coupling.program
+    names = (program.parameters & coupling.dims.keys()) - gone.tensors
+    own = [n for n in coupling.dims if n in names and program.aliases.get(n, (n,))[0] == n]
+    return [(1.0, coupling.dims[n]) for n in own]
+
+
+def _channels(coupling: Coupling, gone: Gone) -> Items:
+    left = [g for g in coupling.groups if not gone.tensors.issuperset(m.tensor for m in g.members)]
+    return [(1.0, (g.axis,)) for g in left]
+
+
+# The summands of each quantity: a factor, and the terms whose counts are multiplied.
+ITEMS = {"macs": _macs, "params": _params, "channels": _channels}
+
+
+def dense_total(items: Items) -> float:
+    """The quantity of the dense model, without compiling it.
+
+    Args:
+        items: Its summands.
+    """
+    return sum(times * math.prod(term.size for term in dims) for times, dims in items)
+
+
+def macs(coupling: Coupling, gone: Gone = NOTHING) -> Cost:
     """Multiply-accumulates of one example (convolutions, matrix products, attention)."""
-    program = coupling.program
-    found = [e for node, e in coupling.effects.items() if node in program.sizes]
-    return compile_cost(coupling, [(t / program.batch, d) for e in found for t, d in e.macs])
+    return compile_cost(coupling, _macs(coupling, gone))
 
 
-def params(coupling: Coupling) -> Cost:
+def params(coupling: Coupling, gone: Gone = NOTHING) -> Cost:
     """Number of parameters; shared ones once."""
-    program = coupling.program
-    names = [
-        n for n in coupling.dims if n in program.parameters and program.aliases.get(n, (n,))[0] == n
-    ]
-    return compile_cost(coupling, [(1.0, coupling.dims[n]) for n in names])
+    return compile_cost(coupling, _params(coupling, gone))
 
 
-def channels(coupling: Coupling) -> Cost:
+def channels(coupling: Coupling, gone: Gone = NOTHING) -> Cost:
     """Number of units, all groups together."""
-    return compile_cost(coupling, [(1.0, (g.axis,)) for g in coupling.groups])
+    return compile_cost(coupling, _channels(coupling, gone))
 
 
 COSTS = {"macs": macs, "params": params, "channels": channels}

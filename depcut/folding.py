@@ -65,11 +65,8 @@ def may_fold(keep: Keep, model: nn.Module) -> bool:
             if member.role != "producer" or tensor is None or tensor.is_meta or not picked:
                 continue
             kept = picked[member.dim]
-            if (
-                kept is None
-                or kept.ndim > 1
-                or member.tensor not in keep.coupling.program.parameters
-            ):
+            owned = member.tensor in keep.coupling.program.parameters
+            if kept is None or kept.ndim > 1 or not owned:
                 continue
             others = [d for d in range(tensor.ndim) if d != member.dim]
             zero = ((tensor == 0).all(others) if others else tensor == 0).cpu().numpy()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import fx
 from depcut import axes
 from depcut.axes import Indices, Term
 from depcut.coupling import Coupling
+from depcut.liveness import Bypass, Gone, gone
 from depcut.mesh import Rows, Selection, fitted, mesh
 from depcut.ops.registry import Dims, Effects, Literal
 
@@ -26,10 +27,17 @@ class Keep:
         coupling: The groups.
         units: Ascending kept indices by group number, a list or one for each row of the group's
             outer axis; groups not in it keep everything.
+        bypass: Additions whose branch is dropped, with the operand that takes their place.
     """
 
     coupling: Coupling
     units: Mapping[int, Indices]
+    bypass: Bypass = field(default_factory=dict)
+
+    @cached_property
+    def gone(self) -> Gone:
+        """What dropped branches leave without a use."""
+        return gone(self.coupling.program, self.bypass)
 
     @cached_property
     def chosen(self) -> Selection:
@@ -86,6 +94,8 @@ class Keep:
 
     def literals(self, node: fx.Node) -> Iterator[tuple[Literal, Any, int, int]]:
         """(literal, its dense value or node, dense count, new count) of a node's size literals."""
+        if node in self.gone.nodes:
+            return
         effects = self.coupling.effects.get(node)
         for literal in effects.literals if effects else ():
             value = at_path(node, literal.path)
@@ -95,7 +105,7 @@ class Keep:
     def pins(self, node: fx.Node) -> dict[str, float]:
         """Arguments of a node whose default would change with the widths."""
         effects = self.coupling.effects.get(node)
-        if effects is None or not effects.pins:
+        if effects is None or not effects.pins or node in self.gone.nodes:
             return {}
         narrowed = any(self.narrows(t) for t in _contracted(self.coupling, effects))
         return effects.pins if narrowed else {}

@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,53 @@ def build_model(target: str) -> nn.Module:
     Raises:
         InputError: The path leads nowhere, the factory fails, or it returns no module.
     """
+    model = _called(target, "the model")
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"the factory returned a {type(model).__name__}",
+            where=target,
+            remedy="it must return a torch.nn.Module",
+        )
+    return model
+
+
+def build_data(target: str) -> Any:
+    """Import `package.module:factory` and call it: calibration data.
+
+    Args:
+        target: The import path, as for `build_model`.
+
+    Raises:
+        InputError: The path leads nowhere, or the factory fails.
+    """
+    return _called(target, "the data")
+
+
+def import_function(target: str) -> Callable[..., Any]:
+    """What `package.module:name` names, such as torch.nn.functional:cross_entropy.
+
+    Args:
+        target: The import path.
+
+    Raises:
+        InputError: The path leads nowhere, or to something that cannot be called.
+    """
+    try:
+        found = _imported(target)
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            f"cannot import it: {type(error).__name__}: {error}",
+            where=target,
+            remedy="write package.module:function, e.g. torch.nn.functional:cross_entropy",
+        ) from error
+    if not callable(found):
+        raise InputError(
+            f"a {type(found).__name__} cannot be called", where=target, remedy="name a function"
+        )
+    return found  # type: ignore[no-any-return]
+
+
+def _imported(target: str) -> Any:
     module_name, _, attributes = target.partition(":")
     if not module_name or not attributes:
         raise InputError(
@@ -44,24 +91,24 @@ def build_model(target: str) -> nn.Module:
     if os.getcwd() not in sys.path:  # noqa: PTH109  (sys.path holds strings)
         # A console script's path starts at its own folder, not at the user's.
         sys.path.insert(0, os.getcwd())  # noqa: PTH109
+    found: Any = importlib.import_module(module_name)
+    for name in attributes.split("."):
+        found = getattr(found, name)
+    return found
+
+
+def _called(target: str, what: str) -> Any:
+    """What the factory at an import path returns."""
     try:
-        found: Any = importlib.import_module(module_name)
-        for name in attributes.split("."):
-            found = getattr(found, name)
-        model = found()
+        return _imported(target)()
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(
-            f"cannot build the model: {type(error).__name__}: {error}",
+            f"cannot build {what}: {type(error).__name__}: {error}",
             where=target,
             remedy="the factory must be importable from here and take no arguments",
         ) from error
-    if not isinstance(model, nn.Module):
-        raise InputError(
-            f"the factory returned a {type(model).__name__}",
-            where=target,
-            remedy="it must return a torch.nn.Module",
-        )
-    return model
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:

@@ -54,6 +54,9 @@ def observe(slim: nn.Module, keep: Keep, trial: Trial) -> Observed:
     seen = Observed([], {})
     calls: dict[str, list[ModuleCall]] = {}
     for call in program.calls:
+        results = [leaf for leaf in call.out_leaves if isinstance(leaf, fx.Node)]
+        if results and keep.gone.nodes.issuperset(results):
+            continue  # it is not called any more
         calls.setdefault(call.module, []).append(call)
     handles = [
         module.register_forward_hook(_look(name, calls[name], keep, seen))

@@ -96,6 +96,18 @@ def module_of(node: fx.Node) -> str:
     return ""
 
 
+def parent_of(name: str) -> str:
+    """The enclosing module's name."""
+    return name.rpartition(".")[0]
+
+
+def stack_entries(node: fx.Node) -> list[str]:
+    """Qualified names (with call numbers) of the modules whose forward a node is inside of."""
+    stack = node.meta.get("nn_module_stack") or {}
+    names = [str(entry[0]).removeprefix("L['self'].") for entry in stack.values()]
+    return [n for n in names if not n.startswith("_empty")]
+
+
 def where(node: fx.Node | None) -> str:
     """Layer name and the user's source line of a node, for messages."""
     if node is None:

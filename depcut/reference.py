@@ -21,6 +21,7 @@ from depcut import axes
 from depcut.capture import held_tensors, is_symbolic
 from depcut.inputs import Inputs, normalize
 from depcut.keep import Keep
+from depcut.liveness import is_size
 from depcut.mesh import along, fitted
 from depcut.ops.registry import Output
 from depcut.program import Program
@@ -164,15 +165,19 @@ class Reference:
         last = last_uses(self.program)
         given = iter(inputs)
         outputs: list[Any] = []
-        autocast = _Autocast()
+        gone, autocast = self.keep.gone, _Autocast()
         for node in self.program.graph.graph.nodes:
             if node.op == "placeholder":
                 name = self.program.tensors.get(node)
-                changed = None if tensors is None or name is None else tensors.get(name)
-                if changed is not None:
-                    env[node] = changed
-                else:
-                    env[node] = next(given) if name is None else self._tensor(node, dtype)
+                replaced = (tensors or {}).get(name or "")
+                own = self._tensor(node, dtype) if name and replaced is None else replaced
+                env[node] = next(given) if name is None else own
+            elif node in gone.nodes:
+                if is_size(node):
+                    env[node] = self._size(node, inputs)
+            elif node in gone.through:
+                value = env[gone.through[node]]
+                env[node] = value.clone() if node in gone.fresh else value
             elif node.op == "get_attr":
                 env[node] = getattr(self.program.graph, str(node.target))
             elif node.op == "call_function":
@@ -198,6 +203,20 @@ class Reference:
         if self.sliced and node in self.keep.coupling.effects:
             return self._literals(node, args, kwargs, env)
         return args, kwargs
+
+    def _size(self, node: fx.Node, inputs: list[Any]) -> int:
+        """A size that was read off a tensor that is gone, computed from the sizes of the inputs."""
+        value = node.meta["val"]
+        if not isinstance(value, torch.SymInt):
+            return int(value)
+        known = {
+            symbolic.node.expr: actual
+            for placeholder, given in zip(self.program.inputs, inputs, strict=True)
+            if isinstance(given, torch.Tensor)
+            for symbolic, actual in zip(placeholder.meta["val"].shape, given.shape, strict=True)
+            if isinstance(symbolic, torch.SymInt)
+        }
+        return int(value.node.expr.subs(known))
 
     def _tensor(self, node: fx.Node, dtype: torch.dtype | None) -> torch.Tensor:
         name = self.program.tensors[node]

@@ -16,10 +16,9 @@ from depcut.capture import held_tensors, modes
 from depcut.errors import VerificationError
 from depcut.keep import Keep
 from depcut.observe import Trial, error, observe
-from depcut.program import where
+from depcut.program import parent_of, stack_entries, where
 from depcut.reference import Reference, Watched, example, kept_part, masked_outputs
 from depcut.rewrite.build import Slim
-from depcut.rewrite.graph import parent_of, stack_entries
 from depcut.rewrite.tensors import take
 
 __all__ = ["masked_outputs", "verify", "verify_equal"]

@@ -20,7 +20,7 @@ ROOT = ""  # the package itself, i.e. depcut/__init__.py
 # From the bottom up: a module imports only from lines above its own, never from its own line.
 ORDER = [
     "errors axes tables inline program provenance demo_net version machine origin",
-    "checks inputs loading",
+    "checks inputs loading liveness",
     "capture",
     "ops.registry",
     "ops.pointwise ops.contraction ops.convolution ops.normalization ops.reduction ops.shape "
@@ -38,19 +38,23 @@ ORDER = [
     "calibration.gradients calibration.visits calibration.patches calibration.products "
     "calibration.cells calibration.sensitivity",
     "calibration.sites calibration.readings",
-    "scores.context scores.slices scores.flow scores.maps scores.rows",
+    "scores.context scores.slices scores.flow scores.maps scores.rows scores.elimination",
     "scores.aggregate",
     "scores.magnitude scores.geometry scores.gradient scores.synaptic",
     "scores.scale scores.activation scores.reconstruction",
     "scores allocate allocate.space",
     "allocate.order allocate.lagrange",
     "rewrite.graph",
+    "rewrite.removal",
     "rewrite.module rewrite.optimizer rewrite.preferences",
     "rewrite.build rewrite.masks",
+    "depth depth.branches",
+    "depth.find",
     "observe constants",
     "readings",
     "dead folding",
-    "verify compensate",
+    "verify compensate architecture",
+    "mend",
     "plan",
     "runtime",
     "agreement convert publish",
@@ -59,7 +63,8 @@ ORDER = [
     "timing.backends timing.memory",
     "timing.sessions timing.modules",
     "timing.bench",
-    "choose latency latency.kernels latency.designs",
+    "choose depth.score latency latency.kernels latency.designs",
+    "depth.choose",
     "latency.samples latency.sizes",
     "latency.align latency.cache latency.measure",
     "latency.staircase",
@@ -69,7 +74,7 @@ ORDER = [
     "api compact",
     "report",
     ROOT,
-    "demo",
+    "demo options",
     "cli",
 ]
 LEVEL = {name: i for i, line in enumerate(ORDER) for name in line.split(" ")}

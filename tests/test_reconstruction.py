@@ -13,13 +13,10 @@ from torch import Tensor, nn
 import depcut
 from depcut.scores import Score, score
 from depcut.scores.context import Context
+from depcut.scores.elimination import Terms, Weight, _rising, eliminated
 from depcut.scores.reconstruction import (
-    _eliminated,
     _gather,
     _products,
-    _Reader,
-    _rising,
-    _Terms,
 )
 
 
@@ -40,8 +37,8 @@ def readers(taps: int, outputs: list[int], blocks: int = 1) -> tuple[Any, Any]:
         x = torch.randn(blocks, 200, 6 * taps, dtype=torch.float64)
         x[..., 1] = x[..., 0] + 0.1 * x[..., 1]
         h, w = x.transpose(1, 2) @ x, torch.randn(blocks, out, 6 * taps, dtype=torch.float64)
-        columns = torch.arange(6 * taps).reshape(6, taps)
-        made.append(_Reader(torch.linalg.inv(h), w.transpose(1, 2) @ w, columns))
+        columns = torch.arange(6 * taps).reshape(1, 6, taps)
+        made.append(Weight(torch.linalg.inv(h), w.transpose(1, 2) @ w, columns))
         plain += list(zip(h, w, strict=True))
     return made, plain
 
@@ -67,7 +64,7 @@ def test_scores_add_up_to_the_loss_of_explicit_greedy_elimination(
         best = min(rest, key=lambda u: loss([*gone, u]))
         costs.append(loss([*gone, best]) - loss(gone))
         gone.append(best)
-    scores = _eliminated(made, 6)
+    scores = eliminated(made, 1, 6)[0]
     assert np.argsort(scores, kind="stable").tolist() == gone
     np.testing.assert_allclose(scores[gone], _rising(costs, [1] * 6), rtol=2e-3)
     np.testing.assert_allclose(scores.sum(), loss(list(range(6))), rtol=2e-3)
@@ -93,7 +90,7 @@ def test_terms_of_a_product_have_the_energy_of_what_zeroing_them_takes(net: Net)
     grams = _gather(context, [], products).products
     assert data is not None
     for product in products:
-        gram = grams[product]
+        gram = grams[product].sum(0)
         terms = lost(coupling, model, data, product)
         size = len(gram)
         for units in ([0], [0, size - 1], list(range(size))):
@@ -132,11 +129,11 @@ def test_removed_terms_add_up() -> None:
     torch.manual_seed(0)
     a, b = torch.randn(9, 6).double(), torch.randn(7, 6).double()
     gram = ((a.T @ a) * (b.T @ b)).numpy()
-    terms = _Terms.of(gram, float(gram.sum()))
+    terms = Terms.of(gram[None], float(gram.sum()), 1)
     spent, gone, alive = 0.0, [], list(range(6))
     for unit in (3, 0, 2):
-        alone = terms.losses()[unit]
-        spent += terms.remove(torch.tensor([unit]))
+        alone = terms.losses()[0, unit]
+        spent += terms.remove(torch.tensor([[unit]]))
         assert spent == pytest.approx(float(alone) + (spent - float(alone)))
         gone.append(alive.pop(unit))
         assert spent == pytest.approx(float((a[:, gone] @ b[:, gone].T).square().sum()))

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from depcut.allocate.space import space
+from depcut.architecture import fingerprint
 from depcut.cost import Cost
 from depcut.coupling import Coupling
 from depcut.errors import InputError, listed
@@ -24,7 +25,7 @@ from depcut.latency.measure import measure
 from depcut.latency.samples import Samples
 from depcut.latency.staircase import fit
 from depcut.machine import processor
-from depcut.plan import Plan, fingerprint
+from depcut.plan import Plan
 from depcut.rewrite.preferences import preferences
 from depcut.runtime import bind_inputs
 

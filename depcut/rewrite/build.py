@@ -9,10 +9,13 @@ from torch import fx, nn
 
 from depcut.errors import VerificationError
 from depcut.keep import Keep
+from depcut.liveness import rewritten
+from depcut.program import parent_of
 from depcut.rewrite.dropout import attention_dropout
-from depcut.rewrite.graph import CannotGenerateError, generate, parent_of
+from depcut.rewrite.graph import CannotGenerateError, generate
 from depcut.rewrite.literals import solve
 from depcut.rewrite.module import set_attributes
+from depcut.rewrite.removal import remove_dead
 from depcut.rewrite.tensors import narrowed_copy
 
 
@@ -90,8 +93,9 @@ def rewrite(model: nn.Module, keep: Keep) -> Slim:
     owners = {name.rpartition(".")[0] for name in keep.tensors}
     owners |= {name.partition(".parametrizations.")[0] for name in keep.tensors}
     set_attributes(slim.model, solution.values, owners)
-    wanted = solution.modules
+    wanted = {**solution.modules, **rewritten(keep.coupling.program, keep.gone)}
     for name in sorted(wanted, key=lambda n: -n.count(".") - bool(n)):
         if name not in slim.generated and name not in slim.inlined:
             slim.replace(name, wanted[name])
+    remove_dead(slim.model, keep, {*slim.generated, *slim.inlined})
     return slim

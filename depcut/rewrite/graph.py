@@ -17,7 +17,8 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from depcut.keep import Keep
-from depcut.program import ModuleCall, Program
+from depcut.liveness import is_size
+from depcut.program import ModuleCall, Program, parent_of, stack_entries
 from depcut.rewrite.dropout import when_training
 from depcut.rewrite.generated import GeneratedModule
 
@@ -43,18 +44,6 @@ class _OpaqueError(Exception):
     def __init__(self, child: int) -> None:
         super().__init__()
         self.child = child
-
-
-def parent_of(name: str) -> str:
-    """The enclosing module's name."""
-    return name.rpartition(".")[0]
-
-
-def stack_entries(node: fx.Node) -> list[str]:
-    """Qualified names (with call numbers) of the modules whose forward a node is inside of."""
-    stack = node.meta.get("nn_module_stack") or {}
-    names = [str(entry[0]).removeprefix("L['self'].") for entry in stack.values()]
-    return [n for n in names if not n.startswith("_empty")]
 
 
 def generate(
@@ -124,15 +113,21 @@ class _Builder:
                 self.env.setdefault(leaf, placeholder)
         done: set[int] = set()
         self.children = self._children()
+        passing = self._passing()
         for node in self.program.graph.graph.nodes:
-            if node in self.env or not self._is_inside(node):
+            if node in self.keep.gone.nodes or not self._is_inside(node):
                 continue
             child = self.children.get(node)
-            if child is None:
+            if node in self.env:
+                pass
+            elif child is None:
                 self._copy(node)
             elif id(child) not in done:
                 done.add(id(child))
                 self._call_child(child)
+            if node in self.env:
+                for call in passing.get(node, ()):
+                    self._call_child(call)
         self.graph.output([self._value(leaf) for leaf in self.call.out_leaves])
         self.graph.eliminate_dead_code(_has_effect)
         return self.graph
@@ -156,6 +151,8 @@ class _Builder:
             entries = stack_entries(node)
             at = entries.index(self.name) + 1 if self.name in entries else 0
             for entry in entries[at:]:
+                if entry in self.keep.gone.calls:
+                    break
                 base, _, number = entry.partition("@")
                 calls = by_entry.get(base, [])
                 which = int(number) if number else 0
@@ -164,6 +161,30 @@ class _Builder:
                 if self._is_callable(calls[which]):
                     out[node] = calls[which]
                     break
+        return out
+
+    def _passing(self) -> dict[fx.Node, list[ModuleCall]]:
+        """Calls, by the node, that returned what they got but may not in training (drop path)."""
+        inside = {self.name, *(c.module for c in self.program.calls if id(c) in self.inline)}
+        called = {"", *(c.module for c in self.program.calls)}
+        nodes = self.program.graph.graph.nodes
+        entered = {entry.partition("@")[0] for n in nodes for entry in stack_entries(n)}
+        out: dict[fx.Node, list[ModuleCall]] = {}
+        for call in self.program.calls:
+            if call.module in entered or len(call.leaves) != 1 or call.leaves != call.out_leaves:
+                continue
+            caller, leaf = parent_of(call.module), call.leaves[0]
+            while caller not in called:
+                caller = parent_of(caller)
+            given = any(leaf is g for g in self.call.leaves)
+            # Of several readers, it is not known which came after the call.
+            if (
+                caller in inside
+                and isinstance(leaf, fx.Node)
+                and not given
+                and len(leaf.users) == 1
+            ):
+                out.setdefault(leaf, []).append(call)
         return out
 
     def _is_callable(self, call: ModuleCall) -> bool:
@@ -187,6 +208,8 @@ class _Builder:
     def _value(self, leaf: Any) -> Any:
         if not isinstance(leaf, fx.Node):
             return leaf
+        if leaf in self.keep.gone.nodes and not self._is_number(leaf):
+            return None
         if leaf not in self.env:
             self._outside(leaf)
         return self.env[leaf]
@@ -196,7 +219,7 @@ class _Builder:
         name = self.program.tensors.get(node)
         if name is not None:
             self.env[node] = self._parameter(name)
-        elif node.op == "call_function" and self._is_size(node):
+        elif node.op == "call_function" and self._is_number(node):
             self.env[node] = self._size(node)
         elif node in self.children:
             raise _OpaqueError(id(self.children[node]))
@@ -215,10 +238,8 @@ class _Builder:
         raise CannotGenerateError(f"{self.name} uses {name}, which it does not own")
 
     @staticmethod
-    def _is_size(node: fx.Node) -> bool:
-        return isinstance(node.meta.get("val"), torch.SymInt | int) or "sym_size" in str(
-            node.target
-        )
+    def _is_number(node: fx.Node) -> bool:
+        return isinstance(node.meta.get("val"), torch.SymInt | int) or is_size(node)
 
     def _size(self, node: fx.Node) -> fx.Node:
         """A dynamic size, read off a tensor at hand one of whose sizes is a multiple of it."""
@@ -250,10 +271,20 @@ class _Builder:
             self.constants[key] = getattr(self.program.graph, str(node.target))
             self.env[node] = self.graph.get_attr(key)
             return
+        if node in self.keep.gone.through:
+            self._pass(node)
+            return
         new = self.graph.node_copy(node, self._value)
         self.env[node] = new
         set_literals(new, node, self.keep, self.graph)
         self._follow_mode(new, node)
+
+    def _pass(self, node: fx.Node) -> None:
+        """What stands in for a node, as a tensor of its own where it is written to."""
+        value = self._value(self.keep.gone.through[node])
+        if node in self.keep.gone.written:
+            value = self.graph.call_function(torch.ops.aten.clone.default, (value,))
+        self.env[node] = value
 
     def _follow_mode(self, new: fx.Node, node: fx.Node) -> None:
         """Let train() and eval() of the owning module decide, not the mode of the capture."""

@@ -207,7 +207,7 @@ def _repurposed(
     """
     sizes = {(id(literals_of(d.node)), d.dense) for d in demands}
     for node in keep.coupling.program.graph.graph.nodes:
-        received = literals_of(node)
+        received = () if node in keep.gone.nodes else literals_of(node)
         for value, expr in received:
             if expr is None or (id(received), value) in sizes:
                 continue

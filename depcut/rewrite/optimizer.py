@@ -50,18 +50,25 @@ def narrow_optimizer(
     """
     old = dict(model.named_parameters(remove_duplicate=False))
     new = dict(slim.named_parameters(remove_duplicate=False))
-    names = {id(p): n for n, p in reversed(list(old.items()))}
+    dense = {id(p) for p in old.values()}
+    names = {id(p): n for n, p in reversed(list(old.items())) if n in new}
     held = [p for group in optimizer.param_groups for p in group["params"]]
     states: dict[torch.Tensor, Any] = {}
     for parameter in held:
         state = optimizer.state.get(parameter, {})
         name = names.get(id(parameter))
+        if name is None and id(parameter) in dense:
+            continue  # of a branch that is dropped
         if name is None:
             states[parameter] = state
         elif state:
             states[new[name]] = _sliced(state, parameter, name, keep)
     for group in optimizer.param_groups:
-        group["params"] = [new[names[id(p)]] if id(p) in names else p for p in group["params"]]
+        group["params"] = [
+            new[names[id(p)]] if id(p) in names else p
+            for p in group["params"]
+            if id(p) in names or id(p) not in dense
+        ]
     optimizer.state.clear()
     optimizer.state.update(states)
 

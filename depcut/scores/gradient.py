@@ -96,10 +96,8 @@ def snip(context: Context) -> Scores:
             for name, product in _products(context, gradient).items():
                 summed[name] = summed[name].add_(product) if name in summed else product
     count = len(context.data.batches)
-    return compared(
-        context,
-        totals(context, by_element({n: p.abs() / count for n, p in summed.items()}), rows=True),
-    )
+    elements = by_element({n: p.abs() / count for n, p in summed.items()})
+    return compared(context, totals(context, elements, rows=True))
 
 
 def _curved(context: Context, of_gradient: bool) -> Scores:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from string import ascii_letters
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from torch import fx
 
 from depcut import axes
+from depcut.axes import Indices
 from depcut.calibration.sensitivity import sensitivities
 from depcut.calibration.site import Call, Site
 from depcut.calibration.sites import find_sites, parameters_behind
@@ -20,13 +20,12 @@ from depcut.calibration.visits import visits
 from depcut.coupling import Coupling, Group
 from depcut.scores.aggregate import totals
 from depcut.scores.context import Context, Score, Scores
+from depcut.scores.elimination import Reads, Terms, Weight, eliminated
 from depcut.scores.magnitude import powers
 
 _DAMPING = 1e-2  # of the mean variance of the inputs
-_ROUNDS = 64  # in which the units of a group are eliminated, at most
 _TINY = 1e-30
 _NOISE = 1e-12  # of the energy of what is read: what rounding leaves of a variance
-_SPARSE = 1 / 8  # of the columns, which are dropped when so many are gone
 _MATRIX = 2
 _PRODUCTS = ("matmul", "mm", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention")
 
@@ -59,13 +58,19 @@ def obs(context: Context) -> Scores:
     out = []
     for group in coupling.groups:
         found = [_reader(s, group, gathered, felt.get(s.node)) for s in sites]
-        readers: list[_Reads] = [r for r in found if r is not None]
+        readers: list[Reads] = [r for r in found if r is not None]
         readers += [
-            _Terms.of(gathered.products[p], float(felt.get(p.node, torch.ones(())).sum()))
+            Terms.of(
+                gathered.products[p], float(felt.get(p.node, torch.ones(())).sum()), group.rows
+            )
             for p in products
             if p.holds(group)
         ]
-        out.append(_eliminated(readers, group.size) if readers else plain[group.index])
+        if not readers:
+            out.append(plain[group.index])
+            continue
+        scores = eliminated(readers, group.rows, group.size)
+        out.append(scores if group.outer is not None else scores[0])
     return out
 
 
@@ -84,11 +89,13 @@ class _Product:
         node: The node.
         places: (argument, dimension) of either activation.
         term: The summed dimension.
+        heads: Size of the outer axis of what is summed, if it is the last batch dimension of both.
     """
 
     node: fx.Node
     places: tuple[tuple[fx.Node, int], tuple[fx.Node, int]]
     term: axes.Term
+    heads: int | None
 
     def holds(self, group: Group) -> bool:
         return self.term is group.axis
@@ -106,8 +113,23 @@ def _products(coupling: Coupling) -> list[_Product]:
         computed = not any(parameters_behind(n, coupling.program) for n, _ in effects.contracts)
         two = first[0] is not second[0] and len(node.all_input_nodes) >= 2
         if computed and two and isinstance(term, axes.Axis) and _named(node) in _PRODUCTS:
-            out.append(_Product(node, (first, second), term))
+            heads = _heads(coupling, (first[0], second[0]), term)
+            out.append(_Product(node, (first, second), term, heads))
     return out
+
+
+def _heads(coupling: Coupling, operands: tuple[fx.Node, fx.Node], term: axes.Axis) -> int | None:
+    """Size of the outer axis of a summed axis, where it is the third dimension from the end."""
+    group = coupling.group_of.get(term)
+    if group is None or group.outer is None:
+        return None
+    for node in operands:
+        dims = coupling.env[node]
+        if not isinstance(dims, tuple) or len(dims) <= _MATRIX:
+            return None
+        if axes.resolve(dims[-3]) is not group.outer:
+            return None
+    return group.outer.size
 
 
 def _named(node: fx.Node) -> str:
@@ -121,7 +143,7 @@ class _Gathered:
     Attributes:
         inputs: By site, sum of x x^T (blocks, in, in), sum of x (blocks, in), count.
         weights: By site, W (blocks, out, in).
-        products: By product, the Gram matrix of its terms (units, units).
+        products: By product, Gram matrices of its terms (rows or 1, units, units).
     """
 
     inputs: dict[Site, tuple[torch.Tensor, torch.Tensor, int]]
@@ -165,10 +187,13 @@ def _add_terms(found: _Gathered, product: _Product, call: Call) -> None:
     a, b = squares
     if a.ndim == b.ndim and a.ndim > _MATRIX and a.shape[-3] != b.shape[-3]:
         # Grouped queries: every key belongs to several of them.
-        heads = max(a.shape[-3], b.shape[-3])
-        a, b = (v.repeat_interleave(heads // v.shape[-3], -3) for v in (a, b))
-    both = a * b
-    gram = both.reshape(-1, *both.shape[-2:]).sum(0).cpu().numpy()
+        most = max(a.shape[-3], b.shape[-3])
+        a, b = (v.repeat_interleave(most // v.shape[-3], -3) for v in (a, b))
+    both, heads = a * b, product.heads
+    if heads is not None and both.ndim > _MATRIX and both.shape[-3] == heads:
+        gram = both.reshape(-1, heads, *both.shape[-2:]).sum(0).cpu().numpy()
+    else:
+        gram = both.reshape(-1, *both.shape[-2:]).sum(0, keepdim=True).cpu().numpy()
     found.products[product] = found.products.get(product, 0.0) + gram
 
 
@@ -181,12 +206,13 @@ def _squares(product: _Product, call: Call, which: int) -> torch.Tensor:
         x = call[name].movedim(dim, -1).double()
         x = x if x.ndim > 1 else x[None]
         return x.transpose(-1, -2) @ x  # type: ignore[no-any-return]
-    at = list(given[name]).index(source)
+    listed: Any = given[name]
+    place = list(listed).index(source)
     labels = call["equation"].replace(" ", "").partition("->")[0].split(",")
-    own, other, unit = labels[at], labels[1 - at], labels[at][dim]
+    own, other, unit = labels[place], labels[1 - place], labels[place][dim]
     batch = "".join(c for c in own if c in other and c != unit)
     twin = next(c for c in ascii_letters if c not in call["equation"])
-    x = call[name][at].double()
+    x = call[name][place].double()
     return torch.einsum(f"{own},{own.replace(unit, twin)}->{batch}{unit}{twin}", x, x)
 
 
@@ -194,114 +220,9 @@ def _lists(value: object, source: fx.Node) -> bool:
     return isinstance(value, list | tuple) and any(v is source for v in value)
 
 
-class _Reads(Protocol):
-    """What reads a group, for the units that are left."""
-
-    def losses(self) -> torch.Tensor:
-        """What removing each unit alone costs."""
-
-    def remove(self, units: torch.Tensor) -> float:
-        """Remove units together; the cost."""
-
-
-@dataclass
-class _Terms:
-    """A product of two activations that sums over a group.
-
-    Attributes:
-        gram: Inner products of its terms, (units, units).
-        extra: What the terms that are gone already add to the cost of each unit.
-    """
-
-    gram: torch.Tensor
-    extra: torch.Tensor
-
-    @staticmethod
-    def of(gram: NDArray[np.float64], scale: float) -> _Terms:
-        """Of the inner products of its terms; all together cost `scale`."""
-        # Terms may cancel to nothing; their own energy then sets the scale.
-        energy = max(float(gram.sum()), 1e-6 * float(gram.trace()), _TINY)
-        matrix = torch.from_numpy(gram * (scale / energy))
-        return _Terms(matrix, torch.zeros(len(matrix), dtype=matrix.dtype))
-
-    def losses(self) -> torch.Tensor:
-        """What removing each unit alone costs."""
-        return self.gram.diagonal() + 2 * self.extra
-
-    def remove(self, units: torch.Tensor) -> float:
-        """Remove units together; the cost."""
-        cost = float(self.gram[units][:, units].sum() + 2 * self.extra[units].sum())
-        stay = torch.ones(len(self.gram), dtype=torch.bool)
-        stay[units] = False
-        self.extra = (self.extra + self.gram[units].sum(0))[stay]
-        self.gram = self.gram[stay][:, stay]
-        return cost
-
-
-@dataclass
-class _Reader:
-    """One weight that reads a group, for the units that are left.
-
-    Attributes:
-        inverse: Inverse of the damped covariance of its inputs, (blocks, in, in); written to.
-        gram: W^T W over the outputs, (blocks, in, in); written to.
-        columns: Columns of each unit, (units, columns of a unit).
-        gone: Columns that went and still take part as zeros.
-    """
-
-    inverse: torch.Tensor
-    gram: torch.Tensor
-    columns: torch.Tensor
-    gone: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
-
-    def losses(self) -> torch.Tensor:
-        """What removing each unit alone costs."""
-        rows, cols = self.columns[:, :, None], self.columns[:, None, :]
-        return _trace(self.inverse[:, rows, cols], self.gram[:, rows, cols]).sum(0)
-
-    def remove(self, units: torch.Tensor) -> float:
-        """Remove units together and re-solve what is left; the cost."""
-        gone = self.columns[units].flatten()
-        self.gone = torch.cat([self.gone, gone])
-        inverse, gram = self.inverse, self.gram
-        within = inverse[:, gone[:, None], gone]
-        square = gram[:, gone[:, None], gone]
-        cost = float(_trace(within, square).sum())
-        # With T = (H^-1)_SS^-1 (H^-1)_S: the new gram is (I - E T)^T G (I - E T), E picks S.
-        across = inverse[:, gone]
-        through = torch.linalg.solve(within, across)
-        turned = through.transpose(1, 2)
-        half = gram[:, :, gone] - 0.5 * turned @ square
-        inverse.baddbmm_(across.transpose(1, 2), through, alpha=-1)
-        gram.baddbmm_(half, through, alpha=-1).baddbmm_(turned, half.transpose(1, 2), alpha=-1)
-        stay = torch.ones(len(self.columns), dtype=torch.bool)
-        stay[units] = False
-        self.columns = self.columns[stay]
-        if len(self.gone) >= _SPARSE * inverse.shape[-1]:
-            self._compact()
-        return cost
-
-    def _compact(self) -> None:
-        """Drop rows and columns of what is gone, which are zeros, all at once."""
-        mask = torch.ones(self.inverse.shape[-1], dtype=torch.bool)
-        mask[self.gone] = False
-        left = mask.nonzero().flatten()
-        self.inverse = self.inverse.index_select(1, left).index_select(2, left)
-        self.gram = self.gram.index_select(1, left).index_select(2, left)
-        self.columns = (torch.cumsum(mask, 0) - 1)[self.columns]
-        self.gone = self.gone[:0]
-
-
-def _trace(inverse: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """tr(inverse^-1 gram) over the last two dimensions, never negative."""
-    solved = torch.linalg.solve(inverse, gram)
-    trace: torch.Tensor = solved.diagonal(dim1=-2, dim2=-1).sum(-1)
-    return trace.clamp_min(0)
-
-
 def _reader(
     site: Site, group: Group, gathered: _Gathered, felt: torch.Tensor | None
-) -> _Reader | None:
+) -> Weight | None:
     """A site as a reader of a group, None if it does not read it.
 
     Args:
@@ -313,6 +234,9 @@ def _reader(
     found = gathered.inputs.get(site)
     owners = site.units(group.axis)
     if found is None or not (owners >= 0).any():
+        return None
+    at = _columns(site, group, owners, len(gathered.weights[site]))
+    if at is None:
         return None
     xx, total, count = found
     if site.takes_shift:
@@ -332,40 +256,27 @@ def _reader(
     noise = _NOISE * found[0].diagonal(dim1=1, dim2=2).mean(1)
     damped.diagonal(dim1=1, dim2=2).add_((_DAMPING * level + noise)[:, None])
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    order = np.argsort(owners, kind="stable")
-    columns = order[np.searchsorted(owners[order], 0) :].reshape(group.size, -1)
     # Constant inputs carry nothing that a bias does not.
     constant = float((gram * xx).sum()) <= _NOISE * float((gram * found[0]).sum())
     gram = torch.zeros_like(gram) if constant else gram / max(scale, _TINY)
-    return _Reader(inverse.cpu(), gram.cpu(), torch.from_numpy(columns.copy()))
+    return Weight(inverse.cpu(), gram.cpu(), torch.from_numpy(at[0]), at[1])
 
 
-def _eliminated(readers: list[_Reads], size: int) -> NDArray[np.float64]:
-    """Score of each unit: the loss added when it goes, not decreasing in the order of going."""
-    alive = np.arange(size)
-    at_once = math.ceil(size / _ROUNDS)
-    order: list[NDArray[np.int64]] = []
-    costs: list[float] = []
-    while len(alive):
-        losses = torch.stack([r.losses() for r in readers]).sum(0).numpy()
-        next_ones = np.argsort(losses, kind="stable")[:at_once]
-        costs.append(sum(r.remove(torch.from_numpy(next_ones)) for r in readers))
-        order.append(alive[next_ones])
-        alive = np.delete(alive, next_ones)
-    scores = np.zeros(size)
-    # What costs the same still goes in this order.
-    later = 1 + 1e-3 * np.arange(size) / size
-    scores[np.concatenate(order)] = _rising(costs, [len(o) for o in order]) * later
-    return scores
+def _columns(
+    site: Site, group: Group, owners: Indices, blocks: int
+) -> tuple[NDArray[np.int64], bool] | None:
+    """(rows, units, columns) of a site of each unit, and whether its blocks are the rows.
 
-
-def _rising(costs: list[float], counts: list[int]) -> NDArray[np.float64]:
-    """Cost of each unit, where a step that costs less than those before shares with them."""
-    pools: list[tuple[float, int]] = []
-    for step in zip(costs, counts, strict=True):
-        cost, count = step
-        while pools and pools[-1][0] * count >= cost * pools[-1][1]:
-            before = pools.pop()
-            cost, count = cost + before[0], count + before[1]
-        pools.append((cost, count))
-    return np.concatenate([np.full(count, max(cost, 0.0) / count) for cost, count in pools])
+    None where the rows of the group are neither told apart by columns nor by blocks.
+    """
+    inside = np.full_like(owners, -1) if group.outer is None else site.units(group.outer)
+    by_column = bool((inside >= 0).any())
+    blockwise = group.outer is not None and not by_column
+    if blockwise and blocks != group.rows:
+        return None
+    key = np.where(owners >= 0, np.maximum(inside, 0) * group.size + owners, -1)
+    order = np.argsort(key, kind="stable")
+    columns = order[np.searchsorted(key[order], 0) :]
+    if by_column:
+        return columns.reshape(group.rows, group.size, -1), False
+    return np.tile(columns.reshape(1, group.size, -1), (group.rows, 1, 1)), blockwise

@@ -1,0 +1,1 @@
+"""Whole residual branches as units: find them, score them, choose how many go."""

@@ -1,0 +1,155 @@
+"""Residual branches as data: what can be dropped, and which additions then stand aside."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import cast
+
+from torch import fx
+
+from depcut.errors import PlanError, listed
+
+
+@dataclass(frozen=True, eq=False)
+class Branch:
+    """A summand that can be dropped.
+
+    Attributes:
+        name: The innermost module that contains its layers; "#2" tells branches of one apart.
+        operand: What it adds to the stream.
+        path: Additions from its own to that of the whole sum.
+        skip: The other operand of its own addition.
+        nodes: What only it needs.
+        parameters: Names of parameters that only it uses.
+        macs: Multiply-accumulates of these nodes, for one example.
+    """
+
+    name: str
+    operand: fx.Node
+    path: tuple[fx.Node, ...]
+    skip: fx.Node
+    nodes: frozenset[fx.Node]
+    parameters: tuple[str, ...]
+    macs: float
+
+    @property
+    def add(self) -> fx.Node:
+        """Its own addition."""
+        return self.path[0]
+
+    @property
+    def total(self) -> fx.Node:
+        """The whole sum: the stream once all summands are added."""
+        return self.path[-1]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A summand that looks like a residual branch and cannot be dropped, with the reason."""
+
+    name: str
+    reason: str
+    where: str
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A module that does nothing any more once all of its branches are dropped.
+
+    Attributes:
+        name: Of the module.
+        branches: Names of its branches.
+        stream: What it gets and passes on.
+        result: What it returns in the dense model.
+    """
+
+    name: str
+    branches: tuple[str, ...]
+    stream: fx.Node
+    result: fx.Node
+
+
+@dataclass(frozen=True, eq=False)
+class Residuals:
+    """What was found.
+
+    Attributes:
+        branches: Removable branches in the order of the graph.
+        blocks: Modules that consist of branches alone.
+        refused: What looks like a branch and is none, with the reason.
+    """
+
+    branches: tuple[Branch, ...]
+    blocks: tuple[Block, ...]
+    refused: tuple[Refused, ...]
+
+    def sparing(self, spared: Callable[[str], bool]) -> Residuals:
+        """Only those that leave some parameters alone.
+
+        Args:
+            spared: Whether a parameter, by name, must stay.
+        """
+        branches = tuple(b for b in self.branches if not any(map(spared, b.parameters)))
+        free = {b.name for b in branches}
+        blocks = tuple(b for b in self.blocks if free.issuperset(b.branches))
+        return Residuals(branches, blocks, self.refused)
+
+    def named(self, names: Iterable[str]) -> tuple[Branch, ...]:
+        """Branches by their names; the name of a block stands for all of its branches.
+
+        Where a block has the name of a branch, the branch is meant.
+
+        Raises:
+            PlanError: There is no such branch, or it cannot be dropped.
+        """
+        wanted = [names] if isinstance(names, str) else list(names)
+        own = {b.name for b in self.branches}
+        blocks = {b.name: b.branches for b in self.blocks if b.name not in own}
+        known = sorted({*own, *blocks})
+        unknown = [n for n in wanted if n not in known]
+        if unknown:
+            why = next((f.reason for f in self.refused if f.name == unknown[0]), "")
+            close = difflib.get_close_matches(unknown[0], known, 3, 0.4)
+            named = f"did you mean {', '.join(close)}?" if close else f"branches: {listed(known)}"
+            raise PlanError(
+                f"the branch {unknown[0]!r} cannot be dropped: {why}"
+                if why
+                else f"the model has no residual branch {unknown[0]!r}",
+                where="dropped=",
+                remedy=named if known else "see analysis.residuals.refused for what was found",
+            )
+        chosen = {branch for n in wanted for branch in blocks.get(n, (n,))}
+        return tuple(b for b in self.branches if b.name in chosen)
+
+
+def bypass(branches: Iterable[Branch]) -> dict[fx.Node, fx.Node]:
+    """Additions that stand aside where these branches are dropped, and the operand that stays.
+
+    Args:
+        branches: To be dropped.
+    """
+    lost: dict[fx.Node, set[fx.Node]] = {}
+    parent: dict[fx.Node, fx.Node] = {}
+    for branch in branches:
+        lost.setdefault(branch.add, set()).add(branch.operand)
+        parent.update(zip(branch.path, branch.path[1:], strict=False))
+    out: dict[fx.Node, fx.Node] = {}
+    waiting = sorted(lost)
+    while waiting:
+        add = waiting.pop(0)
+        left = [n for n in operands(add) if n not in lost[add]]
+        if left:
+            out[add] = left[0]
+            continue
+        # Nothing is left to add: this sum is itself a summand that goes.
+        out.pop(add, None)
+        lost.setdefault(parent[add], set()).add(add)
+        waiting = sorted({*waiting, parent[add]})
+    return out
+
+
+def operands(add: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The two summands of an addition."""
+    return cast(tuple[fx.Node, fx.Node], add.args[:2])
