@@ -324,6 +324,7 @@ class Analysis:
                     f"group {group.name!r}, {group.size} units"
                     + (f", with {listed(others, 6)}" if others else "")
                     + (f", as many as its tie {group.tied}" if group.tied is not None else "")
+                    + (f", chosen in each of {group.rows} rows" if group.outer is not None else "")
                 )
         texts += [
             f"frozen: {frozen.reason} [{frozen.where}]"

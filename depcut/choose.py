@@ -298,7 +298,8 @@ def _matches(group: Group, pattern: str) -> bool:
     for member in group.members:
         if member.role == "producer" and is_named(member.tensor, pattern):
             return True
-    return fnmatchcase(group.name, pattern)
+    # A group's own name may hold brackets, which a glob reads as a choice of characters.
+    return pattern == group.name or fnmatchcase(group.name, pattern)
 
 
 def is_named(tensor: str, pattern: str) -> bool:
