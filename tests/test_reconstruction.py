@@ -87,7 +87,7 @@ def test_terms_of_a_product_have_the_energy_of_what_zeroing_them_takes(net: Net)
     data = analysis.calibrate([net.inputs(3)], progress=False)
     products = [p for p in _products(coupling) if p.term in coupling.group_of]
     context = Context(coupling, model, 0, Score("obs"), data)
-    grams = _gather(context, [], products).products
+    grams = _gather(context, [], products, coupling.groups).products
     assert data is not None
     for product in products:
         gram = grams[product].sum(0)
@@ -180,3 +180,16 @@ def test_every_structure_has_finite_scores(net: Net) -> None:
     assert [s.shape[-1] for s in found] == [g.size for g in analysis.groups]
     assert all((s >= 0).all() for s in found)
     assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("name", ["plain", "attention_gqa_expand", "grouped_bottleneck"])
+def test_little_memory_gives_the_same_scores(name: str) -> None:
+    net = NETS[name]
+    model, data = net.build().eval(), [net.inputs(4), net.inputs(4)]
+    analysis = depcut.analyze(model, net.inputs(2))
+    once, by_group = (
+        score("obs", analysis.coupling, model, 0, analysis.calibrate(data, low_memory=low))
+        for low in (False, True)
+    )
+    for a, b in zip(once, by_group, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from string import ascii_letters
 from typing import Any
@@ -47,7 +48,10 @@ def obs(context: Context) -> Scores:
     """
     coupling = context.coupling
     sites, products = find_sites(coupling), _products(coupling)
-    gathered = _gather(context, sites, products)
+    # All moments at once, or, with little memory, those of one group after the other.
+    gathered = None
+    if not context.data.low_memory:
+        gathered = _gather(context, sites, products, coupling.groups)
     felt = sensitivities(
         coupling,
         context.model,
@@ -57,6 +61,8 @@ def obs(context: Context) -> Scores:
     plain = _shares(context)
     out = []
     for group in coupling.groups:
+        if gathered is None or context.data.low_memory:
+            gathered = _gather(context, sites, products, [group])
         found = [_reader(s, group, gathered, felt.get(s.node)) for s in sites]
         readers: list[Reads] = [r for r in found if r is not None]
         readers += [
@@ -151,10 +157,13 @@ class _Gathered:
     products: dict[_Product, NDArray[np.float64]]
 
 
-def _gather(context: Context, sites: list[Site], products: list[_Product]) -> _Gathered:
+def _gather(
+    context: Context, sites: list[Site], products: list[_Product], groups: Sequence[Group]
+) -> _Gathered:
+    """One pass over the data for what reads some groups."""
     coupling = context.coupling
     found = _Gathered({}, {}, {})
-    free = set(coupling.group_of)
+    free = {group.axis for group in groups}
     needed = [s for s in sites if any(leaf in free for leaf in axes.leaves(s.term))]
     wanted = [p for p in products if p.term in free]
     at: dict[fx.Node, list[Site | _Product]] = {}
