@@ -91,20 +91,41 @@ def sums(analysis: Any, elements: dict[str, Tensor], score: Score) -> list[np.nd
     """Sums over slices, aggregated over members: what `totals` does, unit by unit."""
     role = {"producers": "producer", "consumers": "consumer"}.get(score.members or "", "")
     reduce = {"sum": sum, "mean": lambda v: sum(v) / len(v), "max": max}[score.aggregate or "sum"]
+
+    def one(group: Any, unit: int, row: int | None) -> float:
+        return float(
+            reduce(
+                [
+                    float(
+                        in_row(analysis, group, name, elements[name].double(), row)
+                        .index_select(dim, indices)
+                        .sum()
+                    )
+                    for name, dim, indices in owned(analysis, group, unit, role)
+                ]
+            )
+        )
+
     return [
-        np.array(
-            [
-                reduce(
-                    [
-                        float(elements[name].double().index_select(dim, indices).sum())
-                        for name, dim, indices in owned(analysis, group, unit, role)
-                    ]
-                )
-                for unit in range(group.size)
-            ]
+        np.array([one(group, unit, None) for unit in range(group.size)])
+        if group.outer is None
+        else np.array(
+            [[one(group, unit, row) for unit in range(group.size)] for row in range(group.rows)]
         )
         for group in analysis.groups
     ]
+
+
+def in_row(analysis: Any, group: Any, name: str, values: Tensor, row: int | None) -> Tensor:
+    """Zeros but in one row of a group's outer axis."""
+    if row is None:
+        return values
+    for dim, term in enumerate(analysis.coupling.dims[name]):
+        rows = torch.from_numpy(axes.units(term, group.outer))
+        if (rows >= 0).any():
+            shape = [-1 if d == dim else 1 for d in range(values.ndim)]
+            return values * (rows == row).reshape(shape)
+    raise AssertionError(f"{name} does not hold the outer axis")
 
 
 def relative(values: list[np.ndarray]) -> list[np.ndarray]:
@@ -211,7 +232,9 @@ def test_lamp_divides_by_what_is_not_smaller(name: str) -> None:
     analysis = analysis_of(name)
     elements = {n: w.square() for n, w in weights_of(analysis.model).items()}
     expected = [
-        np.array([n / sum(m for m in norms if m >= n) for n in norms])
+        np.array(
+            [[n / sum(m for m in row if m >= n) for n in row] for row in np.atleast_2d(norms)]
+        ).reshape(norms.shape)
         for norms in sums(analysis, elements, Score("lamp"))
     ]
     same(scores(analysis, "lamp"), expected)
