@@ -156,7 +156,8 @@ def chip(context: Context) -> Scores:
 
     score(u) = |A|_* - |A without the rows of u|_*, A being (channels, positions) of one example
     where the unit is read, averaged over examples and batches; without positions A is (channels,
-    examples) of a batch. Dimension 0 counts as examples.
+    examples) of a batch. Dimension 0 counts as examples, of which at most four a batch are taken,
+    evenly: every unit of each costs an eigenproblem.
     Source: Sui et al., CHIP: CHannel Independence-based Pruning for Compact Neural Networks,
     NeurIPS 2021, eq. 3. Needs data.
     """
