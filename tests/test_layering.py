@@ -49,6 +49,11 @@ ORDER = [
     "observe",
     "verify compensate",
     "plan",
+    "training training.schedules training.streams training.distance training.fresh",
+    "training.batches training.optimizers training.snapshots training.distillation "
+    "training.checkpoint",
+    "training.trainer",
+    "training.loop",
     "runtime",
     "agreement convert publish",
     "export",
@@ -75,6 +80,8 @@ PUBLIC = """
 Analysis BudgetError Calibration CaptureError Comparison Compensation DepcutError ExportError ExportReport Frozen Group
 InputError LatencyError LatencyModel Member Op Plan PlanError RuleError Score VerificationError analyze
 bench compare export rule shrink __version__
+Distillation LotteryTicket OriginalSchedule Retrained Snapshots TrainingError fresh lottery_ticket
+relative_distance retrain rewind schedule scratch_epochs
 """.split()
 
 
