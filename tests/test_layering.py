@@ -77,8 +77,9 @@ ORDER = [
 LEVEL = {name: i for i, line in enumerate(ORDER) for name in line.split(" ")}
 
 PUBLIC = """
-Analysis BudgetError Calibration CaptureError Comparison Compensation DepcutError ExportError ExportReport Frozen Group
-InputError LatencyError LatencyModel Member Op Plan PlanError RuleError Score VerificationError analyze
+Analysis BudgetError Calibration CaptureError Comparison Compensation DepcutError ExportError
+ExportReport Frozen Group InputError LatencyError LatencyModel Member Op Plan PlanError RuleError
+Score VerificationError analyze
 bench compare export rule shrink __version__
 Distillation LotteryTicket OriginalSchedule Retrained Snapshots TrainingError fresh lottery_ticket
 relative_distance retrain rewind schedule scratch_epochs

@@ -45,7 +45,9 @@ def digest(model: nn.Module) -> str:
     found = hashlib.sha256()
     for name, tensor in model_tensors(model).items():
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        found.update(
+            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
     return found.hexdigest()[:16]
 
 

@@ -178,7 +178,8 @@ class Distillation:
             logits=self.logits,
             dim=self.dim,
         )
-        if device is not None and device_of(self.dense) != device:
+        here = device_of(self.dense)
+        if device is not None and (here.type, here.index or 0) != (device.type, device.index or 0):
             new.dense = copied(self.dense, {}).to(device)
         return new
 

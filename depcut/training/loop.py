@@ -26,6 +26,9 @@ from depcut.training.schedules import OriginalSchedule, named
 from depcut.training.streams import preserved
 from depcut.training.trainer import Loss, Metric, Options, Record, Trainer
 
+# Attributes that accelerate leaves on a model; a second training would take it for prepared.
+_TRACES = ("forward", "_original_forward", "_is_accelerate_prepared")
+
 Schedule = str | Callable[[torch.optim.Optimizer, int], Any]
 
 
@@ -183,6 +186,9 @@ def _result(
 ) -> Retrained:
     course = trainer.course
     accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    for name in _TRACES:
+        if name not in vars(model):
+            vars(trainer.net).pop(name, None)
     net = trainer.net.to(device_of(model))
     for new, old in zip(net.modules(), model.modules(), strict=True):
         new.training = old.training

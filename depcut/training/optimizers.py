@@ -47,9 +47,7 @@ def _is_convolutional(parameters: list[nn.Parameter]) -> bool:
     return 2 * kernels > sum(p.numel() for p in parameters)
 
 
-def optimizer_for(
-    given: Any, model: nn.Module, new: nn.Module, lr: float
-) -> torch.optim.Optimizer:
+def optimizer_for(given: Any, model: nn.Module, new: nn.Module, lr: float) -> torch.optim.Optimizer:
     """An optimizer of the training copy of a model.
 
     Args:
@@ -67,7 +65,7 @@ def optimizer_for(
     if not isinstance(given, torch.optim.Optimizer):
         if not callable(given):
             check_optimizer(given, model)
-        made = given(groups_of(new, lr))
+        made: torch.optim.Optimizer = given(groups_of(new, lr))
         check_optimizer(made, new)
         return made
     check_optimizer(given, model)
@@ -81,7 +79,8 @@ def optimizer_for(
             where="optimizer=",
             remedy="pass the optimizer that trains this very model and nothing else",
         )
-    return copy.deepcopy(given, dict(twins))
+    twin_optimizer: torch.optim.Optimizer = copy.deepcopy(given, dict(twins))
+    return twin_optimizer
 
 
 def names_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
