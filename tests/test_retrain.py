@@ -295,6 +295,33 @@ def test_an_interrupted_run_ends_with_the_same_weights(
     assert not list(tmp_path.glob("**/.draft*"))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_accumulation": 4, "every": 1},
+        {"train": loader(num_workers=1), "every": 2},
+        {"train": loader(generator=torch.Generator()), "every": 2},
+        {"mixed_precision": "bf16", "every": 1, "max_grad_norm": 0.5},
+        {"schedule": lambda o, n: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, n), "every": 1},
+    ],
+    ids=["accumulation", "workers", "generator", "bf16", "one cycle"],
+)
+def test_other_runs_resume_alike(options: dict[str, Any], tmp_path: Path) -> None:
+    whole = retrain(**options)
+    calls = iter(range(1000))
+
+    def failing(output: Tensor, target: Tensor) -> Tensor:
+        if next(calls) == 11:
+            raise Stop
+        return loss(output, target)
+
+    with pytest.raises(Stop):
+        retrain(loss=failing, checkpoint=tmp_path, **options)
+    resumed = retrain(checkpoint=tmp_path, **options)
+    assert resumed.resumed in (3, 10, 11)
+    assert same(resumed.model, whole.model)
+
+
 SCRIPT = """
 import sys, time
 import torch

@@ -22,6 +22,7 @@ from depcut.loading import load_weights, save_weights
 from depcut.plan import Plan
 from depcut.rewrite.copying import copied
 from depcut.training.fresh import Init, fresh
+from depcut.training.streams import preserved
 
 
 class Snapshots:
@@ -197,6 +198,6 @@ def lottery_ticket(
         return LotteryTicket(ticket, random)
     results = []
     for each in (ticket, random):
-        with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
+        with preserved():
             results.append(train(each))
     return LotteryTicket(ticket, random, *results)

@@ -141,6 +141,7 @@ class Trainer:
         while not course.done:
             began = time.perf_counter()
             self._epoch(progress, task)
+            self._share_buffers()
             record: Record = {
                 "epoch": course.epoch + 1,
                 "steps": course.step,
@@ -251,6 +252,12 @@ class Trainer:
             pair = torch.tensor([total, float(count)], dtype=torch.float64, device=self._device)
             total, count = self.accelerator.reduce(pair, "sum").tolist()
         return total / count
+
+    def _share_buffers(self) -> None:
+        """Running statistics are those of the first process everywhere."""
+        if self.accelerator.num_processes > 1 and torch.distributed.is_initialized():
+            for buffer in self.net.buffers():
+                torch.distributed.broadcast(buffer, 0)
 
     # Validation ---------------------------------------------------------------------------------
 
