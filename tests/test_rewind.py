@@ -162,7 +162,9 @@ def test_layers_draw_for_their_own_fan_in() -> None:
                           nn.Linear(300, 4))  # fmt: skip
     plan = depcut.analyze(model, torch.randn(2, 8)).plan(0.75, of="channels")
     new = depcut.fresh(plan, model)
-    assert float(new[2].weight.detach().abs().max()) == pytest.approx(new[2].in_features ** -0.5, rel=0.01)
+    assert float(new[2].weight.detach().abs().max()) == pytest.approx(
+        new[2].in_features ** -0.5, rel=0.01
+    )
 
 
 def test_a_parametrized_weight_is_drawn_through_its_inverse() -> None:
