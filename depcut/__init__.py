@@ -17,6 +17,7 @@ from depcut.errors import (
     LatencyError,
     PlanError,
     RuleError,
+    TrainingError,
     VerificationError,
 )
 from depcut.export import ExportReport, export
@@ -26,6 +27,12 @@ from depcut.plan import Plan
 from depcut.report import Comparison, compare
 from depcut.scores import Score
 from depcut.timing.bench import bench
+from depcut.training.distance import relative_distance
+from depcut.training.distillation import Distillation
+from depcut.training.fresh import fresh, scratch_epochs
+from depcut.training.loop import Retrained, retrain
+from depcut.training.schedules import OriginalSchedule, schedule
+from depcut.training.snapshots import LotteryTicket, Snapshots, lottery_ticket, rewind
 from depcut.version import __version__
 
 __all__ = [
@@ -37,6 +44,7 @@ __all__ = [
     "Comparison",
     "Compensation",
     "DepcutError",
+    "Distillation",
     "ExportError",
     "ExportReport",
     "Frozen",
@@ -44,12 +52,17 @@ __all__ = [
     "InputError",
     "LatencyError",
     "LatencyModel",
+    "LotteryTicket",
     "Member",
     "Op",
+    "OriginalSchedule",
     "Plan",
     "PlanError",
+    "Retrained",
     "RuleError",
     "Score",
+    "Snapshots",
+    "TrainingError",
     "VerificationError",
     "__version__",
     "analyze",
@@ -58,6 +71,13 @@ __all__ = [
     "compaction",
     "compare",
     "export",
+    "fresh",
+    "lottery_ticket",
+    "relative_distance",
+    "retrain",
+    "rewind",
     "rule",
+    "schedule",
+    "scratch_epochs",
     "shrink",
 ]

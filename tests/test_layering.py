@@ -56,6 +56,11 @@ ORDER = [
     "verify compensate architecture",
     "mend",
     "plan",
+    "training training.schedules training.streams training.distance training.fresh",
+    "training.batches training.optimizers training.snapshots training.distillation "
+    "training.checkpoint",
+    "training.trainer",
+    "training.loop",
     "runtime",
     "agreement convert publish",
     "export",
@@ -84,6 +89,8 @@ Analysis BudgetError Calibration CaptureError Compaction Comparison Compensation
 ExportError ExportReport Frozen Group InputError LatencyError LatencyModel Member Op Plan PlanError
 RuleError Score VerificationError analyze bench compact compaction compare export rule shrink
 __version__
+Distillation LotteryTicket OriginalSchedule Retrained Snapshots TrainingError fresh lottery_ticket
+relative_distance retrain rewind schedule scratch_epochs
 """.split()
 
 

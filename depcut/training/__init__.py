@@ -1,0 +1,1 @@
+"""Getting the accuracy back: schedules, rewinding, scratch controls, distillation, a loop."""
