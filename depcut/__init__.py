@@ -25,6 +25,11 @@ from depcut.plan import Plan
 from depcut.report import Comparison, compare
 from depcut.scores import Score
 from depcut.timing.bench import bench
+from depcut.training.budget import Phase, budget_phases, run_phases
+from depcut.training.callbacks import lightning_callback, transformers_callback
+from depcut.training.gradual import Gradual
+from depcut.training.iterative import Iterated, iterate
+from depcut.training.sparsity import GroupLasso, GrowingRegularization
 from depcut.version import __version__
 
 __all__ = [
@@ -38,12 +43,17 @@ __all__ = [
     "ExportError",
     "ExportReport",
     "Frozen",
+    "Gradual",
     "Group",
+    "GroupLasso",
+    "GrowingRegularization",
     "InputError",
+    "Iterated",
     "LatencyError",
     "LatencyModel",
     "Member",
     "Op",
+    "Phase",
     "Plan",
     "PlanError",
     "RuleError",
@@ -52,8 +62,13 @@ __all__ = [
     "__version__",
     "analyze",
     "bench",
+    "budget_phases",
     "compare",
     "export",
+    "iterate",
+    "lightning_callback",
     "rule",
+    "run_phases",
     "shrink",
+    "transformers_callback",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -37,6 +37,7 @@ class Request:
         ratios: Fraction of units removed, by glob, for groups that the budget does not decide.
         seed: For criteria that draw.
         calibration: Data, and perhaps a loss, for criteria that need them.
+        hold: Numbers of further groups whose width must stay.
     """
 
     score: str | Score | Criterion = "magnitude"
@@ -46,6 +47,7 @@ class Request:
     ratios: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
     calibration: Calibration | None = None
+    hold: Collection[int] = ()
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -86,7 +88,7 @@ class Chooser:
                 remedy=f"use one of {', '.join(ALLOCATIONS)}",
             )
         self.coupling, self.model, self.request = coupling, model, request
-        self.held = _held(coupling, request.keep)
+        self.held = _held(coupling, request.keep) | set(request.hold)
         self.fixed = _fixed(coupling, request.ratios, self.held)
         self.additive = is_additive(request.score)
         self.scores: Scores = score(

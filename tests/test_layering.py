@@ -63,6 +63,11 @@ ORDER = [
     "latency.model",
     "latency.target",
     "analysis",
+    "training training.places training.checkpoints",
+    "training.probe training.compose training.sparsity",
+    "training.masks training.iterative",
+    "training.gradual training.budget",
+    "training.callbacks",
     "api",
     "report",
     ROOT,
@@ -72,9 +77,10 @@ ORDER = [
 LEVEL = {name: i for i, line in enumerate(ORDER) for name in line.split(" ")}
 
 PUBLIC = """
-Analysis BudgetError Calibration CaptureError Comparison Compensation DepcutError ExportError ExportReport Frozen Group
-InputError LatencyError LatencyModel Member Op Plan PlanError RuleError Score VerificationError analyze
-bench compare export rule shrink __version__
+Analysis BudgetError Calibration CaptureError Comparison Compensation DepcutError ExportError ExportReport Frozen Gradual
+Group GroupLasso GrowingRegularization InputError Iterated LatencyError LatencyModel Member Op Phase Plan
+PlanError RuleError Score VerificationError analyze bench budget_phases compare export iterate
+lightning_callback rule run_phases shrink transformers_callback __version__
 """.split()
 
 

@@ -1,0 +1,1 @@
+"""Training around pruning: schedules, retraining, gradual masks, regularisation."""
