@@ -77,10 +77,11 @@ ORDER = [
 LEVEL = {name: i for i, line in enumerate(ORDER) for name in line.split(" ")}
 
 PUBLIC = """
-Analysis BudgetError Calibration CaptureError Comparison Compensation DepcutError ExportError ExportReport Frozen Gradual
-Group GroupLasso GrowingRegularization InputError Iterated LatencyError LatencyModel Member Op Phase Plan
-PlanError RuleError Score VerificationError analyze bench budget_phases compare export iterate
-lightning_callback rule run_phases shrink transformers_callback __version__
+Analysis BudgetError Calibration CaptureError Comparison Compensation DepcutError ExportError
+ExportReport Frozen Gradual Group GroupLasso GrowingRegularization InputError Iterated
+LatencyError LatencyModel Member Op Phase Plan PlanError RuleError Score VerificationError analyze
+bench budget_phases compare export iterate lightning_callback rule run_phases shrink
+transformers_callback __version__
 """.split()
 
 
