@@ -48,12 +48,8 @@ def main() -> int:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     zoo.libraries()
-    console, rows = measure.console(), []
-    for name in options.names or MEMBERS:
-        try:
-            rows.append(attempt(name, options.rounds))
-        except Exception as error:  # noqa: BLE001  (a member that fails becomes a row)
-            rows.append({"name": name, "error": measure.first_line(error)})
+    console = measure.console()
+    rows = [row(name, options.rounds) for name in options.names or MEMBERS]
     console.print(measure.table("Gradual masks beside plain training", COLUMNS, rows))
     worst = {
         key: max((r[key] for r in rows if key in r), default=None) for key in ("ratio", "amortized")
@@ -68,6 +64,13 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("names", nargs="*", help=f"members, of {', '.join(MEMBERS)}")
     parser.add_argument("--rounds", type=int, default=40, help="pairs of steps")
     return parser.parse_args()
+
+
+def row(name: str, rounds: int) -> Row:
+    try:
+        return attempt(name, rounds)
+    except Exception as error:  # noqa: BLE001  (a member that fails becomes a row)
+        return {"name": name, "error": measure.first_line(error)}
 
 
 def attempt(name: str, rounds: int) -> Row:

@@ -25,6 +25,7 @@ for step in range(300):
 
 slim = gradual.commit(optimizer=optimizer)
 difference = (slim(rows) - model(rows)).abs().max().item()
-print(f"{slim[0].out_features} and {slim[2].out_features} of 64 units left, off by {difference:.1e}")
+widths = (slim[0].out_features, slim[2].out_features)
+print(f"{widths[0]} and {widths[1]} of 64 units left, outputs off by {difference:.1e}")
 assert difference < 1e-4
 assert loss.item() < 0.2

@@ -68,7 +68,12 @@ def masked_pair(name: str, seed: int) -> tuple[nn.Module, depcut.Analysis, Keep,
         for g in analysis.groups
         if g.index in places.zeros and g.name in chosen
     }
-    return model, analysis, Keep(analysis.coupling, units), Masks(model, places.zeros)
+    return (
+        model,
+        analysis,
+        Keep(analysis.coupling, units),
+        Masks(model, places.zeros, analysis.program.aliases),
+    )
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -243,7 +248,7 @@ def test_scores_see_the_values_of_masked_units() -> None:
 def test_any_sequence_of_masks_can_be_undone(seeds: list[int]) -> None:
     model = NETS["attention_separate"].build()
     analysis = depcut.analyze(model, NETS["attention_separate"].inputs(2))
-    masks = Masks(model, find_places(analysis.coupling).zeros)
+    masks = Masks(model, find_places(analysis.coupling).zeros, analysis.program.aliases)
     before = {n: t.clone() for n, t in all_tensors(model).items()}
     for seed in seeds:
         chosen = random_keep(analysis, np.random.default_rng(seed))

@@ -129,7 +129,7 @@ class Gradual:
         self.steps = 0
         self._committed = False
         self._keep = Keep(self._coupling, {})
-        self._masks = Masks(model, self._places.zeros)
+        self._masks = Masks(model, self._places.zeros, self.analysis.program.aliases)
         self._check_reachable(align)
 
     @property

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from depcut import axes
+from depcut.axes import Indices
 from depcut.coupling import Coupling
 from depcut.keep import Keep
 from depcut.observe import error
@@ -23,24 +25,24 @@ _EXACT = 1e-5  # of the outputs' scale; what is not exact is off by far more at 
 _NOISE = 0.1  # of a parameter's size, so that a zero at initialisation hides nothing
 
 
-def element_masks(
-    keep: Keep, places: Mapping[int, frozenset[Place]], shapes: Mapping[str, torch.Size]
-) -> dict[str, torch.Tensor]:
-    """Which elements of which parameters are zero for the units that are gone: booleans, by name.
+def zeroed(
+    keep: Keep, places: Mapping[int, frozenset[Place]], aliases: Mapping[str, tuple[str, ...]]
+) -> dict[str, dict[int, Indices]]:
+    """Indices to zero in the dimensions of parameters, by name; shared ones under their first.
 
     Args:
         keep: What stays.
         places: Where to zero, by group number.
-        shapes: Of the parameters.
+        aliases: Names that share one tensor, by each of these names.
     """
-    masks: dict[str, torch.Tensor] = {}
+    out: dict[str, dict[int, Indices]] = {}
     for name, dim in sorted({p for n in keep.units for p in places[n]}):
         kept = keep.tensors[name][dim]
         assert kept is not None
-        gone = np.setdiff1d(np.arange(shapes[name][dim]), kept)
-        mask = masks.setdefault(name, torch.zeros(shapes[name], dtype=torch.bool))
-        mask.index_fill_(dim, torch.from_numpy(gone), True)
-    return masks
+        gone = np.setdiff1d(np.arange(axes.resolve(keep.coupling.dims[name][dim]).size), kept)
+        dims = out.setdefault(aliases.get(name, (name,))[0], {})
+        dims[dim] = np.union1d(dims[dim], gone) if dim in dims else gone
+    return out
 
 
 def probed(coupling: Coupling, model: nn.Module, places: Places) -> Places:
@@ -119,16 +121,13 @@ class _Trial:
     def _difference(self, keep: Keep, dtype: torch.dtype | None) -> float:
         """Between the outputs of the dense graph with zeros and of the narrowed one."""
         inputs = pytree.tree_leaves(example(keep, dtype=dtype))
-        shapes = {n: t.shape for n, t in self.tensors.items()}
-        masks = element_masks(keep, self.places.zeros, shapes)
-        for name in list(masks):
-            for alias in self.coupling.program.aliases.get(name, ()):
-                masks[alias] = masks[alias] | masks[name] if alias in masks else masks[name]
+        aliases = self.coupling.program.aliases
+        gone = zeroed(keep, self.places.zeros, aliases)
         dense, narrow = {}, {}
         for name, tensor in self.tensors.items():
             value = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
-            if name in masks:
-                value = value.masked_fill(masks[name].to(value.device), 0)
+            for dim, at in gone.get(aliases.get(name, (name,))[0], {}).items():
+                value = value.index_fill(dim, torch.from_numpy(at).to(value.device), 0)
             dense[name] = value
             picked = keep.tensors.get(name)
             narrow[name] = take(value, picked) if picked else value
