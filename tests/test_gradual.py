@@ -330,6 +330,41 @@ def test_a_run_resumes_where_its_state_was_taken(tmp_path: Any) -> None:
     assert gradual.plan.digest == resumed.plan.digest
 
 
+def test_a_run_can_be_rolled_back() -> None:
+    """Units that were masked after the state was taken have the weights of the checkpoint."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    gradual = gradual_of(model, align=1)
+    train(model, optimizer, gradual, 18)
+    weights, state = deepcopy(model.state_dict()), gradual.state_dict()
+    train(model, optimizer, gradual, 30, 18)
+    expected, digest = deepcopy(model.state_dict()), gradual.plan.digest
+    for weights_first in (True, False):
+        if weights_first:
+            model.load_state_dict(weights)
+        gradual.load_state_dict(state)
+        if not weights_first:
+            model.load_state_dict(weights)
+        train(model, optimizer, gradual, 30, 18)
+        assert gradual.plan.digest == digest
+        assert all(torch.equal(model.state_dict()[n], t) for n, t in expected.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_precisions(dtype: torch.dtype) -> None:
+    model, x = mlp().to(dtype), batch(0)[0].to(dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    gradual = depcut.Gradual(model, x[:2], 0.5, 0, 4, 2)
+    for _ in range(6):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        gradual.step()
+    want = outputs(model, x)
+    tolerance = {torch.float64: 1e-12, torch.bfloat16: 2e-2}[dtype]
+    assert_close(outputs(gradual.commit(), x), want, tolerance, {})
+
+
 @pytest.mark.parametrize("damage", ["step", "width", "unit", "value"])
 def test_a_state_of_another_run_is_refused(damage: str) -> None:
     model = mlp()

@@ -133,6 +133,30 @@ def test_a_sequence_may_begin_with_training_alone() -> None:
     assert result.removed == pytest.approx([0, 0.3, 0.5], abs=0.02)
 
 
+def test_data_is_read_once_and_bound_to_every_step() -> None:
+    read = []
+
+    def loader() -> Any:
+        for start in (0, 16, 32):
+            read.append(start)
+            yield X[start : start + 16], Y[start : start + 16]
+
+    result = depcut.iterate(
+        mlp(),
+        0.6,
+        3,
+        retrain,
+        score="taylor",
+        data=loader(),
+        loss=functional.cross_entropy,
+        align=1,
+        progress=False,
+    )
+    assert read == [0, 16, 32]
+    assert result.removed == pytest.approx(geometric(0.6, 3), abs=0.02)
+    assert all(plan.report["compensation"] is not None for plan in result.steps)
+
+
 # Composition --------------------------------------------------------------------------------------
 
 

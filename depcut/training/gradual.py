@@ -76,7 +76,8 @@ class Gradual:
         every: Steps between mask steps.
         of: "macs", "params" or "channels".
         initial: Ratio to start from, in [0, ratio).
-        score: A criterion, as for `Analysis.plan`; "magnitude" by default.
+        score: A criterion; by default, as for `Analysis.plan`, "obs" with data and "magnitude"
+            without.
         data: Calibration data for criteria that need some.
         loss: A function of (output, target), for criteria that need gradients.
         batches: How many items of the data to read at most.
@@ -102,7 +103,7 @@ class Gradual:
         *,
         of: str = "macs",
         initial: float = 0.0,
-        score: str | Score | Criterion = "magnitude",
+        score: str | Score | Criterion | None = None,
         data: Data | Calibration | None = None,
         loss: Loss | None = None,
         batches: int = BATCHES,
@@ -120,6 +121,7 @@ class Gradual:
         self._coupling = self.analysis.coupling
         self._places = probed(self._coupling, model, find_places(self._coupling))
         calibration = self.analysis.calibrate(data, loss=loss, batches=batches, progress=progress)
+        score = score or ("magnitude" if data is None else "obs")
         if allocation is None:
             allocation = "global" if is_additive(score) else "uniform"
         patterns = (keep,) if isinstance(keep, str) else tuple(keep)
@@ -178,10 +180,7 @@ class Gradual:
             return
         with self._masks.revealed():
             kept = self._chosen(self.target, self._request.align if self.done else 1)
-        self._mask(kept)
-
-    def _mask(self, units: Mapping[int, Indices]) -> None:
-        self._keep = Keep(self._coupling, units)
+        self._keep = Keep(self._coupling, kept)
         self._masks.set(self._keep)
 
     def _chosen(self, ratio: float, align: int) -> dict[int, Indices]:
@@ -302,20 +301,19 @@ class Gradual:
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise self._other(f"{type(error).__name__}: {error}".partition("\n")[0]) from error
         shut = {i: "so it was when the state was saved" for i, flag in enumerate(flags) if not flag}
-        places = find_places(self._coupling)
-        self._places = places.without({**self._places.excluded, **shut})
-        units = {groups[n].index: k for n, k in plan.kept.items()}
-        if not set(units) <= set(self._places.zeros):
+        found = find_places(self._coupling)
+        places = found.without({**self._places.excluded, **shut})
+        keep = Keep(self._coupling, {groups[n].index: k for n, k in plan.kept.items()})
+        if not set(keep.units) <= set(places.zeros):
             raise self._other("it masks groups that cannot be masked here")
-        self._masks.clear()
-        self._masks.places = self._places.zeros
-        self._mask(units)
-        sizes = {n: tuple(v.shape) for n, v in self._masks.values.items()}
-        if sizes != {n: tuple(v.shape) for n, v in values.items()}:
-            self.cancel()
+        masks = Masks(self.model, places.zeros, self.analysis.program.aliases)
+        if masks.sizes(keep) != {name: v.numel() for name, v in values.items()}:
             raise self._other("the values kept aside do not fit the masks")
-        self._masks.load_values(values)
-        self.steps = steps
+        # The weights are those of the state or will be: what was masked before is not put back.
+        self._masks.release()
+        masks.set(keep)
+        masks.load_values(values)
+        self._places, self._masks, self._keep, self.steps = places, masks, keep, steps
 
     def _other(self, why: str) -> PlanError:
         return PlanError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -94,6 +95,19 @@ class Masks:
             if parameter.requires_grad:
                 entry.handle = parameter.register_post_accumulate_grad_hook(_still(entry))
             self._masked[name] = entry
+
+    def sizes(self, keep: Keep) -> dict[str, int]:
+        """How many elements of each parameter `set` would zero.
+
+        Args:
+            keep: What is not masked.
+        """
+        out = {}
+        for name, dims in zeroed(keep, self.places, self._aliases).items():
+            shape = self.held[name].shape
+            left = [n - len(dims.get(dim, ())) for dim, n in enumerate(shape)]
+            out[name] = math.prod(shape) - math.prod(left)
+        return out
 
     def clear(self) -> None:
         """Put all values back, and take all hooks off."""
