@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 
 import export
+import gradual_cost
 import latency
 import scaling
 import speed
@@ -109,12 +110,17 @@ def export_table(rows: list[Row]) -> str:
     return markdown(export.COLUMNS, rows)
 
 
+def gradual_table(rows: list[Row]) -> str:
+    return markdown(gradual_cost.COLUMNS, rows)
+
+
 SECTIONS = {
     "zoo": zoo_table,
     "speed": speed_table,
     "scaling": scaling_tables,
     "latency": latency_table,
     "export": export_table,
+    "gradual_cost": gradual_table,
 }
 
 if __name__ == "__main__":
