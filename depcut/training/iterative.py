@@ -165,13 +165,13 @@ def iterate(
     }
     disk = None if checkpoint is None else Checkpoints(checkpoint, request, resume)
     turns = _Turns(
-        dense,
-        targets,
-        of,
-        retrain,
-        optimizer,
-        optimizer_state,
-        {
+        dense=dense,
+        targets=targets,
+        of=of,
+        retrain=retrain,
+        make=optimizer,
+        optimizer_state=optimizer_state,
+        choosing={
             "score": score,
             "allocation": allocation,
             "align": align,
@@ -179,10 +179,10 @@ def iterate(
             "seed": seed,
             "progress": progress,
         },
-        {"loss": loss, "batches": batches, "progress": progress},
-        compensate,
-        items,
-        disk,
+        reading={"loss": loss, "batches": batches, "progress": progress},
+        compensate=compensate,
+        items=items,
+        disk=disk,
     )
     run = turns.run(progress)
     settings = {"ratio": targets[-1], "of": of, "steps": len(targets)}
@@ -192,7 +192,21 @@ def iterate(
 
 @dataclass(frozen=True)
 class _Turns:
-    """All that the steps of a run share."""
+    """All that the steps of a run share.
+
+    Attributes:
+        dense: The dense model's analysis.
+        targets: Ratio of the dense quantity that is gone after each step.
+        of: Name of the quantity.
+        retrain: The user's function.
+        make: Makes an optimizer, if there is to be one.
+        optimizer_state: "slice" or "reset".
+        choosing: Options of `Analysis.plan`.
+        reading: Options of `Analysis.calibrate`.
+        compensate: Whether to re-solve weights.
+        items: Calibration data, read already.
+        disk: Where finished steps are kept, if anywhere.
+    """
 
     dense: Analysis
     targets: tuple[float, ...]
@@ -200,7 +214,7 @@ class _Turns:
     retrain: Retrain | None
     make: MakeOptimizer | None
     optimizer_state: str
-    options: Mapping[str, Any]
+    choosing: Mapping[str, Any]
     reading: Mapping[str, Any]
     compensate: bool | str
     items: Any
@@ -251,7 +265,7 @@ class _Turns:
             self._narrow(run, plan, compensate=False)
         else:
             data = analysis.calibrate(self.items, **self.reading)
-            plan = analysis.plan(ratio, of=self.of, data=data, **self.options)
+            plan = analysis.plan(ratio, of=self.of, data=data, **self.choosing)
             self._narrow(run, plan, compensate=self.compensate, data=data)
         left = analysis.costs[self.of](plan.keep().counts)
         run.removed.append(1 - left / total)
