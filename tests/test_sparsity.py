@@ -96,7 +96,7 @@ def fit(model: nn.Module, penalty: Any, steps: int, lr: float = 0.02) -> float:
         optimizer.step()
         schedule.step()
         getattr(penalty, "step", int)()
-    return float(loss)
+    return float(loss.detach())
 
 
 def change(slim: nn.Module, model: nn.Module) -> float:
