@@ -495,7 +495,7 @@ def test_a_budget_is_spent_to_the_last_epoch(
     assume(0 < each * cycles < epochs)
     first, *rest = depcut.budget_phases(epochs, ratio, cycles, dense=dense)
     assert first.epochs + sum(p.epochs for p in rest) == epochs
-    assert (first.kind, first.ratio, first.schedule) == ("dense", 0.0, "linear")
+    assert (first.kind, first.ratio, first.schedule) == ("dense", 0.0, "llr")
     assert len({p.epochs for p in rest}) == 1
     assert abs(first.epochs - dense * epochs) <= cycles
     assert [p.ratio for p in rest] == list(geometric(ratio, cycles))

@@ -50,8 +50,8 @@ def budget_phases(
     """Split a budget of epochs into a dense phase and equal prune-retrain cycles.
 
     Source: Zimmer et al., ICLR 2023, section 4. The dense phase has a linear schedule from its peak
-    to zero; the cycles have the paper's adaptive linear one ("allr") unless told otherwise, and
-    each removes the same share of what is left.
+    to zero ("llr"), the cycles have the paper's adaptive linear one ("allr") unless told otherwise;
+    each cycle removes the same share of what is left.
 
     Args:
         epochs: All in all.
@@ -77,7 +77,7 @@ def budget_phases(
             where="epochs=",
             remedy="pass more epochs, fewer cycles, or another dense= share",
         )
-    first = Phase("dense", epochs - each * cycles, 0.0, "linear")
+    first = Phase("dense", epochs - each * cycles, 0.0, "llr")
     return (first, *(Phase("cycle", each, r, schedule) for r in geometric(ratio, cycles)))
 
 
