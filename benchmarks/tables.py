@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 
 import accuracy_summary
 import export
+import gradual_cost
 import latency
 import scaling
 import speed
@@ -110,6 +111,10 @@ def export_table(rows: list[Row]) -> str:
     return markdown(export.COLUMNS, rows)
 
 
+def gradual_table(rows: list[Row]) -> str:
+    return markdown(gradual_cost.COLUMNS, rows)
+
+
 SECTIONS = {
     "zoo": zoo_table,
     "speed": speed_table,
@@ -117,6 +122,7 @@ SECTIONS = {
     "latency": latency_table,
     "export": export_table,
     "accuracy": accuracy_summary.markdown,
+    "gradual_cost": gradual_table,
 }
 
 if __name__ == "__main__":

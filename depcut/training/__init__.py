@@ -1,1 +1,1 @@
-"""Getting the accuracy back: schedules, rewinding, scratch controls, distillation, a loop."""
+"""Getting the accuracy back, and pruning while training: parts for any loop, and a loop."""
