@@ -57,6 +57,7 @@ def main() -> int:
                 + (f", and {later} more nets" if later else ""),
                 flush=True,
             )
+    results.write()  # with the statements as they are made now
     print_tables(measure.console(), results.rows)
     return 0
 
@@ -96,7 +97,10 @@ class Results:
         order = list(TASKS), list(PARTS)
         rows.sort(key=lambda r: (order[0].index(r["name"]), r["seed"], order[1].index(r["part"])))
         self.rows = rows
-        measure.write(self.name, rows, summary(rows))
+        self.write()
+
+    def write(self) -> None:
+        measure.write(self.name, self.rows, summary(self.rows))
 
 
 def _same(a: Row, b: Row) -> bool:

@@ -12,7 +12,8 @@ from statistics import mean
 
 from accuracy_summary import of_peer
 from measure import RESULTS
-from retrain_tasks import EARLY, FT_SHARE, Subject
+from retrain_summary import AT, FT_SHARE
+from retrain_tasks import EARLY, Subject
 from torch import nn
 
 import depcut
@@ -24,7 +25,6 @@ SMALLEST = 0.1  # the least budget that is shared among cycles or masks
 CYCLES = 3
 MASKED = 0.5  # share of gradual training in which masks grow
 MASK_STEPS = 20
-AT = 0.1  # the budget at which Torch-Pruning is compared
 NAMES = (*SCHEDULES, FT_SHARE)
 LONG = 1 - EARLY
 
@@ -67,7 +67,7 @@ class Wanted:
 
 
 def schedules(subject: Subject, wanted: Wanted) -> Points:
-    """All schedules from the same start, and the default's start with one."""
+    """All schedules from the same start, and two from the default's."""
     for removed in wanted.ratios:
         yield Point("schedules", "none", removed, 0.0, 0, partial(subject.magnitude, removed))
         yield Point(
@@ -85,10 +85,14 @@ def schedules(subject: Subject, wanted: Wanted) -> Points:
 
                 yield Point("schedules", name, removed, budget, steps, run)
 
-            def default(removed: float = removed, steps: int = steps) -> nn.Module:
-                return subject.retrain(subject.default(removed), "llr", steps)
+            for name in ("llr", FT_SHARE):
 
-            yield Point("schedules", "default, llr", removed, budget, steps, default)
+                def default(
+                    removed: float = removed, name: str = name, steps: int = steps
+                ) -> nn.Module:
+                    return subject.retrain(subject.default(removed), name, steps)
+
+                yield Point("schedules", f"default, {name}", removed, budget, steps, default)
 
 
 def rewinding(subject: Subject, wanted: Wanted) -> Points:
@@ -216,11 +220,13 @@ def rival(subject: Subject, wanted: Wanted) -> Points:
     steps = subject.steps(AT)
     for removed in wanted.ratios:
         for name in best_variants(subject.task.name, removed):
+            for by in ("llr", FT_SHARE):
 
-            def run(removed: float = removed, name: str = name) -> nn.Module:
-                return subject.retrain(subject.of_peer(name, removed), "llr", steps)
+                def run(removed: float = removed, name: str = name, by: str = by) -> nn.Module:
+                    return subject.retrain(subject.of_peer(name, removed), by, steps)
 
-            yield Point("rival", name, removed, AT, steps, run)
+                method = name if by == "llr" else f"{name}, {by}"
+                yield Point("rival", method, removed, AT, steps, run)
 
 
 def best_variants(task: str, removed: float, count: int = 2) -> list[str]:

@@ -10,16 +10,18 @@ import matplotlib as mpl
 import numpy as np
 from accuracy_tasks import TASKS
 from measure import RESULTS
-from retrain_summary import DEFAULT, DIGITS, FT_SHARE, SCHEDULES, comparisons, found
+from retrain_summary import DEFAULT, DIGITS, FT_SHARE, LOW, SCHEDULES, comparisons, found
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-METHODS = (*SCHEDULES, DEFAULT)
-COLOURS = dict(zip(METHODS, [f"C{i}" for i in (7, 5, 1, 4, 9, 0, 2)] + ["black"], strict=True))
-DASHED = (FT_SHARE, DEFAULT)
+METHODS = (*SCHEDULES, DEFAULT, LOW)
+COLOURS = dict(
+    zip(METHODS, [f"C{i}" for i in (7, 5, 1, 4, 9, 0, 2)] + ["black", "gray"], strict=True)
+)
+DASHED = (FT_SHARE, DEFAULT, LOW)
 FLOOR = 0.2  # percent of errors that a logarithmic axis shows as the least: less than one image
 
 
@@ -66,7 +68,10 @@ def schedules(finds: Mapping[str, Mapping], seeds: Mapping[str, int]) -> Figure:
         line[0].set_ylabel(_label(name))
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(METHODS))
-    figure.suptitle("Retrained after magnitude selection; " + _seeds(seeds))
+    figure.suptitle(
+        "Retrained after magnitude selection, or after the default with data\n" + _seeds(seeds),
+        fontsize=10,
+    )
     return figure
 
 
@@ -78,8 +83,8 @@ def _line(axes: Axes, name: str, find: Mapping, method: str, removed: float) -> 
     centre = np.array([v.mean() for v in values])
     deviation = np.array([v.std(ddof=1) if len(v) > 1 else 0.0 for v in values])
     style = "--" if method in DASHED else "-"
-    label = "obs + compensation, llr" if method == DEFAULT else method
-    axes.plot(at, centre, style, color=COLOURS[method], marker="o", ms=3.5, lw=1.3, label=label)
+
+    axes.plot(at, centre, style, color=COLOURS[method], marker="o", ms=3.5, lw=1.3, label=method)
     low = centre - deviation
     if TASKS[name].higher_is_better:
         low = np.maximum(low, FLOOR)
@@ -135,7 +140,7 @@ def compared(finds: Mapping[str, Mapping], seeds: Mapping[str, int]) -> Figure:
         axes.invert_yaxis()
         axes.set_xscale("symlog", linthresh=1.0 if DIGITS[name] == 2 else 0.01)
         axes.set(title=name, xlabel=f"gain in {TASKS[name].unit} (right is better)")
-    figure.suptitle("One way of retraining over another, equal seeds; " + _seeds(seeds))
+    figure.suptitle("One way of retraining over another\n" + _seeds(seeds), fontsize=10)
     return figure
 
 

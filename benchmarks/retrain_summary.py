@@ -15,10 +15,13 @@ DIGITS = {"digits_resnet": 2, "char_gpt": 3}
 # differences that mean nothing: one test image of 449; a two-hundredth of a nat
 TOLERANCE = {"digits_resnet": 100 / 449 + 1e-3, "char_gpt": 0.005}
 FT, FT_SHARE, DEFAULT = "ft", "ft/100", "default, llr"
+LOW = f"default, {FT_SHARE}"
+# ft/100: constant at a hundredth of the peak, the end of a schedule with two drops by ten
 SCHEDULES = (FT, FT_SHARE, "lrw", "slr", "clr", "llr", "allr")
-OF_SCHEDULES = ("none", *SCHEDULES, "default, none", DEFAULT)
+OF_SCHEDULES = ("none", *SCHEDULES, "default, none", DEFAULT, LOW)
 ONE_SHOT, GRADUAL, REWOUND = "one shot", "gradual", "weight rewinding"
 BEST = f"{PEER}, better of two"
+AT = 0.1  # the budget at which Torch-Pruning is compared
 LARGER = (0.1, 0.25)  # budgets of which the paper's claim is made
 
 Find = Mapping[tuple[str, str, float, float], dict[int, float]]
@@ -50,9 +53,34 @@ def gains(name: str, a: Mapping[int, float], b: Mapping[int, float]) -> list[flo
     return [sign * (a[s] - b[s]) for s in sorted(set(a) & set(b))]
 
 
-def rival(find: Find, name: str, removed: float) -> tuple[str, dict[int, float]]:
-    """Of the variants measured, the one that is better after retraining, by the mean."""
-    every = {m: v for (p, m, r, _), v in find.items() if (p, r) == ("rival", removed)}
+def rival(find: Find, name: str, removed: float, by: str = "llr") -> tuple[str, dict[int, float]]:
+    """Of the variants retrained by a schedule, the one that ends better, by the mean."""
+    suffix = f", {FT_SHARE}"
+    every = {
+        m.removesuffix(suffix): v
+        for (p, m, r, _), v in find.items()
+        if (p, r) == ("rival", removed) and m.endswith(suffix) == (by == FT_SHARE)
+    }
+    return _better(every, name)
+
+
+def own(find: Find, name: str, removed: float) -> tuple[str, dict[int, float]]:
+    """The default, by the schedule of the two that ends better."""
+    every = {m: find.get(("schedules", m, removed, AT), {}) for m in (DEFAULT, LOW)}
+    return _better({m: v for m, v in every.items() if v}, name)
+
+
+def rivals_best(find: Find, name: str, removed: float) -> tuple[str, dict[int, float]]:
+    """The rival, by the variant and the schedule that end best."""
+    every = {}
+    for by in ("llr", FT_SHARE):
+        variant, values = rival(find, name, removed, by)
+        if values:
+            every[f"{variant}, {by}"] = values
+    return _better(every, name)
+
+
+def _better(every: Mapping[str, dict[int, float]], name: str) -> tuple[str, dict[int, float]]:
     if not every:
         return "", {}
     sign = 1 if TASKS[name].higher_is_better else -1
@@ -72,6 +100,7 @@ def comparisons(find: Find, name: str) -> dict[str, list[tuple[str, list[float]]
         "iterative over one shot": (("iterative", cycles), ("iterative", ONE_SHOT)),
         "gradual over iterative": ((GRADUAL, GRADUAL), ("iterative", cycles)),
         "default, llr over magnitude, llr": ((of, DEFAULT), (of, "llr")),
+        "default, ft/100 over default, llr": ((of, LOW), (of, DEFAULT)),
     }
     out = {
         what: [
@@ -100,9 +129,14 @@ def comparisons(find: Find, name: str) -> dict[str, list[tuple[str, list[float]]
             [whole(find, "lottery", "early ticket", r) for r in ratios],
             [whole(find, "long", control, r) for r in ratios],
         )
-    singles[f"default over {BEST}, llr, 10% of T"] = (
-        [find.get((of, DEFAULT, r, 0.1), {}) for r in ratios],
-        [rival(find, name, r)[1] for r in ratios],
+    for by in ("llr", FT_SHARE):
+        singles[f"default over {BEST}, both {by} at {AT:.0%} of T"] = (
+            [find.get((of, f"default, {by}", r, AT), {}) for r in ratios],
+            [rival(find, name, r, by)[1] for r in ratios],
+        )
+    singles[f"default over {BEST}, each by its better schedule at {AT:.0%} of T"] = (
+        [own(find, name, r)[1] for r in ratios],
+        [rivals_best(find, name, r)[1] for r in ratios],
     )
     for what, (first, second) in singles.items():
         out[what] = [
@@ -215,13 +249,15 @@ def tables(rows: Sequence[Row], name: str) -> dict[str, list[list[str]]]:
         for method in dict.fromkeys(m for p, m, _, _ in find if p == part)
     ]
     made["trained as long as the dense net, or longer"] = [short, *lines]
-    best = [(r, *rival(find, name, r)) for r in ratios]
-    made["equal retraining, 10 % of T, llr"] = [
-        short,
-        ["default", *(cell(find.get(("schedules", DEFAULT, r, 0.1), {})) for r in ratios)],
-        [BEST, *(cell(values) for _, _, values in best)],
-        ["which that is", *(method.removeprefix(f"{PEER} ") for _, method, _ in best)],
-    ]
+    theirs = {by: [rival(find, name, r, by) for r in ratios] for by in ("llr", FT_SHARE)}
+    lines = []
+    for by, best in theirs.items():
+        values = (find.get(("schedules", f"default, {by}", r, AT), {}) for r in ratios)
+        lines.append([f"default, {by}", *map(cell, values)])
+        lines.append([f"{BEST}, {by}", *(cell(values) for _, values in best)])
+        lines.append(["which that is", *(method.removeprefix(f"{PEER} ") for method, _ in best)])
+    if any(values for best in theirs.values() for _, values in best):
+        made[f"beside {PEER}, {AT:.0%} of T"] = [short, *lines]
     return {title: cells for title, cells in made.items() if len(cells) > 1}
 
 

@@ -14,12 +14,12 @@ import accuracy_peer as peer
 import torch
 from accuracy import METHODS, Dense
 from accuracy_tasks import Hook, Task, one_cycle, optimizer_of, step_through, train
+from retrain_summary import FT_SHARE
 from torch import nn
 
 import depcut
 
 EARLY = 0.05  # of T: the early snapshot
-FT_SHARE = "ft/100"  # constant at a hundredth of the peak: the end of a step schedule
 EMBEDDING_STD = 0.02  # of accuracy_nets.CharGPT, which its constructor draws
 
 
