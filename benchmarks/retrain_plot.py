@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 METHODS = (*SCHEDULES, DEFAULT, LOW)
 COLOURS = dict(
-    zip(METHODS, [f"C{i}" for i in (7, 5, 1, 4, 9, 0, 2)] + ["black", "gray"], strict=True)
+    zip(METHODS, [f"C{i}" for i in (7, 5, 1, 4, 9, 0, 2)] + ["black", "C3"], strict=True)
 )
 DASHED = (FT_SHARE, DEFAULT, LOW)
 FLOOR = 0.2  # percent of errors that a logarithmic axis shows as the least: less than one image
@@ -57,7 +57,10 @@ def schedules(finds: Mapping[str, Mapping], seeds: Mapping[str, int]) -> Figure:
             for method in METHODS:
                 _line(axes, name, find, method, removed)
             axes.set(title=f"{name}, {removed:.0%} removed", xlabel="T_rt / T", xscale="log")
-            budgets = sorted({b for p, _, _, b in find if p == "schedules" and b})
+            budgets = sorted({b for p, _, r, b in find if (p, r) == ("schedules", removed) and b})
+            if not budgets:
+                axes.axis("off")
+                continue
             axes.set_xticks(budgets, [f"{b:.1%}" for b in budgets])
             axes.minorticks_off()
             if TASKS[name].higher_is_better:
@@ -113,7 +116,7 @@ def compared(finds: Mapping[str, Mapping], seeds: Mapping[str, int]) -> Figure:
     figure, panels = plt.subplots(
         1,
         len(every),
-        figsize=(8.2 * len(every), 0.19 * lines + 1.4),
+        figsize=(8.2 * len(every), 0.15 * lines + 1.4),
         layout="constrained",
         squeeze=False,
     )
@@ -137,7 +140,7 @@ def compared(finds: Mapping[str, Mapping], seeds: Mapping[str, int]) -> Figure:
         for tick in axes.get_yticklabels():
             if not tick.get_text().startswith(" "):
                 tick.set_fontweight("bold")
-        axes.invert_yaxis()
+        axes.set_ylim(len(labels), -1)
         axes.set_xscale("symlog", linthresh=1.0 if DIGITS[name] == 2 else 0.01)
         axes.set(title=name, xlabel=f"gain in {TASKS[name].unit} (right is better)")
     figure.suptitle("One way of retraining over another\n" + _seeds(seeds), fontsize=10)
