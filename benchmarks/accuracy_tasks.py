@@ -38,6 +38,7 @@ SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydo
 WINDOWS = 250  # of validation text that the metric reads
 
 Pair = tuple[Tensor, Tensor]
+Hook = Callable[[nn.Module, int], Any]
 
 
 @dataclass(frozen=True)
@@ -179,28 +180,49 @@ class Task:
         return user_cache_path("depcut") / "accuracy" / name
 
 
-def train(task: Task, model: nn.Module, seed: int) -> None:
-    """Train in place on one thread, so that the seed alone decides the result."""
-    recipe, threads = task.recipe, torch.get_num_threads()
-    generator = torch.Generator().manual_seed(seed)
-    optimizer: torch.optim.Optimizer
+def train(task: Task, model: nn.Module, seed: int, hook: Hook | None = None) -> None:
+    """The dense training, in place; the hook is called before every step and only reads."""
+    optimizer = optimizer_of(task, model)
+    schedule = one_cycle(task, optimizer, task.recipe.steps)
+    step_through(task, model, optimizer, schedule, task.recipe.steps, seed, hook)
+
+
+def optimizer_of(task: Task, model: nn.Module) -> torch.optim.Optimizer:
+    """That of the dense training, at its peak rate."""
+    recipe, parameters = task.recipe, model.parameters()
     if recipe.momentum:
-        optimizer = torch.optim.SGD(
-            model.parameters(), recipe.rate, momentum=0.9, weight_decay=recipe.decay
-        )
-    else:
-        optimizer = torch.optim.AdamW(
-            model.parameters(), recipe.rate, betas=(0.9, 0.98), weight_decay=recipe.decay
-        )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, recipe.rate, recipe.steps, pct_start=recipe.warmup, cycle_momentum=False
+        return torch.optim.SGD(parameters, recipe.rate, momentum=0.9, weight_decay=recipe.decay)
+    return torch.optim.AdamW(parameters, recipe.rate, betas=(0.9, 0.98), weight_decay=recipe.decay)
+
+
+def one_cycle(task: Task, optimizer: torch.optim.Optimizer, steps: int) -> Any:
+    """The dense training's schedule, over any number of steps."""
+    recipe = task.recipe
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, recipe.rate, steps, pct_start=recipe.warmup, cycle_momentum=False
     )
+
+
+def step_through(
+    task: Task,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: Any,
+    steps: int,
+    seed: int,
+    hook: Hook | None = None,
+) -> None:
+    """Train in place on one thread, so that the seed alone decides the result."""
+    threads = torch.get_num_threads()
+    generator = torch.Generator().manual_seed(seed)
     model.train()
     torch.set_num_threads(1)
     with _progress() as progress:
-        bar = progress.add_task(f"train {task.name}, seed {seed}", total=recipe.steps)
-        for _ in range(recipe.steps):
-            inputs, targets = task.data.augmented(generator, recipe.batch)
+        bar = progress.add_task(f"train {task.name}, seed {seed}", total=steps)
+        for step in range(steps):
+            if hook is not None:
+                hook(model, step)
+            inputs, targets = task.data.augmented(generator, task.recipe.batch)
             loss = task.loss(model(inputs), targets)
             optimizer.zero_grad()
             loss.backward()

@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping
 
 import accuracy_summary
 import export
+import gradual_cost
 import latency
+import retrain_summary
 import scaling
 import speed
 from measure import HERE, RESULTS, Row
@@ -35,12 +37,14 @@ REFUSED = {
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help=f"sections, of {', '.join(SECTIONS)}")
+    wanted = parser.parse_args().names
     readme = HERE / "README.md"
     text = readme.read_text()
     for name, build in SECTIONS.items():
         source = RESULTS / f"{name}.json"
-        if source.exists():
+        if source.exists() and (not wanted or name in wanted):
             data = json.loads(source.read_text())
             made = build(data["rows"]) + "\n\n" + points(data)
             pattern = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
@@ -110,6 +114,10 @@ def export_table(rows: list[Row]) -> str:
     return markdown(export.COLUMNS, rows)
 
 
+def gradual_table(rows: list[Row]) -> str:
+    return markdown(gradual_cost.COLUMNS, rows)
+
+
 SECTIONS = {
     "zoo": zoo_table,
     "speed": speed_table,
@@ -117,6 +125,8 @@ SECTIONS = {
     "latency": latency_table,
     "export": export_table,
     "accuracy": accuracy_summary.markdown,
+    "retrain": retrain_summary.markdown,
+    "gradual_cost": gradual_table,
 }
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from depcut.errors import (
     LatencyError,
     PlanError,
     RuleError,
+    TrainingError,
     VerificationError,
 )
 from depcut.export import ExportReport, export
@@ -26,6 +27,17 @@ from depcut.plan import Plan
 from depcut.report import Comparison, compare
 from depcut.scores import Score
 from depcut.timing.bench import bench
+from depcut.training.budget import Phase, budget_phases, run_phases
+from depcut.training.callbacks import lightning_callback, transformers_callback
+from depcut.training.distance import relative_distance
+from depcut.training.distillation import Distillation
+from depcut.training.fresh import fresh, scratch_epochs
+from depcut.training.gradual import Gradual
+from depcut.training.iterative import Iterated, iterate
+from depcut.training.loop import Retrained, retrain
+from depcut.training.schedules import OriginalSchedule, schedule
+from depcut.training.snapshots import LotteryTicket, Snapshots, lottery_ticket, rewind
+from depcut.training.sparsity import GroupLasso, GrowingRegularization
 from depcut.version import __version__
 
 __all__ = [
@@ -37,27 +49,50 @@ __all__ = [
     "Comparison",
     "Compensation",
     "DepcutError",
+    "Distillation",
     "ExportError",
     "ExportReport",
     "Frozen",
+    "Gradual",
     "Group",
+    "GroupLasso",
+    "GrowingRegularization",
     "InputError",
+    "Iterated",
     "LatencyError",
     "LatencyModel",
+    "LotteryTicket",
     "Member",
     "Op",
+    "OriginalSchedule",
+    "Phase",
     "Plan",
     "PlanError",
+    "Retrained",
     "RuleError",
     "Score",
+    "Snapshots",
+    "TrainingError",
     "VerificationError",
     "__version__",
     "analyze",
     "bench",
+    "budget_phases",
     "compact",
     "compaction",
     "compare",
     "export",
+    "fresh",
+    "iterate",
+    "lightning_callback",
+    "lottery_ticket",
+    "relative_distance",
+    "retrain",
+    "rewind",
     "rule",
+    "run_phases",
+    "schedule",
+    "scratch_epochs",
     "shrink",
+    "transformers_callback",
 ]

@@ -91,6 +91,27 @@ def _fast_paths_off() -> Iterator[None]:
 
 
 @contextmanager
+def _caches_kept(model: nn.Module) -> Iterator[None]:
+    """Dictionaries in which a forward remembers results hold afterwards what they held before.
+
+    What the export leaves in them has no values, and the model would go on with that.
+    """
+    caches = [
+        (value, dict(value))
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if type(value) is dict and not name.startswith("_")
+    ]
+    try:
+        yield
+    finally:
+        for cache, before in caches:
+            if any(before.get(key) is not value for key, value in cache.items()):
+                cache.clear()
+                cache.update(before)
+
+
+@contextmanager
 def _recorded_calls(
     model: nn.Module, marks: list[fx.Node], calls: list[ModuleCall]
 ) -> Iterator[None]:
@@ -188,6 +209,7 @@ def _capture(
 ) -> Program:
     calls: list[ModuleCall] = []
     with (
+        _caches_kept(model),
         warnings.catch_warnings(),
         modes(model, training),
         _fast_paths_off(),

@@ -38,6 +38,7 @@ class Request:
         ratios: Fraction of units removed, by glob, for groups that the budget does not decide.
         seed: For criteria that draw.
         calibration: Data, and perhaps a loss, for criteria that need them.
+        hold: Numbers of further groups whose width must stay.
     """
 
     score: str | Score | Criterion = "magnitude"
@@ -47,6 +48,7 @@ class Request:
     ratios: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
     calibration: Calibration | None = None
+    hold: Collection[int] = ()
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -87,7 +89,7 @@ class Chooser:
                 remedy=f"use one of {', '.join(ALLOCATIONS)}",
             )
         self.coupling, self.model, self.request = coupling, model, request
-        self.held = _held(coupling, request.keep)
+        self.held = _held(coupling, request.keep) | set(request.hold)
         self.absent: frozenset[int] = frozenset()
         self.fixed = _fixed(coupling, request.ratios, self.held)
         self.additive = is_additive(request.score)

@@ -54,6 +54,10 @@ class LatencyError(DepcutError):
     """Time could not be measured, or not well enough to rely on it."""
 
 
+class TrainingError(DepcutError):
+    """Training cannot go on: a loss that is not finite, or a checkpoint of another run."""
+
+
 def listed(names: list[str], limit: int = 8) -> str:
     """The names, comma-separated, the ones past `limit` as a count."""
     shown = ", ".join(names[:limit])

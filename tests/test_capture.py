@@ -572,3 +572,30 @@ def test_hooks_that_forward_installs_are_gone_with_the_flag_that_remembers_them(
     depcut.analyze(model, x)
     assert torch.equal(model(x), expected)
     assert len(model.first._forward_hooks) == 1
+
+
+def test_a_cache_that_the_forward_fills_is_left_as_it_was() -> None:
+    class Cached(nn.Module):
+        """Remembers a computed bias by device, as LeViT does."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 2)
+            self.table = nn.Parameter(torch.rand(8))
+            self.cache: dict[str, torch.Tensor] = {}
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            key = str(x.device)
+            if key not in self.cache:
+                self.cache[key] = self.table * 2
+            return self.down(self.up(x) + self.cache[key])
+
+    model, x = Cached().eval(), torch.rand(2, 4)
+    capture(model, x)
+    assert model.cache == {}
+    with torch.no_grad():
+        expected = model(x)
+        kept = model.cache["cpu"]
+        capture(model, x)
+        assert model.cache["cpu"] is kept
+        assert torch.equal(model(x), expected)

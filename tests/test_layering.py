@@ -56,6 +56,11 @@ ORDER = [
     "verify compensate architecture",
     "mend",
     "plan",
+    "training training.schedules training.streams training.distance training.fresh",
+    "training.batches training.optimizers training.snapshots training.distillation "
+    "training.checkpoint",
+    "training.trainer",
+    "training.loop",
     "runtime",
     "agreement convert publish",
     "export",
@@ -72,6 +77,11 @@ ORDER = [
     "latency.target",
     "analysis",
     "api compact",
+    "training.places training.folders",
+    "training.probe training.compose training.sparsity",
+    "training.masks training.iterative",
+    "training.gradual training.budget",
+    "training.callbacks",
     "report",
     ROOT,
     "demo options",
@@ -81,9 +91,12 @@ LEVEL = {name: i for i, line in enumerate(ORDER) for name in line.split(" ")}
 
 PUBLIC = """
 Analysis BudgetError Calibration CaptureError Compaction Comparison Compensation DepcutError
-ExportError ExportReport Frozen Group InputError LatencyError LatencyModel Member Op Plan PlanError
-RuleError Score VerificationError analyze bench compact compaction compare export rule shrink
-__version__
+Distillation ExportError ExportReport Frozen Gradual Group GroupLasso GrowingRegularization
+InputError Iterated LatencyError LatencyModel LotteryTicket Member Op OriginalSchedule Phase Plan
+PlanError Retrained RuleError Score Snapshots TrainingError VerificationError analyze bench
+budget_phases compact compaction compare export fresh iterate lightning_callback lottery_ticket
+relative_distance retrain rewind rule run_phases schedule scratch_epochs shrink
+transformers_callback __version__
 """.split()
 
 

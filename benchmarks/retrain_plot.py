@@ -1,0 +1,155 @@
+"""Plot results/retrain.json: schedules over budgets, and what else was compared."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+
+import matplotlib as mpl
+import numpy as np
+from accuracy_tasks import TASKS
+from measure import RESULTS
+from retrain_summary import DEFAULT, DIGITS, FT_SHARE, LOW, SCHEDULES, comparisons, found
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+METHODS = (*SCHEDULES, DEFAULT, LOW)
+COLOURS = dict(
+    zip(METHODS, [f"C{i}" for i in (7, 5, 1, 4, 9, 0, 2)] + ["black", "C3"], strict=True)
+)
+DASHED = (FT_SHARE, DEFAULT, LOW)
+FLOOR = 0.2  # percent of errors that a logarithmic axis shows as the least: less than one image
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", default="retrain", help="name of the file under results/")
+    options = parser.parse_args()
+    rows = json.loads((RESULTS / f"{options.results}.json").read_text())["rows"]
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    finds = {name: found(rows, name) for name in names}
+    seeds = {n: len({r["seed"] for r in rows if r["name"] == n}) for n in names}
+    for figure, suffix in (
+        (schedules(finds, seeds), ""),
+        (compared(finds, seeds), "_comparisons"),
+    ):
+        out = RESULTS / f"{options.results}{suffix}.png"
+        figure.savefig(out, dpi=130)
+        print(f"written: {out}")
+
+
+def schedules(finds: Mapping[str, Mapping], seeds: Mapping[str, int]) -> Figure:
+    """A row a task, a panel a ratio, a line a schedule."""
+    ratios = sorted({r for find in finds.values() for _, _, r, _ in find})
+    figure, panels = plt.subplots(
+        len(finds),
+        len(ratios),
+        figsize=(3.6 * len(ratios), 3.4 * len(finds) + 0.6),
+        layout="constrained",
+        squeeze=False,
+    )
+    for line, (name, find) in zip(panels, finds.items(), strict=True):
+        for axes, removed in zip(line, ratios, strict=True):
+            for method in METHODS:
+                _line(axes, name, find, method, removed)
+            axes.set(title=f"{name}, {removed:.0%} removed", xlabel="T_rt / T", xscale="log")
+            budgets = sorted({b for p, _, r, b in find if (p, r) == ("schedules", removed) and b})
+            if not budgets:
+                axes.axis("off")
+                continue
+            axes.set_xticks(budgets, [f"{b:.1%}" for b in budgets])
+            axes.minorticks_off()
+            if TASKS[name].higher_is_better:
+                axes.set(yscale="log")
+                ticks = [t for t in (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if _within(axes, t)]
+                axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
+                axes.minorticks_off()
+        line[0].set_ylabel(_label(name))
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(METHODS))
+    figure.suptitle(
+        "Retrained after magnitude selection, or after the default with data\n" + _seeds(seeds),
+        fontsize=10,
+    )
+    return figure
+
+
+def _line(axes: Axes, name: str, find: Mapping, method: str, removed: float) -> None:
+    at = sorted({b for p, m, r, b in find if (p, m, r) == ("schedules", method, removed)})
+    if not at:
+        return
+    values = [_shown(name, list(find["schedules", method, removed, b].values())) for b in at]
+    centre = np.array([v.mean() for v in values])
+    deviation = np.array([v.std(ddof=1) if len(v) > 1 else 0.0 for v in values])
+    style = "--" if method in DASHED else "-"
+
+    axes.plot(at, centre, style, color=COLOURS[method], marker="o", ms=3.5, lw=1.3, label=method)
+    low = centre - deviation
+    if TASKS[name].higher_is_better:
+        low = np.maximum(low, FLOOR)
+    axes.fill_between(at, low, centre + deviation, color=COLOURS[method], alpha=0.12, lw=0)
+
+
+def _shown(name: str, values: Sequence[float]) -> np.ndarray:
+    """Errors where the metric is an accuracy: they differ by factors."""
+    array = np.array(values)
+    return np.maximum(100 - array, FLOOR) if TASKS[name].higher_is_better else array
+
+
+def _label(name: str) -> str:
+    return "100 - test accuracy in %" if TASKS[name].higher_is_better else TASKS[name].unit
+
+
+def _within(axes: Axes, value: float) -> bool:
+    low, high = axes.get_ylim()
+    return low <= value <= high
+
+
+def compared(finds: Mapping[str, Mapping], seeds: Mapping[str, int]) -> Figure:
+    """A panel a task: the gain of one way over another, mean and deviation at each place."""
+    every = {name: comparisons(find, name) for name, find in finds.items()}
+    lines = max(sum(map(len, c.values())) + len(c) for c in every.values())
+    figure, panels = plt.subplots(
+        1,
+        len(every),
+        figsize=(8.2 * len(every), 0.15 * lines + 1.4),
+        layout="constrained",
+        squeeze=False,
+    )
+    for axes, (name, found_here) in zip(panels[0], every.items(), strict=True):
+        labels: list[str] = []
+        for i, (what, places) in enumerate(found_here.items()):
+            labels.append(what)
+            for where, values in places:
+                deviation = np.std(values, ddof=1) if len(values) > 1 else 0.0
+                axes.errorbar(
+                    np.mean(values),
+                    len(labels),
+                    xerr=deviation,
+                    fmt="o",
+                    ms=3.5,
+                    color=f"C{i % 10}",
+                )
+                labels.append(f"    {where}")
+        axes.axvline(0, color="lightgray", zorder=0)
+        axes.set_yticks(range(len(labels)), labels, fontsize=7)
+        for tick in axes.get_yticklabels():
+            if not tick.get_text().startswith(" "):
+                tick.set_fontweight("bold")
+        axes.set_ylim(len(labels), -1)
+        axes.set_xscale("symlog", linthresh=1.0 if DIGITS[name] == 2 else 0.01)
+        axes.set(title=name, xlabel=f"gain in {TASKS[name].unit} (right is better)")
+    figure.suptitle("One way of retraining over another\n" + _seeds(seeds), fontsize=10)
+    return figure
+
+
+def _seeds(seeds: Mapping[str, int]) -> str:
+    return "mean and deviation over seeds: " + ", ".join(f"{n} {c}" for n, c in seeds.items())
+
+
+if __name__ == "__main__":
+    main()

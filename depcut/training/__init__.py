@@ -1,0 +1,1 @@
+"""Getting the accuracy back, and pruning while training: parts for any loop, and a loop."""

@@ -1,0 +1,111 @@
+"""One budget of epochs for training and pruning together (BIMP).
+
+Source: Zimmer, Spiegel, Pokutta, How I Learned to Stop Worrying and Love Retraining, ICLR 2023,
+section 4 (budgeted iterative magnitude pruning): the dense phase is shortened and ends at a rate of
+zero (linear schedule, Li et al. 2020), and the rest goes in equal parts to prune-retrain cycles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from depcut.choose import check_ratio
+from depcut.errors import InputError
+from depcut.inputs import Inputs
+from depcut.training.iterative import Iterated, geometric, iterate
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training.
+
+    Attributes:
+        kind: "dense", or "cycle": prune first, then train.
+        epochs: How long.
+        ratio: Fraction of the dense quantity that is gone while it lasts.
+        schedule: Name of its learning rate schedule.
+    """
+
+    kind: str
+    epochs: int
+    ratio: float
+    schedule: str
+
+
+Train = Callable[[nn.Module, Phase], Any]
+
+
+def budget_phases(
+    epochs: int,
+    ratio: float,
+    cycles: int = 1,
+    *,
+    dense: float = 0.5,
+    schedule: str = "allr",
+) -> tuple[Phase, ...]:
+    """Split a budget of epochs into a dense phase and equal prune-retrain cycles.
+
+    Source: Zimmer et al., ICLR 2023, section 4. The dense phase has a linear schedule from its peak
+    to zero ("llr"), the cycles have the paper's adaptive linear one ("allr") unless told otherwise;
+    each cycle removes the same share of what is left.
+
+    Args:
+        epochs: All in all.
+        ratio: Fraction removed in the end, in (0, 1).
+        cycles: Number of prune-retrain cycles.
+        dense: Share of the epochs for the dense phase; what does not divide evenly goes there.
+        schedule: Name of the schedule of a cycle, for the train function to read.
+
+    Raises:
+        InputError: An argument is out of range, or there are too few epochs for the cycles.
+    """
+    check_ratio(ratio, "ratio=")
+    check_ratio(dense, "dense=")
+    for name, value in (("epochs", epochs), ("cycles", cycles)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InputError(
+                f"{name} is {value!r}", where=f"{name}=", remedy="pass an integer of at least 1"
+            )
+    each = round(epochs * (1 - dense)) // cycles
+    if not each or epochs - each * cycles < 1:
+        raise InputError(
+            f"{epochs} epochs are too few for a dense phase and {cycles} cycles",
+            where="epochs=",
+            remedy="pass more epochs, fewer cycles, or another dense= share",
+        )
+    first = Phase("dense", epochs - each * cycles, 0.0, "llr")
+    return (first, *(Phase("cycle", each, r, schedule) for r in geometric(ratio, cycles)))
+
+
+def run_phases(
+    model: nn.Module,
+    phases: Sequence[Phase],
+    train: Train,
+    inputs: Inputs = None,
+    **options: Any,
+) -> Iterated:
+    """Carry out phases: train, then prune and train in turns.
+
+    Args:
+        model: The model to train; it is not changed, a copy is trained.
+        phases: As of `budget_phases`; ratios must increase.
+        train: Called as train(model, phase), or train(model, phase, optimizer) if there is one; it
+            trains in place for `phase.epochs` epochs.
+        inputs: Example inputs, as for `depcut.shrink`.
+        **options: Those of `depcut.iterate`, such as of=, score=, checkpoint=.
+
+    Raises:
+        DepcutError: See `depcut.iterate`.
+    """
+    listed = tuple(phases)
+
+    def retrain(slim: nn.Module, step: int, *optimizer: Any) -> Any:
+        return train(slim, listed[step], *optimizer)
+
+    return iterate(
+        model, retrain=retrain, inputs=inputs, sequence=[p.ratio for p in listed], **options
+    )

@@ -1,0 +1,62 @@
+"""How much of a model's weights a plan removes, for the adaptive learning rate."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import nn
+
+from depcut.plan import Plan
+
+
+def relative_distance(plan: Plan, model: nn.Module) -> float:
+    """d = ||W - W_p|| / (||W|| sqrt(s)), before any compensation.
+
+    W are all parameters, each element once, W_p the same without what the plan removes, s the share
+    of the elements removed (Zimmer, Spiegel & Pokutta, ICLR 2023, section 3). Removing the smallest
+    weights gives d <= 1; other criteria may give more.
+
+    Args:
+        plan: Of this step of pruning alone.
+        model: The model as it was before this step.
+
+    Returns:
+        The distance; 0 if nothing is removed.
+
+    Raises:
+        PlanError: The model has another architecture.
+    """
+    indices = bound(plan, model).tensor_indices()
+    energy = removed = 0.0
+    elements = gone = 0
+    for name, parameter in model.named_parameters():
+        squares = parameter.detach().abs().double().square()
+        energy += float(squares.sum())
+        elements += squares.numel()
+        picked = indices.get(name, ())
+        if any(kept is not None for kept in picked):
+            kept = [
+                np.arange(size) if k is None else k
+                for k, size in zip(picked, squares.shape, strict=True)
+            ]
+            squares[tuple(torch.from_numpy(k).to(squares.device) for k in np.ix_(*kept))] = 0
+            removed += float(squares.sum())
+            gone += squares.numel() - math.prod(map(len, kept))
+    if not gone or not energy:
+        return 0.0
+    return math.sqrt(removed / energy / (gone / elements))
+
+
+def bound(plan: Plan, model: nn.Module) -> Plan:
+    """The plan with the analysis of this very model attached.
+
+    Args:
+        plan: As made, or loaded from a file.
+        model: An instance of its architecture.
+
+    Raises:
+        PlanError: The model has another architecture.
+    """
+    return plan if plan.coupling is not None and plan.model is model else plan.bind(model)

@@ -1,0 +1,379 @@
+"""Iterative pruning: remove a little, retrain, rank anew, until the ratio is reached.
+
+Sources: Han et al., Learning both Weights and Connections, NeurIPS 2015; Renda et al., Comparing
+Rewinding and Fine-tuning in Neural Network Pruning, ICLR 2020 (one shot and iterative).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import nn
+
+from depcut.analysis import Analysis, analyze
+from depcut.architecture import fingerprint
+from depcut.calibration.data import BATCHES, Data, Loss, inputs_of, read
+from depcut.choose import check_ratio
+from depcut.cost import COSTS
+from depcut.errors import InputError, PlanError
+from depcut.inputs import Inputs
+from depcut.mend import wants_repair
+from depcut.plan import Plan
+from depcut.rewrite.optimizer import check_optimizer
+from depcut.scores import Criterion, Score, score_name
+from depcut.training.compose import TensorIndices, composed
+from depcut.training.folders import Checkpoints
+
+Retrain = Callable[..., nn.Module | None]
+MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+
+_KEEPS = 1e-9  # a smaller share than this is nothing to remove
+
+
+@dataclass(frozen=True, eq=False)
+class Iterated:
+    """What iterative pruning came to.
+
+    Attributes:
+        model: The smaller model as it was retrained last.
+        plan: All steps in one, for the dense model: the same architecture, with dense weights.
+        steps: The plan of each step, for the model that the step before it left.
+        removed: Fraction of the dense model's quantity that was gone after each step.
+        optimizer: The optimizer of the model, if the caller gave a function that makes one.
+    """
+
+    model: nn.Module
+    plan: Plan
+    steps: tuple[Plan, ...]
+    removed: tuple[float, ...]
+    optimizer: torch.optim.Optimizer | None = None
+
+
+@dataclass
+class _Run:
+    """A run on its way."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer | None = None
+    plans: list[Plan] = field(default_factory=list)
+    indices: list[TensorIndices] = field(default_factory=list)
+    removed: list[float] = field(default_factory=list)
+
+
+def geometric(ratio: float, steps: int) -> tuple[float, ...]:
+    """Ratios of the dense quantity after each step, if all remove the same share of the rest.
+
+    1 - (1 - s)^(k / n) for k = 1..n. Source: Frankle & Carbin, The Lottery Ticket Hypothesis,
+    ICLR 2019, section 1 (each round prunes p^(1/n) of what survives).
+
+    Args:
+        ratio: s, the fraction removed in the end.
+        steps: n.
+    """
+    # The last is what was asked for, to the bit.
+    return (*(1 - (1 - ratio) ** (k / steps) for k in range(1, steps)), ratio)
+
+
+def iterate(
+    model: nn.Module,
+    ratio: float | None = None,
+    steps: int = 1,
+    retrain: Retrain | None = None,
+    inputs: Inputs = None,
+    *,
+    of: str = "macs",
+    sequence: Sequence[float] | None = None,
+    score: str | Score | Criterion | None = None,
+    data: Data | None = None,
+    loss: Loss | None = None,
+    batches: int = BATCHES,
+    compensate: bool | str = "auto",
+    allocation: str | None = None,
+    align: int = 8,
+    keep: Iterable[str] = (),
+    seed: int = 0,
+    optimizer: MakeOptimizer | None = None,
+    optimizer_state: str = "slice",
+    checkpoint: str | os.PathLike[str] | None = None,
+    resume: bool = True,
+    progress: bool = True,
+) -> Iterated:
+    """Prune and retrain in turns; units are ranked anew by the weights of each turn.
+
+    Step k brings the quantity to (1 - ratio)^(k / steps) of the *dense* model's, so that each
+    removes the same share of what is left, and what widths round off does not add up.
+
+    Args:
+        model: The dense model; it is not changed.
+        ratio: Fraction removed in the end of the quantity named by `of`, in (0, 1).
+        steps: Number of turns; 1 is one-shot pruning.
+        retrain: Called as retrain(model, step), or retrain(model, step, optimizer) if there is
+            one, after each removal, step counting from 0. It trains in place and returns None, or
+            returns another model of the same architecture. What it raises is not caught.
+        inputs: Example inputs, as for `depcut.shrink`.
+        of: "macs", "params" or "channels".
+        sequence: In place of ratio and steps: the fraction of the dense quantity that is gone
+            after each step, increasing; it may begin with 0, a step that only trains.
+        score: A criterion, as for `depcut.shrink`.
+        data: Calibration data, read once.
+        loss: A function of (output, target), for criteria that need gradients.
+        batches: How many items of the data to read at most.
+        compensate: Whether to re-solve weights before retraining; "auto": if there is data.
+        allocation: "uniform" or "global", as for `depcut.shrink`.
+        align: Kept widths are multiples of it where the width allows.
+        keep: Globs over module or parameter names whose width must stay.
+        seed: For criteria that draw.
+        optimizer: A function from a model to its optimizer.
+        optimizer_state: "slice": the optimizer goes on with its state narrowed along; "reset":
+            a new one is made at every step.
+        checkpoint: Folder to which every finished step is written: plan (JSON), weights and
+            optimizer state (safetensors), torch's random state. Data loaders and other sources of
+            chance are the caller's to seed, by step.
+        resume: Whether to go on from the steps in the folder; the model passed must be the dense
+            one of then.
+        progress: Whether to show a progress bar on standard error.
+
+    Raises:
+        InputError: An option has a wrong value, or the checkpoints are of another run.
+        BudgetError: A ratio cannot be reached.
+        PlanError: The retrain function changed the architecture.
+    """
+    targets = _targets(ratio, steps, sequence)
+    _check(retrain, of, optimizer, optimizer_state)
+    wants_repair(compensate, data is not None)
+    items = None if data is None else read(data, batches)
+    if inputs is None and items is not None and isinstance(model, nn.Module):
+        inputs = inputs_of(items[0], model, loss is not None)
+    dense = analyze(model, inputs)
+    patterns = [keep] if isinstance(keep, str) else list(keep)
+    request = {
+        "targets": list(targets),
+        "of": of,
+        "score": score_name(score or ("magnitude" if data is None else "obs")),
+        "allocation": allocation,
+        "align": align,
+        "keep": patterns,
+        "seed": seed,
+        "compensate": compensate,
+        "optimizer_state": optimizer_state if optimizer else None,
+        "architecture": fingerprint(dense.coupling),
+    }
+    disk = None if checkpoint is None else Checkpoints(checkpoint, request, resume)
+    turns = _Turns(
+        dense=dense,
+        targets=targets,
+        of=of,
+        retrain=retrain,
+        make=optimizer,
+        optimizer_state=optimizer_state,
+        choosing={
+            "score": score,
+            "allocation": allocation,
+            "align": align,
+            "keep": patterns,
+            "seed": seed,
+            "progress": progress,
+        },
+        reading={"loss": loss, "batches": batches, "progress": progress},
+        compensate=compensate,
+        items=items,
+        disk=disk,
+    )
+    run = turns.run(progress)
+    settings = {"ratio": targets[-1], "of": of, "steps": len(targets)}
+    plan = composed(dense, run.indices, settings)
+    return Iterated(run.model, plan, tuple(run.plans), tuple(run.removed), run.optimizer)
+
+
+@dataclass(frozen=True)
+class _Turns:
+    """All that the steps of a run share.
+
+    Attributes:
+        dense: The dense model's analysis.
+        targets: Ratio of the dense quantity that is gone after each step.
+        of: Name of the quantity.
+        retrain: The user's function.
+        make: Makes an optimizer, if there is to be one.
+        optimizer_state: "slice" or "reset".
+        choosing: Options of `Analysis.plan`.
+        reading: Options of `Analysis.calibrate`.
+        compensate: Whether to re-solve weights.
+        items: Calibration data, read already.
+        disk: Where finished steps are kept, if anywhere.
+    """
+
+    dense: Analysis
+    targets: tuple[float, ...]
+    of: str
+    retrain: Retrain | None
+    make: MakeOptimizer | None
+    optimizer_state: str
+    choosing: Mapping[str, Any]
+    reading: Mapping[str, Any]
+    compensate: bool | str
+    items: Any
+    disk: Checkpoints | None
+
+    def run(self, progress: bool) -> _Run:
+        run = _Run(self.dense.model)
+        done = self._resumed(run)
+        console = Console(stderr=True)
+        shown = progress and (console.is_interactive or console.is_jupyter)
+        with Progress(console=console, transient=True, disable=not shown) as bar:
+            task = bar.add_task("prune and retrain", total=len(self.targets), completed=done)
+            for step in range(done, len(self.targets)):
+                self._step(run, step)
+                bar.advance(task)
+        return run
+
+    def _resumed(self, run: _Run) -> int:
+        """Rebuild the last finished step: its plans in turn, then its weights."""
+        done = 0 if self.disk is None else min(self.disk.finished(), len(self.targets))
+        if self.disk is None or not done:
+            return 0
+        for step in range(done):
+            plan = self.disk.plan(step).bind(run.model, self._inputs)
+            self._narrow(run, plan, compensate=False)
+        record = self.disk.read(done - 1, run.model, run.optimizer)
+        run.removed = [float(r) for r in record["removed"]]
+        return done
+
+    def _analysis(self, model: nn.Module) -> Analysis:
+        return self.dense if model is self.dense.model else analyze(model, self._inputs)
+
+    @property
+    def _inputs(self) -> Inputs:
+        """The inputs as given, else as inferred."""
+        program = self.dense.program
+        if self.dense.inputs is not None:
+            return self.dense.inputs
+        return program.kwargs or tuple(program.args)
+
+    def _step(self, run: _Run, step: int) -> None:
+        analysis = self._analysis(run.model)
+        total = self.dense.costs[self.of].total
+        target = total * (1 - self.targets[step])
+        ratio = 1 - target / analysis.costs[self.of].total
+        if ratio <= _KEEPS:
+            plan = analysis.plan_keeping({})
+            self._narrow(run, plan, compensate=False)
+        else:
+            data = analysis.calibrate(self.items, **self.reading)
+            plan = analysis.plan(ratio, of=self.of, data=data, **self.choosing)
+            self._narrow(run, plan, compensate=self.compensate, data=data)
+        left = analysis.costs[self.of](plan.keep().counts)
+        run.removed.append(1 - left / total)
+        self._retrain(run, step)
+        if self.disk is not None:
+            self.disk.write(step, plan, run.model, run.optimizer, {"removed": run.removed})
+
+    def _narrow(self, run: _Run, plan: Plan, **options: Any) -> None:
+        """Apply a plan to the model of a run, with its optimizer."""
+        sliced = run.optimizer if self.optimizer_state == "slice" else None
+        slim = plan.apply(run.model, optimizer=sliced, **options)
+        run.plans.append(replace(plan, coupling=None, model=None))  # not to hold on to the model
+        run.indices.append(plan.tensor_indices())
+        run.model = slim
+        if self.make is not None and sliced is None:
+            run.optimizer = self.make(slim)
+            check_optimizer(run.optimizer, slim)
+
+    def _retrain(self, run: _Run, step: int) -> None:
+        if self.retrain is None:
+            return
+        before = _shapes(run.model)
+        extra = () if run.optimizer is None else (run.optimizer,)
+        result = self.retrain(run.model, step, *extra)
+        if result is not None and not isinstance(result, nn.Module):
+            raise InputError(
+                f"the retrain function returned a {type(result).__name__}",
+                where=f"retrain=, step {step}",
+                remedy="train the model in place and return None, or return a module",
+            )
+        trained = run.model if result is None else result
+        after = _shapes(trained)
+        if after != before:
+            raise PlanError(
+                f"the retrain function changed the architecture: {_changed(before, after)}",
+                where=f"retrain=, step {step}",
+                remedy="return a model with the same tensors as the one that it was given",
+            )
+        run.model = trained
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {n: tuple(t.shape) for n, t in model.state_dict(keep_vars=True).items()}
+
+
+def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    for name in {**before, **after}:
+        if before.get(name) != after.get(name):
+            was, now = (str(s.get(name, "absent")) for s in (before, after))
+            return f"{name} was {was}, is {now}"
+    return "its tensors have another order"
+
+
+def _targets(
+    ratio: float | None, steps: int, sequence: Sequence[float] | None
+) -> tuple[float, ...]:
+    """The ratio of the dense quantity that is gone after each step."""
+    if sequence is None:
+        check_ratio(ratio, "ratio=")
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise InputError(
+                f"steps is {steps!r}", where="steps=", remedy="pass an integer of at least 1"
+            )
+        return geometric(float(ratio or 0), steps)
+    if ratio is not None or steps != 1:
+        raise InputError(
+            "sequence= stands for the ratio and the steps",
+            where="sequence=",
+            remedy="leave ratio and steps out, or leave sequence out",
+        )
+    values = tuple(sequence)
+    for i, value in enumerate(values):
+        if i or value != 0:
+            check_ratio(value, f"sequence=, item {i}")
+    increasing = all(a < b for a, b in pairwise(values))
+    if not increasing or not any(values):
+        raise InputError(
+            f"the sequence {list(values)} does not increase",
+            where="sequence=",
+            remedy="list the fraction of the dense model that is gone after each step, rising",
+        )
+    return tuple(map(float, values))
+
+
+def _check(retrain: object, of: str, optimizer: object, optimizer_state: str) -> None:
+    if retrain is not None and not callable(retrain):
+        raise InputError(
+            f"retrain is a {type(retrain).__name__}, not a function",
+            where="retrain=",
+            remedy="pass a function of (model, step)",
+        )
+    if of not in COSTS:
+        raise InputError(
+            f"steps have no {of!r} to measure", where="of=", remedy=f"use one of {', '.join(COSTS)}"
+        )
+    if optimizer is not None and (
+        not callable(optimizer) or isinstance(optimizer, torch.optim.Optimizer)
+    ):
+        raise InputError(
+            f"optimizer is a {type(optimizer).__name__}, not a function that makes one",
+            where="optimizer=",
+            remedy="pass e.g. lambda model: torch.optim.SGD(model.parameters(), 0.1)",
+        )
+    if optimizer_state not in ("slice", "reset"):
+        raise InputError(
+            f"optimizer_state is {optimizer_state!r}",
+            where="optimizer_state=",
+            remedy='use "slice" or "reset"',
+        )

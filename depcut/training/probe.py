@@ -1,0 +1,140 @@
+"""Whether zeros really make a dense model compute what the smaller one will: tried on numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import suppress
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from depcut import axes
+from depcut.axes import Indices
+from depcut.coupling import Coupling
+from depcut.keep import Keep
+from depcut.observe import error
+from depcut.reference import Reference, example, finished
+from depcut.rewrite.tensors import take
+from depcut.training.places import Place, Places, tied_to
+from depcut.verify import TOLERANCE
+
+_EXACT = 1e-5  # of the outputs' scale; what is not exact is off by far more at random weights
+_NOISE = 0.1  # of a parameter's size, so that a zero at initialisation hides nothing
+
+
+def zeroed(
+    keep: Keep, places: Mapping[int, frozenset[Place]], aliases: Mapping[str, tuple[str, ...]]
+) -> dict[str, dict[int, Indices]]:
+    """Indices to zero in the dimensions of parameters, by name; shared ones under their first.
+
+    Args:
+        keep: What stays.
+        places: Where to zero, by group number.
+        aliases: Names that share one tensor, by each of these names.
+    """
+    out: dict[str, dict[int, Indices]] = {}
+    for name, dim in sorted({p for n in keep.units for p in places[n]}):
+        kept = keep.tensors[name][dim]
+        assert kept is not None
+        gone = np.setdiff1d(np.arange(axes.resolve(keep.coupling.dims[name][dim]).size), kept)
+        dims = out.setdefault(aliases.get(name, (name,))[0], {})
+        dims[dim] = np.union1d(dims[dim], gone) if dim in dims else gone
+    return out
+
+
+def probed(coupling: Coupling, model: nn.Module, places: Places) -> Places:
+    """The places without the groups of which zeros turn out to compute something else.
+
+    A random half of the units of every group goes, at weights with some noise, and the dense graph
+    with zeros is compared with the narrowed graph, on the captured inputs.
+
+    Args:
+        coupling: The analysed architecture.
+        model: Whose weights are read.
+        places: As the algebra tells.
+    """
+    trial = _Trial(coupling, model, places)
+    families: dict[object, list[int]] = {}
+    for number in places.zeros:
+        tie = coupling.groups[number].tied
+        families.setdefault(("tied", tie) if tie is not None else number, []).append(number)
+    exact = set(trial.exact([], list(families.values())))
+    wrong = {
+        n: "zeros in its weights do not compute what the smaller model does"
+        for n in places.zeros
+        if n not in exact
+    }
+    return places.without({**tied_to(coupling, wrong), **wrong})
+
+
+class _Trial:
+    def __init__(self, coupling: Coupling, model: nn.Module, places: Places) -> None:
+        self.coupling, self.model, self.places = coupling, model, places
+        generator = torch.Generator().manual_seed(0)
+        self.tensors: dict[str, torch.Tensor] = {}
+        made: dict[int, torch.Tensor] = {}
+        for name, tensor in model.named_parameters(remove_duplicate=False):
+            if id(tensor) not in made:
+                value = tensor.detach()
+                if value.is_floating_point():
+                    noise = torch.randn(value.shape, generator=generator).to(value)
+                    size = float(value.float().square().mean().sqrt()) if value.numel() else 0.0
+                    value = value + _NOISE * (size or 1.0) * noise
+                made[id(tensor)] = value
+            self.tensors[name] = made[id(tensor)]
+        nodes = coupling.program.graph.graph.nodes
+        dtypes = {v.dtype for n in nodes if isinstance(v := n.meta.get("val"), torch.Tensor)}
+        halves = [TOLERANCE[d] for d in dtypes if d in (torch.float16, torch.bfloat16)]
+        self.limit = max([_EXACT, *halves])
+
+    def exact(self, base: list[int], families: list[list[int]]) -> list[int]:
+        """The base, and of the families those that are exact together with it: by bisection."""
+        numbers = base + [n for family in families for n in family]
+        if not families or self._agrees(numbers):
+            return numbers
+        if len(families) == 1:
+            return base
+        middle = len(families) // 2
+        base = self.exact(base, families[:middle])
+        return self.exact(base, families[middle:])
+
+    def _agrees(self, numbers: list[int]) -> bool:
+        rng = np.random.default_rng(0)
+        counts: dict[object, int] = {}
+        units = {}
+        for number in numbers:
+            group = self.coupling.groups[number]
+            key = number if group.tied is None else ("tied", group.tied)
+            count = max(counts.setdefault(key, group.size // 2), group.floor, 1)
+            if count < group.size:
+                units[number] = np.sort(rng.choice(group.size, count, replace=False))
+        keep = Keep(self.coupling, units)
+        with suppress(RuntimeError):  # the code may insist on its own precision
+            return self._difference(keep, torch.float64) <= self.limit
+        with suppress(RuntimeError):
+            return self._difference(keep, None) <= self.limit
+        return False
+
+    def _difference(self, keep: Keep, dtype: torch.dtype | None) -> float:
+        """Between the outputs of the dense graph with zeros and of the narrowed one."""
+        inputs = pytree.tree_leaves(example(keep, dtype=dtype))
+        aliases = self.coupling.program.aliases
+        gone = zeroed(keep, self.places.zeros, aliases)
+        dense, narrow = {}, {}
+        for name, tensor in self.tensors.items():
+            value = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+            for dim, at in gone.get(aliases.get(name, (name,))[0], {}).items():
+                value = value.index_fill(dim, torch.from_numpy(at).to(value.device), 0)
+            dense[name] = value
+            picked = keep.tensors.get(name)
+            narrow[name] = take(value, picked) if picked else value
+        whole = Keep(self.coupling, {})
+        with torch.no_grad(), torch.random.fork_rng():
+            masked = Reference(whole, self.model).steps(inputs, dtype, tensors=dense)
+            wanted = finished(masked)
+            sliced = Reference(keep, self.model, sliced=True).steps(inputs, dtype, tensors=narrow)
+            size, message = error(finished(sliced), wanted)
+        return math.inf if message or not math.isfinite(size) else size

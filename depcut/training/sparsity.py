@@ -1,0 +1,214 @@
+"""Penalties on whole units, so that training itself makes some of them removable without loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from depcut import axes
+from depcut.analysis import Analysis
+from depcut.choose import matching
+from depcut.errors import InputError, PlanError
+from depcut.plan import Plan
+
+_TINY = 1e-12  # under the root, whose slope at 0 is infinite
+
+
+@dataclass(frozen=True, eq=False)
+class _Slices:
+    """Squared norms of units as one gather: which index of which parameter goes to which unit.
+
+    Attributes:
+        parameters: The model's own, each once.
+        dims: For each entry, (position in `parameters`, dimension).
+        index: Number of the unit that each index of each entry belongs to; the last: to none.
+        sizes: Number of elements of each unit.
+        groups: Where each group's units begin, by group number.
+    """
+
+    parameters: tuple[nn.Parameter, ...]
+    dims: tuple[tuple[int, int], ...]
+    index: torch.Tensor
+    sizes: torch.Tensor
+    groups: dict[int, int]
+
+    def squares(self) -> torch.Tensor:
+        """Sum of the squares of all that each unit owns, differentiable."""
+        device = self.parameters[0].device
+        squared = [p.float().square() for p in self.parameters]
+        parts = []
+        for number, dim in self.dims:
+            others = [d for d in range(squared[number].ndim) if d != dim]
+            summed = squared[number].sum(others) if others else squared[number]
+            parts.append(summed.to(device))
+        index = self.index.to(device)
+        total = torch.zeros(len(self.sizes) + 1, device=device)
+        return total.index_add(0, index, torch.cat(parts))[:-1]
+
+
+def _slices(analysis: Analysis, groups: Collection[int]) -> _Slices:
+    coupling, held = (
+        analysis.coupling,
+        dict(analysis.model.named_parameters(remove_duplicate=False)),
+    )
+    starts, count = {}, 0
+    for number in sorted(groups):
+        starts[number] = count
+        count += coupling.groups[number].size
+    parameters: dict[int, tuple[int, nn.Parameter]] = {}
+    dims, index = [], []
+    sizes = np.zeros(count + 1, dtype=np.int64)
+    seen: set[tuple[int, int, int]] = set()
+    for number, start in starts.items():
+        group = coupling.groups[number]
+        for member in group.members:
+            parameter = held.get(member.tensor)
+            if parameter is None or not parameter.is_floating_point():
+                continue
+            entry, _ = parameters.setdefault(id(parameter), (len(parameters), parameter))
+            if (entry, member.dim, number) in seen:
+                continue  # a shared parameter counts once
+            seen.add((entry, member.dim, number))
+            owner = axes.units(coupling.dims[member.tensor][member.dim], group.axis)
+            places = np.where(owner < 0, count, owner + start)
+            dims.append((entry, member.dim))
+            index.append(places)
+            np.add.at(sizes, places, parameter.numel() // max(parameter.shape[member.dim], 1))
+    kept = [p for _, p in parameters.values()]
+    return _Slices(
+        tuple(kept),
+        tuple(dims),
+        torch.from_numpy(np.concatenate(index)),
+        torch.from_numpy(sizes[:-1]),
+        starts,
+    )
+
+
+class GroupLasso:
+    """Group lasso over the units of an analysis: strength x sum of sqrt(p_u) ||w_u||_2.
+
+    w_u is all that unit u owns (rows that make it, columns that read it, biases, norm scales) and
+    p_u the number of its elements. Add it to the loss: `loss + penalty()`. Units that the task does
+    not need go to zero as a whole, so that `depcut.shrink` removes them without loss.
+
+    Source: Yuan & Lin, Model Selection and Estimation in Regression with Grouped Variables, 2006,
+    eq. 2.1; Wen et al., Learning Structured Sparsity in Deep Neural Networks, NeurIPS 2016, eq. 2.
+    A weight between two groups belongs to a unit of each: the groups overlap.
+
+    Args:
+        analysis: Of the model that is being trained; its parameters are read at every call.
+        strength: Factor of the penalty.
+        keep: Globs over module or parameter names whose units are not penalised.
+
+    Raises:
+        InputError: The strength is not positive, or nothing is left to penalise.
+    """
+
+    def __init__(self, analysis: Analysis, strength: float, *, keep: Iterable[str] = ()) -> None:
+        _check_positive(strength, "strength")
+        self.analysis, self.strength = analysis, strength
+        patterns = [keep] if isinstance(keep, str) else list(keep)
+        spared = {i for p in patterns for i in matching(analysis.coupling, p, "keep=")}
+        chosen = {g.index for g in analysis.groups} - spared
+        if not chosen:
+            raise InputError(
+                "there are no units to penalise",
+                where="GroupLasso",
+                remedy="see print(analysis): a group is needed that keep= does not hold",
+            )
+        self._slices = _slices(analysis, chosen)
+
+    def __call__(self) -> torch.Tensor:
+        """The penalty now, differentiable."""
+        squares = self._slices.squares()
+        weight = self._slices.sizes.to(squares).sqrt()
+        return self.strength * (weight * (squares + _TINY).sqrt()).sum()
+
+    def norms(self) -> dict[str, torch.Tensor]:
+        """The L2 norm of every unit, by group name."""
+        with torch.no_grad():
+            values = self._slices.squares().sqrt()
+        groups = self.analysis.groups
+        return {
+            groups[n].name: values[start : start + groups[n].size]
+            for n, start in self._slices.groups.items()
+        }
+
+
+class GrowingRegularization:
+    """An L2 penalty on the units that a plan removes, growing until they are gone.
+
+    lambda / 2 x sum of ||w_u||^2 over the units to remove, lambda growing by `increment` every
+    `every` calls of `step()` up to `ceiling`. At the end, `plan.apply(model)` changes little.
+
+    Source: Wang et al., Neural Pruning via Growing Regularization, ICLR 2021, section 3.2 (GReg-1).
+
+    Args:
+        analysis: Of the model that is being trained.
+        plan: Which units go; made by the same analysis.
+        increment: Delta lambda.
+        every: K_u, steps between two increments.
+        ceiling: tau, the largest lambda.
+
+    Raises:
+        InputError: A number is not positive.
+        PlanError: The plan is of another architecture, or removes nothing.
+    """
+
+    def __init__(
+        self,
+        analysis: Analysis,
+        plan: Plan,
+        *,
+        increment: float = 1e-4,
+        every: int = 10,
+        ceiling: float = 1.0,
+    ) -> None:
+        _check_positive(increment, "increment")
+        _check_positive(ceiling, "ceiling")
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise InputError(
+                f"every is {every!r}", where="every=", remedy="pass an integer of at least 1"
+            )
+        keep = plan.keep(analysis.coupling)
+        if not keep.units:
+            raise PlanError(
+                "the plan removes nothing",
+                where="plan=",
+                remedy="pass a plan that does, e.g. analysis.plan(0.5)",
+            )
+        self.increment, self.every, self.ceiling = increment, every, ceiling
+        self.steps = 0
+        self._slices = _slices(analysis, set(keep.units))
+        gone = torch.ones(len(self._slices.sizes), dtype=torch.bool)
+        for number, kept in keep.units.items():
+            gone[self._slices.groups[number] + torch.from_numpy(kept)] = False
+        self._gone = gone
+
+    @property
+    def strength(self) -> float:
+        """Lambda now."""
+        return min(self.increment * (self.steps // self.every), self.ceiling)
+
+    def step(self) -> None:
+        """Count an optimizer step."""
+        self.steps += 1
+
+    def __call__(self) -> torch.Tensor:
+        """The penalty now, differentiable."""
+        squares = self._slices.squares()
+        return 0.5 * self.strength * squares[self._gone.to(squares.device)].sum()
+
+
+def _check_positive(value: Any, name: str) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf:
+        raise InputError(
+            f"{name} is {value!r}", where=f"{name}=", remedy="pass a finite number above 0"
+        )

@@ -1,0 +1,80 @@
+"""Random numbers of training, so that a resumed run draws what an uninterrupted one draws.
+
+Every step of the model draws from a seed of its own, and so does every epoch of the data: there is
+no state to be carried along, and dropout does not shift the data's augmentation.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+DATA, STEP, VALID = 1, 2, 3  # what a seed is for
+
+
+def seed_everything(*numbers: int) -> None:
+    """Seed torch, numpy and random.
+
+    Args:
+        *numbers: Non-negative; any difference in them gives unrelated seeds.
+    """
+    words = [int(w) for w in np.random.SeedSequence(numbers).generate_state(4)]
+    torch.manual_seed(words[0] << 32 | words[1])
+    random.seed(words[2])
+    np.random.seed(words[3])  # noqa: NPY002  (what users' transforms draw from)
+
+
+def seed_of(*numbers: int) -> int:
+    """A single seed, for a generator."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def _states() -> tuple[Any, ...]:
+    return torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
+
+
+def _restore(states: tuple[Any, ...]) -> None:
+    torch.set_rng_state(states[0])
+    random.setstate(states[1])
+    np.random.set_state(states[2])  # noqa: NPY002
+
+
+@contextmanager
+def preserved() -> Iterator[None]:
+    """The caller's random states are as before afterwards."""
+    states = _states()
+    try:
+        with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
+            yield
+    finally:
+        _restore(states)
+
+
+class Stream:
+    """Random states of their own, beside the current ones.
+
+    Args:
+        *numbers: See `seed_everything`.
+    """
+
+    def __init__(self, *numbers: int) -> None:
+        outside = _states()
+        seed_everything(*numbers)
+        self.states = _states()
+        _restore(outside)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Within the context, draws are this stream's."""
+        outside = _states()
+        _restore(self.states)
+        try:
+            yield
+        finally:
+            self.states = _states()
+            _restore(outside)
