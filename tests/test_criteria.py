@@ -135,7 +135,7 @@ def relative(values: list[np.ndarray]) -> list[np.ndarray]:
     return [v - lowest for v in values]
 
 
-def same(got: list[np.ndarray], expected: list[np.ndarray], rtol: float = 1e-5) -> None:
+def assert_same(got: list[np.ndarray], expected: list[np.ndarray], rtol: float = 1e-5) -> None:
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * float(np.abs(b).max() + 1e-30))
 
@@ -158,7 +158,7 @@ def test_members_and_aggregates_are_those_of_a_loop(
     analysis = analysis_of(name)
     wanted = Score("l1", aggregate=aggregate, members=members, normalize="none")
     elements = {n: w.abs() for n, w in weights_of(analysis.model).items()}
-    same(scores(analysis, wanted), sums(analysis, elements, wanted))
+    assert_same(scores(analysis, wanted), sums(analysis, elements, wanted))
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -170,11 +170,11 @@ def test_normalisations_are_those_of_their_names(name: str) -> None:
     }
     elements = {n: torch.ones_like(w) for n, w in weights_of(analysis.model).items()}
     counts = sums(analysis, elements, Score("l1"))
-    same(found["mean"], [v / v.mean() for v in found["none"]])
-    same(found["size"], [v / n for v, n in zip(found["none"], counts, strict=True)])
+    assert_same(found["mean"], [v / v.mean() for v in found["none"]])
+    assert_same(found["size"], [v / n for v, n in zip(found["none"], counts, strict=True)])
     plain = [(v - v.mean()) / v.std() for v in found["none"]]
     lowest = min(v.min() for v in plain)
-    same(found["zscore"], [v - lowest for v in plain])
+    assert_same(found["zscore"], [v - lowest for v in plain])
 
 
 def test_scores_are_never_negative_and_shifted_all_alike() -> None:
@@ -237,7 +237,7 @@ def test_lamp_divides_by_what_is_not_smaller(name: str) -> None:
         ).reshape(norms.shape)
         for norms in sums(analysis, elements, Score("lamp"))
     ]
-    same(scores(analysis, "lamp"), expected)
+    assert_same(scores(analysis, "lamp"), expected)
     assert all(v.max() == pytest.approx(1) for v in expected)
 
 
@@ -257,14 +257,14 @@ def test_fpgm_is_the_sum_of_distances_to_all_others(name: str) -> None:
             for unit in range(group.size)
         ]
         expected.append(np.array([sum(float((a - b).norm()) for b in vectors) for a in vectors]))
-    same(scores(analysis, "fpgm"), relative(expected))
+    assert_same(scores(analysis, "fpgm"), relative(expected))
 
 
 def test_fpgm_gives_the_same_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     analysis = analysis_of("attention_gqa_expand")
     whole = scores(analysis, "fpgm")
     monkeypatch.setattr("depcut.scores.geometry._ENTRIES", 20)
-    same(scores(analysis, "fpgm"), whole, 1e-12)
+    assert_same(scores(analysis, "fpgm"), whole, 1e-12)
 
 
 class Normed(nn.Module):
@@ -293,10 +293,10 @@ def test_bn_reads_the_scales_that_the_graph_has() -> None:
     sizes = [g.size for g in analysis.groups]
     first, second, third = (sizes.index(n) for n in (8, 7, 6))
     found, norms = scores(analysis, "bn"), scores(analysis, "l2")
-    same([found[first], found[second]], [e / e.mean() for e in expected])
-    same([found[third]], [norms[third]])
+    assert_same([found[first], found[second]], [e / e.mean() for e in expected])
+    assert_same([found[third]], [norms[third]])
     raw = scores(analysis, Score("bn", normalize="none"))
-    same([raw[first], raw[second]], [expected[0] / 2, expected[1]])
+    assert_same([raw[first], raw[second]], [expected[0] / 2, expected[1]])
 
 
 @pytest.mark.parametrize("name", ["plain", "inverted_residual", "window_attention"])
@@ -371,7 +371,7 @@ def test_gradient_criteria_are_their_formulas(name: str, criterion: str) -> None
         expected = [np.abs(s) / 2 for s in mean(per_batch(lambda p: p))]
     else:
         expected = mean(per_batch(lambda p: p))
-    same(scores(analysis, criterion, data), relative(expected), 1e-3)
+    assert_same(scores(analysis, criterion, data), relative(expected), 1e-3)
 
 
 def test_taylor_gate_is_the_derivative_with_respect_to_a_gate() -> None:
@@ -473,7 +473,7 @@ def test_synflow_is_its_algorithm() -> None:
     for i, mask in enumerate(alive):
         assert mask.sum() == 1
         expected[i][mask > 0] = 100 + flows[i][mask > 0] / top
-    same(scores(analysis, "synflow"), expected, 1e-6)
+    assert_same(scores(analysis, "synflow"), expected, 1e-6)
 
 
 def kept_of_all(values: list[np.ndarray], share: float) -> list[int]:
@@ -508,7 +508,7 @@ def test_synflow_needs_no_data_and_is_blind_to_it() -> None:
     assert isinstance(inputs, Tensor)
     a = scores(depcut.analyze(model, inputs), "synflow")
     b = scores(depcut.analyze(model, -3 * inputs), "synflow")
-    same(a, b, 1e-12)
+    assert_same(a, b, 1e-12)
 
 
 # Activations -------------------------------------------------------------------------------------
@@ -577,7 +577,7 @@ def test_column_criteria_are_their_formulas(criterion: str) -> None:
         for u in range(6)
     ]
     found = scores(analysis, Score(criterion, normalize="none"), data)
-    same(found, [np.array(first), np.array(second)], 1e-4)
+    assert_same(found, [np.array(first), np.array(second)], 1e-4)
 
 
 def nuclear(matrix: Tensor) -> float:
@@ -610,7 +610,7 @@ def test_map_criteria_are_their_formulas(criterion: str) -> None:
     first = [of(seen["b"], u) for u in range(8)]
     second = [(of(seen["c"], u) + of(seen["d"], u)) / 2 for u in range(6)]
     found = scores(analysis, Score(criterion, normalize="none"), data)
-    same(found, [np.array(first), np.array(second)], 1e-4)
+    assert_same(found, [np.array(first), np.array(second)], 1e-4)
 
 
 def test_maps_of_heads_are_tokens_by_features() -> None:
@@ -646,7 +646,7 @@ def test_map_criteria_give_the_same_in_blocks(
     analysis, data, _ = reads()
     whole = scores(analysis, criterion, data)
     monkeypatch.setattr("depcut.scores.maps._ENTRIES", 1)
-    same(scores(analysis, criterion, data), whole, 1e-9)
+    assert_same(scores(analysis, criterion, data), whole, 1e-9)
 
 
 @pytest.mark.parametrize("name", BRUTE)
@@ -701,7 +701,7 @@ def test_scores_follow_a_permutation_of_the_units(criterion: str) -> None:
         items = [(normal(3, 3, 9, 9), 0)]
         data = calibrate(analysis.program, net, items, loss=loss_of, progress=False)
         found.append(scores(analysis, criterion, data))
-    same(found[1], [found[0][0][order.numpy()], found[0][1]], 1e-3)
+    assert_same(found[1], [found[0][0][order.numpy()], found[0][1]], 1e-3)
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)

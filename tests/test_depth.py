@@ -43,7 +43,7 @@ def zeroed(model: nn.Module, parameters: Any) -> nn.Module:
     return copy
 
 
-def close(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+def assert_agree(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
     assert_close(actual, expected, tolerance, "without a branch")
 
 
@@ -76,7 +76,7 @@ def test_a_dropped_branch_is_a_branch_of_zeros(name: str, chosen: tuple[str, ...
     zeros = zeroed(model, [p for n in chosen for p in found.zeros[n]])
     for batch in (1, 2, 5):
         given = found.inputs(batch)
-        close(outputs(slim, given), outputs(zeros, given), 1e-5)
+        assert_agree(outputs(slim, given), outputs(zeros, given), 1e-5)
     check_tensors(slim, model, plan)
     check_training(slim, found.inputs(4))
 
@@ -131,7 +131,7 @@ def test_widths_and_branches_together(name: str, seed: int) -> None:
     expected = depcut.analyze(zeros, found.inputs(2)).plan_keeping(kept).apply(zeros)
     for batch in (1, 3):
         given = found.inputs(batch)
-        close(outputs(slim, given), outputs(expected, given), 1e-5)
+        assert_agree(outputs(slim, given), outputs(expected, given), 1e-5)
     check_training(slim, found.inputs(4))
 
 
@@ -168,7 +168,7 @@ def test_an_inner_branch_goes_with_the_outer_one() -> None:
     expected = zeroed(model, ["up.weight", "up.bias"])
     for chosen in ([outer.name], [outer.name, inner.name]):
         slim = analysis.plan_keeping({}, dropped=chosen).apply(model)
-        close(outputs(slim, rows(3)), outputs(expected, rows(3)), 1e-6)
+        assert_agree(outputs(slim, rows(3)), outputs(expected, rows(3)), 1e-6)
         assert {n.partition(".")[0] for n in slim.state_dict()} == {"stem", "head"}
 
 
@@ -185,7 +185,7 @@ def test_one_call_of_a_shared_layer(chosen: tuple[int, ...]) -> None:
         for _ in range(3 - len(chosen)):
             x = x + model.layer(x)
         expected = model.head(x)
-    close(outputs(slim, rows(3)), [expected], 1e-5)
+    assert_agree(outputs(slim, rows(3)), [expected], 1e-5)
     assert any(n.startswith("layer.") for n in slim.state_dict()) == (len(chosen) < 3)
 
 
@@ -217,7 +217,7 @@ def test_branches_in_the_lines_of_the_whole_model() -> None:
     slim = analysis.plan_keeping({}, dropped=["weight", "gain"]).apply(model)
     assert {n.partition(".")[0] for n in slim.state_dict()} == {"stem", "head"}
     with torch.no_grad():
-        close([slim(rows(3))], [model.head(model.stem(rows(3)))], 1e-6)
+        assert_agree([slim(rows(3))], [model.head(model.stem(rows(3)))], 1e-6)
 
 
 def test_siblings_and_broadcasts_are_no_branches() -> None:
@@ -281,7 +281,7 @@ def test_a_plan_keeps_its_branches_in_a_file(tmp_path: Path) -> None:
     assert plan.digest != analysis.plan_keeping(kept).digest
     again, first = loaded.apply(found.build()), plan.apply(model)
     assert again.state_dict().keys() == first.state_dict().keys()
-    close(outputs(again, words(3)), outputs(first, words(3)), 1e-6)
+    assert_agree(outputs(again, words(3)), outputs(first, words(3)), 1e-6)
     assert "without blocks.0.attn" in str(plan)
     assert not any(n.startswith("blocks.0.attn.") for n in plan.tensor_indices())
 

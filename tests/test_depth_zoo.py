@@ -5,8 +5,6 @@ A handful run by default, all of them with `-m sweep`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -30,23 +28,10 @@ FAST = {
     "timm/convnextv2_atto": (24, 29),
 }
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _libraries() -> None:
-    for name in ("torchvision", "timm", "transformers"):
-        if not find_spec(name):
-            pytest.skip(f"{name} is not installed")
-    zoo.libraries()
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("one_thread", "zoo_libraries"),
+]
 
 
 @pytest.mark.parametrize("name", FAST)
@@ -58,7 +43,8 @@ def test_branches_of_a_public_architecture(name: str) -> None:
 @pytest.mark.sweep
 @pytest.mark.parametrize("name", [name for name in zoo.ZOO if name not in FAST])
 def test_branches_of_every_public_architecture(name: str) -> None:
-    dropped(name)
+    residuals = dropped(name)
+    assert len({b.name for b in residuals.branches}) == len(residuals.branches)
 
 
 @pytest.mark.parametrize("name", ["hf/llama", "tv/resnet18"])

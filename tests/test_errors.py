@@ -19,7 +19,7 @@ from depcut.errors import BudgetError, CaptureError, DepcutError, InputError, Pl
 
 
 @contextmanager
-def refused(
+def assert_refused(
     model: nn.Module, *keywords: str, kind: type[DepcutError] = DepcutError
 ) -> Iterator[None]:
     """The block raises an error whose text has every keyword, and leaves the model alone.
@@ -51,27 +51,27 @@ IMAGES = NETS["residual"].inputs(2)
 @pytest.mark.parametrize("ratio", [0.0, 1.0, -0.5, 1.5, 50, math.nan, math.inf, -math.inf])
 def test_a_ratio_outside_of_its_range(ratio: float) -> None:
     model = residual()
-    with refused(model, "ratio", str(ratio), "between 0 and 1|(0, 1)|0 < ratio < 1"):
+    with assert_refused(model, "ratio", str(ratio), "between 0 and 1|(0, 1)|0 < ratio < 1"):
         depcut.shrink(model, ratio, IMAGES)
 
 
 @pytest.mark.parametrize("ratio", ["0.5", None, [0.5], True])
 def test_a_ratio_that_is_no_number(ratio: Any) -> None:
     model = residual()
-    with refused(model, "ratio", kind=InputError):
+    with assert_refused(model, "ratio", kind=InputError):
         depcut.shrink(model, ratio, IMAGES)
 
 
 @pytest.mark.parametrize("of", ["macs", "params"])
 def test_a_budget_below_the_floors_says_the_smallest_reachable(of: str) -> None:
     model = residual()
-    with refused(model, of, "0.999|99.9", "smallest|at most|largest", kind=BudgetError):
+    with assert_refused(model, of, "0.999|99.9", "smallest|at most|largest", kind=BudgetError):
         depcut.shrink(model, 0.999, IMAGES, of=of, align=1)
 
 
 def test_a_budget_that_kept_layers_put_out_of_reach() -> None:
     model = residual()
-    with refused(model, "smallest|at most|largest", kind=BudgetError):
+    with assert_refused(model, "smallest|at most|largest", kind=BudgetError):
         depcut.shrink(model, 0.9, IMAGES, keep=["conv1*", "head*"], align=1)
 
 
@@ -87,14 +87,14 @@ def test_a_budget_that_kept_layers_put_out_of_reach() -> None:
 )
 def test_an_unknown_option_is_named_with_what_there_is(option: str, value: Any) -> None:
     model = residual()
-    with refused(model, option, str(value), kind=InputError):
+    with assert_refused(model, option, str(value), kind=InputError):
         depcut.shrink(model, 0.5, IMAGES, **{option: value})
 
 
 @pytest.mark.parametrize("ratios", [{"stem*": 1.5}, {"stem*": math.nan}, {"no_such_layer*": 0.5}])
 def test_ratios_of_layers_are_checked_one_by_one(ratios: dict[str, float]) -> None:
     model = residual()
-    with refused(model, next(iter(ratios)), kind=InputError):
+    with assert_refused(model, next(iter(ratios)), kind=InputError):
         depcut.shrink(model, 0.5, IMAGES, of="channels", ratios=ratios)
 
 
@@ -114,19 +114,21 @@ class NoParameters(nn.Module):
 
 def test_nothing_prunable_lists_the_reasons() -> None:
     model = OnlyOutputs()
-    with refused(model, "nothing|no group", "classifier", "input", "output", kind=BudgetError):
+    with assert_refused(
+        model, "nothing|no group", "classifier", "input", "output", kind=BudgetError
+    ):
         depcut.shrink(model, 0.5, normal(2, 6))
 
 
 def test_a_model_without_parameters() -> None:
     model = NoParameters()
-    with refused(model, "nothing|no group|no parameter", kind=BudgetError):
+    with assert_refused(model, "nothing|no group|no parameter", kind=BudgetError):
         depcut.shrink(model, 0.5, normal(2, 6))
 
 
 def test_everything_kept_by_name() -> None:
     model = residual()
-    with refused(model, "keep", kind=BudgetError):
+    with assert_refused(model, "keep", kind=BudgetError):
         depcut.shrink(model, 0.5, IMAGES, keep=["*"])
 
 
@@ -136,20 +138,20 @@ def test_everything_kept_by_name() -> None:
 @pytest.mark.parametrize("name", ["stemm", "stem.0.weigth", "layer9.*"])
 def test_an_unknown_name_in_keep(name: str) -> None:
     model = residual()
-    with refused(model, "keep", name, kind=InputError):
+    with assert_refused(model, "keep", name, kind=InputError):
         depcut.shrink(model, 0.5, IMAGES, keep=["stem.0", name])
 
 
 def test_a_close_name_is_suggested() -> None:
     model = residual()
-    with refused(model, "stemm", "stem", kind=InputError):
+    with assert_refused(model, "stemm", "stem", kind=InputError):
         depcut.shrink(model, 0.5, IMAGES, keep=["stemm"])
 
 
 def test_explaining_an_unknown_layer() -> None:
     model = residual()
     analysis = depcut.analyze(model, IMAGES)
-    with refused(model, "conv9", kind=InputError):
+    with assert_refused(model, "conv9", kind=InputError):
         analysis.explain("conv9")
 
 
@@ -159,29 +161,29 @@ def test_explaining_an_unknown_layer() -> None:
 @pytest.mark.parametrize("inputs", ["image.png", 3, (2, 3, 8, 8), {"x": [1, 2]}, object(), ()])
 def test_inputs_that_hold_no_tensor(inputs: Any) -> None:
     model = residual()
-    with refused(model, "inputs", "tensor", kind=InputError):
+    with assert_refused(model, "inputs", "tensor", kind=InputError):
         depcut.shrink(model, 0.5, inputs)
 
 
 def test_inputs_that_the_model_does_not_take() -> None:
     model = residual()
-    with refused(model, "pictures|unexpected keyword"):
+    with assert_refused(model, "pictures|unexpected keyword"):
         depcut.shrink(model, 0.5, {"pictures": IMAGES})
-    with refused(model, "positional|argument"):
+    with assert_refused(model, "positional|argument"):
         depcut.shrink(model, 0.5, (IMAGES, IMAGES))
 
 
 def test_inputs_of_the_wrong_shape_or_type() -> None:
     model = residual()
-    with refused(model, "channels|shape|size"):
+    with assert_refused(model, "channels|shape|size"):
         depcut.shrink(model, 0.5, normal(2, 4, 8, 8))
-    with refused(model, "type|dtype|long|double"):
+    with assert_refused(model, "type|dtype|long|double"):
         depcut.shrink(model, 0.5, IMAGES.double())
 
 
 def test_inputs_that_cannot_be_inferred() -> None:
     model = NETS["einsum_linear"].build()
-    with refused(model, "inputs", "pass", kind=InputError):
+    with assert_refused(model, "inputs", "pass", kind=InputError):
         depcut.shrink(model, 0.5)
 
 
@@ -208,7 +210,7 @@ class BranchOnValues(nn.Module):
 
 def test_a_model_that_cannot_be_exported_quotes_its_line() -> None:
     model = BranchOnValues()
-    with refused(model, "if x.sum() > 0", "test_errors.py", "export", kind=CaptureError):
+    with assert_refused(model, "if x.sum() > 0", "test_errors.py", "export", kind=CaptureError):
         depcut.shrink(model, 0.5, normal(2, 6))
 
 
@@ -223,7 +225,7 @@ class Raises(nn.Module):
 
 def test_a_model_that_raises_is_quoted() -> None:
     model = Raises().train()
-    with refused(model, "the tide is out", "test_errors.py", kind=CaptureError):
+    with assert_refused(model, "the tide is out", "test_errors.py", kind=CaptureError):
         depcut.shrink(model, 0.5, normal(2, 6))
 
 
@@ -258,7 +260,7 @@ def test_weights_that_are_not_finite(value: float) -> None:
     model = residual()
     with torch.no_grad():
         model.conv1[0].weight[1, 2] = value
-    with refused(model, "conv1.0.weight", "finite"):
+    with assert_refused(model, "conv1.0.weight", "finite"):
         depcut.shrink(model, 0.5, IMAGES)
 
 
@@ -274,14 +276,14 @@ def plan_of(name: str) -> Any:
 @pytest.mark.parametrize("other", ["plain", "mlp", "residual_projection", "experts"])
 def test_a_plan_for_another_architecture(other: str) -> None:
     plan, model = plan_of("residual"), NETS[other].build()
-    with refused(model, "plan", kind=PlanError):
+    with assert_refused(model, "plan", kind=PlanError):
         plan.apply(model)
 
 
 def test_a_plan_for_another_width_names_tensor_and_sizes() -> None:
     plan, model = plan_of("plain"), NETS["plain"].build()
     model[1][0] = nn.Conv2d(8, 13, 3)
-    with refused(model, "1.0.weight", "13", "12", kind=PlanError):
+    with assert_refused(model, "1.0.weight", "13", "12", kind=PlanError):
         plan.apply(model)
 
 
@@ -293,14 +295,14 @@ def test_impossible_units(units: list[Any], keyword: str) -> None:
     model = residual()
     analysis = depcut.analyze(model, IMAGES)
     [group] = [group for group in analysis.groups if group.size == 8]
-    with refused(model, group.name, keyword, kind=PlanError):
+    with assert_refused(model, group.name, keyword, kind=PlanError):
         analysis.plan_keeping({group.name: units})
 
 
 def test_an_unknown_group() -> None:
     model = residual()
     analysis = depcut.analyze(model, IMAGES)
-    with refused(model, "no_such_group", kind=PlanError):
+    with assert_refused(model, "no_such_group", kind=PlanError):
         analysis.plan_keeping({"no_such_group": [0]})
 
 

@@ -5,13 +5,10 @@ A handful run by default, all of them with `-m sweep`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import onnx
 import pytest
-import torch
 import zoo
 from oracle import read_tensors
 from torch import nn
@@ -24,37 +21,24 @@ FAST = ("tv/squeezenet1_1", "hf/bert", "hf/vit", "hf/llama")
 # The graph and tables made of image sizes stay as they are; batch norms are folded away.
 TOLERANCE = 0.02
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _libraries() -> None:
-    for name in ("torchvision", "timm", "transformers"):
-        if find_spec(name) is None:
-            pytest.skip(f"{name} is not installed")
-    zoo.libraries()
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("one_thread", "zoo_libraries"),
+]
 
 
 @pytest.mark.parametrize("name", FAST)
 def test_a_public_architecture(name: str, tmp_path: Path) -> None:
-    both(name, tmp_path)
+    assert_exported(name, tmp_path)
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("name", [name for name in zoo.ZOO if name not in FAST])
 def test_every_public_architecture(name: str, tmp_path: Path) -> None:
-    both(name, tmp_path)
+    assert_exported(name, tmp_path)
 
 
-def both(name: str, folder: Path) -> None:
+def assert_exported(name: str, folder: Path) -> None:
     inputs, model = zoo.ZOO[name].inputs(2), zoo.build(name)
     slim = depcut.shrink(model, 0.5, inputs)
     dense = depcut.export(model, folder / "dense.onnx", inputs)

@@ -134,7 +134,8 @@ def test_designs_can_be_planned(name: str) -> None:
     found = depcut.analyze(net.build(), net.inputs(2))
     for row in designs(space(found.coupling, 1, set()), 8):
         counts = zip(found.groups, row, strict=True)
-        found.plan_keeping({g.name: np.arange(n) for g, n in counts})
+        plan = found.plan_keeping({g.name: np.arange(n) for g, n in counts})
+        assert plan.keep().counts.tolist() == list(row)
 
 
 # Profiles ----------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator
 
 import pytest
-import torch
 from hypothesis import HealthCheck, Verbosity, given, settings
 from oracle import check
 from random_nets import (
@@ -21,6 +20,8 @@ from random_nets import (
     View,
     random_nets,
 )
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 USUAL = settings(
     max_examples=30,
@@ -39,14 +40,6 @@ SWEEP = settings(
 DOUBLE = 1e-9  # random nets are built in double precision
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def seen(capsys: pytest.CaptureFixture[str]) -> Iterator[Counter[str]]:
     """Counts what the nets were made of and prints it at the end."""
@@ -58,7 +51,7 @@ def seen(capsys: pytest.CaptureFixture[str]) -> Iterator[Counter[str]]:
         print(f"\n{nets} random nets, {groups} groups; {blocks}")
 
 
-def examine(net: RandomNet, counts: Counter[str]) -> None:
+def assert_sound(net: RandomNet, counts: Counter[str]) -> None:
     analysis = check(net.build(), net.inputs, independent=net.exact, tolerance=DOUBLE)
     counts.update(["nets", *net.kinds()])
     counts["groups"] += len(analysis.groups)
@@ -68,7 +61,7 @@ def test_random_nets(seen: Counter[str]) -> None:
     @USUAL
     @given(random_nets())
     def run(net: RandomNet) -> None:
-        examine(net, seen)
+        assert_sound(net, seen)
 
     run()
 
@@ -79,7 +72,7 @@ def test_many_random_nets(seen: Counter[str]) -> None:
     @SWEEP
     @given(random_nets())
     def run(net: RandomNet) -> None:
-        examine(net, seen)
+        assert_sound(net, seen)
 
     run()
 
@@ -95,4 +88,4 @@ NAMED = {
 
 @pytest.mark.parametrize("name", NAMED)
 def test_named_net(name: str) -> None:
-    examine(NAMED[name], Counter())
+    assert_sound(NAMED[name], Counter())

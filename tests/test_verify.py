@@ -28,7 +28,7 @@ def plan_of(model: nn.Module, inputs: Any, seed: int = 0) -> Any:
     return analysis.plan_keeping(random_keep(analysis, np.random.default_rng(seed)))
 
 
-def refused(plan: Any, *words: str) -> None:
+def assert_refused(plan: Any, *words: str) -> None:
     """Applying raises an error that names one of the layers; the dense model is untouched."""
     before = snapshot(plan.model)
     with pytest.raises(VerificationError) as caught:
@@ -63,7 +63,7 @@ def test_a_rule_that_leaves_two_dimensions_uncoupled(units: list[int], rule: Any
         next(g for g in analysis.groups if layer in g.layers) for layer in ("stem.0", "conv2.0")
     )
     assert stem is not other
-    refused(analysis.plan_keeping({stem.name: [0, 1, 2], other.name: units}))
+    assert_refused(analysis.plan_keeping({stem.name: [0, 1, 2], other.name: units}))
 
 
 def test_a_rule_that_confuses_the_order(rule: Any) -> None:
@@ -75,7 +75,7 @@ def test_a_rule_that_confuses_the_order(rule: Any) -> None:
         return (first[0], width, *first[2:])
 
     rule(reversed_cat, "aten.cat", "aten.cat.default")
-    refused(plan_of(net.build(), net.inputs(2)))
+    assert_refused(plan_of(net.build(), net.inputs(2)))
 
 
 def test_a_rule_that_forgets_a_statistic(rule: Any) -> None:
@@ -88,7 +88,7 @@ def test_a_rule_that_forgets_a_statistic(rule: Any) -> None:
         return out
 
     rule(pointwise_norm, "aten.rms_norm.default")
-    refused(plan_of(net.build(), net.inputs(2)))
+    assert_refused(plan_of(net.build(), net.inputs(2)))
 
 
 def test_a_rule_that_forgets_a_size(rule: Any) -> None:
@@ -102,7 +102,7 @@ def test_a_rule_that_forgets_a_size(rule: Any) -> None:
         return out
 
     rule(silent, "aten.reshape.default", "aten.view.default")
-    refused(plan_of(net.build(), net.inputs(2)))
+    assert_refused(plan_of(net.build(), net.inputs(2)))
 
 
 # Corrupted models ---------------------------------------------------------------------------------
@@ -149,14 +149,14 @@ def with_wrong_number(
 def test_one_wrong_number_is_found(
     name: str, layer: str, tensor: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refused(with_wrong_number(name, layer, tensor, monkeypatch))
+    assert_refused(with_wrong_number(name, layer, tensor, monkeypatch))
 
 
 @pytest.mark.parametrize(("name", "layer", "tensor"), WRONG_NUMBERS)
 def test_the_layer_with_a_wrong_number_is_named(
     name: str, layer: str, tensor: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refused(with_wrong_number(name, layer, tensor, monkeypatch), layer)
+    assert_refused(with_wrong_number(name, layer, tensor, monkeypatch), layer)
 
 
 def test_exchanged_channels_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +168,7 @@ def test_exchanged_channels_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(depcut.rewrite.tensors, "take", mirrored)
     net = NETS["residual"]
-    refused(plan_of(net.build(), net.inputs(2)))
+    assert_refused(plan_of(net.build(), net.inputs(2)))
 
 
 def test_what_leaks_from_removed_channels_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +188,7 @@ def test_what_leaks_from_removed_channels_is_found(monkeypatch: pytest.MonkeyPat
 
     plan.apply(model)
     tamper(monkeypatch, leak)
-    refused(plan)
+    assert_refused(plan)
 
 
 def test_a_wrong_shape_inside_is_found_and_repaired(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +223,7 @@ def test_a_head_of_zeros_does_not_hide_what_comes_before(
         slim.get_submodule(layer).weight.view(-1)[0] += 1.0
 
     tamper(monkeypatch, change)
-    refused(plan)
+    assert_refused(plan)
 
 
 def test_a_lost_output_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +234,7 @@ def test_a_lost_output_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     net = NETS["auxiliary_outputs"]
     plan = plan_of(net.build(), net.inputs(2))
     tamper(monkeypatch, change)
-    refused(plan)
+    assert_refused(plan)
 
 
 def test_a_model_that_is_right_is_not_generated() -> None:
@@ -386,7 +386,7 @@ def test_a_model_that_draws_is_still_checked_for_its_shapes(
         slim.head = nn.Linear(slim.head.in_features, 4)
 
     tamper(monkeypatch, change)
-    refused(plan)
+    assert_refused(plan)
 
 
 class Logarithm(nn.Module):
@@ -416,7 +416,7 @@ def test_what_is_no_number_in_the_slim_model_alone_is_found(
 
     plan = plan_of(seeded(Logarithm, 0), normal(4, 6))
     tamper(monkeypatch, change)
-    refused(plan)
+    assert_refused(plan)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -441,7 +441,7 @@ def test_a_coarse_precision_does_not_hide_a_wrong_weight(
     net = NETS["residual"]
     plan = plan_of(net.build().to(dtype), net.inputs(2).to(dtype))
     tamper(monkeypatch, change)
-    refused(plan)
+    assert_refused(plan)
 
 
 def test_a_small_error_in_single_precision_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -451,7 +451,7 @@ def test_a_small_error_in_single_precision_is_found(monkeypatch: pytest.MonkeyPa
     net = NETS["residual"]
     plan = plan_of(net.build(), net.inputs(2))
     tamper(monkeypatch, change)
-    refused(plan)
+    assert_refused(plan)
 
 
 # The measure --------------------------------------------------------------------------------------

@@ -5,8 +5,6 @@ A handful run by default, all of them with `-m sweep`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import zoo
@@ -26,43 +24,24 @@ FAST = (
     "hf/bert",
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _libraries() -> None:
-    for name in ("torchvision", "timm", "transformers"):
-        if not available(name):
-            pytest.skip(f"{name} is not installed")
-    zoo.libraries()
-
-
-def available(name: str) -> bool:
-    from importlib.util import find_spec
-
-    return find_spec(name) is not None
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("one_thread", "zoo_libraries"),
+]
 
 
 @pytest.mark.parametrize("name", FAST)
 def test_half_of_a_public_architecture(name: str) -> None:
-    halve(name)
+    assert_halved(name)
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("name", [name for name in zoo.ZOO if name not in FAST])
 def test_half_of_every_public_architecture(name: str) -> None:
-    halve(name)
+    assert_halved(name)
 
 
-def halve(name: str) -> None:
+def assert_halved(name: str) -> None:
     """Shrink by half of the MACs and demand all that a user may rely on."""
     member, model = zoo.ZOO[name], zoo.build(name)
     before = snapshot(model)

@@ -1,0 +1,28 @@
+"""Fixtures that several files share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+import pytest
+import torch
+import zoo
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small nets are slower on several threads, which wait on each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def zoo_libraries() -> None:
+    """Skips where a library of the zoo is not installed."""
+    for name in ("torchvision", "timm", "transformers"):
+        if find_spec(name) is None:
+            pytest.skip(f"{name} is not installed")
+    zoo.libraries()
