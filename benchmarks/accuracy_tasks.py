@@ -168,7 +168,7 @@ class Task:
                 model.load_state_dict(load_file(path))
             else:
                 train(self, model, seed)
-                _store(path, model)
+                store(path, model)
         return model.eval()
 
     def path(self, seed: int) -> Path:
@@ -272,7 +272,8 @@ def _digest(*data: bytes) -> str:
     return made.hexdigest()[:16]
 
 
-def _store(path: Path, model: nn.Module) -> None:
+def store(path: Path, model: nn.Module) -> None:
+    """Written to a temporary file and renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)

@@ -2,19 +2,21 @@
 
 Two tasks of accuracy_tasks.py, three seeds; 50, 70 and 90 % of the MACs removed; T_rt of 2.5, 10
 and 25 % of the original training's T steps. Points that were measured before are not measured
-again; every part can be run by itself. One process at a time writes a results file.
+again; every part can be run by itself, and several processes may write one results file.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
 import sys
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from statistics import mean
 
 import measure
@@ -93,14 +95,24 @@ class Results:
         return any(_same(r, row) and r["key"] == row["key"] for r in self.rows)
 
     def add(self, row: Row) -> None:
-        rows = [r for r in self._read() if not _same(r, row)] + [row]
-        order = list(TASKS), list(PARTS)
-        rows.sort(key=lambda r: (order[0].index(r["name"]), r["seed"], order[1].index(r["part"])))
-        self.rows = rows
-        self.write()
+        with self._locked():
+            rows = [r for r in self._read() if not _same(r, row)] + [row]
+            tasks, parts = list(TASKS), list(PARTS)
+            rows.sort(key=lambda r: (tasks.index(r["name"]), r["seed"], parts.index(r["part"])))
+            self.rows = rows
+            measure.write(self.name, rows, summary(rows))
 
     def write(self) -> None:
-        measure.write(self.name, self.rows, summary(self.rows))
+        with self._locked():
+            self.rows = self._read()
+            measure.write(self.name, self.rows, summary(self.rows))
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One process at a time reads the file and writes it."""
+        with (measure.RESULTS / f".{self.name}.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
 
 def _same(a: Row, b: Row) -> bool:

@@ -12,7 +12,7 @@ from statistics import mean
 
 from accuracy_summary import of_peer
 from measure import RESULTS
-from retrain_summary import AT, FT_SHARE
+from retrain_summary import AT, AUTO, BY, FT_SHARE
 from retrain_tasks import EARLY, Subject
 from torch import nn
 
@@ -85,12 +85,13 @@ def schedules(subject: Subject, wanted: Wanted) -> Points:
 
                 yield Point("schedules", name, removed, budget, steps, run)
 
-            for name in ("llr", FT_SHARE):
+            for name in BY:
 
                 def default(
                     removed: float = removed, name: str = name, steps: int = steps
                 ) -> nn.Module:
-                    return subject.retrain(subject.default(removed), name, steps)
+                    d = subject.default_distance(removed) if name == AUTO else None
+                    return subject.retrain(subject.default(removed), name, steps, distance=d)
 
                 yield Point("schedules", f"default, {name}", removed, budget, steps, default)
 
@@ -220,10 +221,12 @@ def rival(subject: Subject, wanted: Wanted) -> Points:
     steps = subject.steps(AT)
     for removed in wanted.ratios:
         for name in best_variants(subject.task.name, removed):
-            for by in ("llr", FT_SHARE):
+            for by in BY:
 
                 def run(removed: float = removed, name: str = name, by: str = by) -> nn.Module:
-                    return subject.retrain(subject.of_peer(name, removed), by, steps)
+                    slim = subject.of_peer(name, removed)
+                    d = subject.distance_of_peer(slim) if by == AUTO else None
+                    return subject.retrain(slim, by, steps, distance=d)
 
                 method = name if by == "llr" else f"{name}, {by}"
                 yield Point("rival", method, removed, AT, steps, run)

@@ -14,11 +14,13 @@ from rich.table import Table
 DIGITS = {"digits_resnet": 2, "char_gpt": 3}
 # differences that mean nothing: one test image of 449; a two-hundredth of a nat
 TOLERANCE = {"digits_resnet": 100 / 449 + 1e-3, "char_gpt": 0.005}
-FT, FT_SHARE, DEFAULT = "ft", "ft/100", "default, llr"
-LOW = f"default, {FT_SHARE}"
-# ft/100: constant at a hundredth of the peak, the end of a schedule with two drops by ten
+FT, FT_SHARE, AUTO = "ft", "ft/100", "auto"
+# ft/100: constant at a hundredth of the peak, the end of a schedule with two drops by ten;
+# auto: what depcut.retrain does of itself, ALLR by the distance of the outputs where it is less
+BY = ("llr", AUTO, FT_SHARE)
+DEFAULT, LOW, OWN = (f"default, {by}" for by in ("llr", FT_SHARE, AUTO))
 SCHEDULES = (FT, FT_SHARE, "lrw", "slr", "clr", "llr", "allr")
-OF_SCHEDULES = ("none", *SCHEDULES, "default, none", DEFAULT, LOW)
+OF_SCHEDULES = ("none", *SCHEDULES, "default, none", DEFAULT, OWN, LOW)
 ONE_SHOT, GRADUAL, REWOUND = "one shot", "gradual", "weight rewinding"
 BEST = f"{PEER}, better of two"
 AT = 0.1  # the budget at which Torch-Pruning is compared
@@ -55,25 +57,24 @@ def gains(name: str, a: Mapping[int, float], b: Mapping[int, float]) -> list[flo
 
 def rival(find: Find, name: str, removed: float, by: str = "llr") -> tuple[str, dict[int, float]]:
     """Of the variants retrained by a schedule, the one that ends better, by the mean."""
-    suffix = f", {FT_SHARE}"
     every = {
-        m.removesuffix(suffix): v
+        m.removesuffix(f", {by}"): v
         for (p, m, r, _), v in find.items()
-        if (p, r) == ("rival", removed) and m.endswith(suffix) == (by == FT_SHARE)
+        if (p, r) == ("rival", removed) and (m.rpartition(", ")[2] if ", " in m else "llr") == by
     }
     return _better(every, name)
 
 
 def own(find: Find, name: str, removed: float) -> tuple[str, dict[int, float]]:
-    """The default, by the schedule of the two that ends better."""
-    every = {m: find.get(("schedules", m, removed, AT), {}) for m in (DEFAULT, LOW)}
+    """The default, by the schedule that ends best."""
+    every = {m: find.get(("schedules", m, removed, AT), {}) for m in (DEFAULT, OWN, LOW)}
     return _better({m: v for m, v in every.items() if v}, name)
 
 
 def rivals_best(find: Find, name: str, removed: float) -> tuple[str, dict[int, float]]:
     """The rival, by the variant and the schedule that end best."""
     every = {}
-    for by in ("llr", FT_SHARE):
+    for by in BY:
         variant, values = rival(find, name, removed, by)
         if values:
             every[f"{variant}, {by}"] = values
@@ -101,6 +102,8 @@ def comparisons(find: Find, name: str) -> dict[str, list[tuple[str, list[float]]
         "gradual over iterative": ((GRADUAL, GRADUAL), ("iterative", cycles)),
         "default, llr over magnitude, llr": ((of, DEFAULT), (of, "llr")),
         "default, ft/100 over default, llr": ((of, LOW), (of, DEFAULT)),
+        "default, auto over default, llr": ((of, OWN), (of, DEFAULT)),
+        "default, auto over magnitude, allr": ((of, OWN), (of, "allr")),
     }
     out = {
         what: [
@@ -129,12 +132,12 @@ def comparisons(find: Find, name: str) -> dict[str, list[tuple[str, list[float]]
             [whole(find, "lottery", "early ticket", r) for r in ratios],
             [whole(find, "long", control, r) for r in ratios],
         )
-    for by in ("llr", FT_SHARE):
+    for by in BY:
         singles[f"default over {BEST}, both {by} at {AT:.0%} of T"] = (
             [find.get((of, f"default, {by}", r, AT), {}) for r in ratios],
             [rival(find, name, r, by)[1] for r in ratios],
         )
-    singles[f"default over {BEST}, each by its better schedule at {AT:.0%} of T"] = (
+    singles[f"default over {BEST}, each by its best schedule at {AT:.0%} of T"] = (
         [own(find, name, r)[1] for r in ratios],
         [rivals_best(find, name, r)[1] for r in ratios],
     )
@@ -249,7 +252,7 @@ def tables(rows: Sequence[Row], name: str) -> dict[str, list[list[str]]]:
         for method in dict.fromkeys(m for p, m, _, _ in find if p == part)
     ]
     made["trained as long as the dense net, or longer"] = [short, *lines]
-    theirs = {by: [rival(find, name, r, by) for r in ratios] for by in ("llr", FT_SHARE)}
+    theirs = {by: [rival(find, name, r, by) for r in ratios] for by in BY}
     lines = []
     for by, best in theirs.items():
         values = (find.get(("schedules", f"default, {by}", r, AT), {}) for r in ratios)

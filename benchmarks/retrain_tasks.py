@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import tempfile
 from collections.abc import Callable
 from functools import cached_property
@@ -11,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import accuracy_peer as peer
+import measure
 import torch
-from accuracy import METHODS, Dense
-from accuracy_tasks import Hook, Task, one_cycle, optimizer_of, step_through, train
-from retrain_summary import FT_SHARE
+from accuracy import Dense
+from accuracy_tasks import Hook, Task, one_cycle, optimizer_of, step_through, store, train
+from retrain_summary import AUTO, FT_SHARE
+from safetensors.torch import load_file
 from torch import nn
 
 import depcut
@@ -33,9 +36,11 @@ class Subject(Dense):
     """
 
     def __init__(self, task: Task, seed: int, budgets: tuple[float, ...]) -> None:
-        super().__init__(task, seed)
         self.length = task.recipe.steps
         self.budgets = budgets
+        if not task.path(seed).exists():
+            self._take_snapshots(task, seed)
+        super().__init__(task, seed)
 
     def steps(self, budget: float) -> int:
         """T_rt."""
@@ -66,6 +71,17 @@ class Subject(Dense):
     def distance(self, removed: float) -> float:
         return depcut.relative_distance(self.plan(removed), self.model)
 
+    @functools.cache  # noqa: B019
+    def default_plan(self, removed: float) -> depcut.Plan:
+        """Selection by obs."""
+        return self.analysis.plan(removed, data=self.calibration, align=1, seed=self.seed)
+
+    @cached_property
+    def calibration(self) -> Any:
+        return self.analysis.calibrate(
+            self.pairs, loss=self.task.loss, batches=len(self.pairs), progress=False
+        )
+
     def magnitude(self, removed: float) -> nn.Module:
         """Cut without compensation."""
         return copy.deepcopy(self._start("magnitude", removed))
@@ -74,11 +90,27 @@ class Subject(Dense):
         """Cut by obs, compensated."""
         return copy.deepcopy(self._start("default", removed))
 
+    def default_distance(self, removed: float) -> float:
+        """What `depcut.retrain(schedule="auto")` would take."""
+        weights = depcut.relative_distance(self.default_plan(removed), self.model)
+        return min(
+            weights, depcut.output_distance(self.model, self._start("default", removed), self.pairs)
+        )
+
+    def distance_of_peer(self, slim: nn.Module) -> float:
+        """The same of a model whose weights were cut, and not changed."""
+        energy, left = (
+            sum(float(p.square().sum()) for p in m.parameters()) for m in (self.model, slim)
+        )
+        sizes = [measure.params_of(m) for m in (self.model, slim)]
+        weights = math.sqrt((energy - left) / energy / (1 - sizes[1] / sizes[0]))
+        return min(weights, depcut.output_distance(self.model, slim, self.pairs))
+
     @functools.cache  # noqa: B019
     def _start(self, kind: str, removed: float) -> nn.Module:
         if kind == "magnitude":
             return self.plan(removed).apply(self.model, progress=False)
-        return self.shrunk(METHODS["default"], removed)[1]
+        return self.default_plan(removed).apply(self.model, data=self.calibration, progress=False)
 
     def of_peer(self, name: str, removed: float) -> nn.Module:
         """Cut by a variant of Torch-Pruning."""
@@ -96,7 +128,7 @@ class Subject(Dense):
     ) -> nn.Module:
         """By a schedule's name, in place, with the dense training's optimizer, batches and loss."""
         rates = [self.task.recipe.rate / 100] if name == FT_SHARE else self.rates
-        name = "ft" if name == FT_SHARE else name
+        name = {FT_SHARE: "ft", AUTO: "allr"}.get(name, name)
         return self._trained(
             model,
             steps,
@@ -120,39 +152,51 @@ class Subject(Dense):
 
     @cached_property
     def snapshots(self) -> depcut.Snapshots:
-        """Of the dense training, which is repeated for them once and must come out the same.
+        """Of the dense training, which is repeated for them if it was not this class that ran it.
 
         Raises:
-            RuntimeError: It does not; the cached weights are from another machine.
+            RuntimeError: Repeating gives other weights; the cached ones are from another machine.
         """
+        return self._take_snapshots(self.task, self.seed)
+
+    def _take_snapshots(self, task: Task, seed: int) -> depcut.Snapshots:
+        """Kept beside the trained weights, which are stored, too, or must be the same."""
         at = {0, self.steps(EARLY), *(self.length - self.steps(b) for b in self.budgets)}
-        weights = self.task.path(self.seed)
+        weights = task.path(seed)
         folder = weights.with_name(weights.stem + "-snapshots")
-        if folder.exists():
+        if folder.exists() and weights.exists():
             found = depcut.Snapshots(at, folder)
             if at <= set(found.taken):
                 return found
+        weights.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=weights.parent, prefix=f".{folder.name}.") as draft:
             taken = depcut.Snapshots(at, draft)
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.seed)
-                again = self.task.build()
-                train(self.task, again, self.seed, taken)
-            state = self.model.state_dict()
-            other = [n for n, t in again.state_dict().items() if not torch.equal(t, state[n])]
-            if other:
-                raise RuntimeError(
-                    f"repeating the training gives other weights ({other[0]} and more): remove "
-                    f"{weights} and measure anew"
-                )
+                torch.manual_seed(seed)
+                model = task.build()
+                train(task, model, seed, taken)
+            if weights.exists():
+                _assert_same(model, weights)
             folder.mkdir(exist_ok=True)
             for file in Path(draft).glob("step-*.safetensors"):
                 file.replace(folder / file.name)
+        if not weights.exists():
+            store(weights, model)
         return depcut.Snapshots(at, folder)
 
     def drawn(self, removed: float) -> nn.Module:
         """The small architecture, newly drawn as the net's constructor draws."""
         return depcut.fresh(self.plan(removed), self.model, init=_embeddings, seed=self.seed)
+
+
+def _assert_same(model: nn.Module, weights: Path) -> None:
+    stored = load_file(weights)
+    other = [n for n, t in model.state_dict().items() if not torch.equal(t, stored[n])]
+    if other:
+        raise RuntimeError(
+            f"repeating the training gives other weights ({other[0]} and more): remove "
+            f"{weights} and measure anew"
+        )
 
 
 def _embeddings(module: nn.Module) -> None:

@@ -35,6 +35,7 @@ from depcut.training.fresh import fresh, scratch_epochs
 from depcut.training.gradual import Gradual
 from depcut.training.iterative import Iterated, iterate
 from depcut.training.loop import Retrained, retrain
+from depcut.training.outputs import output_distance
 from depcut.training.schedules import OriginalSchedule, schedule
 from depcut.training.snapshots import LotteryTicket, Snapshots, lottery_ticket, rewind
 from depcut.training.sparsity import GroupLasso, GrowingRegularization
@@ -86,6 +87,7 @@ __all__ = [
     "iterate",
     "lightning_callback",
     "lottery_ticket",
+    "output_distance",
     "relative_distance",
     "retrain",
     "rewind",

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from depcut.analysis import analyze
-from depcut.calibration.data import BATCHES, Data, Loss, inputs_of, read
+from depcut.calibration.data import BATCHES, Data, Loss, read_with_inputs
 from depcut.choose import check_budget
 from depcut.inputs import Inputs
 from depcut.mend import wants_repair
@@ -75,9 +75,7 @@ def shrink(
     """
     check_budget(ratio, of, latency_ms, depth)
     wants_repair(compensate, data is not None)
-    items = None if data is None else read(data, batches)
-    if inputs is None and items is not None and isinstance(model, nn.Module):
-        inputs = inputs_of(items[0], model, loss is not None)
+    items, inputs = read_with_inputs(data, batches, inputs, model, loss is not None)
     analysis = analyze(model, inputs)
     calibration = analysis.calibrate(
         items, loss=loss, batches=batches, low_memory=low_memory, progress=progress

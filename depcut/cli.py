@@ -234,6 +234,96 @@ def _folder(path: Path) -> Path:
     return path
 
 
+def _demo_options(command: Command) -> None:
+    command.add("--out", type=Path, metavar="DIR", help="folder for the ONNX files; else a new one")
+    command.add("--ratio", type=float, default=0.5, help="share of the MACs to remove")
+    command.add("--epochs", type=int, default=12, help="passes over the data before shrinking")
+    command.add("--retrain-epochs", type=int, default=4, help="passes after it")
+    command.add("--seed", type=int, default=0, help="seed of data split, weights and order")
+    command.timing()
+
+
+def _analyze_options(command: Command) -> None:
+    command.model()
+    command.add("--explain", metavar="NAME", help="say all about one layer instead")
+
+
+def _shrink_options(command: Command) -> None:
+    command.model()
+    budget = command.exclusive()
+    budget("--ratio", type=float, help="share to remove, between 0 and 1")
+    budget("--latency-ms", type=float, help="milliseconds to come to in onnxruntime on this CPU")
+    command.add(
+        "--of",
+        default="macs",
+        help="what to remove that share of: macs, params, channels, latency (measured here)",
+    )
+    command.add("--score", help='criterion that ranks the units; "obs" with data, else "magnitude"')
+    command.add("--data", metavar="DATA", help="calibration data, as package.module:factory")
+    command.add("--loss", metavar="LOSS", help="of (output, target), as package.module:function")
+    command.add("--batches", type=int, default=BATCHES, help="items of the data to read at most")
+    command.add(
+        "--no-compensate",
+        dest="compensate",
+        action="store_false",
+        help="do not re-solve weights on the data",
+    )
+    command.add("--depth", action="store_true", help="residual branches may go as a whole")
+    command.add(
+        "--allocation",
+        help="how groups share the budget: uniform, or global, the default for latency and obs",
+    )
+    command.add("--align", type=int, default=8, help="kept widths are multiples of this")
+    command.add(
+        "--keep",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="layers or parameters whose width must stay; may be repeated",
+    )
+    command.add("--seed", type=int, default=0, help="seed of random scores")
+    command.add("--out", type=Path, required=True, metavar="DIR", help="folder for what is written")
+    command.add("--onnx", action="store_true", help="write the smaller model as ONNX too")
+    command.add("--time", action="store_true", help="time both models, as below")
+    command.runtime(several_batches=False)
+
+
+def _compact_options(command: Command) -> None:
+    command.model()
+    command.add("--out", type=Path, required=True, metavar="DIR", help="folder for what is written")
+    command.add("--onnx", action="store_true", help="write the smaller model as ONNX too")
+
+
+def _export_options(command: Command) -> None:
+    command.model()
+    command.plan()
+    command.add("--out", type=Path, required=True, metavar="FILE", help="ONNX file to write")
+
+
+def _bench_options(command: Command) -> None:
+    command.add(
+        "targets",
+        nargs="+",
+        metavar="TARGET",
+        help="MODEL or an .onnx file; the first is what the others are compared with",
+    )
+    command.inputs()
+    command.plan()
+    command.runtime(several_batches=True)
+
+
+_COMMANDS: dict[
+    str, tuple[Callable[[argparse.Namespace], None], str, Callable[[Command], None]]
+] = {
+    "demo": (_demo, "train, shrink, export and time a small ResNet on real digits", _demo_options),
+    "analyze": (_analyze, "show what can shrink, and why the rest cannot", _analyze_options),
+    "shrink": (_shrink, "write a plan and the weights of the smaller model", _shrink_options),
+    "compact": (_compact, "remove the units that are dead, and nothing else", _compact_options),
+    "export": (_export, "write a model as ONNX, checked in onnxruntime", _export_options),
+    "bench": (_bench, "time models or ONNX files in turns", _bench_options),
+}
+
+
 def _parser() -> argparse.ArgumentParser:
     """The parser with its six commands."""
     parser = argparse.ArgumentParser(
@@ -242,89 +332,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"depcut {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(
-        name: str, run: Callable[[argparse.Namespace], None], text: str, epilog: str = _EPILOG
-    ) -> Command:
-        described = f"{text[0].upper()}{text[1:]}."
+    for name, (run, text, options) in _COMMANDS.items():
         added = commands.add_parser(
-            name, help=text, description=described, epilog=epilog, formatter_class=Help
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            epilog="" if name == "demo" else _EPILOG,
+            formatter_class=Help,
         )
-        return Command(added, run)
-
-    demo = command(
-        "demo", _demo, "train, shrink, export and time a small ResNet on real digits", epilog=""
-    )
-    demo.add("--out", type=Path, metavar="DIR", help="folder for the ONNX files; else a new one")
-    demo.add("--ratio", type=float, default=0.5, help="share of the MACs to remove")
-    demo.add("--epochs", type=int, default=12, help="passes over the data before shrinking")
-    demo.add("--retrain-epochs", type=int, default=4, help="passes after it")
-    demo.add("--seed", type=int, default=0, help="seed of data split, weights and order")
-    demo.timing()
-
-    analyzed = command("analyze", _analyze, "show what can shrink, and why the rest cannot")
-    analyzed.model()
-    analyzed.add("--explain", metavar="NAME", help="say all about one layer instead")
-
-    shrunk = command("shrink", _shrink, "write a plan and the weights of the smaller model")
-    shrunk.model()
-    budget = shrunk.exclusive()
-    budget("--ratio", type=float, help="share to remove, between 0 and 1")
-    budget("--latency-ms", type=float, help="milliseconds to come to in onnxruntime on this CPU")
-    shrunk.add(
-        "--of",
-        default="macs",
-        help="what to remove that share of: macs, params, channels, latency (measured here)",
-    )
-    shrunk.add("--score", help='criterion that ranks the units; "obs" with data, else "magnitude"')
-    shrunk.add("--data", metavar="DATA", help="calibration data, as package.module:factory")
-    shrunk.add("--loss", metavar="LOSS", help="of (output, target), as package.module:function")
-    shrunk.add("--batches", type=int, default=BATCHES, help="items of the data to read at most")
-    shrunk.add(
-        "--no-compensate",
-        dest="compensate",
-        action="store_false",
-        help="do not re-solve weights on the data",
-    )
-    shrunk.add("--depth", action="store_true", help="residual branches may go as a whole")
-    shrunk.add(
-        "--allocation",
-        help="how groups share the budget: uniform, or global, the default for latency and obs",
-    )
-    shrunk.add("--align", type=int, default=8, help="kept widths are multiples of this")
-    shrunk.add(
-        "--keep",
-        action="append",
-        default=[],
-        metavar="GLOB",
-        help="layers or parameters whose width must stay; may be repeated",
-    )
-    shrunk.add("--seed", type=int, default=0, help="seed of random scores")
-    shrunk.add("--out", type=Path, required=True, metavar="DIR", help="folder for what is written")
-    shrunk.add("--onnx", action="store_true", help="write the smaller model as ONNX too")
-    shrunk.add("--time", action="store_true", help="time both models, as below")
-    shrunk.runtime(several_batches=False)
-
-    compacted = command("compact", _compact, "remove the units that are dead, and nothing else")
-    compacted.model()
-    compacted.add(
-        "--out", type=Path, required=True, metavar="DIR", help="folder for what is written"
-    )
-    compacted.add("--onnx", action="store_true", help="write the smaller model as ONNX too")
-
-    exported = command("export", _export, "write a model as ONNX, checked in onnxruntime")
-    exported.model()
-    exported.plan()
-    exported.add("--out", type=Path, required=True, metavar="FILE", help="ONNX file to write")
-
-    timed = command("bench", _bench, "time models or ONNX files in turns")
-    timed.add(
-        "targets",
-        nargs="+",
-        metavar="TARGET",
-        help="MODEL or an .onnx file; the first is what the others are compared with",
-    )
-    timed.inputs()
-    timed.plan()
-    timed.runtime(several_batches=True)
+        options(Command(added, run))
     return parser

@@ -59,7 +59,8 @@ ORDER = [
     "training training.schedules training.streams training.distance training.fresh",
     "training.batches training.optimizers training.snapshots training.distillation "
     "training.checkpoint",
-    "training.trainer",
+    "training.trainer training.outputs",
+    "training.rates",
     "training.loop",
     "runtime",
     "agreement convert publish",
@@ -95,7 +96,7 @@ Distillation ExportError ExportReport Frozen Gradual Group GroupLasso GrowingReg
 InputError Iterated LatencyError LatencyModel LotteryTicket Member Op OriginalSchedule Phase Plan
 PlanError Retrained RuleError Score Snapshots TrainingError VerificationError analyze bench
 budget_phases compact compaction compare export fresh iterate lightning_callback lottery_ticket
-relative_distance retrain rewind rule run_phases schedule scratch_epochs shrink
+output_distance relative_distance retrain rewind rule run_phases schedule scratch_epochs shrink
 transformers_callback __version__
 """.split()
 

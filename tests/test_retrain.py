@@ -24,9 +24,6 @@ from torch.utils.data import DataLoader, TensorDataset
 import depcut
 from depcut.errors import DepcutError, InputError, TrainingError
 
-# Long; until retraining is finished as a whole, run by hand: pytest -m sweep.
-pytestmark = pytest.mark.sweep
-
 pytest.importorskip("accelerate")
 
 loss = functional.cross_entropy
@@ -115,21 +112,34 @@ def test_a_smaller_model_learns_and_the_callers_stays_as_it_is() -> None:
 
 def test_the_best_epochs_weights_come_back(tmp_path: Path) -> None:
     valid = DataLoader(data(), batch_size=48)
-    scores = iter([0.1, 0.9, 0.3, 0.2])
     for folder in (None, tmp_path):
-        scores = iter([0.1, 0.9, 0.3, 0.2])
-        made = retrain(epochs=4, valid=valid, metric=lambda *_: next(scores), checkpoint=folder)  # noqa: B023
+        made = retrain(
+            epochs=4, valid=valid, metric=scored([0, 0.1, 0.9, 0.3, 0.2]), checkpoint=folder
+        )
         assert made.best_epoch == 2
-        halfway = retrain(epochs=4, valid=valid, metric=scored([0.1, 0.9, 0.3]), patience=1)
+        halfway = retrain(epochs=4, valid=valid, metric=scored([0, 0.1, 0.9, 0.3]), patience=1)
         assert halfway.stopped
         assert len(halfway.history) == 3
         assert same(made.model, halfway.model)
-        lower = retrain(epochs=4, valid=valid, metric=scored([3, 2, 1, 2]), maximize=False)
+        lower = retrain(epochs=4, valid=valid, metric=scored([4, 3, 2, 1, 2]), maximize=False)
         assert lower.best_epoch == 3
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "best-1.safetensors", "history.json", "step-000000024",
+        "best-2.safetensors", "history.json", "step-000000024",
     ]  # fmt: skip
     assert json.loads((tmp_path / "history.json").read_text())[1]["metric"] == 0.9
+
+
+def test_the_start_comes_back_if_no_epoch_is_better(tmp_path: Path) -> None:
+    valid = DataLoader(data(), batch_size=48)
+    model = net().eval()
+    for folder in (None, tmp_path):
+        made = retrain(model, valid=valid, metric=scored([0.9, 0.5, 0.9]), checkpoint=folder)
+        assert made.start["metric"] == 0.9
+        assert made.best_epoch == 0
+        assert same(made.model, model)
+    impatient = retrain(model, epochs=3, valid=valid, metric=scored([0.9, 0.5]), patience=1)
+    assert len(impatient.history) == 1
+    assert retrain(model).start == {}
 
 
 def scored(values: list[float]) -> Any:

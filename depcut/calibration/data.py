@@ -175,6 +175,29 @@ def inputs_of(item: Any, model: nn.Module, pairs: bool) -> Inputs:
     return item  # type: ignore[no-any-return]
 
 
+def read_with_inputs(
+    data: Data | None, batches: int, inputs: Inputs, model: Any, pairs: bool
+) -> tuple[list[Any] | None, Inputs]:
+    """The first items of the data, if any, and example inputs: as given, else the first item's.
+
+    Args:
+        data: Any iterable of items, or None.
+        batches: How many to read at most.
+        inputs: As the caller gave them.
+        model: Whose inputs the items hold.
+        pairs: Whether there is a loss, which takes the targets.
+
+    Raises:
+        InputError: See `read`.
+    """
+    if data is None:
+        return None, inputs
+    items = read(data, batches)
+    if inputs is None and isinstance(model, nn.Module):
+        inputs = inputs_of(items[0], model, pairs)
+    return items, inputs
+
+
 class _Reader:
     """Turns items into batches of the captured structure."""
 

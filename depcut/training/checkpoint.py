@@ -182,6 +182,11 @@ class Checkpoints:
         assert isinstance(state, dict)
         return state
 
+    def asked(self) -> dict[str, Any]:
+        """What the training whose state is newest was asked for; empty if there is none."""
+        state = self.latest()
+        return {} if state is None else dict(state["run"])
+
     def clear(self) -> None:
         """Remove all states."""
         for path in self._found():

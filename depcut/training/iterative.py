@@ -19,7 +19,7 @@ from torch import nn
 
 from depcut.analysis import Analysis, analyze
 from depcut.architecture import fingerprint
-from depcut.calibration.data import BATCHES, Data, Loss, inputs_of, read
+from depcut.calibration.data import BATCHES, Data, Loss, read_with_inputs
 from depcut.choose import check_ratio
 from depcut.cost import COSTS
 from depcut.errors import InputError, PlanError
@@ -148,19 +148,15 @@ def iterate(
     targets = _targets(ratio, steps, sequence)
     _check(retrain, of, optimizer, optimizer_state)
     wants_repair(compensate, data is not None)
-    items = None if data is None else read(data, batches)
-    if inputs is None and items is not None and isinstance(model, nn.Module):
-        inputs = inputs_of(items[0], model, loss is not None)
+    items, inputs = read_with_inputs(data, batches, inputs, model, loss is not None)
     dense = analyze(model, inputs)
     patterns = [keep] if isinstance(keep, str) else list(keep)
+    choosing = {"allocation": allocation, "align": align, "keep": patterns, "seed": seed}
     request = {
+        **choosing,
         "targets": list(targets),
         "of": of,
         "score": score_name(score or ("magnitude" if data is None else "obs")),
-        "allocation": allocation,
-        "align": align,
-        "keep": patterns,
-        "seed": seed,
         "compensate": compensate,
         "optimizer_state": optimizer_state if optimizer else None,
         "architecture": fingerprint(dense.coupling),
@@ -173,14 +169,7 @@ def iterate(
         retrain=retrain,
         make=optimizer,
         optimizer_state=optimizer_state,
-        choosing={
-            "score": score,
-            "allocation": allocation,
-            "align": align,
-            "keep": patterns,
-            "seed": seed,
-            "progress": progress,
-        },
+        choosing={**choosing, "score": score, "progress": progress},
         reading={"loss": loss, "batches": batches, "progress": progress},
         compensate=compensate,
         items=items,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,17 +19,15 @@ from depcut.plan import Plan
 from depcut.rewrite.copying import copied
 from depcut.training.batches import open_loader
 from depcut.training.checkpoint import Checkpoints, digest
-from depcut.training.distance import relative_distance
 from depcut.training.distillation import Distillation
 from depcut.training.optimizers import Build, optimizer_for
-from depcut.training.schedules import OriginalSchedule, named
+from depcut.training.rates import Schedule, Start, peak_rate, schedule_of
+from depcut.training.schedules import OriginalSchedule
 from depcut.training.streams import preserved
 from depcut.training.trainer import Loss, Metric, Options, Record, Trainer
 
 # Attributes that accelerate leaves on a model; a second training would take it for prepared.
 _TRACES = ("forward", "_original_forward", "_is_accelerate_prepared")
-
-Schedule = str | Callable[[torch.optim.Optimizer, int], Any]
 
 
 @dataclass(frozen=True)
@@ -40,8 +38,9 @@ class Retrained:
         model: A trained copy with the weights of the best epoch; mode and device are the caller's.
         history: One record an epoch: epoch (from 1 on), steps, lr, loss, and with validation data
             valid_loss and metric; seconds.
+        start: valid_loss and metric of the model as it came.
         best_epoch: The epoch whose weights these are: of the best metric, else of the lowest
-            validation loss, else the last one.
+            validation loss, else the last one. 0: no epoch was better than the start.
         stopped: Whether patience ran out.
         resumed: The step that a checkpoint was resumed from; 0 for a fresh start.
         settings: What was used: schedule, peak rate, distance, optimizer, steps.
@@ -49,6 +48,7 @@ class Retrained:
 
     model: nn.Module
     history: tuple[Record, ...]
+    start: Record
     best_epoch: int
     stopped: bool
     resumed: int
@@ -102,9 +102,11 @@ def retrain(
         epochs: Passes over the data.
         loss: A function of (output, target) that returns a scalar; of an item that is no pair, it
             gets the whole item as target. May be left out with distillation.
-        schedule: "ft", "lrw", "slr", "clr", "llr", "allr" (see `depcut.schedule`), "auto" (ALLR
-            if there is a plan, else LLR), or a function of (optimizer, steps) that returns a
-            schedule of torch's kind, stepped once a step.
+        schedule: "ft", "lrw", "slr", "clr", "llr", "allr" (see `depcut.schedule`), "auto" (with a
+            plan or the dense model ALLR, else LLR), or a function of (optimizer, steps) that
+            returns a schedule of torch's kind, stepped once a step. ALLR by name measures what
+            the plan removed, as published; "auto" takes the distance of the outputs where that is
+            less, so that a model which compensation has mended is not damaged by a large rate.
         lr: The peak rate; left out, that of `original` or of the optimizer.
         original: The schedule of the dense training; FT, LRW and SLR need it.
         optimizer: One that trains `model` (a copy of it is used), a function of parameter groups,
@@ -115,7 +117,7 @@ def retrain(
             is better.
         maximize: False: smaller is better.
         plan: That made the model from the dense one; for ALLR.
-        dense: The dense model before compensation; left out, the one that the plan was made for.
+        dense: The dense model; left out, the one that the plan was made for.
         distillation: Of the dense model and this one; its `share` weighs it against the loss.
         patience: Stop after so many epochs in a row that are not the best so far.
         checkpoint: A folder for states, written after each epoch (safetensors and JSON).
@@ -144,8 +146,8 @@ def retrain(
         max_grad_norm=max_grad_norm,
         seed=seed,
     )
-    _check(model, options, valid is not None, distillation)
-    peak = _peak(lr, original, optimizer)
+    _check(model, dense, options, valid is not None, distillation)
+    peak = peak_rate(lr, original, optimizer)
     with _accelerated(accelerator, mixed_precision) as found, preserved():
         ranks = {"rank": found.process_index, "world": found.num_processes}
         pairs = loss is not None
@@ -153,22 +155,21 @@ def retrain(
         judged = None if valid is None else open_loader(
             valid, "valid=", model, pairs=pairs or metric is not None, **ranks
         )  # fmt: skip
-        with nullcontext() if distillation is None else distillation.paused():
-            net = copied(model, {})
-        net.to(found.device)
+        store = _opened(checkpoint, resume, found)
         steps = epochs * -(-data.own // gradient_accumulation)
-        made = optimizer_for(optimizer, model, net, peak)
-        rates, settings = _schedule(schedule, made, steps, peak, original, plan, dense)
+        with nullcontext() if distillation is None else distillation.paused():
+            net = copied(model, {}).to(found.device)
+            made = optimizer_for(optimizer, model, net, peak)
+            start = Start(net, data, plan, dense, seed, store.asked() if store else {})
+            rates, settings = schedule_of(
+                schedule, made, steps, start, peak=peak, original=original, accelerator=found
+            )
         settings |= {"optimizer": type(made).__name__, "mixed_precision": found.mixed_precision}
         run = {**settings, "epochs": epochs, "batches": data.batches, "seed": seed}
         run |= {"gradient_accumulation": gradient_accumulation, "max_grad_norm": max_grad_norm}
         run |= {"processes": found.num_processes, "patience": patience}
-        store = None if checkpoint is None else Checkpoints(checkpoint)
         if store is not None:
             run["weights"] = digest(model)
-            if not resume and found.is_main_process:
-                store.clear()
-            found.wait_for_everyone()
         teacher = None if distillation is None else distillation.of(net, found.device)
         trainer = Trainer(net, data, judged, options, made, rates, found, teacher, store, run)
         try:
@@ -179,6 +180,17 @@ def retrain(
             if teacher is not None:
                 teacher.close()
         return _result(model, trainer, resumed, settings, found)
+
+
+def _opened(folder: Any, resume: bool, accelerator: Any) -> Checkpoints | None:
+    """The checkpoints, without those of before if these do not count."""
+    if folder is None:
+        return None
+    store = Checkpoints(folder)
+    if not resume and accelerator.is_main_process:
+        store.clear()
+    accelerator.wait_for_everyone()
+    return store
 
 
 def _result(
@@ -194,9 +206,10 @@ def _result(
         new.training = old.training
     for parameter in net.parameters():
         parameter.grad = None
-    best = 0 if course.best is None else course.best + 1
     stopped = len(course.history) < trainer.options.epochs
-    return Retrained(net, tuple(course.history), best, stopped, resumed, settings)
+    return Retrained(
+        net, tuple(course.history), course.start, course.best or 0, stopped, resumed, settings
+    )
 
 
 def _options(**given: Any) -> Options:
@@ -223,13 +236,19 @@ def _options(**given: Any) -> Options:
 
 
 def _check(
-    model: Any, options: Options, validates: bool, distillation: Distillation | None
+    model: Any, dense: Any, options: Options, validates: bool, distillation: Distillation | None
 ) -> None:
     if not isinstance(model, nn.Module):
         raise InputError(
             f"model is a {type(model).__name__}, not a torch.nn.Module",
             where="model",
             remedy="pass the module itself",
+        )
+    if dense is not None and not isinstance(dense, nn.Module):
+        raise InputError(
+            f"dense is a {type(dense).__name__}, not a torch.nn.Module",
+            where="dense=",
+            remedy="pass the dense model, or leave it out",
         )
     for name, function in (("loss", options.loss), ("metric", options.metric)):
         if function is not None and not callable(function):
@@ -256,61 +275,6 @@ def _check(
             where="patience=",
             remedy="pass valid=, or leave patience out",
         )
-
-
-def _peak(lr: float | None, original: OriginalSchedule | None, optimizer: Any) -> float:
-    if lr is None and original is not None:
-        return original.top
-    if lr is None and isinstance(optimizer, torch.optim.Optimizer):
-        lr = max(float(g.get("initial_lr", g["lr"])) for g in optimizer.param_groups)
-    if lr is None:
-        raise InputError(
-            "there is no learning rate",
-            where="lr=",
-            remedy="pass lr=, the largest rate of the dense training, or original=",
-        )
-    if not 0 < lr < float("inf"):
-        raise InputError(f"lr is {lr}", where="lr=", remedy="pass a positive number")
-    return float(lr)
-
-
-def _schedule(
-    schedule: Schedule,
-    optimizer: torch.optim.Optimizer,
-    steps: int,
-    peak: float,
-    original: OriginalSchedule | None,
-    plan: Plan | None,
-    dense: nn.Module | None,
-) -> tuple[Any, dict[str, Any]]:
-    """The schedule, and what there is to say about it."""
-    if not isinstance(schedule, str):
-        made = schedule(optimizer, steps)
-        if not all(callable(getattr(made, n, None)) for n in ("step", "state_dict")):
-            raise InputError(
-                f"the schedule is a {type(made).__name__}",
-                where="schedule=",
-                remedy="return one of torch.optim.lr_scheduler's kind",
-            )
-        return made, {"schedule": type(made).__name__, "lr": peak, "steps": steps}
-    name = ("llr" if plan is None else "allr") if schedule == "auto" else schedule
-    kind, distance = named(name), None
-    if name.lower() == "allr":
-        distance = _distance(plan, dense)
-    known = OriginalSchedule(peak=peak) if original is None else replace(original, peak=peak)
-    made = kind(optimizer, known, steps, distance=distance)
-    return made, {"schedule": name, "lr": peak, "steps": steps, "distance": distance}
-
-
-def _distance(plan: Plan | None, dense: nn.Module | None) -> float:
-    if plan is None or (dense is None and plan.model is None):
-        raise InputError(
-            "ALLR measures what pruning removed, and there is no "
-            + ("plan" if plan is None else "dense model"),
-            where="schedule='allr'",
-            remedy="pass plan= and dense=, or use schedule='llr'",
-        )
-    return relative_distance(plan, cast(nn.Module, plan.model if dense is None else dense))
 
 
 @contextmanager

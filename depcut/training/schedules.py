@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -94,7 +95,7 @@ class OriginalSchedule:
         return float(peak)
 
 
-class RetrainingSchedule(LRScheduler):
+class RetrainingSchedule(LRScheduler, ABC):
     """Base of the schedules: one rate a step, shared by the groups in their proportions.
 
     The parameter group with the largest rate follows the schedule exactly, the others keep their
@@ -135,9 +136,9 @@ class RetrainingSchedule(LRScheduler):
         """The rate that the warm-up leads to."""
         return self.original.top
 
+    @abstractmethod
     def curve(self, done: float) -> float:
         """The rate after the warm-up, at a share in [0, 1] of the steps that follow it."""
-        raise NotImplementedError
 
     def rate(self, step: int) -> float:
         """The rate of a step.

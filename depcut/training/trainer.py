@@ -52,8 +52,9 @@ class Course:
         batch: Steps done in it.
         step: Steps done in all.
         total: Sum of the losses of the epoch's steps.
+        start: What validation said before the first step; empty without validation data.
         history: One record per finished epoch.
-        best: The epoch with the best score, from 0 on; None before the first.
+        best: The epoch with the best score, from 1 on; 0 for the start, None before it.
         score: Its score, larger is better.
         waited: Epochs since then.
         done: Whether there is nothing left to do.
@@ -63,6 +64,7 @@ class Course:
     batch: int = 0
     step: int = 0
     total: float = 0.0
+    start: Record = field(default_factory=dict)
     history: list[Record] = field(default_factory=list)
     best: int | None = None
     score: float = -math.inf
@@ -138,6 +140,9 @@ class Trainer:
         course, options = self.course, self.options
         task = progress.add_task("retrain", total=options.epochs * self.steps)
         progress.update(task, completed=course.step)
+        if self.valid is not None and course.best is None:
+            course.start = self._validate()
+            self._judge(course.start, 0)
         while not course.done:
             began = time.perf_counter()
             self._epoch(progress, task)
@@ -149,7 +154,7 @@ class Trainer:
                 "loss": self._mean(course.total, self.steps),
                 **self._validate(),
             }
-            self._judge(record)
+            self._judge(record, course.epoch + 1)
             record["seconds"] = time.perf_counter() - began
             course.history.append(record)
             course.epoch, course.batch, course.total = course.epoch + 1, 0, 0.0
@@ -286,15 +291,15 @@ class Trainer:
     def _paused(self) -> Any:
         return nullcontext() if self.distillation is None else self.distillation.paused()
 
-    def _judge(self, record: Record) -> None:
-        """Whether this epoch's weights are the best so far; without validation the latest are."""
+    def _judge(self, record: Record, epoch: int) -> None:
+        """Whether these weights are the best so far; without validation the latest are."""
         course = self.course
         score = -record.get("valid_loss", -math.inf if self.valid is None else math.inf)
         if "metric" in record:
             score = record["metric"] if self.options.maximize else -record["metric"]
         score = -math.inf if math.isnan(score) else score
         if self.valid is None or course.best is None or score > course.score:
-            course.best, course.score, course.waited = course.epoch, score, 0
+            course.best, course.score, course.waited = epoch, score, 0
             self._keep()
         else:
             course.waited += 1
@@ -308,7 +313,7 @@ class Trainer:
                 tensors = model_tensors(self.net).items()
                 self.kept = {n: t.detach().cpu().clone() for n, t in tensors}
         elif self.accelerator.is_main_process:
-            self.checkpoints.write_best(self.course.epoch, self.net)
+            self.checkpoints.write_best(self.course.best or 0, self.net)
 
     def _load_best(self) -> None:
         if self.checkpoints is not None and self.course.best is not None:

@@ -1,0 +1,76 @@
+"""How far a smaller model's outputs are from the dense one's, for the adaptive learning rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from depcut.calibration.data import Batch, moved
+from depcut.capture import modes
+from depcut.inputs import device_of
+from depcut.training.batches import open_loader
+from depcut.training.streams import DATA
+
+BATCHES = 4  # that are read unless told otherwise
+
+
+def output_distance(
+    dense: nn.Module, slim: nn.Module, data: Iterable[Any], batches: int = BATCHES
+) -> float:
+    """Distance of the outputs, relative to how much the dense model's vary.
+
+    d_f = sqrt(sum ||f(x) - f_p(x)||^2 / sum ||f(x) - m||^2) over all examples, m being the mean of
+    the dense outputs over their batch. It is 0 where nothing was lost, and about 1 where the
+    outputs say as little as their mean. Unlike `relative_distance`, it sees what compensation has
+    mended; `depcut.retrain(schedule="auto")` scales the peak rate by the smaller of the two.
+
+    Args:
+        dense: The dense model; it and the other one run in evaluation mode, each on its device.
+        slim: The smaller model.
+        data: An iterable of what the models take, or of (input, target) pairs.
+        batches: How many items of it to read at most.
+
+    Raises:
+        InputError: The data is no such iterable, or empty.
+    """
+    loader = open_loader(data, "data=", slim, pairs=False)
+    return distance_over(dense, slim, islice(loader.read(0, DATA, 0), batches))
+
+
+def distance_over(dense: nn.Module, slim: nn.Module, batches: Iterable[Batch]) -> float:
+    """The same, on batches that were read.
+
+    Args:
+        dense: The dense model.
+        slim: The smaller one.
+        batches: At least one.
+    """
+    missed = spread = 0.0
+    for batch in batches:
+        theirs, mine = _outputs(dense, batch), _outputs(slim, batch)
+        for wanted, got in zip(theirs, mine, strict=True):
+            if wanted.shape != got.shape:
+                continue  # e.g. keys and values kept for generation, which are narrower
+            missed += float((wanted - got).square().sum())
+            center = wanted.mean(0, keepdim=True) if len(wanted) > 1 else 0.0
+            spread += float((wanted - center).square().sum())
+    return math.sqrt(missed / spread) if spread else float(missed > 0)
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, batch: Batch) -> list[torch.Tensor]:
+    """The outputs that are made of real numbers, one row an example."""
+    args, kwargs = moved((batch.args, batch.kwargs), device_of(model))
+    with modes(model, ()):
+        leaves = pytree.tree_leaves(model(*args, **kwargs))
+    return [
+        leaf.detach().double().cpu()
+        for leaf in leaves
+        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.ndim
+    ]

@@ -1,0 +1,145 @@
+"""The learning rates of `depcut.retrain`: from which peak, and how adaptively."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from depcut.errors import InputError
+from depcut.plan import Plan
+from depcut.training.batches import Loader
+from depcut.training.distance import relative_distance
+from depcut.training.outputs import BATCHES, distance_over
+from depcut.training.schedules import OriginalSchedule, named
+from depcut.training.streams import DATA
+
+Schedule = str | Callable[[torch.optim.Optimizer, int], Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """What is known of a model that will be retrained.
+
+    Attributes:
+        net: The model.
+        data: What it will be trained on.
+        plan: That made it, or None.
+        dense: The dense model, or None: the plan's.
+        seed: Of the training.
+        asked: What the run that goes on was asked for, settings included; empty for a fresh one.
+    """
+
+    net: nn.Module
+    data: Loader
+    plan: Plan | None
+    dense: nn.Module | None
+    seed: int
+    asked: Mapping[str, Any]
+
+    @property
+    def origin(self) -> nn.Module | None:
+        """The dense model, if it is known."""
+        return self.dense if self.dense is not None or self.plan is None else self.plan.model
+
+    def outputs(self, accelerator: Any) -> float | None:
+        """Their distance on the first batches, or what it was when the run began.
+
+        None where it cannot be told: without a dense model, or if outputs are not finite.
+        """
+        if self.origin is None:
+            return None
+        before = self.asked.get("output_distance")
+        if before is not None:
+            return float(before)
+        batches = islice(self.data.read(self.seed, DATA, 0), BATCHES)
+        found = torch.tensor(distance_over(self.origin, self.net, batches))
+        if accelerator.num_processes > 1:
+            found = accelerator.reduce(found.to(accelerator.device), "mean")
+        return float(found) if torch.isfinite(found) else None
+
+
+def peak_rate(lr: float | None, original: OriginalSchedule | None, optimizer: Any) -> float:
+    """The largest rate of a retraining.
+
+    Raises:
+        InputError: Nothing says what it is, or it is not positive.
+    """
+    if lr is None and original is not None:
+        return original.top
+    if lr is None and isinstance(optimizer, torch.optim.Optimizer):
+        lr = max(float(g.get("initial_lr", g["lr"])) for g in optimizer.param_groups)
+    if lr is None:
+        raise InputError(
+            "there is no learning rate",
+            where="lr=",
+            remedy="pass lr=, the largest rate of the dense training, or original=",
+        )
+    if not 0 < lr < float("inf"):
+        raise InputError(f"lr is {lr}", where="lr=", remedy="pass a positive number")
+    return float(lr)
+
+
+def schedule_of(
+    schedule: Schedule,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    start: Start,
+    *,
+    peak: float,
+    original: OriginalSchedule | None,
+    accelerator: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """The schedule, and what there is to say about it.
+
+    Args:
+        schedule: As of `depcut.retrain`.
+        optimizer: Whose rates it sets.
+        steps: T_rt.
+        start: The model that is retrained.
+        peak: The largest rate.
+        original: The schedule of the dense training, if known.
+        accelerator: Of accelerate.
+
+    Raises:
+        InputError: It is no schedule, or needs what is not there.
+    """
+    if not isinstance(schedule, str):
+        made = schedule(optimizer, steps)
+        if not all(callable(getattr(made, n, None)) for n in ("step", "state_dict")):
+            raise InputError(
+                f"the schedule is a {type(made).__name__}",
+                where="schedule=",
+                remedy="return one of torch.optim.lr_scheduler's kind",
+            )
+        return made, {"schedule": type(made).__name__, "lr": peak, "steps": steps}
+    settings: dict[str, Any] = {"schedule": schedule, "lr": peak, "steps": steps}
+    distance = None
+    if schedule == "auto":
+        outputs = start.outputs(accelerator)
+        known = [_removed(start)] if start.plan is not None else []
+        known += [] if outputs is None else [outputs]
+        settings |= {"schedule": "allr" if known else "llr", "output_distance": outputs}
+        distance = min(known, default=None)
+    elif schedule.lower() == "allr":
+        distance = _removed(start)
+    kind = named(settings["schedule"])
+    given = OriginalSchedule(peak=peak) if original is None else replace(original, peak=peak)
+    made = kind(optimizer, given, steps, distance=distance)
+    return made, {**settings, "distance": distance}
+
+
+def _removed(start: Start) -> float:
+    """Distance of the weights, which needs the plan and the dense model."""
+    if start.plan is None or start.origin is None:
+        raise InputError(
+            "ALLR measures what pruning removed, and there is no "
+            + ("plan" if start.plan is None else "dense model"),
+            where="schedule='allr'",
+            remedy="pass plan= and dense=, or use schedule='llr'",
+        )
+    return relative_distance(start.plan, start.origin)
