@@ -10,18 +10,18 @@ import matplotlib as mpl
 import numpy as np
 from accuracy_tasks import TASKS
 from measure import RESULTS
-from retrain_summary import DEFAULT, DIGITS, FT_SHARE, LOW, SCHEDULES, comparisons, found
+from retrain_summary import DEFAULT, DIGITS, FT_SHARE, LOW, OWN, SCHEDULES, comparisons, found
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-METHODS = (*SCHEDULES, DEFAULT, LOW)
+METHODS = (*SCHEDULES, DEFAULT, OWN, LOW)
 COLOURS = dict(
-    zip(METHODS, [f"C{i}" for i in (7, 5, 1, 4, 9, 0, 2)] + ["black", "C3"], strict=True)
+    zip(METHODS, [f"C{i}" for i in (7, 5, 1, 4, 9, 0, 2)] + ["black", "C6", "C3"], strict=True)
 )
-DASHED = (FT_SHARE, DEFAULT, LOW)
+DASHED = (FT_SHARE, DEFAULT, OWN, LOW)
 FLOOR = 0.2  # percent of errors that a logarithmic axis shows as the least: less than one image
 
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
 import torch
 import zoo
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Side by side, threads of one worker would wait for those of the others.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -16,9 +16,6 @@ from torch import nn
 import depcut
 from depcut.errors import DepcutError, InputError, PlanError
 
-# Long; until retraining is finished as a whole, run by hand: pytest -m sweep.
-pytestmark = pytest.mark.sweep
-
 
 def planned(name: str) -> tuple[nn.Module, Any]:
     net = NETS[name]
