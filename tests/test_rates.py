@@ -159,6 +159,15 @@ def test_a_run_goes_on_with_the_distance_that_it_began_with(tmp_path: Path) -> N
     assert anew.settings["distance"] > first.settings["distance"]
 
 
-def test_what_is_no_dense_model_is_refused() -> None:
-    with pytest.raises(InputError, match=r"dense is a str, not a torch\.nn\.Module"):
-        retrain(mlp(), dense="model.pt")
+@pytest.mark.parametrize(
+    ("dense", "message"),
+    [
+        ("model.pt", r"dense is a str, not a torch\.nn\.Module"),
+        (nn.Linear(5, 3), r"the model fails on the training data: RuntimeError: .*\n.*dense="),
+        (nn.Linear(6, 4), r"outputs have the shapes \(8, 4\), the smaller one's \(8, 3\)"),
+    ],
+    ids=["no module", "other inputs", "other outputs"],
+)
+def test_another_dense_model_is_refused(dense: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        retrain(mlp(), dense=dense)

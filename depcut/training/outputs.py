@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from depcut.calibration.data import Batch, moved
 from depcut.capture import modes
+from depcut.errors import InputError
 from depcut.inputs import device_of
 from depcut.training.batches import open_loader
 from depcut.training.streams import DATA
@@ -37,7 +38,7 @@ def output_distance(
         batches: How many items of it to read at most.
 
     Raises:
-        InputError: The data is no such iterable, or empty.
+        InputError: The data is no such iterable, or empty, or does not fit the models.
     """
     loader = open_loader(data, "data=", slim, pairs=False)
     return distance_over(dense, slim, islice(loader.read(0, DATA, 0), batches))
@@ -50,13 +51,23 @@ def distance_over(dense: nn.Module, slim: nn.Module, batches: Iterable[Batch]) -
         dense: The dense model.
         slim: The smaller one.
         batches: At least one.
+
+    Raises:
+        InputError: A model does not run on them, or their outputs have nothing in common.
     """
     missed = spread = 0.0
     for batch in batches:
-        theirs, mine = _outputs(dense, batch), _outputs(slim, batch)
-        for wanted, got in zip(theirs, mine, strict=True):
-            if wanted.shape != got.shape:
-                continue  # e.g. keys and values kept for generation, which are narrower
+        theirs, mine = _outputs(dense, batch, "dense="), _outputs(slim, batch, "the smaller model")
+        # others are e.g. keys and values kept for generation, which are narrower
+        alike = [(a, b) for a, b in zip(theirs, mine, strict=False) if a.shape == b.shape]
+        if not alike:
+            raise InputError(
+                f"the dense model's outputs have the shapes {_shapes(theirs)}, the smaller one's "
+                f"{_shapes(mine)}",
+                where="dense=",
+                remedy="pass the model that was pruned",
+            )
+        for wanted, got in alike:
             missed += float((wanted - got).square().sum())
             center = wanted.mean(0, keepdim=True) if len(wanted) > 1 else 0.0
             spread += float((wanted - center).square().sum())
@@ -64,13 +75,24 @@ def distance_over(dense: nn.Module, slim: nn.Module, batches: Iterable[Batch]) -
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, batch: Batch) -> list[torch.Tensor]:
+def _outputs(model: nn.Module, batch: Batch, place: str) -> list[torch.Tensor]:
     """The outputs that are made of real numbers, one row an example."""
     args, kwargs = moved((batch.args, batch.kwargs), device_of(model))
-    with modes(model, ()):
-        leaves = pytree.tree_leaves(model(*args, **kwargs))
+    try:
+        with modes(model, ()):
+            leaves = pytree.tree_leaves(model(*args, **kwargs))
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        raise InputError(
+            f"the model fails on the training data: {type(error).__name__}: {error}",
+            where=place,
+            remedy="pass the model that was pruned, and data that it takes",
+        ) from error
     return [
         leaf.detach().double().cpu()
         for leaf in leaves
         if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.ndim
     ]
+
+
+def _shapes(tensors: list[torch.Tensor]) -> str:
+    return ", ".join(str(tuple(t.shape)) for t in tensors) or "none"
