@@ -14,6 +14,7 @@ from retrain_summary import DEFAULT, DIGITS, FT_SHARE, LOW, OWN, SCHEDULES, comp
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -69,8 +70,12 @@ def schedules(finds: Mapping[str, Mapping], seeds: Mapping[str, int]) -> Figure:
                 axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
                 axes.minorticks_off()
         line[0].set_ylabel(_label(name))
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(METHODS))
+    shown: dict[str, Artist] = {}
+    for axes in panels.flat:
+        handles, labels = axes.get_legend_handles_labels()
+        shown |= dict(zip(labels, handles, strict=True))
+    order = [m for m in METHODS if m in shown]
+    figure.legend([shown[m] for m in order], order, loc="outside lower center", ncols=len(order))
     figure.suptitle(
         "Retrained after magnitude selection, or after the default with data\n" + _seeds(seeds),
         fontsize=10,
