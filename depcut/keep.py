@@ -15,7 +15,7 @@ from depcut import axes
 from depcut.axes import Indices, Term
 from depcut.coupling import Coupling
 from depcut.liveness import Bypass, Gone, gone
-from depcut.mesh import Rows, Selection, fitted, mesh
+from depcut.mesh import Rows, Selection, along, fitted, mesh
 from depcut.ops.registry import Dims, Effects, Literal
 
 
@@ -81,6 +81,28 @@ class Keep:
         """
         resolved = tuple(map(axes.resolve, dims))
         return mesh(resolved if shape is None else fitted(resolved, shape), self.chosen)
+
+    def stays(self, dims: Dims, dim: int) -> NDArray[np.bool_]:
+        """Whether the indices of one dimension of a dense tensor stay.
+
+        Args:
+            dims: Terms of its dimensions.
+            dim: Which of them.
+
+        Returns:
+            An array of the tensor's rank that broadcasts to its shape: of size 1 along the
+            dimensions that make no difference.
+        """
+        terms = tuple(map(axes.resolve, dims))
+        kept = along(terms, dim, self.chosen, dense=True)
+        if kept is None:
+            kept = np.arange(terms[dim].size)
+        if kept.ndim != len(terms):
+            kept = kept.reshape([-1 if i == dim else 1 for i in range(len(terms))])
+        shape = [terms[dim].size if i == dim else n for i, n in enumerate(kept.shape)]
+        out = np.zeros(shape, dtype=bool)
+        np.put_along_axis(out, kept, values=True, axis=dim)
+        return out
 
     @cached_property
     def tensors(self) -> dict[str, tuple[Indices | None, ...]]:

@@ -22,7 +22,7 @@ from depcut.capture import held_tensors, is_symbolic
 from depcut.inputs import Inputs, normalize
 from depcut.keep import Keep
 from depcut.liveness import is_size
-from depcut.mesh import along, fitted
+from depcut.mesh import fitted
 from depcut.ops.registry import Output
 from depcut.program import Program
 from depcut.rewrite.tensors import open_mesh, take
@@ -52,13 +52,7 @@ def _zeroed(tensor: torch.Tensor, keep: Keep, output: Output, dim: int) -> torch
     """Zeros at the indices of a dimension that go."""
     assert isinstance(output, tuple)
     dims = fitted(tuple(map(axes.resolve, output)), tuple(tensor.shape))
-    kept = along(dims, dim, keep.chosen, dense=True)
-    assert kept is not None
-    at = torch.from_numpy(kept).to(tensor.device)
-    if at.ndim == 1:
-        at = at.reshape([-1 if i == dim else 1 for i in range(tensor.ndim)])
-    shape = [tensor.shape[dim] if i == dim else n for i, n in enumerate(at.shape)]
-    stays = torch.zeros(shape, dtype=torch.bool, device=tensor.device).scatter(dim, at, True)
+    stays = torch.from_numpy(keep.stays(dims, dim)).to(tensor.device)
     return tensor.masked_fill(~stays, 0)
 
 

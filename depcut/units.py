@@ -57,6 +57,18 @@ def units_of(name: str, sizes: Mapping[str, int], kept: Any) -> Indices:
     return ordered.astype(np.int64)
 
 
+def others(kept: Indices, size: int) -> Indices:
+    """The units that are not kept, in the kept ones' form: [gone], or [rows, gone].
+
+    Args:
+        kept: Of shape [count] or [rows, count].
+        size: Units of the group.
+    """
+    gone = np.ones((*kept.shape[:-1], size), dtype=bool)
+    np.put_along_axis(gone, kept, values=False, axis=-1)
+    return np.nonzero(gone)[-1].reshape(*kept.shape[:-1], size - kept.shape[-1])
+
+
 def _uneven(name: str, kept: Any) -> PlanError:
     """What is wrong with lists that make no array."""
     lengths = [len(row) if hasattr(row, "__len__") else 0 for row in kept]

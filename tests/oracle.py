@@ -89,6 +89,19 @@ def random_keep(analysis: Any, rng: np.random.Generator) -> Keep:
     }
 
 
+def by_row(analysis: Any, rng: np.random.Generator) -> dict[str, Any]:
+    """A random plan; wherever there is an outer axis, other units in every row."""
+    keep: dict[str, Any] = {}
+    for family in families(analysis):
+        count = random_count(family, rng)
+        for group in family if count else []:
+            if group.outer is not None:
+                keep[group.name] = [some_units(group.size, count, rng) for _ in range(group.rows)]
+            else:
+                keep[group.name] = some_units(group.size, count, rng)
+    return keep
+
+
 def one_at_a_time(analysis: Any, rng: np.random.Generator) -> list[Keep]:
     """One choice a family of tied groups, all other groups left whole."""
     return [

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nets import NETS, normal
-from oracle import all_tensors, assert_close, outputs, random_keep
+from oracle import all_tensors, assert_close, by_row, outputs, random_keep
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -57,12 +57,12 @@ def gradual_of(model: nn.Module, ratio: float = 0.5, **options: Any) -> depcut.G
 
 
 def masked_pair(name: str, seed: int) -> tuple[nn.Module, depcut.Analysis, Keep, Masks]:
-    """A net, with random units masked of all groups that can be."""
+    """A net, with random units of all groups that can be masked, others in every row."""
     net = NETS[name]
     model = net.build()
     analysis = depcut.analyze(model, net.inputs(2))
     places = probed(analysis.coupling, model, find_places(analysis.coupling))
-    chosen = random_keep(analysis, np.random.default_rng(seed))
+    chosen = by_row(analysis, np.random.default_rng(seed))
     units = {
         g.index: np.array(chosen[g.name])
         for g in analysis.groups
@@ -229,6 +229,30 @@ def test_a_unit_comes_back_with_its_values_when_its_rank_rises() -> None:
     assert all(
         torch.equal(a, b) for a, b in zip(model.parameters(), dense.parameters(), strict=True)
     )
+
+
+@pytest.mark.parametrize("name", ["attention_fused", "grouped", "causal_decoder"])
+def test_units_of_each_row_are_masked_and_come_back_from_a_state(name: str) -> None:
+    """Features within a head, channels within a group: every row loses others, equally many."""
+    model = NETS[name].build()
+    example = NETS[name].inputs(2)
+    gradual = depcut.Gradual(model, example, 0.5, start=0, end=2, every=1, align=1)
+    gradual.step()
+    gradual.step()
+    plan = gradual.plan
+    by_row = {n: units for n, units in gradual.masked.items() if units.ndim == 2}
+    assert by_row
+    for group, gone in gradual.masked.items():
+        for out, kept in zip(np.atleast_2d(gone), np.atleast_2d(plan.kept[group]), strict=True):
+            assert sorted([*out, *kept]) == list(range(plan.sizes[group]))
+    other = NETS[name].build()
+    other.load_state_dict(model.state_dict())
+    resumed = depcut.Gradual(other, example, 0.5, start=0, end=2, every=1, align=1)
+    resumed.load_state_dict(gradual.state_dict())
+    assert resumed.plan.digest == plan.digest
+    expected = outputs(model.eval(), example)
+    for masks in (resumed, gradual):
+        assert_close(outputs(masks.commit().eval(), example), expected, 1e-5, name)
 
 
 def test_scores_see_the_values_of_masked_units() -> None:

@@ -19,7 +19,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from nets import NETS
-from oracle import all_tensors, assert_close, assert_untouched, outputs, random_keep, snapshot
+from oracle import all_tensors, assert_close, assert_untouched, by_row, outputs, snapshot
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
@@ -170,7 +170,7 @@ def test_two_plans_in_turn_are_one_plan(name: str) -> None:
     dense = depcut.analyze(model, net.inputs(2))
     slim, analysis, steps = model, dense, []
     for seed in (0, 1):
-        plan = analysis.plan_keeping(random_keep(analysis, np.random.default_rng(seed)))
+        plan = analysis.plan_keeping(by_row(analysis, np.random.default_rng(seed)))
         steps.append(plan.tensor_indices())
         slim = plan.apply(slim)
         analysis = depcut.analyze(slim, net.inputs(2))
@@ -179,6 +179,23 @@ def test_two_plans_in_turn_are_one_plan(name: str) -> None:
     assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in wanted.items()}
     tolerance = max(1e-5, net.tolerance)
     assert_close(outputs(once, net.inputs(3)), outputs(slim, net.inputs(3)), tolerance, {})
+
+
+@pytest.mark.parametrize("name", ["grouped", "attention_fused", "causal_decoder", "lstm"])
+def test_steps_that_rank_units_row_by_row_are_one_plan(name: str) -> None:
+    """Magnitudes choose other channels in every group of a convolution, other features by head."""
+    net = NETS[name]
+    model = net.build()
+    result = depcut.iterate(
+        model, 0.6, 3, None, net.inputs(2), score="magnitude", align=1, progress=False
+    )
+    once = result.plan.apply(model, compensate=False)
+    wanted = all_tensors(result.model)
+    assert {n: t.shape for n, t in all_tensors(once).items()} == {
+        n: t.shape for n, t in wanted.items()
+    }
+    assert_close(outputs(once, net.inputs(3)), outputs(result.model, net.inputs(3)), 1e-5, name)
+    assert sum(p.numel() for p in once.parameters()) < sum(p.numel() for p in model.parameters())
 
 
 # Optimizers ---------------------------------------------------------------------------------------

@@ -22,13 +22,11 @@ from oracle import (
     all_tensors,
     assert_close,
     assert_untouched,
+    by_row,
     check_use,
-    families,
     outputs,
-    random_count,
     reads,
     snapshot,
-    some_units,
 )
 from torch import Tensor, nn
 
@@ -44,19 +42,6 @@ Digits = list[tuple[Axis, int]]
 
 
 # Plans --------------------------------------------------------------------------------------------
-
-
-def by_row(analysis: Any, rng: np.random.Generator) -> dict[str, Any]:
-    """A random plan; wherever there is an outer axis, other units in every row."""
-    keep: dict[str, Any] = {}
-    for family in families(analysis):
-        count = random_count(family, rng)
-        for group in family if count else []:
-            if group.outer is not None:
-                keep[group.name] = [some_units(group.size, count, rng) for _ in range(group.rows)]
-            else:
-                keep[group.name] = some_units(group.size, count, rng)
-    return keep
 
 
 def with_rows(analysis: Any) -> dict[str, str]:

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from depth_nets import CASES
 from nets import NETS
-from oracle import random_keep
+from oracle import by_row
 from torch import nn
 
 import depcut
+from depcut import axes
 from depcut.errors import InputError
 from depcut.training.schedules import SCHEDULES, OriginalSchedule, RetrainingSchedule, schedule
 
@@ -166,27 +168,62 @@ def test_a_state_of_another_schedule_is_refused() -> None:
 # The distance ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["residual", "attention_gqa_expand", "lstm", "tied_embedding"])
+@pytest.mark.parametrize(
+    "name", ["residual", "attention_gqa_expand", "lstm", "tied_autoencoder", "grouped"]
+)
 def test_the_distance_counts_every_removed_element_once(name: str) -> None:
-    if name not in NETS:
-        pytest.skip("no such net")
     net = NETS[name]
     model = net.build()
     analysis = depcut.analyze(model, net.inputs(2))
-    plan = analysis.plan_keeping(random_keep(analysis, np.random.default_rng(0)))
+    plan = analysis.plan_keeping(by_row(analysis, np.random.default_rng(0)))
+    keep = plan.keep()
     total, removed, n, gone = 0.0, 0.0, 0, 0
     for tensor, parameter in model.named_parameters():
         values = parameter.detach().double().numpy()
-        stays = np.ones(values.shape, dtype=bool)
-        for dim, kept in enumerate(plan.tensor_indices()[tensor]):
-            if kept is not None:
-                out = np.setdiff1d(np.arange(values.shape[dim]), kept)
-                stays[(slice(None),) * dim + (out,)] = False
+        out = np.zeros(values.shape, dtype=bool)
+        for place in np.ndindex(*values.shape):
+            out[place] = any(
+                _is_removed(keep, analysis.coupling.dims[tensor], place, dim)
+                for dim in range(values.ndim)
+            )
         total, n = total + (values**2).sum(), n + values.size
-        removed, gone = removed + (values[~stays] ** 2).sum(), gone + (~stays).sum()
+        removed, gone = removed + (values[out] ** 2).sum(), gone + out.sum()
     assert gone == n - sum(p.numel() for p in plan.apply(model).parameters())
     want = np.sqrt(removed) / (np.sqrt(total) * np.sqrt(gone / n))
     assert depcut.relative_distance(plan, model) == pytest.approx(want, rel=1e-12)
+
+
+def _is_removed(keep: Any, dims: Any, place: tuple[int, ...], dim: int) -> bool:
+    """Whether an element belongs to a unit that goes, by the axes that its indices stand for."""
+    terms = [axes.resolve(t) for t in dims]
+    for number, kept in keep.units.items():
+        group = keep.coupling.groups[number]
+        unit = axes.units(terms[dim], group.axis)[place[dim]]
+        if unit < 0:
+            continue
+        if kept.ndim == 1:
+            row = kept
+        else:
+            at = [axes.units(t, group.outer)[i] for t, i in zip(terms, place, strict=True)]
+            row = kept[max(at)]
+        if unit not in row:
+            return True
+    return False
+
+
+def test_a_dropped_branch_is_removed_as_a_whole() -> None:
+    net = CASES["own_class"]
+    model = net.build()
+    analysis = depcut.analyze(model, net.inputs(2))
+    plan = analysis.plan_keeping({}, dropped=[analysis.branches[0].name])
+    slim = plan.apply(model)
+    gone = {n for n, _ in model.named_parameters()} - {n for n, _ in slim.named_parameters()}
+    assert gone
+    squares = {n: float(p.detach().double().square().sum()) for n, p in model.named_parameters()}
+    sizes = {n: p.numel() for n, p in model.named_parameters()}
+    removed = sum(squares[n] for n in gone) / sum(squares.values())
+    share = sum(sizes[n] for n in gone) / sum(sizes.values())
+    assert depcut.relative_distance(plan, model) == pytest.approx((removed / share) ** 0.5)
 
 
 def test_nothing_removed_is_no_distance() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from nets import NETS, normal
-from oracle import outputs
+from oracle import all_tensors, by_row, outputs
 from torch import Tensor, nn
 
 import depcut
@@ -149,6 +149,29 @@ def test_the_growing_factor() -> None:
         for s in owned(analysis, analysis.groups[0], unit)
     )
     assert float(penalty().detach()) == pytest.approx(0.5 * 0.25 * owned_squares, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["grouped", "attention_fused"])
+def test_growing_regularisation_of_other_units_in_every_row(name: str) -> None:
+    """Pulled at alone, what a plan removes goes to zero and what stays does not move."""
+    model = NETS[name].build()
+    analysis = depcut.analyze(model, NETS[name].inputs(2))
+    keep = by_row(analysis, np.random.default_rng(0))
+    assert any(np.ndim(units) == 2 for units in keep.values())
+    plan = analysis.plan_keeping(keep)
+    before, slim = all_tensors(model), plan.apply(model)
+    before = {n: t.detach().clone() for n, t in before.items()}
+    penalty = depcut.GrowingRegularization(analysis, plan, increment=1.0, every=1)
+    penalty.step()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
+    for _ in range(80):
+        optimizer.zero_grad()
+        penalty().backward()
+        optimizer.step()
+    for (tensor, now), small in zip(model.named_parameters(), slim.parameters(), strict=True):
+        kept = now.detach().abs() > 1e-4 * before[tensor].abs()
+        assert torch.equal(now.detach()[kept], before[tensor][kept])
+        assert int(kept.sum()) == small.numel() - int((small == 0).sum())
 
 
 # What is refused ----------------------------------------------------------------------------------

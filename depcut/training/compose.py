@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+from numpy.typing import NDArray
 
 from depcut import axes
 from depcut.analysis import Analysis
 from depcut.axes import Indices
-from depcut.coupling import Coupling
+from depcut.coupling import Coupling, Group
 from depcut.errors import PlanError
 from depcut.plan import Plan, make_plan
 
 TensorIndices = Mapping[str, tuple[Indices | None, ...]]
+
+# Of one tensor: for each dimension the dense index of what is there now, an array of the tensor's
+# rank, of size 1 along the dimensions that make no difference.
+Origins = tuple[Indices, ...]
 
 
 def composed(dense: Analysis, steps: list[TensorIndices], settings: Mapping[str, object]) -> Plan:
@@ -31,40 +36,100 @@ def composed(dense: Analysis, steps: list[TensorIndices], settings: Mapping[str,
         PlanError: No plan for the dense model keeps just that.
     """
     coupling = dense.coupling
-    kept: dict[str, tuple[Indices, ...]] = {
-        name: tuple(np.arange(t.size) for t in map(axes.resolve, dims))
+    kept = {
+        name: _open(tuple(t.size for t in map(axes.resolve, dims)), (None,) * len(dims))
         for name, dims in coupling.dims.items()
         if name not in coupling.program.anonymous
     }
     for step in steps:
         kept = {name: _after(now, step.get(name)) for name, now in kept.items()}
-    units = {}
-    for group in coupling.groups:
-        member = group.members[0]
-        term = coupling.dims[member.tensor][member.dim]
-        owner = axes.units(term, group.axis)[kept[member.tensor][member.dim]]
-        units[group.name] = np.unique(owner[owner >= 0])
+    units = {group.name: _units(group, kept, coupling) for group in coupling.groups}
     plan = make_plan(coupling, dense.model, units, settings)
     _check(plan, kept, coupling)
     return plan
 
 
-def _after(
-    now: tuple[Indices, ...], step: tuple[Indices | None, ...] | None
-) -> tuple[Indices, ...]:
-    if step is None:
+def _open(sizes: tuple[int, ...], step: tuple[Indices | None, ...]) -> Origins:
+    """Index arrays of a tensor's rank."""
+    out = []
+    for dim, (size, kept) in enumerate(zip(sizes, step, strict=True)):
+        whole = np.arange(size) if kept is None else kept
+        if whole.ndim != len(sizes):
+            whole = whole.reshape([-1 if i == dim else 1 for i in range(len(sizes))])
+        out.append(whole)
+    return tuple(out)
+
+
+def _after(now: Origins, step: tuple[Indices | None, ...] | None) -> Origins:
+    """Dense indices of what a step leaves of what was there before it."""
+    if step is None or all(s is None for s in step):
         return now
-    return tuple(n if s is None else n[s] for n, s in zip(now, step, strict=True))
+    sizes = tuple(n.shape[dim] for dim, n in enumerate(now))
+    at = _open(sizes, step)
+    return tuple(
+        n[tuple(a if size > 1 else 0 for a, size in zip(at, n.shape, strict=True))]
+        if max(n.shape) > 1
+        else n
+        for n in now
+    )
 
 
-def _check(plan: Plan, kept: Mapping[str, tuple[Indices, ...]], coupling: Coupling) -> None:
+def _units(group: Group, kept: Mapping[str, Origins], coupling: Coupling) -> Indices:
+    """What is left of a group: a list, or one for each row of its outer axis."""
+    rows = 1 if group.outer is None else group.rows
+    for member in group.members:
+        dims = tuple(map(axes.resolve, coupling.dims[member.tensor]))
+        owners = _owners(dims, kept[member.tensor], group.axis, member.dim)
+        outer = np.zeros(1, dtype=np.int64)
+        if group.outer is not None:
+            at = next((d for d, t in enumerate(dims) if group.outer in axes.leaves(t)), None)
+            if at is None:
+                continue
+            outer = _owners(dims, kept[member.tensor], group.outer, at)
+        owners, outer = np.broadcast_arrays(owners, outer)
+        found = (owners >= 0) & (outer >= 0)
+        flags = np.zeros((rows, group.size), dtype=bool)
+        flags[outer[found], owners[found]] = True
+        return _listed(flags)
+    raise _impossible(f"group {group.name!r}")
+
+
+def _owners(dims: tuple[axes.Term, ...], now: Origins, axis: axes.Axis, dim: int) -> Indices:
+    """The index of an axis at every place of a tensor."""
+    return np.asarray(axes.units(dims[dim], axis)[now[dim]])
+
+
+def _listed(flags: NDArray[np.bool_]) -> Indices:
+    """Kept units of every row; where a row went as a whole, as many of it, and it matters not."""
+    counts = flags.sum(1)
+    count = int(counts.max())
+    flags[counts == 0, :count] = True
+    if (flags == flags[0]).all():
+        return np.flatnonzero(flags[0])
+    if (flags.sum(1) != count).any():
+        raise _impossible("rows of unequal lengths")
+    return np.nonzero(flags)[1].reshape(len(flags), count)
+
+
+def _check(plan: Plan, kept: Mapping[str, Origins], coupling: Coupling) -> None:
     indices = plan.tensor_indices()
     for name, wanted in kept.items():
-        for dim, (want, have) in enumerate(zip(wanted, indices[name], strict=True)):
-            size = axes.resolve(coupling.dims[name][dim]).size
-            if not np.array_equal(want, np.arange(size) if have is None else have):
-                raise PlanError(
-                    "the steps together keep what no plan for the dense model can",
-                    where=f"{name}, dimension {dim}",
-                    remedy="apply the plans of the steps one after the other; please report this",
-                )
+        sizes = tuple(axes.resolve(t).size for t in coupling.dims[name])
+        for dim, (want, have) in enumerate(zip(wanted, _open(sizes, indices[name]), strict=True)):
+            if want.shape[dim] != have.shape[dim] or not _agree(want, have):
+                raise _impossible(f"{name}, dimension {dim}")
+
+
+def _agree(a: Indices, b: Indices) -> bool:
+    try:
+        return bool(np.equal(a, b).all())
+    except ValueError:  # of other shapes
+        return False
+
+
+def _impossible(place: str) -> PlanError:
+    return PlanError(
+        "the steps together keep what no plan for the dense model can",
+        where=place,
+        remedy="apply the plans of the steps one after the other; please report this",
+    )

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-import torch
 from torch import nn
 
 from depcut.plan import Plan
+from depcut.rewrite.tensors import open_mesh
 
 
 def relative_distance(plan: Plan, model: nn.Module) -> float:
@@ -28,22 +27,21 @@ def relative_distance(plan: Plan, model: nn.Module) -> float:
     Raises:
         PlanError: The model has another architecture.
     """
-    indices = bound(plan, model).tensor_indices()
+    keep = bound(plan, model).keep()
     energy = removed = 0.0
     elements = gone = 0
     for name, parameter in model.named_parameters():
         squares = parameter.detach().abs().double().square()
         energy += float(squares.sum())
         elements += squares.numel()
-        picked = indices.get(name, ())
-        if any(kept is not None for kept in picked):
-            kept = [
-                np.arange(size) if k is None else k
-                for k, size in zip(picked, squares.shape, strict=True)
-            ]
-            squares[tuple(torch.from_numpy(k).to(squares.device) for k in np.ix_(*kept))] = 0
+        if name in keep.gone.tensors:
+            gone += squares.numel()
             removed += float(squares.sum())
-            gone += squares.numel() - math.prod(map(len, kept))
+        elif name in keep.tensors:
+            kept = open_mesh(squares, keep.tensors[name])
+            gone += squares.numel() - squares[kept].numel()
+            squares[kept] = 0
+            removed += float(squares.sum())
     if not gone or not energy:
         return 0.0
     return math.sqrt(removed / energy / (gone / elements))

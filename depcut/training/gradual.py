@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -26,6 +25,7 @@ from depcut.scores import Criterion, Score, is_additive
 from depcut.training.masks import Masks
 from depcut.training.places import find_places
 from depcut.training.probe import probed
+from depcut.units import others
 
 _STEP, _MASKABLE, _KEPT, _VALUE = "step", "maskable", "kept.", "value."
 
@@ -142,11 +142,10 @@ class Gradual:
 
     @property
     def masked(self) -> dict[str, Indices]:
-        """Masked units by group name."""
+        """Masked units by group name; [rows, units] where each row of an outer axis has its own."""
         groups = self._coupling.groups
         return {
-            groups[n].name: np.setdiff1d(np.arange(groups[n].size), kept)
-            for n, kept in self._keep.units.items()
+            groups[n].name: others(kept, groups[n].size) for n, kept in self._keep.units.items()
         }
 
     @property

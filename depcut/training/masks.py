@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from depcut.axes import Indices
 from depcut.keep import Keep
 from depcut.training.places import Place
-from depcut.training.probe import zeroed
+from depcut.training.probe import Flags, staying
 
 
 @dataclass(eq=False)
@@ -85,9 +85,9 @@ class Masks:
             keep: What is not masked.
         """
         self.clear()
-        for name, dims in zeroed(keep, self.places, self._aliases).items():
+        for name, dims in staying(keep, self.places, self._aliases).items():
             parameter = self.held[name]
-            factors = [_factor(parameter, dim, gone) for dim, gone in dims.items()]
+            factors = [_factor(parameter, stays) for stays in dims.values()]
             entry = _Masked(parameter, factors, parameter.new_empty(0))
             with torch.no_grad():
                 entry.values = parameter.detach()[entry.mask]
@@ -103,10 +103,10 @@ class Masks:
             keep: What is not masked.
         """
         out = {}
-        for name, dims in zeroed(keep, self.places, self._aliases).items():
-            shape = self.held[name].shape
-            left = [n - len(dims.get(dim, ())) for dim, n in enumerate(shape)]
-            out[name] = math.prod(shape) - math.prod(left)
+        for name, dims in staying(keep, self.places, self._aliases).items():
+            left = functools.reduce(np.logical_and, dims.values())
+            # every entry stands for a block of equal size
+            out[name] = self.held[name].numel() // left.size * int((~left).sum())
         return out
 
     def clear(self) -> None:
@@ -157,14 +157,12 @@ class Masks:
             entry.values = values[name].detach().to(entry.parameter).clone()
 
 
-def _factor(parameter: torch.Tensor, dim: int, gone: Indices) -> torch.Tensor:
-    """Zeros at some indices of a dimension, ones elsewhere, to broadcast over those before it."""
-    ones = parameter.detach().new_ones(parameter.shape[dim])
-    ones[torch.from_numpy(gone).to(ones.device)] = 0
-    after = parameter.ndim - dim - 1
-    ones = ones.view(-1, *[1] * after)
+def _factor(parameter: torch.Tensor, stays: Flags) -> torch.Tensor:
+    """Ones at what stays, zeros elsewhere, to broadcast over the dimensions before the first."""
+    factor = torch.from_numpy(stays).to(parameter.detach())
+    first = next((i for i, n in enumerate(stays.shape) if n > 1), 0)
     # With what follows filled in, the product runs along contiguous memory.
-    return ones.expand(parameter.shape[dim:]).contiguous() if dim else ones
+    return factor.expand(*stays.shape[:first], *parameter.shape[first:]).contiguous()
 
 
 def _still(entry: _Masked) -> Any:

@@ -8,11 +8,10 @@ from contextlib import suppress
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from depcut import axes
-from depcut.axes import Indices
 from depcut.coupling import Coupling
 from depcut.keep import Keep
 from depcut.observe import error
@@ -21,27 +20,31 @@ from depcut.rewrite.tensors import take
 from depcut.training.places import Place, Places, tied_to
 from depcut.verify import TOLERANCE
 
+Flags = NDArray[np.bool_]
+
 _EXACT = 1e-5  # of the outputs' scale; what is not exact is off by far more at random weights
 _NOISE = 0.1  # of a parameter's size, so that a zero at initialisation hides nothing
 
 
-def zeroed(
+def staying(
     keep: Keep, places: Mapping[int, frozenset[Place]], aliases: Mapping[str, tuple[str, ...]]
-) -> dict[str, dict[int, Indices]]:
-    """Indices to zero in the dimensions of parameters, by name; shared ones under their first.
+) -> dict[str, dict[int, Flags]]:
+    """What stays of the parameters to zero, by name and dimension; shared ones under their first.
 
     Args:
         keep: What stays.
         places: Where to zero, by group number.
         aliases: Names that share one tensor, by each of these names.
+
+    Returns:
+        Arrays of the parameter's rank that broadcast to its shape, see `Keep.stays`. What any of
+        them denies is to be zero.
     """
-    out: dict[str, dict[int, Indices]] = {}
+    out: dict[str, dict[int, Flags]] = {}
     for name, dim in sorted({p for n in keep.units for p in places[n]}):
-        kept = keep.tensors[name][dim]
-        assert kept is not None
-        gone = np.setdiff1d(np.arange(axes.resolve(keep.coupling.dims[name][dim]).size), kept)
+        stays = keep.stays(keep.coupling.dims[name], dim)
         dims = out.setdefault(aliases.get(name, (name,))[0], {})
-        dims[dim] = np.union1d(dims[dim], gone) if dim in dims else gone
+        dims[dim] = dims[dim] & stays if dim in dims else stays
     return out
 
 
@@ -110,7 +113,10 @@ class _Trial:
             key = number if group.tied is None else ("tied", group.tied)
             count = max(counts.setdefault(key, group.size // 2), group.floor, 1)
             if count < group.size:
-                units[number] = np.sort(rng.choice(group.size, count, replace=False))
+                rows = 1 if group.outer is None else group.rows
+                order = rng.permuted(np.tile(np.arange(group.size), (rows, 1)), axis=1)
+                chosen = np.sort(order[:, :count])
+                units[number] = chosen[0] if group.outer is None else chosen
         keep = Keep(self.coupling, units)
         with suppress(RuntimeError):  # the code may insist on its own precision
             return self._difference(keep, torch.float64) <= self.limit
@@ -122,12 +128,12 @@ class _Trial:
         """Between the outputs of the dense graph with zeros and of the narrowed one."""
         inputs = pytree.tree_leaves(example(keep, dtype=dtype))
         aliases = self.coupling.program.aliases
-        gone = zeroed(keep, self.places.zeros, aliases)
+        stays = staying(keep, self.places.zeros, aliases)
         dense, narrow = {}, {}
         for name, tensor in self.tensors.items():
             value = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
-            for dim, at in gone.get(aliases.get(name, (name,))[0], {}).items():
-                value = value.index_fill(dim, torch.from_numpy(at).to(value.device), 0)
+            for flags in stays.get(aliases.get(name, (name,))[0], {}).values():
+                value = value.masked_fill(~torch.from_numpy(flags).to(value.device), 0)
             dense[name] = value
             picked = keep.tensors.get(name)
             narrow[name] = take(value, picked) if picked else value

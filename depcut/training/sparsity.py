@@ -15,6 +15,7 @@ from depcut import axes
 from depcut.analysis import Analysis
 from depcut.choose import matching
 from depcut.errors import InputError, PlanError
+from depcut.keep import Keep
 from depcut.plan import Plan
 
 _TINY = 1e-12  # under the root, whose slope at 0 is infinite
@@ -185,11 +186,7 @@ class GrowingRegularization:
             )
         self.increment, self.every, self.ceiling = increment, every, ceiling
         self.steps = 0
-        self._slices = _slices(analysis, set(keep.units))
-        gone = torch.ones(len(self._slices.sizes), dtype=torch.bool)
-        for number, kept in keep.units.items():
-            gone[self._slices.groups[number] + torch.from_numpy(kept)] = False
-        self._gone = gone
+        self._gone = _removed(analysis, keep)
 
     @property
     def strength(self) -> float:
@@ -202,8 +199,32 @@ class GrowingRegularization:
 
     def __call__(self) -> torch.Tensor:
         """The penalty now, differentiable."""
-        squares = self._slices.squares()
-        return 0.5 * self.strength * squares[self._gone.to(squares.device)].sum()
+        total = torch.zeros((), device=self._gone[0][0].device)
+        for number, (parameter, flags) in enumerate(self._gone):
+            if flags.device != parameter.device:
+                self._gone[number] = parameter, flags.to(parameter.device)
+            total = total + (parameter.square() * self._gone[number][1]).sum().to(total)
+        return 0.5 * self.strength * total
+
+
+def _removed(analysis: Analysis, keep: Keep) -> list[tuple[nn.Parameter, torch.Tensor]]:
+    """Parameters with ones at what units that go own of a dimension, to broadcast."""
+    held = dict(analysis.model.named_parameters(remove_duplicate=False))
+    found: dict[tuple[int, int, int], tuple[nn.Parameter, torch.Tensor]] = {}
+    for number in sorted(keep.units):
+        group = analysis.coupling.groups[number]
+        one = Keep(analysis.coupling, {number: keep.units[number]})
+        for member in group.members:
+            parameter = held.get(member.tensor)
+            if parameter is None or not parameter.is_floating_point():
+                continue
+            gone = ~one.stays(analysis.coupling.dims[member.tensor], member.dim)
+            # a shared parameter counts once
+            found.setdefault(
+                (id(parameter), member.dim, number),
+                (parameter, torch.from_numpy(gone).to(parameter)),
+            )
+    return list(found.values())
 
 
 def _check_positive(value: Any, name: str) -> None:
