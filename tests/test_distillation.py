@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from nets import NETS
-from oracle import all_tensors, assert_untouched, call, random_keep, sliced, snapshot
+from oracle import all_tensors, assert_untouched, by_row, call, sliced, snapshot
 from torch import nn
 
 import depcut
@@ -21,7 +21,7 @@ def students(name: str, *, whole: bool = False) -> tuple[nn.Module, nn.Module, A
     net = NETS[name]
     dense, x = net.build(), net.inputs(3)
     analysis = depcut.analyze(dense, x)
-    keep = {} if whole else random_keep(analysis, np.random.default_rng(1))
+    keep = {} if whole else by_row(analysis, np.random.default_rng(1))
     plan = analysis.plan_keeping(keep)
     return dense, plan.apply(dense), plan, x
 

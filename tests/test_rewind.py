@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from nets import NETS
-from oracle import all_tensors, assert_untouched, call, outputs, random_keep, sliced, snapshot
+from oracle import all_tensors, assert_untouched, by_row, call, outputs, sliced, snapshot
 from torch import nn
 
 import depcut
@@ -21,7 +21,7 @@ def planned(name: str) -> tuple[nn.Module, Any]:
     net = NETS[name]
     model = net.build()
     analysis = depcut.analyze(model, net.inputs(2))
-    return model, analysis.plan_keeping(random_keep(analysis, np.random.default_rng(0)))
+    return model, analysis.plan_keeping(by_row(analysis, np.random.default_rng(0)))
 
 
 @torch.no_grad()
