@@ -32,3 +32,12 @@ def zoo_libraries() -> None:
         if find_spec(name) is None:
             pytest.skip(f"{name} is not installed")
     zoo.libraries()
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """No precision or device that an earlier Accelerator of this process, or a Trainer's, chose."""
+    state = pytest.importorskip("accelerate.state")
+    state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    state.AcceleratorState._reset_state(reset_partial_state=True)

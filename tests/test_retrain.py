@@ -26,6 +26,8 @@ from depcut.errors import DepcutError, InputError, TrainingError
 
 pytest.importorskip("accelerate")
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 loss = functional.cross_entropy
 
 
