@@ -184,8 +184,12 @@ class Checkpoints:
 
     def asked(self) -> dict[str, Any]:
         """What the training whose state is newest was asked for; empty if there is none."""
-        state = self.latest()
-        return {} if state is None else dict(state["run"])
+        found = self._found()
+        try:
+            state = json.loads((found[-1] / _PLAIN).read_text()) if found else {"dict": []}
+            return dict(unflatten(dict(state["dict"]).get("run", {"dict": []}), {}))
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}  # `latest`, which needs the tensors as well, says what is wrong with it
 
     def clear(self) -> None:
         """Remove all states."""

@@ -17,7 +17,7 @@ from depcut.errors import DepcutError, InputError, TrainingError
 from depcut.inputs import device_of
 from depcut.plan import Plan
 from depcut.rewrite.copying import copied
-from depcut.training.batches import open_loader
+from depcut.training.batches import Loader, open_loader
 from depcut.training.checkpoint import Checkpoints, digest
 from depcut.training.distillation import Distillation
 from depcut.training.optimizers import Build, optimizer_for
@@ -165,11 +165,7 @@ def retrain(
                 schedule, made, steps, start, peak=peak, original=original, accelerator=found
             )
         settings |= {"optimizer": type(made).__name__, "mixed_precision": found.mixed_precision}
-        run = {**settings, "epochs": epochs, "batches": data.batches, "seed": seed}
-        run |= {"gradient_accumulation": gradient_accumulation, "max_grad_norm": max_grad_norm}
-        run |= {"processes": found.num_processes, "patience": patience}
-        if store is not None:
-            run["weights"] = digest(model)
+        run = {} if store is None else _identity(model, data, options, settings, found)
         teacher = None if distillation is None else distillation.of(net, found.device)
         trainer = Trainer(net, data, judged, options, made, rates, found, teacher, store, run)
         try:
@@ -180,6 +176,23 @@ def retrain(
             if teacher is not None:
                 teacher.close()
         return _result(model, trainer, resumed, settings, found)
+
+
+def _identity(
+    model: nn.Module, data: Loader, options: Options, settings: dict[str, Any], accelerator: Any
+) -> dict[str, Any]:
+    """What a checkpoint must have in common with the training that goes on from it."""
+    return {
+        **settings,
+        "epochs": options.epochs,
+        "batches": data.batches,
+        "seed": options.seed,
+        "gradient_accumulation": options.accumulation,
+        "max_grad_norm": options.max_grad_norm,
+        "processes": accelerator.num_processes,
+        "patience": options.patience,
+        "weights": digest(model),
+    }
 
 
 def _opened(folder: Any, resume: bool, accelerator: Any) -> Checkpoints | None:
