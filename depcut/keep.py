@@ -15,7 +15,7 @@ from depcut import axes
 from depcut.axes import Indices, Term
 from depcut.coupling import Coupling
 from depcut.liveness import Bypass, Gone, gone
-from depcut.mesh import Rows, Selection, along, fitted, mesh
+from depcut.mesh import Rows, Selection, along, fitted, mesh, opened
 from depcut.ops.registry import Dims, Effects, Literal
 
 
@@ -95,10 +95,7 @@ class Keep:
         """
         terms = tuple(map(axes.resolve, dims))
         kept = along(terms, dim, self.chosen, dense=True)
-        if kept is None:
-            kept = np.arange(terms[dim].size)
-        if kept.ndim != len(terms):
-            kept = kept.reshape([-1 if i == dim else 1 for i in range(len(terms))])
+        kept = opened(kept, terms[dim].size, dim, len(terms))
         shape = [terms[dim].size if i == dim else n for i, n in enumerate(kept.shape)]
         out = np.zeros(shape, dtype=bool)
         np.put_along_axis(out, kept, values=True, axis=dim)

@@ -165,6 +165,21 @@ def _table(
     return np.stack([_table(term, rest, left, chosen.at(bound, int(r))) for r in distinct])[back]
 
 
+def opened(kept: Indices | None, size: int, dim: int, rank: int) -> Indices:
+    """Kept indices of a dimension as an array of the tensor's rank.
+
+    Args:
+        kept: All if None, a list, or an array of that rank already.
+        size: Of the dimension.
+        dim: Its number.
+        rank: Of the tensor.
+    """
+    whole = np.arange(size) if kept is None else kept
+    if whole.ndim == rank:
+        return whole
+    return whole.reshape([-1 if i == dim else 1 for i in range(rank)])
+
+
 def fitted(dims: Dims, shape: tuple[int, ...]) -> Dims:
     """The terms for a batch of another size than the captured one; the batch is the first factor.
 

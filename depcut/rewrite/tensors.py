@@ -10,6 +10,7 @@ from torch import nn
 from depcut.axes import Indices
 from depcut.capture import attribute, held_tensors
 from depcut.keep import Keep
+from depcut.mesh import opened
 from depcut.rewrite.copying import copied, like
 
 
@@ -50,13 +51,10 @@ def open_mesh(tensor: torch.Tensor, picked: tuple[Indices | None, ...]) -> tuple
         tensor: The dense tensor.
         picked: What stays of its dimensions, as for `take`.
     """
-    out = []
-    for dim, kept in enumerate(picked):
-        whole = torch.arange(tensor.shape[dim]) if kept is None else torch.from_numpy(kept)
-        if whole.ndim == 1:
-            whole = whole.reshape([-1 if i == dim else 1 for i in range(tensor.ndim)])
-        out.append(whole.to(tensor.device))
-    return tuple(out)
+    return tuple(
+        torch.from_numpy(opened(kept, tensor.shape[dim], dim, tensor.ndim)).to(tensor.device)
+        for dim, kept in enumerate(picked)
+    )
 
 
 def narrowed_copy(model: nn.Module, keep: Keep) -> nn.Module:

@@ -12,6 +12,7 @@ from depcut.analysis import Analysis
 from depcut.axes import Indices
 from depcut.coupling import Coupling, Group
 from depcut.errors import PlanError
+from depcut.mesh import opened
 from depcut.plan import Plan, make_plan
 
 TensorIndices = Mapping[str, tuple[Indices | None, ...]]
@@ -51,13 +52,8 @@ def composed(dense: Analysis, steps: list[TensorIndices], settings: Mapping[str,
 
 def _open(sizes: tuple[int, ...], step: tuple[Indices | None, ...]) -> Origins:
     """Index arrays of a tensor's rank."""
-    out = []
-    for dim, (size, kept) in enumerate(zip(sizes, step, strict=True)):
-        whole = np.arange(size) if kept is None else kept
-        if whole.ndim != len(sizes):
-            whole = whole.reshape([-1 if i == dim else 1 for i in range(len(sizes))])
-        out.append(whole)
-    return tuple(out)
+    pairs = enumerate(zip(sizes, step, strict=True))
+    return tuple(opened(kept, size, dim, len(sizes)) for dim, (size, kept) in pairs)
 
 
 def _after(now: Origins, step: tuple[Indices | None, ...] | None) -> Origins:
