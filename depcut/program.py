@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -79,6 +80,19 @@ class Program:
         """The placeholders that stand for user inputs."""
         nodes = self.graph.graph.nodes
         return [n for n in nodes if n.op == "placeholder" and n not in self.tensors]
+
+    @cached_property
+    def computed_from(self) -> dict[fx.Node, tuple[str, ...]]:
+        """Parameters behind each node that is computed from parameters alone, in one pass."""
+        out: dict[fx.Node, tuple[str, ...]] = {}
+        for node in self.graph.graph.nodes:
+            if node.op == "call_function":
+                sources = [n for n in node.all_input_nodes if self.sizes.get(n) is not None]
+                if sources and all(n in out for n in sources):
+                    out[node] = tuple(dict.fromkeys(name for n in sources for name in out[n]))
+            elif self.tensors.get(node) in self.parameters:
+                out[node] = (self.tensors[node],)
+        return out
 
     @property
     def outputs(self) -> list[Any]:

@@ -178,3 +178,30 @@ def test_cells_read_what_a_loop_over_the_steps_reads(kind: str, both: bool, firs
     top = torch.cat(outs[-ways:], -1)
     want = result[0].transpose(0, 1) if first else result[0]
     torch.testing.assert_close(top, want, rtol=1e-4, atol=1e-5)
+
+
+# Depth ------------------------------------------------------------------------------------------
+
+
+class Residual(nn.Module):
+    """A stream that every block reads twice: paths back to the start double with each."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.scales = nn.ParameterList(torch.rand(4) for _ in range(blocks))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.head.weight
+        for scale in self.scales:
+            weight = weight + weight * scale
+        return nn.functional.linear(x, weight)
+
+
+def test_what_a_node_is_computed_from_is_found_in_one_pass() -> None:
+    # Walked path by path, 60 blocks are 2^60 steps.
+    program = depcut.analyze(Residual(60), torch.randn(2, 4)).program
+    (linear,) = (n for n in program.graph.graph.nodes if str(n.target) == "aten.linear.default")
+    names = parameters_behind(linear.args[1], program)
+    assert names == ("head.weight", *(f"scales.{i}" for i in range(60)))
+    assert parameters_behind(linear, program) == ()

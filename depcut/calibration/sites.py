@@ -90,16 +90,11 @@ def is_shared(name: str, coupling: Coupling) -> bool:
     return sum(len(n.users) for n, t in program.tensors.items() if t in names) > 1
 
 
-def parameters_behind(node: fx.Node, program: Program) -> set[str]:
+def parameters_behind(node: fx.Node, program: Program) -> tuple[str, ...]:
     """Parameters that a node is computed from, if it is computed from nothing else.
 
     Args:
         node: A node of the captured graph.
         program: The captured model.
     """
-    if node.op != "call_function":
-        name = program.tensors.get(node)
-        return {name} if name in program.parameters else set()
-    tensors = [n for n in node.all_input_nodes if program.sizes.get(n) is not None]
-    found = [parameters_behind(n, program) for n in tensors]
-    return set().union(*found) if found and all(found) else set()
+    return program.computed_from.get(node, ())
