@@ -1,6 +1,6 @@
 """The nets of the accuracy benchmark: plain PyTorch that knows nothing of depcut.
 
-The ResNet is the demo's (`depcut.demo_net.DigitNet`).
+The ResNet is the demo's (`depcut.cli.demo_net.DigitNet`).
 """
 
 from __future__ import annotations

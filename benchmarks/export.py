@@ -26,7 +26,7 @@ from rich.progress import track
 from torch import nn
 
 import depcut
-from depcut.export import ExportReport
+from depcut.deploy.export import ExportReport
 
 # How far the share of the file's bytes may be from the share of the model's own tensors.
 TOLERANCE = 0.02

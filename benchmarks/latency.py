@@ -27,14 +27,14 @@ from measure import Row
 from torch import nn
 
 import depcut
+from depcut.allocate.choose import Chooser, Request
 from depcut.allocate.space import space
 from depcut.analysis import Analysis
-from depcut.choose import Chooser, Request
-from depcut.convert import draft
+from depcut.deploy.convert import draft
 from depcut.latency.designs import designs
 from depcut.latency.model import LatencyModel
-from depcut.plan import Plan
-from depcut.rewrite.preferences import preferences
+from depcut.plan.plan import Plan
+from depcut.plan.preferences import preferences
 
 REMOVED = (0.25, 0.5, 0.75)
 PEER_LIMIT = 150.0  # seconds

@@ -22,8 +22,8 @@ from latency import MODELS
 from torch import nn
 
 import depcut
-from depcut.convert import draft
-from depcut.coupling import layer_of
+from depcut.coupling.groups import layer_of
+from depcut.deploy.convert import draft
 
 STEPS = 6  # of the search for the ratio that comes to the MACs
 

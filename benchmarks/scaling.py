@@ -27,8 +27,8 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from depcut.analysis import Analysis, analyze
-from depcut.capture import capture
-from depcut.coupling import infer
+from depcut.capture.capture import capture
+from depcut.coupling.infer import infer
 
 DEPTHS = (16, 32, 64, 128)
 WIDTHS = (256, 512, 1024, 2048, 4096)

@@ -34,9 +34,10 @@ from torch import nn
 
 import depcut
 from depcut.analysis import Analysis
-from depcut.capture import capture
-from depcut.coupling import infer, layer_of
-from depcut.program import Program
+from depcut.capture.capture import capture
+from depcut.capture.program import Program
+from depcut.coupling.groups import layer_of
+from depcut.coupling.infer import infer
 
 COMPLETES = ("works", "prunes nothing", "forward fails", "wrong outputs")
 

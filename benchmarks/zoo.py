@@ -26,8 +26,8 @@ from torch import nn
 
 from depcut import axes
 from depcut.analysis import Analysis
-from depcut.capture import capture
-from depcut.coupling import infer
+from depcut.capture.capture import capture
+from depcut.coupling.infer import infer
 
 TOLERANCE = 0.01
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from depcut.analysis import Analysis, analyze
 from depcut.api import shrink
 from depcut.calibration.data import Calibration
-from depcut.compact import Compaction, compact, compaction
-from depcut.compensate import Compensation
-from depcut.coupling import Frozen, Group, Member
+from depcut.coupling.groups import Frozen, Group, Member
+from depcut.dead_units import Compaction, compact, compaction
+from depcut.deploy.export import ExportReport, export
 from depcut.errors import (
     BudgetError,
     CaptureError,
@@ -20,15 +20,15 @@ from depcut.errors import (
     TrainingError,
     VerificationError,
 )
-from depcut.export import ExportReport, export
+from depcut.integrations.callbacks import lightning_callback, transformers_callback
 from depcut.latency.model import LatencyModel
 from depcut.ops.registry import Op, rule
-from depcut.plan import Plan
-from depcut.report import Comparison, compare
+from depcut.plan.plan import Plan
+from depcut.repair.compensate import Compensation
 from depcut.scores import Score
 from depcut.timing.bench import bench
+from depcut.timing.comparison import Comparison, compare
 from depcut.training.budget import Phase, budget_phases, run_phases
-from depcut.training.callbacks import lightning_callback, transformers_callback
 from depcut.training.distance import relative_distance
 from depcut.training.distillation import Distillation
 from depcut.training.fresh import fresh, scratch_epochs

@@ -15,23 +15,25 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from depcut import axes, cost
+from depcut import axes
+from depcut.allocate.choose import Chooser, Request, check_budget
+from depcut.allocate.depth import depth_and_width
 from depcut.axes import Indices
+from depcut.branches.branch import Branch, Residuals
+from depcut.branches.find import residuals
 from depcut.calibration.data import BATCHES, Calibration, Data, Loss, calibrate
-from depcut.capture import capture
-from depcut.choose import Chooser, Request, check_budget
-from depcut.cost import Cost
-from depcut.coupling import Coupling, Frozen, Group, infer, layer_of
-from depcut.depth.branches import Branch, Residuals
-from depcut.depth.choose import depth_and_width
-from depcut.depth.find import residuals
+from depcut.capture.capture import capture
+from depcut.capture.inputs import Inputs
+from depcut.capture.program import Program
+from depcut.coupling.groups import Coupling, Frozen, Group, layer_of
+from depcut.coupling.infer import infer
+from depcut.deploy.runtime import bind_inputs, resized
 from depcut.errors import BudgetError, InputError, listed
-from depcut.inputs import Inputs
 from depcut.latency.model import SAMPLES, LatencyModel, latency_model
 from depcut.latency.target import Goal, plan_for_latency
-from depcut.plan import Plan, make_plan
-from depcut.program import Program
-from depcut.runtime import bind_inputs, resized
+from depcut.plan import cost
+from depcut.plan.cost import Cost
+from depcut.plan.plan import Plan, make_plan
 from depcut.scores import Criterion, Score, is_additive
 
 

@@ -8,11 +8,11 @@ from typing import TypeVar, cast
 import torch
 from torch import nn
 
+from depcut.allocate.choose import check_budget
 from depcut.analysis import analyze
 from depcut.calibration.data import BATCHES, Data, Loss, read_with_inputs
-from depcut.choose import check_budget
-from depcut.inputs import Inputs
-from depcut.mend import wants_repair
+from depcut.capture.inputs import Inputs
+from depcut.repair.mend import wants_repair
 from depcut.scores import Criterion, Score
 
 ModelT = TypeVar("ModelT", bound=nn.Module)

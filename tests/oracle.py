@@ -153,7 +153,7 @@ def cut(
     """Apply a plan and compare with the masked dense model."""
     plan = analysis.plan_keeping(keep)
     slim = plan.apply(model)
-    reference = depcut.verify.masked_outputs(plan.keep(analysis.coupling), model, inputs)
+    reference = depcut.verify.verify.masked_outputs(plan.keep(analysis.coupling), model, inputs)
     assert_close(outputs(slim, inputs), list(reference), tolerance, keep)
     return slim, plan
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F  # noqa: N812 - its name everywhere
 
 import depcut
 from depcut.errors import BudgetError
-from depcut.rewrite.preferences import preferences
+from depcut.plan.preferences import preferences
 
 # Nets that are wide enough for a budget to be met within a percent --------------------------------
 

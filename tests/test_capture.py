@@ -17,14 +17,14 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import depcut
-from depcut.capture import capture
+from depcut.capture.capture import capture
+from depcut.capture.inputs import infer, normalize
+from depcut.capture.program import Program
+from depcut.capture.provenance import Traced, TracedFloat, literals_of
 from depcut.errors import CaptureError, InputError
-from depcut.inputs import infer, normalize
-from depcut.keep import Keep
-from depcut.program import Program
-from depcut.provenance import Traced, TracedFloat, literals_of
-from depcut.reference import Reference
-from depcut.rewrite.literals import by_path
+from depcut.plan.attributes import by_path
+from depcut.plan.keep import Keep
+from depcut.reference.run import Reference
 
 HEADS = ("attr", "attention", ("heads",))
 

@@ -9,9 +9,9 @@ import onnx
 import pytest
 from safetensors import safe_open
 
-from depcut.cli import main
-from depcut.loading import load_weights
-from depcut.plan import Plan
+from depcut.cli.loading import load_weights
+from depcut.cli.main import main
+from depcut.plan.plan import Plan
 
 COMMANDS = ("demo", "analyze", "shrink", "compact", "export", "bench")
 
@@ -80,7 +80,7 @@ def folder(tmp_path_factory):
 
 def depcut(folder, *arguments):
     # The console script is a two-liner around this, and need not be installed for the tests.
-    code = "import sys; from depcut.cli import main; sys.exit(main())"
+    code = "import sys; from depcut.cli.main import main; sys.exit(main())"
     root = str(Path(__file__).parent.parent)
     script = f"import sys; sys.path[0] = {root!r}; {code}"
     return subprocess.run(

@@ -15,12 +15,12 @@ from torch.nn.utils import parametrize, prune
 
 import depcut
 from depcut import axes
-from depcut.constants import interpret
-from depcut.dead import find_dead
 from depcut.errors import InputError
-from depcut.folding import fold_constants
-from depcut.readings import read
-from depcut.reference import Reference
+from depcut.reference.constants import interpret
+from depcut.reference.run import Reference
+from depcut.repair.dead import find_dead
+from depcut.repair.folding import fold_constants
+from depcut.repair.readings import read
 from depcut.rewrite.build import rewrite
 
 STRUCTURES = """

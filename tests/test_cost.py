@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812 - its name everywhere
 from torch.utils.flop_counter import FlopCounterMode
 
 import depcut
-from depcut.cost import compile_cost, compile_staircase, count_macs, count_params
+from depcut.plan.cost import compile_cost, compile_staircase, count_macs, count_params
 
 # One of each kind of layer, coupling and size.
 MANY = """

@@ -7,7 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from depcut.demo import accuracy, load_digits, run_demo
+from depcut.cli.demo import accuracy, load_digits, run_demo
 from depcut.errors import DepcutError
 
 pytest.importorskip("sklearn")

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import depcut
-from depcut.cost import count_macs, count_params
-from depcut.depth.branches import bypass
-from depcut.depth.find import residuals
-from depcut.depth.score import examples, influence
+from depcut.allocate.influence import examples, influence
+from depcut.branches.branch import bypass
+from depcut.branches.find import residuals
 from depcut.errors import BudgetError, InputError, PlanError
+from depcut.plan.cost import count_macs, count_params
 
 
 def zeroed(model: nn.Module, parameters: Any) -> nn.Module:

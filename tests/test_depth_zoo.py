@@ -15,7 +15,7 @@ from depth_nets import interpreted
 from oracle import assert_close, assert_untouched, call, gradients, outputs, snapshot
 
 import depcut
-from depcut.cost import count_params
+from depcut.plan.cost import count_params
 
 # What must be found: branches, and blocks of them (a stage of blocks is one, too).
 FAST = {

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from depcut import agreement, convert, publish
+from depcut.deploy import agreement, convert, publish
+from depcut.deploy.export import draft, export
+from depcut.deploy.runtime import bind_inputs, resized
 from depcut.errors import ExportError, InputError
-from depcut.export import draft, export
-from depcut.runtime import bind_inputs, resized
 
 
 class Several(nn.Module):

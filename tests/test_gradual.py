@@ -18,8 +18,8 @@ from torch.nn import functional
 
 import depcut
 from depcut.errors import BudgetError, InputError, PlanError
-from depcut.keep import Keep
-from depcut.plan import make_plan
+from depcut.plan.keep import Keep
+from depcut.plan.plan import make_plan
 from depcut.training.gradual import cubic
 from depcut.training.masks import Masks
 from depcut.training.places import find_places

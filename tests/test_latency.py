@@ -15,12 +15,12 @@ from nets import NETS, Head, conv, seeded
 from torch import nn
 
 import depcut
+from depcut.allocate.choose import Chooser, Request
 from depcut.allocate.lagrange import least_loss
 from depcut.allocate.order import meet, order
 from depcut.allocate.space import space
 from depcut.analysis import Analysis
-from depcut.choose import Chooser, Request
-from depcut.convert import draft
+from depcut.deploy.convert import draft
 from depcut.errors import BudgetError, InputError, LatencyError
 from depcut.latency import cache, model, target
 from depcut.latency.align import aligned, best_alignment

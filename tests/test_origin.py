@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import depcut
-from depcut.origin import _ORIGINS, origin_of, record_origin
+from depcut.deploy.lineage import _ORIGINS, origin_of, record_origin
 
 
 def net():

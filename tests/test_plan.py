@@ -16,8 +16,8 @@ from oracle import all_tensors, assert_untouched, outputs, random_keep, sliced, 
 from torch import nn
 
 import depcut
-from depcut.cost import count_macs, count_params
 from depcut.errors import DepcutError, PlanError
+from depcut.plan.cost import count_macs, count_params
 
 REPLAYED = ["residual", "attention_gqa_expand", "dict_inputs", "causal_decoder", "siamese", "lstm"]
 

@@ -101,8 +101,8 @@ def test_terms_of_a_product_have_the_energy_of_what_zeroing_them_takes(net: Net)
 
 def lost(coupling: Any, model: nn.Module, data: Any, product: Any) -> list[Tensor]:
     """What each index of the summed axis adds to a product, whatever operator computes it."""
-    from depcut.keep import Keep
-    from depcut.reference import Reference
+    from depcut.plan.keep import Keep
+    from depcut.reference.run import Reference
 
     steps = Reference(Keep(coupling, {}), model).steps(
         data.leaves(data.batches[0]), stops={product.node}

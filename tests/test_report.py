@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from depcut.errors import InputError
-from depcut.report import compare, quantity
+from depcut.timing.comparison import compare, quantity
 
 
 class Tied(nn.Module):

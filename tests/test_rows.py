@@ -31,9 +31,9 @@ from oracle import (
 from torch import Tensor, nn
 
 import depcut
+from depcut.allocate.choose import best_units
 from depcut.axes import Axis, Concat, Product, Term
-from depcut.choose import best_units
-from depcut.coupling import Group
+from depcut.coupling.groups import Group
 from depcut.errors import PlanError
 from depcut.scores import score
 from depcut.scores.rows import unit_sums

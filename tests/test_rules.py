@@ -23,12 +23,13 @@ from torch.utils import _pytree as pytree
 
 import depcut
 from depcut import axes
-from depcut.capture import capture
-from depcut.coupling import Coupling, infer
+from depcut.capture.capture import capture
+from depcut.coupling.groups import Coupling
+from depcut.coupling.infer import infer
 from depcut.errors import RuleError
-from depcut.keep import Keep
 from depcut.ops.registry import _RULES, Op, Output, rule_for, unregister
-from depcut.reference import Reference
+from depcut.plan.keep import Keep
+from depcut.reference.run import Reference
 
 # The harness --------------------------------------------------------------------------------------
 

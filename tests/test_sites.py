@@ -13,10 +13,10 @@ from torch.utils import _pytree as pytree
 import depcut
 from depcut.calibration.site import Call, Site, bound
 from depcut.calibration.sites import find_sites, parameters_behind
-from depcut.coupling import Coupling
-from depcut.keep import Keep
-from depcut.program import Program
-from depcut.reference import Reference, example
+from depcut.capture.program import Program
+from depcut.coupling.groups import Coupling
+from depcut.plan.keep import Keep
+from depcut.reference.run import Reference, example
 
 # Contractions with weights that no site reads, and why.
 WITHOUT = {

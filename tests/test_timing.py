@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import nn
 
+from depcut.deploy.export import export
+from depcut.deploy.runtime import open_session
 from depcut.errors import ExportError, InputError
-from depcut.export import export
-from depcut.runtime import open_session
 from depcut.timing.bench import BenchResult, Measurement, bench, byte_size, rate
 from depcut.timing.clock import Speedup, Timing, interleave, median_interval
 from depcut.timing.modules import no_fallback

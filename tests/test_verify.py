@@ -15,12 +15,12 @@ from oracle import assert_untouched, check, outputs, random_keep, snapshot
 from torch import Tensor, nn
 
 import depcut
-import depcut.plan
+import depcut.plan.plan
 import depcut.rewrite.tensors
 from depcut.errors import VerificationError
 from depcut.ops import registry
 from depcut.rewrite.build import Slim
-from depcut.verify import error, masked_outputs
+from depcut.verify.verify import error, masked_outputs
 
 
 def plan_of(model: nn.Module, inputs: Any, seed: int = 0) -> Any:
@@ -110,7 +110,7 @@ def test_a_rule_that_forgets_a_size(rule: Any) -> None:
 
 def tamper(monkeypatch: pytest.MonkeyPatch, change: Callable[[nn.Module], None]) -> None:
     """Let `change` spoil every rewritten model before it is verified."""
-    rewrite = depcut.plan.rewrite
+    rewrite = depcut.plan.plan.rewrite
 
     def spoiled(model: nn.Module, keep: Any) -> Slim:
         slim = rewrite(model, keep)
@@ -118,7 +118,7 @@ def tamper(monkeypatch: pytest.MonkeyPatch, change: Callable[[nn.Module], None])
             change(slim.model)
         return slim
 
-    monkeypatch.setattr(depcut.plan, "rewrite", spoiled)
+    monkeypatch.setattr(depcut.plan.plan, "rewrite", spoiled)
 
 
 WRONG_NUMBERS = [
@@ -160,7 +160,7 @@ def test_the_layer_with_a_wrong_number_is_named(
 
 
 def test_exchanged_channels_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    take = depcut.rewrite.tensors.take
+    take = depcut.reference.slices.take
 
     def mirrored(tensor: Tensor, picked: Any) -> Tensor:
         made = take(tensor, picked)

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from depcut.allocate.space import Counts, Scores, Space, marginals
-from depcut.cost import Cost
 from depcut.errors import BudgetError
+from depcut.plan.cost import Cost
 
 _SWEEPS = 8
 _PRICES = 40

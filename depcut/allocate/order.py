@@ -12,8 +12,8 @@ import math
 import numpy as np
 
 from depcut.allocate.space import Counts, Scores, Space, marginals
-from depcut.cost import Cost
 from depcut.errors import BudgetError, InputError
+from depcut.plan.cost import Cost
 
 ALLOCATIONS = ("uniform", "global")
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from depcut import axes
 from depcut.axes import Axis, Term
-from depcut.coupling import Coupling
+from depcut.coupling.groups import Coupling
 
 Counts = NDArray[np.int64]
 Scores = list[NDArray[np.float64]]

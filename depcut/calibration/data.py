@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from depcut.capture import is_symbolic, modes
+from depcut.capture.capture import is_symbolic, modes
+from depcut.capture.inputs import Inputs, arguments, device_of
+from depcut.capture.program import Program
 from depcut.errors import InputError
-from depcut.inputs import Inputs, arguments, device_of
-from depcut.program import Program
 
 Data = Iterable[Any]
 Loss = Callable[[Any, Any], torch.Tensor]

@@ -9,8 +9,8 @@ import torch
 from torch import fx, nn
 
 from depcut.calibration.data import Batch, Calibration
-from depcut.keep import Keep
-from depcut.reference import Reference, Step, finished
+from depcut.plan.keep import Keep
+from depcut.reference.run import Reference, Step, finished
 
 _Run = Generator[Step, None, list[Any]]
 

@@ -13,7 +13,7 @@ from depcut import axes
 from depcut.calibration.data import Calibration
 from depcut.calibration.site import bound
 from depcut.calibration.visits import visits
-from depcut.coupling import Coupling
+from depcut.coupling.groups import Coupling
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from torch import fx, nn
 
 from depcut.calibration.data import Batch, Calibration
 from depcut.calibration.progress import ticking
-from depcut.coupling import Coupling
-from depcut.keep import Keep
-from depcut.reference import Reference
+from depcut.coupling.groups import Coupling
+from depcut.plan.keep import Keep
+from depcut.reference.run import Reference
 
 _TINY = 1e-30
 

@@ -16,7 +16,7 @@ from torch import fx
 
 from depcut import axes
 from depcut.axes import Axis, Indices, Term
-from depcut.coupling import Coupling, layer_of, origin
+from depcut.coupling.groups import Coupling, layer_of, origin
 from depcut.ops.registry import Op
 
 Call = Mapping[str, Any]  # an operator's arguments by schema name

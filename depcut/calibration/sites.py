@@ -10,8 +10,8 @@ from torch import fx
 from depcut import axes
 from depcut.calibration import cells, patches, products
 from depcut.calibration.site import Place, Site
-from depcut.coupling import Coupling
-from depcut.program import Program
+from depcut.capture.program import Program
+from depcut.coupling.groups import Coupling
 
 _FAMILIES: dict[str, Callable[[Place], list[Site]]] = {
     "aten.linear": products.linear,

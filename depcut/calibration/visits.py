@@ -10,11 +10,11 @@ from torch import fx, nn
 from depcut.calibration.data import Calibration
 from depcut.calibration.progress import ticking
 from depcut.calibration.site import Call, bound
-from depcut.coupling import Coupling
+from depcut.capture.program import where
+from depcut.coupling.groups import Coupling
 from depcut.errors import InputError
-from depcut.keep import Keep
-from depcut.program import where
-from depcut.reference import Reference
+from depcut.plan.keep import Keep
+from depcut.reference.run import Reference
 
 
 def visits(

@@ -12,8 +12,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from depcut.deploy.runtime import open_session, session_feeds
 from depcut.errors import LatencyError
-from depcut.runtime import open_session, session_feeds
 
 Shape = tuple[int, ...]
 

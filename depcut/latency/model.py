@@ -15,19 +15,19 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from depcut.allocate.space import space
-from depcut.architecture import fingerprint
-from depcut.cost import Cost
-from depcut.coupling import Coupling
+from depcut.coupling.groups import Coupling
+from depcut.deploy.runtime import bind_inputs
 from depcut.errors import InputError, listed
 from depcut.latency import cache
 from depcut.latency.designs import between, designs
 from depcut.latency.measure import measure
 from depcut.latency.samples import Samples
 from depcut.latency.staircase import fit
-from depcut.machine import processor
-from depcut.plan import Plan
-from depcut.rewrite.preferences import preferences
-from depcut.runtime import bind_inputs
+from depcut.plan.cost import Cost
+from depcut.plan.fingerprint import fingerprint
+from depcut.plan.plan import Plan
+from depcut.plan.preferences import preferences
+from depcut.support.machine import processor
 
 SAMPLES = 16
 _UNSURE = 0.1  # a typical error of the fit that is worth a warning

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from depcut.axes import Axis, Concat, Product, Term
-from depcut.cost import Polynomial, polynomial
-from depcut.coupling import Coupling
+from depcut.coupling.groups import Coupling
+from depcut.plan.cost import Polynomial, polynomial
 
 _BLOCKS = (1, 8, 16, 32)
 _MOST = 0.7  # of the samples must agree with a term

@@ -18,12 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-from depcut.cost import Blocked, Cost, compile_staircase
-from depcut.coupling import Coupling
+from depcut.coupling.groups import Coupling
 from depcut.latency.align import Track, aligned
 from depcut.latency.kernels import Kernel
 from depcut.latency.samples import Samples
 from depcut.latency.sizes import Recogniser, Size, constant
+from depcut.plan.cost import Blocked, Cost, compile_staircase
 
 Numbers = NDArray[np.float64]
 

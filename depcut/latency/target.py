@@ -11,12 +11,12 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
+from depcut.allocate.choose import Chooser
 from depcut.allocate.space import Counts
-from depcut.choose import Chooser
 from depcut.errors import BudgetError
 from depcut.latency.measure import Bench
 from depcut.latency.model import LatencyModel
-from depcut.plan import Plan
+from depcut.plan.plan import Plan
 
 _TRIES = 6
 _CLOSE = 0.015  # a candidate this close to its target is not corrected

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from depcut import axes
-from depcut.axes import Term
-from depcut.ops.registry import Dims, Op, Output, rule
+from depcut.axes import Dims, Term
+from depcut.ops.registry import Op, Output, rule
 
 
 def _spatial(op: Op, x: Dims, pointwise: bool) -> Dims:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from depcut import axes
-from depcut.ops.registry import Dims, Op, Output, rule
+from depcut.axes import Dims
+from depcut.ops.registry import Op, Output, rule
 
 # Pointwise in effect, but not tagged so by torch because they copy, cast, draw or return a view.
 _UNTAGGED = """

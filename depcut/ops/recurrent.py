@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import fx
 
 from depcut import axes
-from depcut.axes import Term
-from depcut.ops.registry import Dims, Op, Output, rule
+from depcut.axes import Dims, Term
+from depcut.ops.registry import Op, Output, rule
 
 _GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 _CONSTANT = ("aten.zeros", "aten.new_zeros", "aten.zeros_like", "aten.ones", "aten.full")

@@ -17,10 +17,9 @@ import torch
 from torch import fx
 
 from depcut import axes
-from depcut.axes import Reason, Term
+from depcut.axes import Dims, Reason, Term
 from depcut.errors import RuleError
 
-Dims = tuple[Term, ...]
 Output = Dims | Sequence[Dims | None] | None
 Path = tuple[int | str, ...]
 Rule = Callable[["Op"], Output]

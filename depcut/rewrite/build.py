@@ -7,13 +7,13 @@ from functools import cached_property
 
 from torch import fx, nn
 
+from depcut.capture.program import parent_of
 from depcut.errors import VerificationError
-from depcut.keep import Keep
-from depcut.liveness import rewritten
-from depcut.program import parent_of
+from depcut.graph.liveness import rewritten
+from depcut.plan.attributes import solve
+from depcut.plan.keep import Keep
 from depcut.rewrite.dropout import attention_dropout
 from depcut.rewrite.graph import CannotGenerateError, generate
-from depcut.rewrite.literals import solve
 from depcut.rewrite.module import set_attributes
 from depcut.rewrite.removal import remove_dead
 from depcut.rewrite.tensors import narrowed_copy

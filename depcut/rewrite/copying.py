@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from depcut.provenance import is_result
+from depcut.capture.provenance import is_result
 
 _SHARED = (
     int,

@@ -9,8 +9,8 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from depcut.capture.program import ModuleCall
 from depcut.errors import InputError
-from depcut.program import ModuleCall
 
 
 class GeneratedModule(nn.Module):

@@ -16,9 +16,9 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from depcut.keep import Keep
-from depcut.liveness import is_size
-from depcut.program import ModuleCall, Program, parent_of, stack_entries
+from depcut.capture.program import ModuleCall, Program, parent_of, stack_entries
+from depcut.graph.liveness import is_size
+from depcut.plan.keep import Keep
 from depcut.rewrite.dropout import when_training
 from depcut.rewrite.generated import GeneratedModule
 

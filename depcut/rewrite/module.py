@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from depcut.rewrite.literals import Attribute
+from depcut.plan.attributes import Attribute
 
 # Attributes of torch's own layers that repeat a parameter's size: attribute -> (parameter, dim).
 _STANDARD: dict[type[nn.Module], dict[str, tuple[str, int]]] = {

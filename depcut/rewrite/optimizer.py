@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from depcut.errors import InputError
-from depcut.keep import Keep
-from depcut.rewrite.tensors import take
+from depcut.plan.keep import Keep
+from depcut.reference.slices import take
 
 
 def check_optimizer(optimizer: object, model: nn.Module) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Collection
 
 from torch import nn
 
-from depcut.keep import Keep
-from depcut.program import parent_of
+from depcut.capture.program import parent_of
+from depcut.plan.keep import Keep
 
 
 def remove_dead(slim: nn.Module, keep: Keep, generated: Collection[str]) -> None:

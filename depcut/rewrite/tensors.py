@@ -7,31 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from depcut.axes import Indices
-from depcut.capture import attribute, held_tensors
-from depcut.keep import Keep
-from depcut.mesh import opened
+from depcut.capture.capture import attribute, held_tensors
+from depcut.plan.keep import Keep
+from depcut.reference.slices import take
 from depcut.rewrite.copying import copied, like
-
-
-def take(tensor: torch.Tensor, picked: tuple[Indices | None, ...]) -> torch.Tensor:
-    """The kept indices of each dimension as a new contiguous tensor.
-
-    Args:
-        tensor: Any tensor.
-        picked: For each of its dimensions None (all), a list of indices, or an array of the
-            tensor's rank where they vary along other dimensions (see `depcut.mesh`).
-    """
-    out = tensor.detach()
-    if any(kept is not None and kept.ndim > 1 for kept in picked):
-        out = out[open_mesh(out, picked)]
-    else:
-        for dim, kept in enumerate(picked):
-            if kept is not None:
-                out = out.index_select(dim, torch.from_numpy(kept).to(tensor.device))
-    if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
-        out = out.contiguous(memory_format=torch.channels_last)
-    return out
 
 
 def computed_tensors(model: nn.Module) -> dict[int, Any]:
@@ -42,19 +21,6 @@ def computed_tensors(model: nn.Module) -> dict[int, Any]:
         for value in vars(module).values()
         if isinstance(value, torch.Tensor) and not value.is_leaf
     }
-
-
-def open_mesh(tensor: torch.Tensor, picked: tuple[Indices | None, ...]) -> tuple[torch.Tensor, ...]:
-    """Index tensors, one a dimension, that broadcast to the shape of what stays.
-
-    Args:
-        tensor: The dense tensor.
-        picked: What stays of its dimensions, as for `take`.
-    """
-    return tuple(
-        torch.from_numpy(opened(kept, tensor.shape[dim], dim, tensor.ndim)).to(tensor.device)
-        for dim, kept in enumerate(picked)
-    )
 
 
 def narrowed_copy(model: nn.Module, keep: Keep) -> nn.Module:

@@ -8,7 +8,7 @@ import numpy as np
 from torch import nn
 
 from depcut.calibration.data import Calibration
-from depcut.coupling import Coupling
+from depcut.coupling.groups import Coupling
 from depcut.errors import InputError
 from depcut.scores import activation, geometry, gradient, magnitude, reconstruction, scale, synaptic
 from depcut.scores.context import Context, Method, Score, Scores

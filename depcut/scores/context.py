@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from depcut.calibration.data import Calibration
-from depcut.coupling import Coupling
+from depcut.coupling.groups import Coupling
 from depcut.errors import InputError
 
 Scores = list[NDArray[np.float64]]

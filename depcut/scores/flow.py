@@ -10,11 +10,11 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from depcut.coupling import Coupling
-from depcut.keep import Keep
+from depcut.coupling.groups import Coupling
 from depcut.ops import normalization
 from depcut.ops.registry import Op, rule_for
-from depcut.reference import example
+from depcut.plan.keep import Keep
+from depcut.reference.run import example
 
 _NORMS = (normalization.batch_norm, normalization.layer_norm, normalization.group_norm)
 _PRODUCTS = frozenset("mul matmul mm bmm mv dot inner einsum bilinear outer".split())

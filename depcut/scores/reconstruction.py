@@ -18,7 +18,7 @@ from depcut.calibration.sensitivity import sensitivities
 from depcut.calibration.site import Call, Site
 from depcut.calibration.sites import find_sites, parameters_behind
 from depcut.calibration.visits import visits
-from depcut.coupling import Coupling, Group
+from depcut.coupling.groups import Coupling, Group
 from depcut.scores.aggregate import totals
 from depcut.scores.context import Context, Score, Scores
 from depcut.scores.elimination import Reads, Terms, Weight, eliminated

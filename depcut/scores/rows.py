@@ -9,9 +9,8 @@ import torch
 from numpy.typing import NDArray
 
 from depcut import axes
-from depcut.axes import Axis, Concat, Product, Term
-from depcut.coupling import Group
-from depcut.ops.registry import Dims
+from depcut.axes import Axis, Concat, Dims, Product, Term
+from depcut.coupling.groups import Group
 
 Values = NDArray[np.float64]
 

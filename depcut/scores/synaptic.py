@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 
 from depcut.axes import Indices
-from depcut.capture import held_tensors
-from depcut.coupling import Coupling
-from depcut.keep import Keep
+from depcut.capture.capture import held_tensors
+from depcut.coupling.groups import Coupling
+from depcut.plan.keep import Keep
 from depcut.scores.aggregate import by_element, totals
 from depcut.scores.context import Context, Scores
 from depcut.scores.flow import Flow

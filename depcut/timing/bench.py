@@ -13,8 +13,8 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from depcut.errors import InputError
-from depcut.machine import processor
-from depcut.tables import rendered
+from depcut.support.machine import processor
+from depcut.support.tables import rendered
 from depcut.timing.backends import Candidate, Provider, Runner, Runtime, check_runtime, engine
 from depcut.timing.clock import Speedup, Timing, interleave
 from depcut.timing.modules import ModuleRunner, no_fallback, torch_threads

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from depcut.deploy.runtime import batch_size, bind_inputs, evaluating, first_line, resized
 from depcut.errors import InputError
-from depcut.runtime import batch_size, bind_inputs, evaluating, first_line, resized
 from depcut.timing.backends import Candidate, Provider, Runtime, gpu_name
 from depcut.timing.clock import Call, Stopwatch, host_seconds
 from depcut.timing.memory import cuda_memory

@@ -11,9 +11,8 @@ import onnx
 from onnxruntime import InferenceSession, OrtValue
 from torch import nn
 
-from depcut.errors import ExportError, InputError
-from depcut.export import export
-from depcut.runtime import (
+from depcut.deploy.export import export
+from depcut.deploy.runtime import (
     Array,
     batch_size,
     bind_inputs,
@@ -22,6 +21,7 @@ from depcut.runtime import (
     resized,
     session_feeds,
 )
+from depcut.errors import ExportError, InputError
 from depcut.timing.backends import CHAINS, Candidate, Provider, gpu_name
 from depcut.timing.clock import Call, Stopwatch, host_seconds
 from depcut.timing.memory import session_memory

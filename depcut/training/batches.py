@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.data.distributed import DistributedSampler
 
 from depcut.calibration.data import Batch, inputs_of
+from depcut.capture.inputs import arguments
 from depcut.errors import InputError
-from depcut.inputs import arguments
 from depcut.training.streams import Stream, seed_of
 
 _PAIRS = "pass a DataLoader or a list of (input, target) pairs"

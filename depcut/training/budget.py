@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from depcut.choose import check_ratio
+from depcut.allocate.choose import check_ratio
+from depcut.capture.inputs import Inputs
 from depcut.errors import InputError
-from depcut.inputs import Inputs
 from depcut.training.iterative import Iterated, geometric, iterate
 
 

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from depcut import axes
 from depcut.analysis import Analysis
 from depcut.axes import Indices
-from depcut.coupling import Coupling, Group
+from depcut.axes.rows import opened
+from depcut.coupling.groups import Coupling, Group
 from depcut.errors import PlanError
-from depcut.mesh import opened
-from depcut.plan import Plan, make_plan
+from depcut.plan.plan import Plan, make_plan
 
 TensorIndices = Mapping[str, tuple[Indices | None, ...]]
 

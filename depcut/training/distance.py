@@ -6,8 +6,8 @@ import math
 
 from torch import nn
 
-from depcut.plan import Plan
-from depcut.rewrite.tensors import open_mesh
+from depcut.plan.plan import Plan
+from depcut.reference.slices import open_mesh
 
 
 def relative_distance(plan: Plan, model: nn.Module) -> float:

@@ -12,20 +12,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from depcut.allocate.choose import Chooser, Request, check_ratio
 from depcut.analysis import Analysis, analyze
 from depcut.axes import Indices
 from depcut.calibration.data import BATCHES, Calibration, Data, Loss
-from depcut.choose import Chooser, Request, check_ratio
-from depcut.cost import COSTS
+from depcut.capture.inputs import Inputs
 from depcut.errors import BudgetError, InputError, PlanError, listed
-from depcut.inputs import Inputs
-from depcut.keep import Keep
-from depcut.plan import Plan, make_plan
+from depcut.plan.cost import COSTS
+from depcut.plan.keep import Keep
+from depcut.plan.plan import Plan, make_plan
+from depcut.plan.units import others
 from depcut.scores import Criterion, Score, is_additive
 from depcut.training.masks import Masks
 from depcut.training.places import find_places
 from depcut.training.probe import probed
-from depcut.units import others
 
 _STEP, _MASKABLE, _KEPT, _VALUE = "step", "maskable", "kept.", "value."
 

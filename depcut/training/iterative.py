@@ -17,15 +17,15 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
+from depcut.allocate.choose import check_ratio
 from depcut.analysis import Analysis, analyze
-from depcut.architecture import fingerprint
 from depcut.calibration.data import BATCHES, Data, Loss, read_with_inputs
-from depcut.choose import check_ratio
-from depcut.cost import COSTS
+from depcut.capture.inputs import Inputs
 from depcut.errors import InputError, PlanError
-from depcut.inputs import Inputs
-from depcut.mend import wants_repair
-from depcut.plan import Plan
+from depcut.plan.cost import COSTS
+from depcut.plan.fingerprint import fingerprint
+from depcut.plan.plan import Plan
+from depcut.repair.mend import wants_repair
 from depcut.rewrite.optimizer import check_optimizer
 from depcut.scores import Criterion, Score, score_name
 from depcut.training.compose import TensorIndices, composed

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from depcut.keep import Keep
+from depcut.plan.keep import Keep
 from depcut.training.places import Place
 from depcut.training.probe import Flags, staying
 

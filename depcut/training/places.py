@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from torch import fx
 
 from depcut import axes
-from depcut.coupling import Coupling, Group
+from depcut.capture.program import Program, where
+from depcut.coupling.groups import Coupling, Group
 from depcut.ops.registry import Effects, Output
-from depcut.program import Program, where
 
 Place = tuple[str, int]
 

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from depcut.coupling import Coupling
-from depcut.keep import Keep
-from depcut.observe import error
-from depcut.reference import Reference, example, finished
-from depcut.rewrite.tensors import take
+from depcut.coupling.groups import Coupling
+from depcut.plan.keep import Keep
+from depcut.reference.run import Reference, example, finished
+from depcut.reference.slices import take
 from depcut.training.places import Place, Places, tied_to
-from depcut.verify import TOLERANCE
+from depcut.verify.observe import error
+from depcut.verify.verify import TOLERANCE
 
 Flags = NDArray[np.bool_]
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from depcut.errors import InputError
-from depcut.plan import Plan
+from depcut.plan.plan import Plan
 from depcut.training.batches import Loader
 from depcut.training.distance import relative_distance
 from depcut.training.outputs import BATCHES, distance_over

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from depcut import axes
+from depcut.allocate.choose import matching
 from depcut.analysis import Analysis
-from depcut.choose import matching
 from depcut.errors import InputError, PlanError
-from depcut.keep import Keep
-from depcut.plan import Plan
+from depcut.plan.keep import Keep
+from depcut.plan.plan import Plan
 
 _TINY = 1e-12  # under the root, whose slope at 0 is infinite
 

@@ -1,0 +1,340 @@
+"""From what a user asks for to kept counts: which groups are held, fixed or free."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from depcut.allocate.lagrange import least_loss, nudged
+from depcut.allocate.order import ALLOCATIONS, meet, order
+from depcut.allocate.space import Counts, Space, space
+from depcut.axes import Indices
+from depcut.calibration.data import Calibration
+from depcut.coupling.groups import Coupling, Group, layer_of
+from depcut.errors import BudgetError, InputError
+from depcut.plan.cost import COSTS, Cost
+from depcut.plan.plan import Plan, make_plan
+from depcut.plan.preferences import preferences
+from depcut.scores import Criterion, Score, Scores, is_additive, score, score_name
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks for, apart from the budget.
+
+    Attributes:
+        score: A criterion by name, with options, or a function of (coupling, model, seed).
+        allocation: "uniform" or "global".
+        align: Kept widths are multiples of it where the width allows; 1: any width.
+        keep: Globs over module or parameter names whose width must stay.
+        ratios: Fraction of units removed, by glob, for groups that the budget does not decide.
+        seed: For criteria that draw.
+        calibration: Data, and perhaps a loss, for criteria that need them.
+        hold: Numbers of further groups whose width must stay.
+    """
+
+    score: str | Score | Criterion = "magnitude"
+    allocation: str = "uniform"
+    align: int = 8
+    keep: Iterable[str] = ()
+    ratios: Mapping[str, float] = field(default_factory=dict)
+    seed: int = 0
+    calibration: Calibration | None = None
+    hold: Collection[int] = ()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a plan records of it."""
+        made: dict[str, Any] = {
+            "align": self.align,
+            "allocation": self.allocation,
+            "seed": self.seed,
+            "score": score_name(self.score),
+        }
+        if self.calibration is not None:
+            made["examples"] = self.calibration.rows
+        return made
+
+
+class Chooser:
+    """A request resolved against one analysed model.
+
+    Args:
+        coupling: The groups.
+        model: The model they are of; criteria read its weights.
+        request: What is asked for.
+
+    Raises:
+        InputError: An option has a wrong value, or a name matches nothing.
+    """
+
+    def __init__(self, coupling: Coupling, model: nn.Module, request: Request) -> None:
+        align = request.align
+        if isinstance(align, bool) or not isinstance(align, int) or align < 1:
+            raise InputError(
+                f"align is {align!r}", where="align=", remedy="pass an integer of at least 1"
+            )
+        if request.allocation not in ALLOCATIONS:
+            raise InputError(
+                f"unknown allocation {request.allocation!r}",
+                where="allocation=",
+                remedy=f"use one of {', '.join(ALLOCATIONS)}",
+            )
+        self.coupling, self.model, self.request = coupling, model, request
+        self.held = _held(coupling, request.keep) | set(request.hold)
+        self.absent: frozenset[int] = frozenset()
+        self.fixed = _fixed(coupling, request.ratios, self.held)
+        self.additive = is_additive(request.score)
+        self.scores: Scores = score(
+            request.score, coupling, model, request.seed, request.calibration
+        )
+
+    def without(self, tensors: Collection[str]) -> Chooser:
+        """The same where these tensors are gone: their groups are neither counted nor narrowed.
+
+        Args:
+            tensors: Names of parameters and buffers.
+        """
+        groups = self.coupling.groups
+        dead = {g.index for g in groups if all(m.tensor in tensors for m in g.members)}
+        alive = {g.tied for g in groups if g.index not in dead}
+        other = copy.copy(self)
+        other.absent = frozenset(
+            i for i in dead if groups[i].tied is None or groups[i].tied not in alive
+        )
+        other.fixed = {i: n for i, n in self.fixed.items() if i not in other.absent}
+        return other
+
+    def spares(self, tensor: str) -> bool:
+        """Whether the request says of a parameter how wide it is to be."""
+        keep = self.request.keep
+        patterns = [keep] if isinstance(keep, str) else list(keep)
+        return any(is_named(tensor, p) for p in (*patterns, *self.request.ratios))
+
+    def meet(self, quantity: Cost, target: float, of: str) -> Counts:
+        """Kept counts whose cost is as close to the target as steps allow.
+
+        Args:
+            quantity: What is budgeted.
+            target: Its value to reach.
+            of: Its name, for messages.
+
+        Raises:
+            BudgetError: It cannot be reached.
+        """
+        numbers = np.array(list(self.fixed), dtype=np.int64)
+        remaining = quantity.at(numbers, np.array(list(self.fixed.values())))
+        preferred, free = self._spaces()
+        try:
+            found = self._allocated(preferred, remaining, target, of)
+        except BudgetError:
+            found = self._allocated(free, remaining, target, of)
+        return self._with_fixed(found)
+
+    def nudged(
+        self, quantity: Cost, counts: Counts, target: float, tried: Sequence[Counts]
+    ) -> Counts | None:
+        """Counts that differ in one class from these, as close to the target as they come.
+
+        Args:
+            quantity: What is budgeted.
+            counts: Kept count of each group.
+            target: Its value to come to.
+            tried: Counts that are not wanted again.
+        """
+        where, _ = self._spaces()
+        found = nudged(where, counts, quantity, target, tried)
+        return None if found is None else self._with_fixed(found)
+
+    def smallest(self) -> Counts:
+        """The least counts that the request allows."""
+        _, where = self._spaces()
+        return self._with_fixed(where.kept(where.available))
+
+    def plan(self, counts: Counts, settings: Mapping[str, Any]) -> Plan:
+        """The plan that keeps the best units of each group.
+
+        Args:
+            counts: Kept count of each group.
+            settings: What the plan records beside the request.
+        """
+        kept = {
+            g.name: best_units(s, n)
+            for g, s, n in zip(self.coupling.groups, self.scores, counts, strict=True)
+            if n < g.size
+        }
+        return make_plan(self.coupling, self.model, kept, {**settings, **self.request.settings})
+
+    def _spaces(self) -> tuple[Space, Space]:
+        """The steps that keep a model within its own classes, and those that do not care."""
+        liked, taken = preferences(self.coupling), self.held | set(self.fixed) | self.absent
+        ties = [pair for pair in liked.ties if self.absent.isdisjoint(pair)]
+        align = self.request.align
+        return (
+            space(self.coupling, align, taken | (liked.holds - self.held), ties),
+            space(self.coupling, align, taken),
+        )
+
+    def _with_fixed(self, counts: Counts) -> Counts:
+        out = counts.copy()
+        for index, count in self.fixed.items():
+            out[index] = count
+        return out
+
+    def _allocated(self, where: Space, cost: Cost, target: float, of: str) -> Counts:
+        if of == "latency" and self.request.allocation == "global":
+            return least_loss(where, self.scores, cost, target, of, self.additive)
+        allocation = "uniform" if of == "channels" else self.request.allocation
+        sequence = order(allocation, where, self.scores, cost, self.additive)
+        return meet(where, sequence, cost, target, of)
+
+
+def check_budget(
+    ratio: float | None, of: str, latency_ms: float | None, depth: bool = False
+) -> str:
+    """Refuse a budget that is out of range or contradicts itself.
+
+    Args:
+        ratio: Fraction to remove, or None.
+        of: What of.
+        latency_ms: Milliseconds to come to, or None.
+        depth: Whether branches may be dropped.
+
+    Returns:
+        The quantity that is budgeted.
+
+    Raises:
+        InputError: An argument has a wrong value, or two of them exclude each other.
+    """
+    if depth and (of == "latency" or latency_ms is not None):
+        raise InputError(
+            "branches cannot be dropped for a budget of time: it is modelled for widths alone",
+            where="depth=",
+            remedy="use of='macs' or of='params', and measure with depcut.compare",
+        )
+    if latency_ms is not None:
+        number = isinstance(latency_ms, int | float) and not isinstance(latency_ms, bool)
+        if not number or not 0 < latency_ms < math.inf:
+            raise InputError(
+                f"latency_ms is {latency_ms!r}", remedy="pass milliseconds, more than 0"
+            )
+        if ratio is not None or of not in ("macs", "latency"):
+            raise InputError(
+                "latency_ms= stands for a budget of its own",
+                where="latency_ms=",
+                remedy="leave ratio and of= out, or use of='latency' with a ratio",
+            )
+        return "latency"
+    check_ratio(ratio, "ratio=")
+    if of not in (*COSTS, "latency"):
+        raise InputError(
+            f"unknown quantity {of!r}",
+            where="of=",
+            remedy=f"use one of {', '.join(COSTS)}, latency",
+        )
+    return of
+
+
+def check_ratio(ratio: object, where: str) -> None:
+    """Refuse what is no fraction strictly between 0 and 1.
+
+    Args:
+        ratio: What the user passed.
+        where: Name of the argument.
+
+    Raises:
+        InputError: It is something else.
+    """
+    number = isinstance(ratio, int | float | np.floating) and not isinstance(ratio, bool)
+    if not number or not 0 < ratio < 1:  # type: ignore[operator]
+        raise InputError(
+            f"the ratio is {ratio!r}; it is the fraction removed, between 0 and 1 exclusive",
+            where=where,
+            remedy="pass e.g. 0.5 to remove half",
+        )
+
+
+def best_units(values: Any, count: int) -> Indices:
+    """The highest-scored units, ascending; the earlier of equals.
+
+    Args:
+        values: One score a unit; a row of them for each row of the group's outer axis.
+        count: How many (of each row).
+    """
+    return np.sort(np.argsort(-values, axis=-1, kind="stable")[..., :count], axis=-1)
+
+
+def matching(coupling: Coupling, pattern: str, option: str) -> set[int]:
+    """Numbers of the groups that a glob names.
+
+    Args:
+        coupling: The groups.
+        pattern: A glob over module, parameter or group names.
+        option: Where the user passed it.
+
+    Raises:
+        InputError: The model has nothing of that name.
+    """
+    found = {g.index for g in coupling.groups if _matches(g, pattern)}
+    names = {layer_of(n) for n in coupling.dims} | set(coupling.dims)
+    known = any(fnmatchcase(n, pattern) or n.startswith(pattern + ".") for n in names)
+    if not found and not known:
+        close = difflib.get_close_matches(pattern, sorted(names), 3, 0.4)
+        raise InputError(
+            f"{pattern!r} matches no module, parameter or group",
+            where=option,
+            remedy=f"did you mean {', '.join(close)}?" if close else "see print(analysis)",
+        )
+    return found
+
+
+def _matches(group: Group, pattern: str) -> bool:
+    for member in group.members:
+        if member.role == "producer" and is_named(member.tensor, pattern):
+            return True
+    # A group's own name may hold brackets, which a glob reads as a choice of characters.
+    return pattern == group.name or fnmatchcase(group.name, pattern)
+
+
+def is_named(tensor: str, pattern: str) -> bool:
+    """Whether a glob over module or parameter names means this parameter.
+
+    Args:
+        tensor: Name of a parameter.
+        pattern: The glob; the name of a module means all that it contains.
+    """
+    layer = layer_of(tensor)
+    names = fnmatchcase(tensor, pattern) or fnmatchcase(layer, pattern)
+    return names or layer.startswith(pattern + ".")
+
+
+def _held(coupling: Coupling, keep: Iterable[str]) -> set[int]:
+    patterns = [keep] if isinstance(keep, str) else list(keep)
+    return {i for p in patterns for i in matching(coupling, p, "keep=")}
+
+
+def _fixed(coupling: Coupling, ratios: Mapping[str, float], held: set[int]) -> dict[int, int]:
+    fixed: dict[int, int] = {}
+    for pattern, ratio in ratios.items():
+        if ratio != 0:
+            check_ratio(ratio, f"ratios[{pattern!r}]")
+        for index in matching(coupling, pattern, "ratios="):
+            size = coupling.groups[index].size
+            fixed[index] = max(1, size - round(size * ratio))
+    by_tie: dict[int, int] = {}
+    for index, count in fixed.items():
+        tie = coupling.groups[index].tied
+        if tie is not None:
+            by_tie[tie] = min(count, by_tie.get(tie, count))
+    for group in coupling.groups:
+        if group.tied in by_tie:
+            fixed[group.index] = by_tie[group.tied]
+    return {i: n for i, n in fixed.items() if i not in held}

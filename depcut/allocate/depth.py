@@ -1,0 +1,175 @@
+"""How many residual branches go, the rest of the budget being met by widths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from depcut.allocate.choose import Chooser
+from depcut.allocate.influence import (
+    Batch,
+    cheapest_first,
+    examples,
+    influence,
+    output_change,
+    outputs_of,
+)
+from depcut.branches.branch import Block, Branch, Residuals, bypass
+from depcut.coupling.groups import Coupling
+from depcut.errors import BudgetError
+from depcut.graph.liveness import Gone, gone
+from depcut.plan.cost import COSTS, ITEMS, dense_total
+from depcut.plan.keep import Keep
+from depcut.plan.plan import Plan
+
+Names = tuple[str, ...]
+
+_FIRST = 6  # lengths of a chain that are tried before the best is looked at more closely
+_LATER = 6
+
+
+def depth_and_width(
+    chooser: Chooser,
+    found: Residuals,
+    of: str,
+    ratio: float,
+    batches: Sequence[Batch] = (),
+) -> Plan:
+    """The plan that drops as many branches as change the outputs least, and narrows the rest.
+
+    A branch stays if one of its parameters is named by keep= or ratios=.
+
+    Args:
+        chooser: A request, resolved.
+        found: Branches and blocks.
+        of: "macs", "params" or "channels".
+        ratio: Fraction of it that is removed.
+        batches: Flat calibration inputs; left out, the captured ones, which is weaker.
+
+    Raises:
+        BudgetError: No number of branches and no widths meet the budget.
+    """
+    coupling = chooser.coupling
+    dense = dense_total(ITEMS[of](coupling, Gone()))
+    target = dense * (1 - ratio)
+
+    def without(names: Names) -> Gone:
+        return gone(coupling.program, bypass(found.named(names)))
+
+    def plan_for(names: Names) -> Plan | None:
+        dead = without(names)
+        quantity = COSTS[of](coupling, dead)
+        if quantity.total < target:
+            return None
+        narrowed = chooser.without(dead.tensors)
+        counts = narrowed.meet(quantity, target, of)
+        plan = narrowed.plan(counts, {"ratio": float(ratio), "of": of, "depth": True})
+        return replace(plan, dropped=tuple(sorted(names)))
+
+    def saved(names: Names) -> float:
+        return dense - dense_total(ITEMS[of](coupling, without(names)))
+
+    allowed = found.sparing(chooser.spares)
+    return plan_with_depth(coupling, chooser.model, allowed, saved, plan_for, batches)
+
+
+def plan_with_depth(
+    coupling: Coupling,
+    model: nn.Module,
+    found: Residuals,
+    saved: Callable[[Names], float],
+    plan_for: Callable[[Names], Plan | None],
+    batches: Sequence[Batch] = (),
+) -> Plan:
+    """The best of the plans that drop the first d branches, or blocks, of an order.
+
+    The order is by change of the stream for what is saved. Of each order a handful of lengths is
+    tried, d = 0 among them, then lengths between the best and its neighbours; the plan whose
+    outputs are closest to the dense model's (relative L2, before any training) is taken.
+
+    Args:
+        coupling: The analysed model.
+        model: Its weights.
+        found: Branches and blocks.
+        saved: What dropping these branches saves of the budget.
+        plan_for: The plan that meets the budget without these branches; None where dropping them
+            removes more than is asked for.
+        batches: Flat calibration inputs; left out, the captured ones, which is weaker.
+
+    Raises:
+        BudgetError: None of the plans meets the budget.
+    """
+    batches = list(batches) or examples(coupling)
+    dense = outputs_of(Keep(coupling, {}), model, batches)
+    known: dict[Names, tuple[float, int, Plan] | None] = {}
+    problems: list[BudgetError] = []
+
+    def judge(names: Names) -> tuple[float, int, Plan] | None:
+        if names not in known:
+            try:
+                plan = plan_for(names)
+            except BudgetError as problem:
+                problems.append(problem)
+                plan = None
+            known[names] = None
+            if plan is not None:
+                change = output_change(
+                    dense, outputs_of(plan.keep(coupling, found), model, batches)
+                )
+                known[names] = (change, len(names), plan)
+        return known[names]
+
+    for chain in _chains(coupling, model, found, saved, batches):
+        _search(chain, judge)
+    made = [result for result in known.values() if result is not None]
+    if not made:
+        raise problems[0]
+    return min(made, key=lambda result: result[:2])[2]
+
+
+def _chains(
+    coupling: Coupling,
+    model: nn.Module,
+    found: Residuals,
+    saved: Callable[[Names], float],
+    batches: Sequence[Batch],
+) -> list[list[Names]]:
+    """Growing sets of branches: one by one, and block by block."""
+    out: list[list[Names]] = []
+    kinds: list[Sequence[Branch | Block]] = [found.branches, found.blocks]
+    for kind in kinds:
+        # Scored apart, as a block may have the name of a branch of its.
+        scores = influence(coupling, model, kind, batches) if kind else {}
+        gains = {c.name: saved(_branches(c)) for c in kind}
+        chain: list[Names] = [()]
+        for candidate in cheapest_first(kind, scores, gains):
+            chain.append(tuple(dict.fromkeys((*chain[-1], *_branches(candidate)))))
+        out.append(chain)
+    return out
+
+
+def _branches(candidate: Branch | Block) -> Names:
+    return candidate.branches if isinstance(candidate, Block) else (candidate.name,)
+
+
+def _search(chain: list[Names], judge: Callable[[Names], tuple[float, int, Plan] | None]) -> None:
+    """Judge some prefixes of a chain: spread out at first, then closer to the best."""
+    last = len(chain) - 1
+    tried = sorted({round(i * last / (_FIRST - 1)) for i in range(_FIRST)})
+    values = {d: judge(chain[d]) for d in tried}
+    for _ in range(_LATER):
+        good = {d: v[0] for d, v in values.items() if v is not None}
+        if not good:
+            return
+        best = min(good, key=lambda d: good[d])
+        around = [d for d in sorted(values) if d < best][-1:] + [
+            d for d in sorted(values) if d > best
+        ][:1]
+        between = [(best + d) // 2 if d < best else (best + d + 1) // 2 for d in around]
+        fresh = [d for d in between if d not in values]
+        if not fresh:
+            return
+        for d in fresh:
+            values[d] = judge(chain[d])

@@ -1,0 +1,52 @@
+"""Dimensions as terms, and their inference by unification. Pure Python and numpy, no torch."""
+
+from depcut.axes.evaluate import Indices, count, indices, project, units
+from depcut.axes.terms import (
+    SINGLE,
+    UNIT,
+    Axis,
+    Concat,
+    Dims,
+    Product,
+    Reason,
+    Term,
+    axis,
+    concat,
+    cut,
+    freeze,
+    is_frozen,
+    leaves,
+    pieces,
+    product,
+    reason_of,
+    resolve,
+)
+from depcut.axes.unify import regroup, unify
+
+__all__ = [
+    "SINGLE",
+    "UNIT",
+    "Axis",
+    "Concat",
+    "Dims",
+    "Indices",
+    "Product",
+    "Reason",
+    "Term",
+    "axis",
+    "concat",
+    "count",
+    "cut",
+    "freeze",
+    "indices",
+    "is_frozen",
+    "leaves",
+    "pieces",
+    "product",
+    "project",
+    "reason_of",
+    "regroup",
+    "resolve",
+    "unify",
+    "units",
+]

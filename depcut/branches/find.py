@@ -1,0 +1,277 @@
+"""Residual branches of a captured graph: what can be left out of a sum without changing its shape.
+
+An addition x + f(x) computes its stream x where f is left out (He et al. 2016, arXiv 1512.03385;
+nets with such paths removed still work: Veit et al. 2016, arXiv 1605.06431). Branches are found by
+the graph alone: which summand the others are computed from, and what only a summand needs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch import fx
+
+from depcut import axes
+from depcut.branches.branch import Block, Branch, Refused, Residuals, bypass, operands
+from depcut.capture.program import Program, module_of, parent_of, stack_entries, where
+from depcut.coupling.groups import Coupling, layer_of
+from depcut.graph.liveness import is_size, live_nodes, returns_its_input, written
+
+_ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
+
+
+def residuals(coupling: Coupling) -> Residuals:
+    """Find the residual branches of a captured model.
+
+    Args:
+        coupling: The analysed model.
+    """
+    finder = _Finder(coupling)
+    branches: list[Branch] = []
+    refused: list[Refused] = []
+    times: dict[str, int] = {}
+    for total in finder.totals():
+        for found in finder.branches(total):
+            if isinstance(found, Refused):
+                refused.append(found)
+                continue
+            times[found.name] = times.get(found.name, 0) + 1
+            number = times[found.name]
+            branches.append(found if number == 1 else replace(found, name=f"{found.name}#{number}"))
+    return Residuals(tuple(branches), tuple(_blocks(coupling.program, branches)), tuple(refused))
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """Users whose result is used in turn; what only asserts does not count."""
+    return [u for u in node.users if u.users or u.op == "output"]
+
+
+class _Finder:
+    """Sums of a graph, and what each of their summands alone needs."""
+
+    def __init__(self, coupling: Coupling) -> None:
+        self.coupling, self.program = coupling, coupling.program
+        self.nodes = list(self.program.graph.graph.nodes)
+        self.dense = live_nodes(self.program, {})
+        self.adds = {n for n in self.nodes if self._is_plain(n)}
+
+    @cached_property
+    def ancestors(self) -> dict[fx.Node, int]:
+        """Bit sets, by node number, of all that a node is computed from, itself included."""
+        out: dict[fx.Node, int] = {}
+        for i, node in enumerate(self.nodes):
+            bits = 1 << i
+            for source in () if is_size(node) else node.all_input_nodes:
+                bits |= out[source]
+            out[node] = bits
+        return out
+
+    @cached_property
+    def number(self) -> dict[fx.Node, int]:
+        """Position of each node."""
+        return {n: i for i, n in enumerate(self.nodes)}
+
+    def stems_from(self, node: fx.Node, source: fx.Node) -> bool:
+        """Whether a node is computed from another one."""
+        return bool(self.ancestors[node] >> self.number[source] & 1)
+
+    def _is_plain(self, node: fx.Node) -> bool:
+        """An addition of two tensors of the very same dimensions."""
+        if node.target not in _ADDITIONS or node.kwargs.get("alpha", 1) != 1:
+            return False
+        if len(node.args) != 2 or not all(isinstance(a, fx.Node) for a in node.args):
+            return False
+        shapes = [self.coupling.env.get(n) for n in (node, *operands(node))]
+        if not all(isinstance(s, tuple) and s for s in shapes):
+            return False
+        first, *others = cast(Any, shapes)
+        return all(
+            len(s) == len(first) and all(_alike(a, b) for a, b in zip(first, s, strict=True))
+            for s in others
+        )
+
+    def totals(self) -> list[fx.Node]:
+        """Additions that are no summand of another one."""
+        return [n for n in self.nodes if n in self.adds and not self._is_summand(n)]
+
+    def _is_summand(self, node: fx.Node) -> bool:
+        readers = _readers(node)
+        return len(readers) == 1 and readers[0] in self.adds
+
+    def branches(self, total: fx.Node) -> list[Branch | Refused]:
+        """The summands of a sum that can be dropped, or look as if they could."""
+        leaves = list(self._summands(total, (total,)))
+        found: list[Branch | Refused] = []
+        for leaf, path in leaves:
+            streams = [
+                source
+                for other, _ in leaves
+                if other is not leaf
+                for source in _origins(other)
+                if self.stems_from(leaf, source)
+            ]
+            if streams:
+                made = self._judge(leaf, path, streams[0])
+                found += [made] if made is not None else []
+        return found or self._projected(leaves)
+
+    def _summands(
+        self, node: fx.Node, path: tuple[fx.Node, ...]
+    ) -> Iterable[tuple[fx.Node, tuple[fx.Node, ...]]]:
+        a, b = operands(node)
+        for operand in (a, b) if a is not b else ():
+            if operand in self.adds and self._is_summand(operand):
+                yield from self._summands(operand, (operand, *path))
+            else:
+                yield operand, path
+
+    def _alone(self, operand: fx.Node, add: fx.Node) -> set[fx.Node]:
+        """Nodes that nothing needs once an operand is left out of its addition."""
+        alone: set[fx.Node] = set()
+        waiting = [operand]
+        while waiting:
+            node = waiting.pop()
+            kept = {u for u in node.users if (u.users or u.op == "output") and not is_size(u)}
+            if node in self.dense and kept - {add if node is operand else None} <= alone:
+                alone.add(node)
+                waiting += node.all_input_nodes
+        if any(map(written, alone)):
+            # What is changed in place may be seen under another name.
+            a, b = operands(add)
+            return self.dense - live_nodes(self.program, {add: b if operand is a else a})
+        return alone
+
+    def _read(self, alone: set[fx.Node]) -> set[fx.Node]:
+        """Activations that these nodes are computed from."""
+        sources = {n for node in alone if not is_size(node) for n in node.all_input_nodes}
+        return {n for n in sources - alone if n not in self.program.tensors and not is_size(n)}
+
+    def _macs(self, nodes: Iterable[fx.Node]) -> float:
+        found = [self.coupling.effects[n] for n in nodes if n in self.coupling.effects]
+        sizes = (t * math.prod(d.size for d in dims) for e in found for t, dims in e.macs)
+        return sum(sizes) / self.program.batch
+
+    def _projected(
+        self, leaves: list[tuple[fx.Node, tuple[fx.Node, ...]]]
+    ) -> list[Branch | Refused]:
+        """Branches beside a shortcut that is itself computed, from the same activation."""
+        alone = [self._alone(leaf, path[0]) for leaf, path in leaves]
+        read = [self._read(nodes) for nodes in alone]
+        costs = [self._macs(nodes) for nodes in alone]
+        simple = [
+            i for i, sources in enumerate(read) if leaves[i][0] in alone[i] and len(sources) == 1
+        ]
+        if not simple:
+            return []
+        short = min(simple, key=lambda i: costs[i])
+        (stream,) = read[short]
+        found = [
+            self._judge(*leaves[i], stream)
+            for i in range(len(leaves))
+            if i != short and stream in read[i] and costs[i] > costs[short]
+        ]
+        return [f for f in found if f is not None]
+
+    def _judge(
+        self, operand: fx.Node, path: tuple[fx.Node, ...], stream: fx.Node
+    ) -> Branch | Refused | None:
+        """A branch, the reason why it is none, or None where it has no parameters."""
+        alone = self._alone(operand, path[0])
+        a, b = operands(path[0])
+        skip = b if operand is a else a
+        tensors = self.program.tensors
+        used = {
+            tensors[n]
+            for node in alone | {operand}
+            for n in node.all_input_nodes
+            if tensors.get(n) in self.program.parameters
+        }
+        if not used:
+            return None
+        name = self._name(alone | {operand})
+        if operand not in alone:
+            user = next(u for u in operand.users if u is not path[0])
+            return Refused(
+                self._way(operand, stream), "what it adds is used elsewhere, too", where(user)
+            )
+        if skip.meta["val"].dtype != path[0].meta["val"].dtype:
+            return Refused(name, "without it, the sum would have another dtype", where(path[0]))
+        outside = self._without(path[-1])
+        same = set(_origins(stream))
+        for source in sorted(self._read(alone) - same):
+            if source in outside and self.stems_from(source, stream):
+                reason = "what it computes on its way is used elsewhere, too"
+                return Refused(self._way(operand, stream), reason, where(source))
+        owned = {tensors[n] for n in alone if n in tensors} & self.program.parameters
+        return Branch(
+            name, operand, path, skip, frozenset(alone), tuple(sorted(owned)), self._macs(alone)
+        )
+
+    def _way(self, operand: fx.Node, stream: fx.Node) -> str:
+        """The innermost module with all layers between a stream and what is added to it."""
+        between = {n for n in self.dense if self.stems_from(operand, n)} - {stream}
+        return self._name({n for n in between if self.stems_from(n, stream)} | {operand})
+
+    def _without(self, total: fx.Node) -> set[fx.Node]:
+        """What the outputs need besides a sum."""
+        live: set[fx.Node] = set()
+        for node in reversed(self.nodes):
+            if node.op == "output" or (node in live and node is not total):
+                live.update(node.all_input_nodes)
+        return live
+
+    def _name(self, nodes: set[fx.Node]) -> str:
+        """The innermost module that contains all layers that compute, else all with parameters."""
+        tensors = self.program.tensors
+        effects = self.coupling.effects
+        layers = [n for n in nodes if n in effects and effects[n].macs]
+        layers = layers or [n for n in nodes if any(s in tensors for s in n.all_input_nodes)]
+        first, *others = (module_of(n) for n in sorted(layers or nodes))
+        common = first
+        while common and not all(f"{o}.".startswith(f"{common}.") for o in others):
+            common = parent_of(common)
+        read = (tensors[s] for n in sorted(nodes) for s in n.all_input_nodes if s in tensors)
+        return common or first or layer_of(next(read, "model"))
+
+
+def _alike(a: axes.Term, b: axes.Term) -> bool:
+    """Whether two dimensions keep the same indices whatever is removed."""
+    a, b = axes.resolve(a), axes.resolve(b)
+    if a.size != b.size:
+        return False
+    stuck = axes.is_frozen(a) and axes.is_frozen(b)
+    return a is b or stuck or list(axes.leaves(a)) == list(axes.leaves(b))
+
+
+def _origins(node: fx.Node) -> Iterable[fx.Node]:
+    """A node, and what it is the same tensor as."""
+    yield node
+    while returns_its_input(node):
+        node = cast(fx.Node, node.args[0])
+        yield node
+
+
+def _blocks(program: Program, branches: list[Branch]) -> Iterable[Block]:
+    """Modules that return what they get once their branches are dropped."""
+    times: dict[str, int] = {}
+    for call in program.calls:
+        times[call.module] = times.get(call.module, 0) + 1
+    for call in program.calls:
+        inner = tuple(
+            b for b in branches if times[call.module] == 1 and call.module in stack_entries(b.add)
+        )
+        results = [leaf for leaf in call.out_leaves if isinstance(leaf, fx.Node)]
+        given = {o for leaf in call.leaves if isinstance(leaf, fx.Node) for o in _origins(leaf)}
+        if not inner or len(results) != 1:
+            continue
+        through = bypass(inner)
+        stream = results[0]
+        while stream in through or (stream not in given and returns_its_input(stream)):
+            stream = through.get(stream) or cast(fx.Node, stream.args[0])
+        if stream in given:
+            yield Block(call.module, tuple(b.name for b in inner), stream, results[0])

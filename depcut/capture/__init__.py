@@ -1,0 +1,1 @@
+"""Model and example inputs to a `Program`: one torch.export, with provenance of its numbers."""

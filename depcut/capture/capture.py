@@ -1,0 +1,345 @@
+"""Model and example inputs to a `Program`, by one torch.export in the training IR."""
+
+from __future__ import annotations
+
+import inspect
+import traceback as tb
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export.graph_signature import InputKind
+from torch.fx import traceback
+from torch.utils import _pytree as pytree
+
+from depcut.capture import provenance
+from depcut.capture.inline import inline_wrappers
+from depcut.capture.inputs import Inputs, normalize, quiet
+from depcut.capture.program import ModuleCall, Program
+from depcut.capture.refusals import check_inputs, check_model
+from depcut.errors import CaptureError
+
+
+def capture(model: nn.Module, inputs: Inputs = None) -> Program:
+    """Capture what a model computes; the model is left as it was.
+
+    Args:
+        model: Any module that torch.export can capture.
+        inputs: A tensor, a tuple of positional or a dict of keyword arguments; inferred if None.
+
+    Raises:
+        CaptureError: The model is scripted or quantized, or cannot be exported.
+        InputError: The inputs are of the wrong kind, or the model does not take them.
+    """
+    check_model(model)
+    args, kwargs = normalize(model, inputs)
+    check_inputs(model, args, kwargs)
+    marks: list[fx.Node] = []
+    program = _capture(model, args, kwargs, marks, frozenset())
+    if not program.unused:
+        return program
+    # Parts that only run in training (auxiliary heads, mask tokens) must shrink along.
+    try:
+        other = _capture(model, args, kwargs, marks, _gates(model, program.unused))
+    except CaptureError:
+        return program
+    if not other.unused < program.unused:
+        return program
+    return replace(
+        program, training=other, unused=other.unused, marks={**program.marks, **other.marks}
+    )
+
+
+def _gates(model: nn.Module, unused: frozenset[str]) -> frozenset[str]:
+    """Containers that may leave these parameters out in eval mode: their owners, and around them.
+
+    Everything else stays in eval mode, so that no batch norm or layer drop runs as in training.
+    """
+    names = {""}
+    for parameter in unused:
+        parts = parameter.split(".")[:-1]
+        names |= {".".join(parts[:i]) for i in range(1, len(parts) + 1)}
+    return frozenset(n for n in names if any(True for _ in model.get_submodule(n).children()))
+
+
+@contextmanager
+def modes(model: nn.Module, training: Collection[str]) -> Iterator[None]:
+    """Eval mode for the time of the context, but for the modules named in `training`."""
+    saved = [(m, m.training) for m in model.modules()]
+    chosen = {m for name, m in model.named_modules() if name in training}
+    try:
+        for module, _ in saved:
+            module.training = module in chosen
+        yield
+    finally:
+        for module, flag in saved:
+            module.training = flag
+
+
+@contextmanager
+def _fast_paths_off() -> Iterator[None]:
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextmanager
+def _caches_kept(model: nn.Module) -> Iterator[None]:
+    """Dictionaries in which a forward remembers results hold afterwards what they held before.
+
+    What the export leaves in them has no values, and the model would go on with that.
+    """
+    caches = [
+        (value, dict(value))
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if type(value) is dict and not name.startswith("_")
+    ]
+    try:
+        yield
+    finally:
+        for cache, before in caches:
+            if any(before.get(key) is not value for key, value in cache.items()):
+                cache.clear()
+                cache.update(before)
+
+
+@contextmanager
+def _recorded_calls(
+    model: nn.Module, marks: list[fx.Node], calls: list[ModuleCall]
+) -> Iterator[None]:
+    """Hooks that note for every module call which nodes are its arguments and results."""
+    open_calls: list[tuple[tuple[Any, ...], pytree.TreeSpec]] = []
+
+    def reference(leaf: Any) -> Any:
+        node = provenance.node_of(leaf)
+        return _Mark(provenance.mark(node, marks)) if node is not None else leaf
+
+    def flat(tree: Any) -> tuple[tuple[Any, ...], pytree.TreeSpec]:
+        leaves, spec = pytree.tree_flatten(tree)
+        return tuple(map(reference, leaves)), spec
+
+    def hooks(name: str, module: nn.Module) -> list[Any]:
+        def before(_: nn.Module, args: Any, kwargs: Any) -> None:
+            open_calls.append(flat((args, kwargs)))
+
+        def after(_: nn.Module, _args: Any, _kwargs: Any, result: Any) -> None:
+            leaves, spec = open_calls.pop()
+            calls.append(ModuleCall(name, leaves, spec, *flat(result)))
+
+        return [
+            module.register_forward_pre_hook(before, with_kwargs=True),
+            module.register_forward_hook(after, with_kwargs=True),
+        ]
+
+    handles = [h for name, module in model.named_modules() if name for h in hooks(name, module)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Mark(int):
+    """A module call's reference to a node, until the final graph is known."""
+
+
+def _dynamic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def spec(leaf: Any) -> Any:
+        batched = isinstance(leaf, torch.Tensor) and leaf.ndim > 0
+        return {0: torch.export.Dim.AUTO} if batched else None
+
+    signature = inspect.signature(model.forward)
+    kinds = {p.kind for p in signature.parameters.values()}
+    if args and inspect.Parameter.VAR_POSITIONAL in kinds:
+        return pytree.tree_map(spec, dict(signature.bind(*args, **kwargs).arguments))
+    return pytree.tree_map(spec, kwargs if kwargs else args)
+
+
+def _export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> torch.export.ExportedProgram:
+    try:
+        with quiet():
+            return torch.export.export(
+                model, args, kwargs, dynamic_shapes=_dynamic(model, args, kwargs), strict=False
+            )
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"torch.export cannot capture the model: {_first_line(error)}",
+            where=_user_line(error, model),
+            remedy="make that line traceable (no branches on tensor values, no .item()), "
+            "or pass other inputs=; torch.export.export(model, args, strict=False) reproduces it",
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
+
+
+def _user_line(error: BaseException, model: nn.Module) -> str:
+    """The innermost line of the traceback outside of torch."""
+    frames = [
+        f
+        for f in tb.extract_tb(error.__traceback__)
+        if "/torch/" not in f.filename and "/depcut/" not in f.filename and f.filename[0] != "<"
+    ]
+    if not frames:
+        return type(model).__name__
+    last = frames[-1]
+    return f"{last.filename}:{last.lineno}: {last.line}"
+
+
+def _capture(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    marks: list[fx.Node],
+    training: frozenset[str],
+) -> Program:
+    calls: list[ModuleCall] = []
+    with (
+        _caches_kept(model),
+        warnings.catch_warnings(),
+        modes(model, training),
+        _fast_paths_off(),
+        provenance.traced_attributes(model),
+        provenance.traced_roots(),
+        _recorded_calls(model, marks, calls),
+        provenance.ProvenanceMode(marks),
+        traceback.preserve_node_meta(),
+    ):
+        warnings.simplefilter("ignore")
+        exported = _export(model, args, kwargs)
+    return _program(model, exported, calls, args, kwargs)
+
+
+def _program(
+    model: nn.Module,
+    exported: torch.export.ExportedProgram,
+    calls: list[ModuleCall],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Program:
+    graph_module = exported.graph_module
+    inline_wrappers(graph_module)
+    graph = graph_module.graph
+    named = {n.name: n for n in graph.nodes if n.op == "placeholder"}
+    tensors, parameters, anonymous = {}, set(), set()
+    held = {id(t) for t in held_tensors(model).values()}
+    for spec in exported.graph_signature.input_specs:
+        if spec.kind == InputKind.USER_INPUT or spec.target is None:
+            continue
+        tensors[named[spec.arg.name]] = spec.target
+        if spec.kind == InputKind.PARAMETER:
+            parameters.add(spec.target)
+        elif spec.kind == InputKind.CONSTANT_TENSOR:
+            constant = exported.constants.get(spec.target)
+            if id(constant) not in held and attribute(model, spec.target) is None:
+                anonymous.add(spec.target)
+    found = {n.meta[provenance.MARK]: n for n in graph.nodes if provenance.MARK in n.meta}
+    symbolic = [
+        n
+        for n in graph.nodes
+        if n.op == "placeholder" and n not in tensors and is_symbolic(n.meta.get("val"))
+    ]
+    batch = _sizes(symbolic[0].meta["val"])[0] if symbolic else 1
+    aliases = _aliases(model)
+    used = {n for node, name in tensors.items() if node.users for n in aliases.get(name, (name,))}
+    return Program(
+        graph=graph_module,
+        tensors=tensors,
+        parameters=frozenset(parameters),
+        anonymous=frozenset(anonymous),
+        sizes={n: _sizes(n.meta.get("val")) for n in graph.nodes},
+        marks=found,
+        calls=tuple(_resolved(call, found) for call in calls),
+        args=args,
+        kwargs=kwargs,
+        batch=batch,
+        dynamic=bool(symbolic),
+        aliases=aliases,
+        in_spec=exported.call_spec.in_spec,
+        out_spec=exported.call_spec.out_spec,
+        constants={n: exported.constants[n] for n in anonymous},
+        unused=frozenset(parameters - used),
+    )
+
+
+def _resolved(call: ModuleCall, found: dict[int, fx.Node]) -> ModuleCall:
+    def leaf(value: Any) -> Any:
+        return found.get(int(value)) if isinstance(value, _Mark) else value
+
+    return ModuleCall(
+        call.module,
+        tuple(map(leaf, call.leaves)),
+        call.spec,
+        tuple(map(leaf, call.out_leaves)),
+        call.out_spec,
+    )
+
+
+def attribute(model: nn.Module, name: str) -> Any:
+    """The attribute at a qualified name, or None."""
+    value: Any = model
+    for part in name.split("."):
+        value = getattr(value, part, None)
+        if value is None:
+            return None
+    return value
+
+
+def held_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter, buffer and plain tensor attribute of a model, by each qualified name."""
+    out: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{name}." if name else ""
+        for held in (vars(module), module._parameters, module._buffers):
+            out.update({prefix + k: v for k, v in held.items() if isinstance(v, torch.Tensor)})
+    return out
+
+
+def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    names: dict[int, list[str]] = {}
+    for name, tensor in (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ):
+        names.setdefault(id(tensor), []).append(name)
+    return {name: tuple(group) for group in names.values() for name in group if len(group) > 1}
+
+
+def is_symbolic(value: Any) -> bool:
+    """Whether the first dimension of a traced tensor is dynamic."""
+    return (
+        isinstance(value, torch.Tensor)
+        and value.ndim > 0
+        and isinstance(value.shape[0], torch.SymInt)
+    )
+
+
+def _sizes(value: Any) -> Any:
+    """Sizes of a tensor, or of each tensor of a list; symbolic ones as hints."""
+    if isinstance(value, torch.Tensor):
+        return tuple(s if type(s) is int else _hint(s) for s in value.shape)
+    if isinstance(value, list | tuple):
+        return [_sizes(v) for v in value] if not value or _has_tensor(value) else None
+    return None
+
+
+def _hint(size: Any) -> int:
+    return int(size.node.hint) if size.node.hint is not None else 1
+
+
+def _has_tensor(values: Any) -> bool:
+    return any(isinstance(v, torch.Tensor) for v in values)

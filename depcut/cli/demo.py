@@ -1,0 +1,248 @@
+"""`depcut demo`: train, shrink, retrain, export and time a small ResNet on real digits."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional
+
+from depcut.api import shrink
+from depcut.cli.demo_net import DigitNet
+from depcut.deploy.export import ExportReport, export
+from depcut.errors import DepcutError
+from depcut.plan.cost import count_macs, count_params
+from depcut.timing.bench import BenchResult, bench
+from depcut.timing.comparison import quantity
+
+_BATCH = 64
+_RETRAIN_RATE = 0.02
+_TRAIN_RATE = 0.1
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Images (N, 1, 16, 16) in [0, 1] and their labels, split once and for all."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+
+@dataclass(frozen=True)
+class DemoModel:
+    """One column of the demo's table."""
+
+    accuracy: float
+    params: int
+    macs: int
+    file: ExportReport
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo found.
+
+    Attributes:
+        dense: The trained model.
+        slim: The model after shrinking and retraining.
+        cut_accuracy: Accuracy of the slim model before it was retrained.
+        timing: Both in onnxruntime, one image at a time.
+    """
+
+    dense: DemoModel
+    slim: DemoModel
+    cut_accuracy: float
+    timing: BenchResult
+
+    def __rich__(self) -> Table:
+        table = Table(title="a ResNet on digits: dense and slim")
+        for column in ("", "dense", "slim", "slim / dense"):
+            table.add_column(column, justify="right" if column else "left")
+        dense, slim = self.dense, self.slim
+        gained = 100 * (slim.accuracy - dense.accuracy)
+        table.add_row(
+            "test accuracy",
+            f"{dense.accuracy:.2%}",
+            f"{slim.accuracy:.2%}",
+            f"{gained:+.2f} points",
+        )
+        table.add_row("- not retrained", "", f"{self.cut_accuracy:.2%}", "")
+        for label, full, less in (
+            ("parameters", dense.params, slim.params),
+            ("MACs per image", dense.macs, slim.macs),
+            ("file, bytes", dense.file.bytes, slim.file.bytes),
+        ):
+            table.add_row(label, quantity(full), quantity(less), f"{less / full:.1%}")
+        times = self.timing.timings
+        speedup = self.timing.speedup("dense", "slim")
+        before, after = (f"{1e3 * times[name].median:.3g} ms" for name in ("dense", "slim"))
+        table.add_row("latency", before, after, str(speedup))
+        table.caption = self.timing.conditions
+        return table
+
+
+def run_demo(
+    out: Path | None = None,
+    *,
+    ratio: float = 0.5,
+    epochs: int = 12,
+    retrain_epochs: int = 4,
+    widths: tuple[int, ...] = (64, 128, 256),
+    threads: int = 1,
+    rounds: int = 30,
+    seed: int = 0,
+    console: Console | None = None,
+) -> DemoResult:
+    """Train a ResNet on scikit-learn's digits, shrink it, retrain it, and compare the two.
+
+    Args:
+        out: Folder for dense.onnx and slim.onnx; a fresh temporary one when left out.
+        ratio: Share of the MACs to remove.
+        epochs: Passes over the training images for the dense model.
+        retrain_epochs: Passes for the slim one.
+        widths: Channels of the net's stages.
+        threads: Threads for timing.
+        rounds: Turns that both models have when they are timed.
+        seed: Seed of the split, of the weights and of the order of the images.
+        console: Where to print; standard output when left out.
+
+    Returns:
+        What was found; it has been printed too.
+
+    Raises:
+        DepcutError: scikit-learn is missing, or a step failed.
+    """
+    console = console or Console()
+    digits = load_digits(seed)
+    folder = Path(tempfile.mkdtemp(prefix="depcut-demo-")) if out is None else out
+    folder.mkdir(parents=True, exist_ok=True)
+    image = digits.test_images[:1]
+    with torch.random.fork_rng(devices=[]), _progress(console) as progress:
+        torch.manual_seed(seed)
+        dense = DigitNet(widths)
+        _train(dense, digits, epochs, _TRAIN_RATE, _ticker(progress, "train", epochs, digits))
+        slim = shrink(dense, ratio, image)
+        cut_accuracy = accuracy(slim, digits)
+        tick = _ticker(progress, "retrain slim", retrain_epochs, digits)
+        _train(slim, digits, retrain_epochs, _RETRAIN_RATE, tick)
+        step = progress.add_task("export and time", total=3)
+        models = {}
+        for name, model in (("dense", dense), ("slim", slim)):
+            file = export(model, folder / f"{name}.onnx", image)
+            models[name] = DemoModel(
+                accuracy(model, digits), count_params(model), count_macs(model, image), file
+            )
+            progress.advance(step)
+        files = {name: model.file.path for name, model in models.items()}
+        timing = bench(files, image, threads=threads, rounds=rounds)
+        progress.advance(step)
+    result = DemoResult(models["dense"], models["slim"], cut_accuracy, timing)
+    console.print(result)
+    console.print(f"written: {files['dense']} and {files['slim']}", soft_wrap=True)
+    return result
+
+
+def load_digits(seed: int = 0) -> Digits:
+    """scikit-learn's 1,797 scans of digits at twice their size, three quarters for training.
+
+    Args:
+        seed: Seed of the split.
+
+    Returns:
+        The images and labels.
+
+    Raises:
+        DepcutError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn import datasets  # noqa: PLC0415  (an optional dependency)
+    except ImportError as error:
+        raise DepcutError(
+            "the demo's digits come with scikit-learn, which is not installed",
+            where="depcut demo",
+            remedy="pip install scikit-learn",
+        ) from error
+    data = datasets.load_digits()
+    scans = torch.from_numpy(data.images).float().unsqueeze(1) / 16
+    images = functional.interpolate(scans, scale_factor=2, mode="bilinear", align_corners=False)
+    labels = torch.from_numpy(data.target).long()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    test, train = order[: len(order) // 4], order[len(order) // 4 :]
+    return Digits(images[train], labels[train], images[test], labels[test])
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, digits: Digits) -> float:
+    """Share of the test images that the model names right; its training mode stays.
+
+    Args:
+        model: The classifier.
+        digits: The data.
+
+    Returns:
+        A number in [0, 1].
+    """
+    was_training = model.training
+    model.eval()
+    right = sum(
+        int((model(images).argmax(1) == labels).sum())
+        for images, labels in zip(
+            digits.test_images.split(256), digits.test_labels.split(256), strict=True
+        )
+    )
+    model.train(was_training)
+    return right / len(digits.test_labels)
+
+
+def _train(
+    model: nn.Module, digits: Digits, epochs: int, peak_rate: float, tick: Callable[[], None]
+) -> None:
+    """Train with momentum on a one-cycle schedule; the model is in evaluation mode afterwards."""
+    steps = epochs * _batches(digits)
+    if steps == 0:
+        return
+    optimizer = torch.optim.SGD(model.parameters(), lr=peak_rate, momentum=0.9, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_rate, steps)
+    model.train()
+    for _ in range(epochs):
+        order = torch.randperm(len(digits.train_labels))
+        for batch in order.split(_BATCH):
+            scores = model(digits.train_images[batch])
+            loss = functional.cross_entropy(scores, digits.train_labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            tick()
+    model.eval()
+
+
+def _batches(digits: Digits) -> int:
+    """Batches in one epoch."""
+    return -(-len(digits.train_labels) // _BATCH)
+
+
+def _ticker(progress: Progress, label: str, epochs: int, digits: Digits) -> Callable[[], None]:
+    """A function to call after every batch."""
+    task = progress.add_task(label, total=epochs * _batches(digits))
+    return lambda: progress.advance(task)
+
+
+def _progress(console: Console) -> Progress:
+    """The demo's progress bars."""
+    return Progress(
+        TextColumn("{task.description:16}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+    )

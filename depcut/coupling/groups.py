@@ -1,0 +1,156 @@
+"""Groups of coupled dimensions, and frozen ones with reasons, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import fx
+
+from depcut import axes
+from depcut.axes import Axis, Concat, Dims, Product, Term
+from depcut.capture.program import Program, where
+from depcut.ops.registry import Effects, Output
+
+
+@dataclass(frozen=True)
+class Member:
+    """One dimension of one parameter or buffer in which a group occurs."""
+
+    tensor: str
+    dim: int
+    role: str
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Units that can only be removed together, wherever they occur.
+
+    Attributes:
+        name: Layer that produces it; a bracketed number tells the factors of one layer apart.
+        size: Number of units.
+        members: Where it occurs, producers first.
+        axis: The axis of the algebra that it is.
+        tied: Groups with the same number keep equally many units; None: free.
+        index: Position in `Coupling.groups`.
+        floor: Least number of units that must stay.
+        outer: The axis in each of whose rows it may keep other units, equally many; None: it keeps
+            the same ones everywhere.
+        alone: Why there is no outer axis.
+    """
+
+    name: str
+    size: int
+    members: tuple[Member, ...]
+    axis: Axis
+    tied: int | None
+    index: int
+    floor: int = 1
+    outer: Axis | None = None
+    alone: str = ""
+
+    @property
+    def rows(self) -> int:
+        """How many choices of units it makes."""
+        return 1 if self.outer is None else self.outer.size
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers whose outputs it narrows."""
+        seen = dict.fromkeys(layer_of(m.tensor) for m in self.members if m.role == "producer")
+        return tuple(seen)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A dimension of a parameter of which some indices must stay, with the reason."""
+
+    tensor: str
+    dim: int
+    size: int
+    reason: str
+    where: str
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """What inference found out about a program.
+
+    Attributes:
+        program: The captured model.
+        dims: Resolved terms of every parameter, buffer and constant, by qualified name.
+        env: Terms of every node.
+        effects: Size literals, contractions, statistics and MACs, by node.
+        groups: The groups, in the order of the model's parameters.
+        unknown: Operators without a (working) rule, with their nodes.
+    """
+
+    program: Program
+    dims: dict[str, Dims]
+    env: dict[fx.Node, Output]
+    effects: dict[fx.Node, Effects]
+    groups: tuple[Group, ...]
+    unknown: dict[str, list[str]]
+
+    @cached_property
+    def frozen(self) -> tuple[Frozen, ...]:
+        """Every dimension of a parameter that cannot shrink, fully or in part."""
+        nodes = {n.name: n for n in self.program.graph.graph.nodes}
+        out = []
+        for name, dims in self.dims.items():
+            if name not in self.program.parameters:
+                continue
+            for i, term in enumerate(dims):
+                stuck = [leaf for leaf in axes.leaves(term) if leaf.reason]
+                if not stuck or (_is_inner(term) and not axes.is_frozen(term)):
+                    continue
+                reason = stuck[0].reason or axes.SINGLE
+                node = nodes.get(reason.node) if reason.node else None
+                place = where(node) if node is not None else (reason.node or name)
+                size = sum(leaf.size for leaf in stuck) if isinstance(term, Concat) else term.size
+                out.append(Frozen(name, i, size, reason.why, place))
+        return tuple(out)
+
+    @cached_property
+    def group_of(self) -> dict[Axis, Group]:
+        """The group that an axis is."""
+        return {g.axis: g for g in self.groups}
+
+
+def _is_inner(term: Term) -> bool:
+    """A product with a free factor: its width can shrink, though one factor stays."""
+    return isinstance(term, Product)
+
+
+def layer_of(tensor: str) -> str:
+    """The layer that a parameter belongs to; a parametrization counts as its layer's weight."""
+    return (
+        tensor.partition(".parametrizations.")[0]
+        if ".parametrizations." in tensor
+        else (tensor.rpartition(".")[0] or tensor)
+    )
+
+
+def origin(node: fx.Node, dim: int, program: Program) -> tuple[str, int] | None:
+    """The parameter dimension behind a contracted one, also through casts and transpositions."""
+    if program.training is not None and node in program.training.sizes:
+        program = program.training
+    while node not in program.tensors:
+        name = str(node.target).partition(".")[2].partition(".")[0]
+        args: Any = node.args
+        source = args[0] if args else None
+        if not isinstance(source, fx.Node) or program.sizes[source] is None:
+            return None
+        rank = len(program.sizes[source])
+        if name in ("transpose", "swapaxes"):
+            swapped = [d % rank for d in args[1:3]]
+            dim = swapped[1 - swapped.index(dim)] if dim in swapped else dim
+        elif name == "permute":
+            dim = args[1][dim] % rank
+        elif name in ("t", "mT"):
+            dim = {rank - 1: rank - 2, rank - 2: rank - 1}.get(dim, dim)
+        elif name not in ("to", "contiguous", "clone", "alias", "detach"):
+            return None
+        node = source
+    return program.tensors[node], dim

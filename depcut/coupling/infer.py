@@ -1,0 +1,256 @@
+"""Run the rules over a captured graph: groups of coupled dimensions, frozen ones with reasons."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+from torch import fx
+
+import depcut.ops  # noqa: F401  (fills the table of rules)
+from depcut import axes
+from depcut.axes import Axis, Concat, Dims, Product, Reason, Term
+from depcut.capture.program import Program, where
+from depcut.coupling.groups import Coupling, Group, Member, layer_of, origin
+from depcut.coupling.outer import OUTPUT, find_outer
+from depcut.ops.registry import Effects, Op, Output, rule_for
+
+
+def infer(program: Program) -> Coupling:
+    """Infer which dimensions are coupled; never raises for an operator it does not know.
+
+    Args:
+        program: A captured model.
+    """
+    dims: dict[str, Dims] = {}
+    env, effects, unknown = _run(program, dims)
+    if program.training is not None:
+        more = _run(program.training, dims)
+        env.update(more[0])
+        effects.update(more[1])
+        unknown.update(more[2])
+    classes = _settle_ties([tie for e in effects.values() for tie in e.ties])
+    resolved = {name: tuple(map(axes.resolve, shape)) for name, shape in dims.items()}
+    made = _groups(program, resolved, effects, classes)
+    outer = find_outer({g.axis: g.name for g in made}, resolved, env, effects, where)
+    groups = tuple(replace(g, outer=(o := outer[g.axis]).axis, alone=o.why) for g in made)
+    return Coupling(program, resolved, env, effects, groups, unknown)
+
+
+def _run(
+    program: Program, dims: dict[str, Dims]
+) -> tuple[dict[fx.Node, Output], dict[fx.Node, Effects], dict[str, list[str]]]:
+    """Run the rules over one graph; `dims` holds, and receives, the terms of the tensors."""
+    env = _initial(program, dims)
+    effects: dict[fx.Node, Effects] = {}
+    unknown: dict[str, list[str]] = {}
+    for node in program.graph.graph.nodes:
+        if node.op == "call_function":
+            env[node] = _visit(node, env, program, effects, unknown)
+        elif node.op == "get_attr":
+            sizes = program.sizes[node]
+            env[node] = (
+                _frozen_dims(sizes, "constant typed into the code", node.name) if sizes else None
+            )
+        elif node.op == "output":
+            for result in node.all_input_nodes:
+                for shape in _shapes(env.get(result)):
+                    for term in shape or ():
+                        axes.freeze(term, Reason(OUTPUT, result.name))
+    return env, effects, unknown
+
+
+def _shapes(output: Output) -> list[Dims | None]:
+    if output is None:
+        return []
+    return [output] if isinstance(output, tuple) else list(output)
+
+
+def _frozen_dims(sizes: tuple[int, ...], why: str, node: str | None) -> Dims:
+    return tuple(axes.axis(n, Reason(why, node)) for n in sizes)
+
+
+def _initial(program: Program, dims: dict[str, Dims]) -> dict[fx.Node, Output]:
+    """Terms of the placeholders: one fresh axis a parameter dimension, frozen ones for inputs."""
+    env: dict[fx.Node, Output] = {}
+    for node in program.graph.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        sizes = program.sizes[node]
+        name = program.tensors.get(node)
+        if sizes is None:
+            env[node] = None
+        elif name is None:
+            env[node] = _frozen_dims(sizes, "model input", node.name)
+        elif name in dims and name not in program.anonymous:
+            env[node] = dims[name]
+        elif name in program.anonymous:
+            env[node] = dims[name] = _frozen_dims(sizes, "constant typed into the code", node.name)
+        else:
+            twin = next((a for a in program.aliases.get(name, ()) if a in dims), None)
+            unused = name in program.unused
+            why = Reason("not used by the captured forward", name) if unused else None
+            env[node] = dims[name] = dims[twin] if twin else tuple(axes.axis(n, why) for n in sizes)
+    return env
+
+
+def _visit(
+    node: fx.Node,
+    env: dict[fx.Node, Output],
+    program: Program,
+    effects: dict[fx.Node, Effects],
+    unknown: dict[str, list[str]],
+) -> Output:
+    if getattr(node.target, "__name__", "") == "getitem":
+        source = env.get(node.args[0])  # type: ignore[arg-type]
+        return source[node.args[1]] if isinstance(source, list) else None  # type: ignore
+    sizes = program.sizes[node]
+    if sizes is None and not any(env.get(n) for n in node.all_input_nodes):
+        return None
+    if not hasattr(node.target, "_schema"):
+        return None if sizes is None else _give_up(node, env, sizes, unknown, "no rule for {}")
+    function = rule_for(node.target)
+    if function is None:
+        return _give_up(node, env, sizes, unknown, "no rule for {}")
+    op = Op(node, env, program.sizes)
+    try:
+        out = function(op)
+    except Exception as error:
+        if os.environ.get("DEPCUT_STRICT"):
+            raise
+        return _give_up(node, env, sizes, unknown, f"the rule for {{}} failed: {error!r:.120}")
+    if out is not None and not _fits(out, sizes):
+        if os.environ.get("DEPCUT_STRICT"):
+            raise AssertionError(f"{node.format_node()}: rule gives {out}, torch {sizes}")
+        return _give_up(node, env, sizes, unknown, "the rule for {} does not fit its result")
+    op.effects.out = out
+    effects[node] = op.effects
+    return out
+
+
+def _fits(out: Output, sizes: Any) -> bool:
+    """Whether a rule's result has the sizes that torch computed."""
+    expected = [sizes] if isinstance(sizes, tuple) else [s for s in sizes or [] if s is not None]
+    shapes = _shapes(out)
+    return len(shapes) == len(expected) and all(
+        shape is None or tuple(t.size for t in shape) == size
+        for shape, size in zip(shapes, expected, strict=True)
+    )
+
+
+def _give_up(
+    node: fx.Node,
+    env: dict[fx.Node, Output],
+    sizes: Any,
+    unknown: dict[str, list[str]],
+    why: str,
+) -> Output:
+    """Freeze what an operator touches: its inputs' and its outputs' dimensions, nothing else."""
+    unknown.setdefault(str(node.target), []).append(node.name)
+    reason = Reason(why.format(node.target), node.name)
+    for source in node.all_input_nodes:
+        for shape in _shapes(env.get(source)):
+            for term in shape or ():
+                axes.freeze(term, reason)
+    if sizes is None:
+        return None
+    if isinstance(sizes, tuple):
+        return _frozen_dims(sizes, reason.why, node.name)
+    return [_frozen_dims(s or (), reason.why, node.name) for s in sizes]
+
+
+def _settle_ties(ties: list[list[Term]]) -> dict[Axis, Axis]:
+    """Which free axes must keep equal counts: a representative for each (union-find)."""
+    pairs = [(tie[0], other) for tie in ties for other in tie[1:]]
+    while True:
+        parent: dict[Axis, Axis] = {}
+        changed = [_tie(a, b, parent) for a, b in pairs]
+        if True not in changed:
+            return parent
+
+
+def find(parent: dict[Axis, Axis], item: Axis) -> Axis:
+    """The representative of an axis."""
+    while parent.get(item, item) is not item:
+        item = parent[item]
+    return item
+
+
+def _tie(a: Term, b: Term, parent: dict[Axis, Axis]) -> bool:
+    """Tie counts leaf by leaf; True where an axis had to be refined or frozen for it."""
+    a, b = axes.resolve(a), axes.resolve(b)
+    if a is b or (axes.is_frozen(a) and axes.is_frozen(b)):
+        return False
+    if isinstance(a, Axis) and isinstance(b, Axis) and not (a.reason or b.reason):
+        parent[find(parent, a)] = find(parent, b)
+        return False
+    for x, y in ((a, b), (b, a)):
+        if isinstance(x, Axis) and not x.reason and not isinstance(y, Axis):
+            x.bound = _copy(y)
+            return True
+    children_a = a.factors if isinstance(a, Product) else a.parts if isinstance(a, Concat) else ()
+    children_b = b.factors if isinstance(b, Product) else b.parts if isinstance(b, Concat) else ()
+    alike = type(a) is type(b) and [c.size for c in children_a] == [c.size for c in children_b]
+    if alike and children_a:
+        return True in [_tie(x, y, parent) for x, y in zip(children_a, children_b, strict=True)]
+    for term in (a, b):
+        axes.freeze(term, Reason("cut evenly, but its pieces are built differently"))
+    return True
+
+
+def _copy(term: Term) -> Term:
+    """A term of the same structure with fresh axes."""
+    if isinstance(term, Axis):
+        return axes.axis(term.size, term.reason)
+    build = axes.product if isinstance(term, Product) else axes.concat
+    children = term.factors if isinstance(term, Product) else term.parts
+    return build(*map(_copy, children))
+
+
+def _groups(
+    program: Program,
+    dims: dict[str, Dims],
+    effects: dict[fx.Node, Effects],
+    classes: dict[Axis, Axis],
+) -> tuple[Group, ...]:
+    places = (origin(node, dim, program) for e in effects.values() for node, dim in e.contracts)
+    consumers = {place for place in places if place is not None}
+    members: dict[Axis, list[Member]] = {}
+    labels: dict[Axis, str] = {}
+    owned: set[Axis] = set()
+    for name, shape in dims.items():
+        for i, term in enumerate(shape):
+            free = list(dict.fromkeys(leaf for leaf in axes.leaves(term) if not leaf.reason))
+            role = "consumer" if (name, i) in consumers else "producer"
+            for k, leaf in enumerate(free):
+                members.setdefault(leaf, []).append(Member(name, i, role))
+                if name in program.parameters:
+                    owned.add(leaf)
+                if role == "producer" and leaf not in labels and name in program.parameters:
+                    labels[leaf] = layer_of(name) + (f"[{k}]" if len(free) > 1 else "")
+    sizes: dict[Axis, int] = {}
+    for leaf in owned:
+        root = find(classes, leaf)
+        sizes[root] = sizes.get(root, 0) + 1
+    numbers = {root: i for i, root in enumerate(r for r in sizes if sizes[r] > 1)}
+    floors = {
+        leaf: count
+        for e in effects.values()
+        for count, term in e.floors
+        for leaf in axes.leaves(axes.resolve(term))
+    }
+    names: dict[str, int] = {}
+    out: list[Group] = []
+    for leaf, found in members.items():
+        if leaf not in owned or leaf.size < 2:
+            continue
+        label = labels.get(leaf) or f"{layer_of(found[0].tensor)}.in"
+        names[label] = names.get(label, 0) + 1
+        if names[label] > 1:
+            label = f"{label}#{names[label]}"
+        ordered = tuple(sorted(found, key=lambda m: m.role == "consumer"))
+        tied = numbers.get(find(classes, leaf))
+        floor = min(floors.get(leaf, 1), leaf.size)
+        out.append(Group(label, leaf.size, ordered, leaf, tied, len(out), floor))
+    return tuple(out)

@@ -1,0 +1,130 @@
+"""Lossless clean-up: remove the units that are dead already, and compute the same."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar, cast
+
+import numpy as np
+from torch import nn
+
+from depcut.analysis import analyze
+from depcut.capture.inputs import Inputs
+from depcut.errors import InputError, listed
+from depcut.plan.plan import Plan, make_plan
+from depcut.repair.dead import Stuck, find_dead
+from depcut.repair.folding import contributions, fold_constants
+from depcut.repair.readings import Reading, read
+from depcut.rewrite.masks import without_masks
+from depcut.verify.verify import verify_equal
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+@dataclass(frozen=True, eq=False)
+class Compaction:
+    """The dead units of a model, and what holds those that stay.
+
+    Attributes:
+        plan: The units that stay.
+        folded: Names of the biases and running means that take over what removed units
+            contributed as constants.
+        stuck: Dead units that stay, each with the reason.
+        model: The model with its masks applied.
+        readings: What reads the units.
+    """
+
+    plan: Plan
+    folded: tuple[str, ...]
+    stuck: tuple[Stuck, ...]
+    model: nn.Module
+    readings: tuple[Reading, ...]
+
+    @property
+    def removed(self) -> Mapping[str, int]:
+        """Number of dead units that go, by group."""
+        return {name: self.plan.sizes[name] - len(kept) for name, kept in self.plan.kept.items()}
+
+    def apply(self) -> nn.Module:
+        """The smaller model, which computes what the dense one does; that one is not changed.
+
+        Raises:
+            VerificationError: The smaller model does not compute what the dense one does.
+        """
+        keep = self.plan.keep()
+        slim = self.plan.apply(self.model, compensate=False)
+        if self.folded:
+            fold_constants(keep, self.model, slim, self.readings)
+        self.plan.report["error"] = verify_equal(slim, keep, self.model)
+        return slim
+
+    def __str__(self) -> str:
+        removed = self.removed
+        total = sum(self.plan.sizes.values())
+        lines = [f"{sum(removed.values()) or 'none'} of {total} units are dead and can go"]
+        lines += [f"  {n}: {count} of {self.plan.sizes[n]}" for n, count in removed.items()]
+        if self.folded:
+            lines.append(f"constants folded into {listed(list(self.folded))}")
+        lines += [
+            f"dead, but stays: {s.group}, units {listed(list(map(str, s.units)))}: {s.reason}"
+            for s in self.stuck
+        ]
+        return "\n".join(lines)
+
+
+def compaction(model: nn.Module, inputs: Inputs = None) -> Compaction:
+    """Find the units that are dead already; the model is only read.
+
+    A unit is dead where all that reads it multiplies it with zeros, or reads a constant that a bias
+    (or the running mean of a batch norm that follows) can absorb exactly: a channel whose filter
+    is zero, whatever the norms and activations behind it make of that. Constants are derived from
+    the graph, not seen in data. Masks of `torch.nn.utils.prune` are applied first.
+
+    Args:
+        model: Any module that torch.export can capture, with its weights.
+        inputs: A tensor, a tuple of positional or a dict of keyword arguments; left out, inferred
+            from the first layer where that is unambiguous.
+
+    Raises:
+        DepcutError: See `depcut.analyze`.
+    """
+    plain = without_masks(model) if isinstance(model, nn.Module) else model
+    coupling = analyze(plain, inputs).coupling
+    empty = [n for n, t in plain.state_dict(keep_vars=True).items() if t.is_meta]
+    if empty:
+        raise InputError(
+            f"weights without values: {listed(empty, 3)}",
+            where="a model on the meta device",
+            remedy="load its weights first: which units are dead is a matter of values",
+        )
+    readings = read(coupling, plain)
+    dead = find_dead(coupling, readings)
+    kept = {
+        coupling.groups[i].name: np.setdiff1d(np.arange(coupling.groups[i].size), units)
+        for i, units in dead.units.items()
+    }
+    plan = make_plan(coupling, plain, kept, {"units": "dead ones removed"})
+    folded = tuple(contributions(plan.keep(), readings))
+    return Compaction(plan, folded, dead.stuck, plain, readings)
+
+
+def compact(model: ModelT, inputs: Inputs = None) -> ModelT:
+    """The model without the units that are dead already; in eval mode it computes the same.
+
+    Warns where nothing is dead: the result is an equal copy then. `print(depcut.compaction(model,
+    inputs))` says what goes, and what stays for which reason.
+
+    Args:
+        model: Any module that torch.export can capture, with its weights; it is not changed.
+        inputs: A tensor, a tuple of positional or a dict of keyword arguments; left out, inferred
+            from the first layer where that is unambiguous.
+
+    Raises:
+        DepcutError: See `depcut.analyze` and `Plan.apply`.
+    """
+    found = compaction(model, inputs)
+    if not found.plan.kept:
+        warnings.warn(f"nothing was removed: {found}", stacklevel=2)
+    return cast(ModelT, found.apply())

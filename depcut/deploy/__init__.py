@@ -1,0 +1,1 @@
+"""ONNX files that are checked before they appear, and what runs them."""

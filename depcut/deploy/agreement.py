@@ -1,0 +1,204 @@
+"""Whether onnxruntime and PyTorch compute the same, and by how much they differ."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnxruntime import InferenceSession, OrtValue
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.dlpack import from_dlpack
+
+from depcut.deploy.runtime import Array, first_line, resized, session_tensors
+from depcut.errors import ExportError
+
+# A difference beyond that is no error of the file's if PyTorch itself is off by about as much: two
+# computations that round alike differ by the sum of their errors.
+_OWN = 3.0
+_MOST = 0.02  # of the largest value, whatever the rounding
+
+# Allowed error per output, as (rtol, atol): max|onnx - torch| <= atol + rtol * max|torch|.
+# The runtime fuses and reorders sums, so that the error follows the largest value of an output.
+TOLERANCES: Mapping[torch.dtype, tuple[float, float]] = {
+    torch.float64: (1e-6, 1e-8),
+    torch.float32: (1e-4, 1e-5),
+    torch.float16: (2e-2, 1e-3),
+    torch.bfloat16: (5e-2, 1e-2),
+}
+
+
+def compare_outputs(
+    model: nn.Module,
+    session: InferenceSession,
+    arguments: inspect.BoundArguments,
+    batch: int,
+    *,
+    rtol: float | None,
+    atol: float | None,
+) -> tuple[float, float]:
+    """Largest absolute and relative error of the runtime at one batch size.
+
+    Args:
+        model: What the graph was made from, in evaluation mode.
+        session: The graph in onnxruntime.
+        arguments: What to feed both, up to the batch size.
+        batch: The batch size.
+        rtol: Error allowed relative to an output's largest magnitude; None: by its data type.
+        atol: Error allowed on top of that; None: by its data type.
+
+    Returns:
+        The absolute error, and the relative one.
+
+    Raises:
+        ExportError: The error is larger (than PyTorch's own distance from double precision
+            explains, too), shapes or numbers of outputs differ, or the runtime stops.
+    """
+    other = resized(arguments, batch)
+    expected = _outputs(model, (other.args, other.kwargs))
+    feeds = session_tensors(session, other.arguments)
+    try:
+        found = _run(session, feeds)
+    except Exception as error:
+        raise ExportError(
+            f"onnxruntime stops at batch size {batch}: {first_line(error)}",
+            where=type(model).__name__,
+            remedy="the model's code may fix a size that follows the batch",
+        ) from error
+    if len(found) != len(expected):
+        raise ExportError(
+            f"the graph has {len(found)} outputs, the model {len(expected)}",
+            where=type(model).__name__,
+            remedy="return every tensor once",
+        )
+    names = [entry.name for entry in session.get_outputs()]
+    gaps = [
+        _gap(f"output {name!r}, batch size {batch}", tensor, array)
+        for name, tensor, array in zip(names, expected, found, strict=True)
+    ]
+    allowed = [
+        _allowed(tensor, gap.scale, rtol, atol) for tensor, gap in zip(expected, gaps, strict=True)
+    ]
+    if any(gap.worst > limit for gap, limit in zip(gaps, allowed, strict=True)):
+        own = _rounding(model, other, expected)
+        for gap, limit, rounding in zip(gaps, allowed, own, strict=True):
+            if gap.worst > limit + min(_OWN * rounding, _MOST * gap.scale):
+                raise _disagreement(gap, limit, rounding)
+    return (
+        max((gap.worst for gap in gaps), default=0.0),
+        max((gap.worst / gap.scale if gap.scale else 0.0 for gap in gaps), default=0.0),
+    )
+
+
+def _run(session: InferenceSession, feeds: Mapping[str, Tensor]) -> Sequence[Array]:
+    """The graph's outputs; bfloat16, which NumPy does not have, as float32."""
+    # The runtime works on the arrays' own memory: they must live as long as the values.
+    arrays = {name: _bits(tensor) for name, tensor in feeds.items()}
+    values = {
+        name: OrtValue.ortvalue_from_numpy_with_onnx_type(array, onnx.TensorProto.BFLOAT16)
+        if feeds[name].dtype == torch.bfloat16
+        else OrtValue.ortvalue_from_numpy(array)
+        for name, array in arrays.items()
+    }
+    return [_values(entry) for entry in session.run_with_ort_values(None, values)]
+
+
+def _bits(tensor: Tensor) -> Array:
+    """The tensor's values, those of a bfloat16 as integers with the same bits."""
+    tensor = tensor.detach().cpu().contiguous()
+    array: Array = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return array
+
+
+def _values(value: OrtValue) -> Array:
+    """What the runtime returned."""
+    if value.element_type() != onnx.TensorProto.BFLOAT16:
+        array: Array = value.numpy()
+        return array
+    return from_dlpack(value).float().numpy()
+
+
+@dataclass(frozen=True)
+class _Gap:
+    """How far one output is off: at most by `worst`, where the largest value is `scale`."""
+
+    where: str
+    worst: float
+    scale: float
+
+
+def _gap(where: str, tensor: Tensor, found: Array) -> _Gap:
+    """The largest difference of one output, or an ExportError where the shapes differ."""
+    expected = _exact(tensor)
+    if expected.shape != found.shape:
+        raise ExportError(
+            f"onnxruntime gives shape {found.shape}, PyTorch {expected.shape}",
+            where=where,
+            remedy="the model's code may fix a size that follows the batch",
+        )
+    scale = float(np.abs(expected[np.isfinite(expected)]).max(initial=0.0))
+    return _Gap(where, _largest(expected, found.astype(np.float64)), scale)
+
+
+def _largest(expected: Array, found: Array) -> float:
+    """The largest difference; infinities and NaNs are equal where both have them."""
+    with np.errstate(invalid="ignore"):
+        same = (expected == found) | (np.isnan(expected) & np.isnan(found))
+        gap = np.nan_to_num(np.where(same, 0.0, np.abs(expected - found)), nan=np.inf)
+    return float(gap.max(initial=0.0))
+
+
+def _allowed(tensor: Tensor, scale: float, rtol: float | None, atol: float | None) -> float:
+    """The error allowed for an output by its data type or the caller."""
+    default_rtol, default_atol = TOLERANCES.get(tensor.dtype, (0.0, 0.0))
+    rtol = default_rtol if rtol is None else rtol
+    atol = default_atol if atol is None else atol
+    return atol + rtol * scale
+
+
+def _rounding(
+    model: nn.Module, arguments: inspect.BoundArguments, expected: Sequence[Tensor]
+) -> list[float]:
+    """How far PyTorch itself is from double precision, by output; 0 where that cannot be told."""
+    try:
+        again = _outputs(model, (arguments.args, arguments.kwargs))
+        if not all(map(torch.equal, again, expected)):
+            return [0.0] * len(expected)  # it draws random numbers
+        values = pytree.tree_map(_doubled, (arguments.args, arguments.kwargs))
+        exact = _outputs(copy.deepcopy(model).double(), values)
+        gaps = [_largest(_exact(a), _exact(b)) for a, b in zip(exact, expected, strict=True)]
+    except Exception:  # noqa: BLE001  (code that insists on single precision has no second look)
+        return [0.0] * len(expected)
+    return [gap if math.isfinite(gap) else 0.0 for gap in gaps]
+
+
+def _outputs(model: nn.Module, values: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Tensor]:
+    with torch.no_grad():
+        outputs = model(*values[0], **values[1])
+    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def _doubled(leaf: object) -> object:
+    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
+def _disagreement(gap: _Gap, limit: float, rounding: float) -> ExportError:
+    return ExportError(
+        f"onnxruntime and PyTorch differ by {gap.worst:.3g} where the largest value is "
+        f"{gap.scale:.3g} (allowed: {limit:.3g}; PyTorch's own rounding: {rounding:.3g})",
+        where=gap.where,
+        remedy="pass a wider rtol= or atol= if this is rounding; else please report the model",
+    )
+
+
+def _exact(tensor: Tensor) -> Array:
+    """The tensor's values in double precision."""
+    values: Array = tensor.detach().cpu().double().numpy()
+    return values

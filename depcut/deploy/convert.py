@@ -1,0 +1,261 @@
+"""From a model to an ONNX file: capture with a free batch size, conversion, metadata, weights."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import inspect
+import io
+import logging
+import os
+import secrets
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+
+from depcut.deploy.lineage import origin_of
+from depcut.deploy.runtime import batch_size, bind_inputs, evaluating, first_line, resized
+from depcut.errors import ExportError, InputError
+from depcut.version import __version__
+
+# The newest operator set that the exporter translates to; see `depcut.export`.
+OPSET = 23
+# The one before: some kernels of onnxruntime stop short of operators that are newer than 21.
+OLDER_OPSET = 20
+# What onnxscript converts between: the exporter writes none below, and renumbers above OPSET.
+OPSETS = range(18, 26)
+
+# Protobuf stops at 2 GiB; the graph itself and its names need some of that.
+_EXTERNAL_DATA_FROM = 2**31 - 2**26
+
+_CHATTY = ("torch.onnx", "torch.export", "torch.fx", "onnxscript")
+
+# The exporter's notes quote source lines and the paths of the machine, up to a tenth of a file.
+_NOTES = ("pkg.", "namespace")
+_KEPT_NOTE = "pkg.torch.onnx.name_scopes"
+
+
+def draft(
+    model: nn.Module,
+    inputs: Any,
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    opset: int | None = None,
+    free_batch: bool = True,
+) -> inspect.BoundArguments:
+    """Write `model` in evaluation mode as ONNX, unchecked, and in place of what is there.
+
+    This is `depcut.export` without its checks, for files that are only timed or looked at. Most of
+    its time goes into decomposing the captured graph once more; with symbolic sizes that takes two
+    to three times as long.
+
+    Args:
+        model: The model; its parameters and training mode are the same afterwards.
+        inputs: A tensor, a tuple of positional or a dict of keyword arguments; None infers them.
+        path: The file to write.
+        metadata: Entries for the file's metadata, beside depcut's version and the model's origin.
+        opset: Version of the operator set; None: the newest that the exporter translates to.
+        free_batch: Whether the file takes any batch size, or the one of `inputs` only, which is
+            converted in about half of the time and runs equally fast.
+
+    Returns:
+        The arguments that the model was captured with: two rows at least where the batch is free.
+
+    Raises:
+        ExportError: The model cannot be captured or converted, or the file not be written.
+        InputError: `inputs` does not fit the model's forward, or an option is wrong.
+    """
+    version, entries = _checked_opset(opset), _checked_metadata(metadata)
+    arguments = bind_inputs(model, inputs)
+    with evaluating(model), _plain_attention(), _quiet(), _uncollected():
+        arguments, program = _capture(model, arguments, free_batch=free_batch)
+        origin = {"depcut_version": __version__, **origin_of(model)}
+        _convert(program, Path(path), {**origin, **entries}, version)
+    return arguments
+
+
+def _checked_opset(opset: int | None) -> int:
+    """The operator set to write."""
+    if opset is None:
+        return OPSET
+    if isinstance(opset, bool) or not isinstance(opset, int) or opset not in OPSETS:
+        raise InputError(
+            f"opset={opset!r} cannot be written",
+            where="opset=",
+            remedy=f"pass an integer from {OPSETS[0]} to {OPSETS[-1]}, or leave it out for {OPSET}",
+        )
+    return opset
+
+
+def _checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
+    """The user's entries, all of them texts."""
+    entries = dict(metadata or {})
+    for key, value in entries.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise InputError(
+                f"the entry {key!r}: {value!r} is no pair of texts",
+                where="metadata=",
+                remedy="ONNX holds texts only: pass str(value)",
+            )
+    return entries
+
+
+def _capture(
+    model: nn.Module, arguments: inspect.BoundArguments, *, free_batch: bool = True
+) -> tuple[inspect.BoundArguments, torch.export.ExportedProgram]:
+    """The exported program, and the arguments it was made with."""
+    if free_batch and batch_size(arguments) == 1:
+        # torch.export takes a dimension of one for a constant.
+        with contextlib.suppress(ExportError):
+            return _capture(model, resized(arguments, 2))
+    shapes = pytree.tree_map(_free_batch, dict(arguments.arguments)) if free_batch else None
+    try:
+        with torch.no_grad():
+            program = torch.export.export(
+                model, arguments.args, arguments.kwargs, dynamic_shapes=shapes, strict=False
+            )
+    except Exception as error:
+        raise ExportError(
+            f"torch.export cannot capture the model: {first_line(error)}",
+            where=type(model).__name__,
+            remedy="its forward must not branch on the values of tensors; see the chained error",
+        ) from error
+    return arguments, program
+
+
+def _free_batch(leaf: Any) -> dict[int, Any] | None:
+    """The dynamic-shape entry of one argument."""
+    is_batched = isinstance(leaf, Tensor) and leaf.dim() > 0
+    return {0: torch.export.Dim.AUTO} if is_batched else None
+
+
+def _convert(
+    program: torch.export.ExportedProgram, path: Path, metadata: Mapping[str, str], opset: int
+) -> None:
+    """Write the program as ONNX to `path`, with its metadata."""
+    try:
+        converted = torch.onnx.export(
+            program, dynamo=True, optimize=True, verbose=False, opset_version=opset
+        )
+        if converted is None:
+            raise ExportError("torch.onnx.export returned nothing", where=path.name)
+        model = converted.model
+        written = model.opset_imports.get("")
+        if written != opset:
+            raise ExportError(
+                f"the model cannot be converted to opset {opset}; the exporter stays at {written}",
+                where="opset=",
+                remedy=f"leave it out for {OPSET}, or pass {written}",
+            )
+        _strip_notes(model)
+        model.metadata_props.update(metadata)
+        _settle_sizes([*model.graph.inputs, *model.graph.outputs])
+        weights = sum(
+            value.const_value.nbytes
+            for value in model.graph.initializers.values()
+            if value.const_value is not None
+        )
+        ir.save(
+            model, path, external_data=_data_name(path) if weights > _EXTERNAL_DATA_FROM else None
+        )
+    except ExportError:
+        raise
+    except OSError as error:
+        raise ExportError(
+            f"the file cannot be written: {error}",
+            where=path.name,
+            remedy="free some space, or choose a folder that can be written to",
+        ) from error
+    except Exception as error:
+        raise ExportError(
+            f"torch.onnx cannot convert the model: {first_line(_innermost(error))}",
+            where=path.name,
+            remedy="the chained error names the operator; replace it or update onnxscript",
+        ) from error
+
+
+def _data_name(path: Path) -> str:
+    """A name for the weights beside a graph that no earlier graph refers to."""
+    return f"{path.name}.{secrets.token_hex(4)}.data"
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """What started a chain of errors: the exporter's own ones only name their step."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _strip_notes(model: ir.Model) -> None:
+    """Drop what the exporter noted about its own work, all but the module that a node is from."""
+    nodes = list(ir.traversal.RecursiveGraphIterator(model.graph))
+    values = [*model.graph.inputs, *model.graph.initializers.values()]
+    values += [output for node in nodes for output in node.outputs]
+    noted = [model.graph.metadata_props, *(node.metadata_props for node in nodes)]
+    noted += [value.metadata_props for value in values]
+    for notes in noted:
+        for key in [k for k in notes if k.startswith(_NOTES) and k != _KEPT_NOTE]:
+            del notes[key]
+
+
+def _settle_sizes(values: Iterable[ir.Value | None]) -> None:
+    """Write sizes that the model's code fixed as numbers; the exporter names them "3"."""
+    for value in values:
+        if value is None or value.shape is None:
+            continue
+        for place, size in enumerate(value.shape):
+            if isinstance(size, ir.SymbolicDim) and (size.value or "").isdecimal():
+                value.shape[place] = int(size.value or "")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's warnings and log lines from the user: failures raise all the same."""
+    loggers = [logging.getLogger(name) for name in _CHATTY]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        # torch.export prints the graph that it gave up on; the error raised says enough.
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Garbage collection off: it would search the millions of objects of a conversion often."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextlib.contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Attention by its formula: no fused kernel has an ONNX form.
+
+    nn.MultiheadAttention has an inference path of its own; and a graph that is captured with the
+    strides of a fused kernel holds views that those of the formula do not allow.
+    """
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)

@@ -1,0 +1,257 @@
+"""What export and timing share: a model's arguments in order, onnxruntime sessions, their feeds."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from onnxruntime import InferenceSession
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from depcut.capture.inputs import infer
+from depcut.errors import ExportError, InputError
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+
+_NO_KERNEL = re.compile(
+    r"Could not find an implementation for (\w+)\((\d+)\) node with name '(.*?)'"
+)
+
+
+def bind_inputs(model: nn.Module, inputs: Any) -> inspect.BoundArguments:
+    """The model's arguments in the order of its signature, whatever form they were given in.
+
+    Args:
+        model: The model whose forward takes them.
+        inputs: A tensor, a tuple of positional or a dict of keyword arguments; None infers them.
+
+    Returns:
+        The arguments, bound to their names.
+
+    Raises:
+        InputError: The kind of `inputs` is none of these, forward does not take them, or they
+            cannot be inferred.
+    """
+    given = infer(model) if inputs is None else inputs
+    given = dict(given) if isinstance(given, Mapping) else given
+    if isinstance(given, Tensor):
+        given = (given,)
+    if not isinstance(given, (tuple, list, dict)):
+        raise InputError(
+            f"inputs is a {type(inputs).__name__}",
+            where=type(model).__name__,
+            remedy="pass a tensor, a tuple of positional arguments or a dict of keyword arguments",
+        )
+    signature = inspect.signature(model.forward)
+    try:
+        return signature.bind(**given) if isinstance(given, dict) else signature.bind(*given)
+    except TypeError as error:
+        raise InputError(
+            f"the inputs do not fit forward: {error}",
+            where=f"{type(model).__name__}.forward{signature}",
+            remedy="pass what a call of the model takes",
+        ) from error
+
+
+def open_session(
+    path: str | os.PathLike[str],
+    threads: int = 1,
+    *,
+    profile: Path | None = None,
+    providers: Sequence[str] = ("CPUExecutionProvider",),
+) -> InferenceSession:
+    """An onnxruntime session with all optimisations and a stated number of threads.
+
+    Args:
+        path: The ONNX file.
+        threads: Threads that one operator may use.
+        profile: Where the session writes its profile, as the beginning of a file name; None: it
+            takes none.
+        providers: Execution providers; each node goes to the first that has a kernel for it.
+
+    Returns:
+        The session.
+
+    Raises:
+        ExportError: The runtime does not load the file.
+    """
+    options = ort.SessionOptions()
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = os.fspath(profile)
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Idle workers that spin would take the cores from the other sessions of a comparison.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return InferenceSession(os.fspath(path), options, providers=list(providers))
+    except Exception as error:
+        missing = _NO_KERNEL.search(str(error))
+        if missing:
+            operator, version, node = missing.groups()
+            raise ExportError(
+                f"onnxruntime {ort.__version__} has no kernel for {operator} (opset {version}) in "
+                f"the data type that it has here; the file computes in {_float_types(path)}",
+                where=f"{Path(path).name}, node {node!r}",
+                remedy="export model.float(); a lower opset= may have the kernel, too",
+            ) from error
+        raise ExportError(
+            f"onnxruntime {ort.__version__} does not load the file: {first_line(error)}",
+            where=Path(path).name,
+            remedy="if the data type is the reason, export model.float()",
+        ) from error
+
+
+def _float_types(path: str | os.PathLike[str]) -> str:
+    """The kinds of real numbers among a file's inputs and weights."""
+    graph = onnx.load(os.fspath(path), load_external_data=False).graph
+    types = {tensor.data_type for tensor in graph.initializer}
+    types |= {value.type.tensor_type.elem_type for value in graph.input}
+    names = sorted(onnx.TensorProto.DataType.Name(kind).lower() for kind in types)
+    return ", ".join(name for name in names if "float" in name or name == "double") or "integers"
+
+
+def session_feeds(session: InferenceSession, values: Mapping[str, Any]) -> dict[str, Array]:
+    """The runtime's input dictionary for a model's arguments; see `session_tensors`.
+
+    Args:
+        session: The session to feed.
+        values: Arguments by name.
+
+    Returns:
+        Arrays by input name.
+
+    Raises:
+        ExportError: The graph takes another number of tensors, or NumPy has no such data type.
+    """
+    return {name: as_array(value) for name, value in session_tensors(session, values).items()}
+
+
+def session_tensors(session: InferenceSession, values: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors among a model's arguments by the names of the graph's inputs.
+
+    Args:
+        session: The session to feed.
+        values: Arguments by name. Where the names are not the graph's (nested arguments have other
+            ones there), their order counts; what is no tensor is part of the graph and left out.
+
+    Returns:
+        Tensors by input name.
+
+    Raises:
+        ExportError: The graph takes another number of tensors.
+    """
+    names = [entry.name for entry in session.get_inputs()]
+    if set(names) <= {name for name, value in values.items() if isinstance(value, Tensor)}:
+        return {name: values[name] for name in names}
+    tensors = [leaf for leaf in pytree.tree_leaves(dict(values)) if isinstance(leaf, Tensor)]
+    if len(names) != len(tensors):
+        raise ExportError(
+            f"the graph takes {len(names)} tensors ({', '.join(names)}), not {len(tensors)}",
+            remedy="pass the inputs that the file was exported with",
+        )
+    return dict(zip(names, tensors, strict=True))
+
+
+def batch_size(arguments: inspect.BoundArguments) -> int:
+    """Dimension 0 of the first tensor that has one.
+
+    Args:
+        arguments: What `bind_inputs` returned.
+
+    Returns:
+        The batch size.
+
+    Raises:
+        InputError: No argument is a tensor with a dimension.
+    """
+    leaves = pytree.tree_leaves(dict(arguments.arguments))
+    sizes = [leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0]
+    if not sizes:
+        raise InputError("no tensor among the inputs", remedy="pass the tensors forward works on")
+    return int(sizes[0])
+
+
+def resized(arguments: inspect.BoundArguments, batch: int) -> inspect.BoundArguments:
+    """The same arguments at another batch size: rows repeated, in reverse order.
+
+    Args:
+        arguments: What `bind_inputs` returned.
+        batch: The batch size to come to. Tensors whose dimension 0 is not the batch stay.
+
+    Returns:
+        New arguments; the given ones are left alone.
+    """
+    present = batch_size(arguments)
+
+    def resize(leaf: Any) -> Any:
+        if batch == present or not isinstance(leaf, Tensor) or leaf.dim() == 0:
+            return leaf
+        if leaf.shape[0] != present:
+            return leaf
+        rows = torch.arange(batch - 1, -1, -1, device=leaf.device) % present
+        return leaf.index_select(0, rows)
+
+    values = pytree.tree_map(resize, dict(arguments.arguments))
+    return inspect.BoundArguments(arguments.signature, values)
+
+
+def as_array(tensor: Tensor) -> Array:
+    """The tensor's values as the runtime takes them.
+
+    Args:
+        tensor: Any tensor, on any device.
+
+    Returns:
+        Its values in NumPy.
+
+    Raises:
+        ExportError: NumPy and the runtime have no such data type.
+    """
+    if tensor.dtype == torch.bfloat16:
+        raise ExportError(
+            "NumPy has no bfloat16, and onnxruntime's CPU provider hardly a kernel for it",
+            remedy="use model.float() or model.half()",
+        )
+    values: Array = tensor.detach().cpu().numpy()
+    return values
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model in evaluation mode, and every submodule back into its own mode afterwards.
+
+    Args:
+        model: The model; no other state of it changes.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, with its class.
+
+    Args:
+        error: The error.
+
+    Returns:
+        One line.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

@@ -1,1 +1,0 @@
-"""Whole residual branches as units: find them, score them, choose how many go."""

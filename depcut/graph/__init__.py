@@ -1,0 +1,1 @@
+"""The toolkit for captured graphs: arguments, names, ancestry, liveness."""

@@ -1,0 +1,1 @@
+"""What stays, as integers, and everything that can be evaluated from it without a forward pass."""

@@ -1,0 +1,206 @@
+"""Which units are dead: whatever reads them gets nothing, or a constant that it can absorb.
+
+Liveness as in a compiler: all units are taken to be dead, and those come back whose products reach
+an index that stays, until no more do. So what is read by dead units alone is dead, too, and what
+only feeds itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from depcut import axes
+from depcut.axes import Axis, Indices
+from depcut.capture.program import module_of
+from depcut.coupling.groups import Coupling, Group
+from depcut.repair.readings import Reading
+
+Flags = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Stuck:
+    """Units that are dead, and stay nevertheless.
+
+    Attributes:
+        group: Name of their group.
+        units: Their numbers.
+        reason: What holds them.
+    """
+
+    group: str
+    units: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Dead:
+    """Dead units of an architecture with its weights.
+
+    Attributes:
+        units: Those that can go, ascending, by group number; groups without any are left out.
+        stuck: Those that cannot, with the reasons.
+    """
+
+    units: dict[int, Indices]
+    stuck: tuple[Stuck, ...]
+
+
+class _Liveness:
+    """The fixpoint; `gone` holds what is dead so far."""
+
+    def __init__(self, coupling: Coupling, readings: Sequence[Reading]) -> None:
+        self.coupling, self.readings = coupling, tuple(readings)
+        self.gone: dict[Axis, Flags] = {g.axis: np.ones(g.size, bool) for g in coupling.groups}
+        self.held: dict[Axis, str] = {}
+        for node, effects in coupling.effects.items():
+            for term in effects.statistics:
+                for leaf in axes.leaves(axes.resolve(term)):
+                    if leaf in self.gone:
+                        self.held.setdefault(leaf, f"{_layer(module_of(node))} runs over all units")
+                        self.gone[leaf][:] = False
+
+    def kept(self, term: axes.Term) -> Indices:
+        """Indices of a term that stay."""
+        found = {leaf: np.flatnonzero(~gone) for leaf, gone in self.gone.items()}
+        return axes.indices(axes.resolve(term), found)
+
+    def settle(self) -> None:
+        """Bring back what is alive."""
+        changed = True
+        while changed:
+            changed = False
+            for reading in reversed(self.readings):
+                for axis, alive in self.alive(reading, constants=reading.absorber is not None):
+                    changed |= bool((self.gone[axis] & alive).any())
+                    self.gone[axis] &= ~alive
+
+    def alive(self, reading: Reading, *, constants: bool) -> list[tuple[Axis, Flags]]:
+        """Units that a reading gets something of.
+
+        Args:
+            reading: The reading.
+            constants: Constants count as nothing.
+        """
+        operands = self._operands(reading, constants)
+        out = []
+        for operand, dim in reading.places:
+            letters = reading.form.labels[operand][dim]
+            counts = reading.form.sum_to(letters, operands).cpu().numpy()
+            alive = (counts > 0.5) | reading.wild
+            term = axes.resolve(self._dims(reading, operand)[dim])
+            for axis, times in axes.project(term, alive.astype(np.float64)):
+                if axis in self.gone:
+                    out.append((axis, times > 0))
+        return out
+
+    def _dims(self, reading: Reading, operand: int) -> tuple[axes.Term, ...]:
+        dims = self.coupling.env[reading.form.operands[operand]]
+        assert isinstance(dims, tuple)
+        return dims
+
+    def _operands(self, reading: Reading, constants: bool) -> list[Tensor]:
+        """What the operands hold, without the outputs that nobody reads."""
+        form = reading.form
+        summed = {c for i, dim in reading.places for c in form.labels[i][dim]}
+        out = []
+        for i, live in enumerate(reading.live):
+            used = live
+            for dim, term in enumerate(self._dims(reading, i)):
+                if live.shape[dim] == term.size > 1 and not summed & set(form.labels[i][dim]):
+                    used = _only(used, dim, self.kept(term))
+            out.append(used)
+        if constants and reading.fixed is not None:
+            shape = [1] * out[0].ndim
+            shape[form.channel] = -1
+            out[0] = out[0] * (~reading.fixed).reshape(shape)
+        return out
+
+
+def _only(tensor: Tensor, dim: int, kept: Indices) -> Tensor:
+    at = torch.from_numpy(kept).to(tensor.device)
+    return torch.zeros_like(tensor).index_copy(dim, at, tensor.index_select(dim, at))
+
+
+def _layer(name: str) -> str:
+    return repr(name) if name else "the model's forward"
+
+
+def find_dead(coupling: Coupling, readings: Sequence[Reading]) -> Dead:
+    """The dead units.
+
+    Args:
+        coupling: The analysed architecture.
+        readings: What reads its groups.
+    """
+    state = _Liveness(coupling, readings)
+    surplus: dict[tuple[int, str], list[int]] = {}
+    while True:
+        state.settle()
+        back = _back(coupling, state)
+        if not back:
+            break
+        for group, units, reason in back:
+            state.gone[group.axis][units] = False
+            surplus.setdefault((group.index, reason), []).extend(int(u) for u in units)
+    gone = {g.index: np.flatnonzero(state.gone[g.axis]) for g in coupling.groups}
+    stuck = [
+        Stuck(coupling.groups[i].name, tuple(sorted(found)), reason)
+        for (i, reason), found in surplus.items()
+    ]
+    stuck += _held(coupling, state, {(i, u) for (i, _), found in surplus.items() for u in found})
+    return Dead({i: dead.astype(np.int64) for i, dead in gone.items() if len(dead)}, tuple(stuck))
+
+
+def _back(coupling: Coupling, state: _Liveness) -> list[tuple[Group, Indices, str]]:
+    """Dead units that must stay for the sake of counts."""
+    families: dict[tuple[str, int], list[Group]] = {}
+    for group in coupling.groups:
+        key = ("alone", group.index) if group.tied is None else ("tied", group.tied)
+        families.setdefault(key, []).append(group)
+    out = []
+    for family in families.values():
+        most = [min(int(state.gone[g.axis].sum()), g.size - g.floor) for g in family]
+        for group, own in zip(family, most, strict=True):
+            dead = np.flatnonzero(state.gone[group.axis])
+            if len(dead) == min(most):
+                continue
+            if own < len(dead):
+                reason = f"{group.floor} must stay"
+            else:
+                fewest = family[most.index(min(most))].name
+                reason = f"as many must stay as of {fewest!r}"
+            out.append((group, dead[: len(dead) - min(most)], reason))
+    return out
+
+
+def _held(coupling: Coupling, state: _Liveness, known: set[tuple[int, int]]) -> list[Stuck]:
+    """Units that nothing is read of but constants, and what keeps them."""
+    busy = {g.axis: np.zeros(g.size, bool) for g in coupling.groups}
+    reasons: dict[Axis, dict[str, Flags]] = {g.axis: {} for g in coupling.groups}
+    for reading in state.readings:
+        for axis, alive in state.alive(reading, constants=True):
+            busy[axis] |= alive
+        if reading.absorber is None and reading.fixed is not None:
+            why = f"{_layer(reading.layer)} reads a constant, and {reading.why}"
+            for axis, alive in state.alive(reading, constants=False):
+                found = reasons[axis].setdefault(why, np.zeros(len(alive), bool))
+                found |= alive
+    for axis, why in state.held.items():
+        reasons[axis].setdefault(why, np.ones(axis.size, bool))
+    out = []
+    for group in coupling.groups:
+        left = ~state.gone[group.axis] & ~busy[group.axis]
+        for why, found in reasons[group.axis].items():
+            here = [int(u) for u in np.flatnonzero(left & found)]
+            units = [u for u in here if (group.index, u) not in known]
+            if units:
+                out.append(Stuck(group.name, tuple(units), why))
+                left &= ~found
+    return out

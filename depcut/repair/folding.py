@@ -1,0 +1,106 @@
+"""Fold what removed units contributed into biases, where it is a constant."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from depcut.capture.capture import held_tensors
+from depcut.plan.keep import Keep
+from depcut.repair.readings import Reading, read
+
+
+def contributions(keep: Keep, readings: Sequence[Reading]) -> dict[str, Tensor]:
+    """What the removed units that are constant add to each bias (or take from a running mean).
+
+    Args:
+        keep: What stays.
+        readings: What reads the groups of the dense model.
+
+    Returns:
+        By the name of the tensor, in its dense size and in double precision.
+    """
+    out: dict[str, Tensor] = {}
+    for reading in readings:
+        if reading.absorber is None or reading.fixed is None:
+            continue
+        assert reading.numbers is not None
+        assert reading.weight is not None
+        form, x = reading.form, reading.form.operands[0]
+        dims = keep.coupling.env[x]
+        assert isinstance(dims, tuple)
+        kept = keep.indices(dims[form.channel])
+        if kept is None:
+            continue
+        gone = np.setdiff1d(np.arange(len(reading.numbers)), kept)
+        numbers = torch.zeros_like(reading.numbers)
+        at = torch.from_numpy(gone).to(numbers.device)
+        numbers[at] = reading.numbers[at]
+        if not bool(numbers.any()):
+            continue
+        shape = [1] * len(form.labels[0])
+        shape[form.channel] = -1
+        added = form.sum_to(form.out, [numbers.reshape(shape), reading.weight.double()])
+        out[reading.absorber.tensor] = reading.absorber.sign * added
+    return out
+
+
+def may_fold(keep: Keep, model: nn.Module) -> bool:
+    """Whether a removed unit may be a constant: a cheap look for rows of zeros that make one.
+
+    Args:
+        keep: What stays of the dense model.
+        model: The dense model.
+    """
+    held = held_tensors(model)
+    for group in keep.coupling.groups:
+        if group.index not in keep.units:
+            continue
+        for member in group.members:
+            tensor = held.get(member.tensor)
+            picked = keep.tensors.get(member.tensor, ())
+            if member.role != "producer" or tensor is None or tensor.is_meta or not picked:
+                continue
+            kept = picked[member.dim]
+            owned = member.tensor in keep.coupling.program.parameters
+            if kept is None or kept.ndim > 1 or not owned:
+                continue
+            others = [d for d in range(tensor.ndim) if d != member.dim]
+            zero = ((tensor == 0).all(others) if others else tensor == 0).cpu().numpy()
+            # A bias that is zero says nothing, a scale does, and so does a row of a weight.
+            if zero.any() and not zero.all() and np.delete(zero, kept).any():
+                return True
+    return False
+
+
+def fold_constants(
+    keep: Keep, model: nn.Module, slim: nn.Module, readings: Sequence[Reading] | None = None
+) -> tuple[str, ...]:
+    """Add to the biases of a slim model what its removed units contributed as constants.
+
+    Exact for every unit whose value does not depend on the input; of the others nothing is folded.
+
+    Args:
+        keep: What stays of the dense model.
+        model: The dense model.
+        slim: The smaller model; its biases and running means change.
+        readings: What reads the groups, if that is known already.
+
+    Returns:
+        Names of the tensors that changed.
+    """
+    if readings is None:
+        readings = read(keep.coupling, model)
+    held, changed = held_tensors(slim), []
+    for name, dense in contributions(keep, readings).items():
+        if name not in held:
+            continue
+        picked = keep.tensors.get(name, (None,))[0]
+        at = slice(None) if picked is None else torch.from_numpy(picked).to(dense.device)
+        with torch.no_grad():
+            held[name].copy_(held[name].double() + dense[at])
+        changed.append(name)
+    return tuple(changed)

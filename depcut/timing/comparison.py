@@ -1,0 +1,203 @@
+"""Dense beside slim: parameters, bytes, MACs and the time they really take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+from torch import nn
+
+from depcut.plan.cost import count_macs, count_params
+from depcut.support.tables import rendered
+from depcut.timing.backends import Provider, Runtime
+from depcut.timing.bench import Measurement, bench, byte_size, rate
+from depcut.timing.clock import Speedup, Timing
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one model costs.
+
+    Attributes:
+        params: Number of parameters, shared ones counted once.
+        bytes: Memory of parameters and buffers, shared ones counted once.
+        macs: Multiply-accumulates of one example.
+        latency: Measured time of one call, if it was measured.
+        throughput: Examples per second at that batch size, if it was measured.
+        peak_memory: Bytes that loading and running it take, if that was measured.
+        file_bytes: Size of its ONNX file, if it was timed from one.
+    """
+
+    params: int
+    bytes: int
+    macs: int
+    latency: Timing | None = None
+    throughput: float | None = None
+    peak_memory: int | None = None
+    file_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A dense model beside its slim version.
+
+    Attributes:
+        dense: What the dense model costs.
+        slim: What the slim one costs.
+        speedup: Measured speedup with its interval, if it was measured.
+        conditions: What the measurement holds for, or an empty string.
+        batch_size: Examples in one call that was timed.
+    """
+
+    dense: Figures
+    slim: Figures
+    speedup: Speedup | None = None
+    conditions: str = ""
+    batch_size: int | None = None
+
+    @property
+    def params_kept(self) -> float:
+        """Share of the parameters that the slim model has."""
+        return _share(self.slim.params, self.dense.params)
+
+    @property
+    def macs_kept(self) -> float:
+        """Share of the MACs that the slim model needs."""
+        return _share(self.slim.macs, self.dense.macs)
+
+    @property
+    def realised(self) -> float | None:
+        """Measured speedup as a share of the ratio of MACs: 1.0 is all that theory promises."""
+        return None if self.speedup is None else self.speedup.ratio * self.macs_kept
+
+    def __rich__(self) -> Table:
+        table = Table(caption=self.conditions or None)
+        for column in ("", "dense", "slim", "slim / dense"):
+            table.add_column(column, justify="right" if column else "left")
+        for label, dense, slim in (
+            ("parameters", self.dense.params, self.slim.params),
+            ("bytes", self.dense.bytes, self.slim.bytes),
+            ("MACs per example", self.dense.macs, self.slim.macs),
+        ):
+            table.add_row(label, quantity(dense), quantity(slim), f"{_share(slim, dense):.1%}")
+        if self.speedup and self.dense.latency and self.slim.latency:
+            label = f"latency, batch {self.batch_size}"
+            times = str(self.dense.latency), str(self.slim.latency)
+            table.add_row(label, *times, str(self.speedup))
+        if self.dense.throughput and self.slim.throughput:
+            # The line above says what may be claimed of the ratio.
+            table.add_row("examples/s", rate(self.dense.throughput), rate(self.slim.throughput), "")
+        for label, before, after in (
+            ("file", self.dense.file_bytes, self.slim.file_bytes),
+            ("peak memory", self.dense.peak_memory, self.slim.peak_memory),
+        ):
+            if before is not None and after is not None:
+                share = f"{_share(after, before):.1%}"
+                table.add_row(label, byte_size(before), byte_size(after), share)
+        return table
+
+    def __str__(self) -> str:
+        return rendered(self)
+
+
+def compare(
+    dense: nn.Module,
+    slim: nn.Module,
+    inputs: Any = None,
+    *,
+    runtime: Runtime | None = "onnxruntime",
+    provider: Provider | None = None,
+    batch_size: int | None = None,
+    threads: int = 1,
+    pin: bool | Sequence[int] = False,
+    memory: bool = False,
+    rounds: int = 30,
+    warmup: int = 5,
+) -> Comparison:
+    """Measure what was won by going from `dense` to `slim`.
+
+    Args:
+        dense: The model before.
+        slim: The model after; it takes the same inputs.
+        inputs: A tensor, a tuple of positional or a dict of keyword arguments; inferred from the
+            first layer when left out.
+        runtime: What to time both in, see `bench`; None measures no time.
+        provider: What computes there, see `bench`.
+        batch_size: Batch size to time at; that of the inputs when left out.
+        threads: Threads that one operator may use.
+        pin: Processors to stay on while timing, or True to have them chosen.
+        memory: Measure peak memory too, see `bench`.
+        rounds: Turns that both have.
+        warmup: Calls of each that are not counted.
+
+    Returns:
+        The figures of both models.
+
+    Raises:
+        ExportError: A model cannot be exported to the runtime.
+        InputError: The inputs do not fit, an argument is out of its range, or the provider is
+            absent.
+    """
+    if runtime is None:
+        return Comparison(_figures(dense, inputs), _figures(slim, inputs))
+    timed = bench(
+        {"dense": dense, "slim": slim},
+        inputs,
+        runtime=runtime,
+        provider=provider,
+        batch_sizes=None if batch_size is None else (batch_size,),
+        threads=threads,
+        pin=pin,
+        memory=memory,
+        rounds=rounds,
+        warmup=warmup,
+    )
+    return Comparison(
+        dense=_figures(dense, inputs, timed.at("dense"), timed.file_bytes["dense"]),
+        slim=_figures(slim, inputs, timed.at("slim"), timed.file_bytes["slim"]),
+        speedup=timed.speedup("dense", "slim"),
+        conditions=timed.conditions,
+        batch_size=timed.batch_sizes[0],
+    )
+
+
+def quantity(number: float) -> str:
+    """A count in the unit that keeps it short: 25.6 M, 4.09 G.
+
+    Args:
+        number: The count.
+
+    Returns:
+        Three digits and a unit.
+    """
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            scaled = number / size
+            return f"{scaled:.{2 if scaled < 10 else 1 if scaled < 100 else 0}f} {unit}"
+    return f"{number:g}"
+
+
+def _figures(
+    model: nn.Module,
+    inputs: Any,
+    measured: Measurement | None = None,
+    file_bytes: int | None = None,
+) -> Figures:
+    """Count what a model holds and does, beside what was measured of it."""
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return Figures(
+        params=count_params(model),
+        bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        macs=count_macs(model, inputs),
+        latency=measured.latency if measured else None,
+        throughput=measured.throughput if measured else None,
+        peak_memory=measured.peak_memory if measured else None,
+        file_bytes=file_bytes,
+    )
+
+
+def _share(part: float, whole: float) -> float:
+    """Part / whole, where nothing of nothing is all of it."""
+    return part / whole if whole else 1.0

@@ -1,0 +1,136 @@
+"""Run a smaller model, look at what its modules return, and measure differences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from depcut.axes import Dims
+from depcut.capture.capture import modes
+from depcut.capture.program import ModuleCall
+from depcut.plan.keep import Keep
+from depcut.reference.run import example
+
+
+@dataclass
+class Observed:
+    """One run of a smaller model.
+
+    Attributes:
+        outputs: Its flat outputs.
+        values: Results of its top-level children, by the graph node that computes them.
+        shape: The first module result whose shape is not the predicted one, "" if there is none.
+    """
+
+    outputs: list[Any]
+    values: dict[fx.Node, torch.Tensor]
+    shape: str = ""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How to run: rows of the batch (None: all) and precision (None: the model's)."""
+
+    rows: int | None = None
+    dtype: torch.dtype | None = None
+
+
+def observe(slim: nn.Module, keep: Keep, trial: Trial) -> Observed:
+    """Run a smaller model on the example inputs, and look at what its modules return.
+
+    Args:
+        slim: The smaller model; its mode and hooks are as before afterwards.
+        keep: What stays of the dense one.
+        trial: On which of the example inputs.
+    """
+    program = keep.coupling.program
+    args, kwargs = example(keep, rows=trial.rows, dtype=trial.dtype)
+    seen = Observed([], {})
+    calls: dict[str, list[ModuleCall]] = {}
+    for call in program.calls:
+        results = [leaf for leaf in call.out_leaves if isinstance(leaf, fx.Node)]
+        if results and keep.gone.nodes.issuperset(results):
+            continue  # it is not called any more
+        calls.setdefault(call.module, []).append(call)
+    handles = [
+        module.register_forward_hook(_look(name, calls[name], keep, seen))
+        for name, module in slim.named_modules()
+        if name in calls
+    ]
+    try:
+        with modes(slim, ()), torch.no_grad():
+            seen.outputs = list(pytree.tree_leaves(slim(*args, **kwargs)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _look(name: str, calls: list[ModuleCall], keep: Keep, seen: Observed) -> Callable[..., None]:
+    order = iter(calls)
+
+    def hook(_module: nn.Module, _args: Any, result: Any) -> None:
+        call = next(order, None)
+        if call is None:
+            return
+        leaves = pytree.tree_leaves(result)
+        for node, leaf in zip(call.out_leaves, leaves, strict=False):
+            dims = keep.coupling.env.get(node) if isinstance(node, fx.Node) else None
+            if not isinstance(dims, tuple) or not isinstance(leaf, torch.Tensor):
+                continue
+            if not seen.shape and not _as_predicted(leaf, node, dims, keep):
+                predicted = tuple(keep.count(t) for t in dims)
+                seen.shape = f"{name!r} returns shape {tuple(leaf.shape)} instead of {predicted}"
+            if "." not in name:
+                seen.values[node] = leaf.detach().clone()
+
+    return hook
+
+
+def _as_predicted(leaf: torch.Tensor, node: fx.Node, dims: Dims, keep: Keep) -> bool:
+    """Whether every size that does not depend on the batch is the predicted one."""
+    dense = node.meta["val"].shape
+    return leaf.ndim == len(dims) and all(
+        size == keep.count(term)
+        for size, term, was in zip(leaf.shape, dims, dense, strict=True)
+        if isinstance(was, int)
+    )
+
+
+def error(expected: list[Any], got: list[Any]) -> tuple[float, str]:
+    """Largest difference relative to the output's scale, and what is wrong besides."""
+    worst = 0.0
+    tensors = [(e, g) for e, g in zip(expected, got, strict=False) if isinstance(e, torch.Tensor)]
+    if len(expected) != len(got):
+        return float("inf"), f"{len(got)} outputs instead of {len(expected)}"
+    for want, have in tensors:
+        difference, message = _difference(want, have)
+        if message:
+            return float("inf"), message
+        worst = max(worst, difference)
+    return worst, ""
+
+
+def _difference(want: torch.Tensor, have: Any) -> tuple[float, str]:
+    if not isinstance(have, torch.Tensor) or want.shape != have.shape:
+        got = tuple(getattr(have, "shape", ()))
+        return 0.0, f"an output of shape {got} instead of {tuple(want.shape)}"
+    if want.is_meta or not want.numel() or not (want.is_floating_point() or want.is_complex()):
+        return 0.0, ""
+    difference = float((want - have).abs().max())
+    if not math.isfinite(difference):
+        finite = torch.isfinite(want)
+        odd_want, odd_have = want[~finite], have[~finite]
+        alike = (odd_want == odd_have) | (odd_want.isnan() & odd_have.isnan())
+        if not bool((finite == torch.isfinite(have)).all() and alike.all()):
+            return 0.0, "an output that is not finite where the dense model's is"
+        want, have = want[finite], have[finite]
+        difference = float((want - have).abs().max()) if want.numel() else 0.0
+    scale = float(want.abs().max()) if want.numel() else 1.0
+    return difference / (scale or 1.0), ""
