@@ -30,10 +30,10 @@ import depcut
 from depcut.allocate.choose import Chooser, Request
 from depcut.allocate.space import space
 from depcut.analysis import Analysis
+from depcut.apply.plan import Plan
 from depcut.deploy.convert import draft
 from depcut.latency.designs import designs
 from depcut.latency.model import LatencyModel
-from depcut.plan.plan import Plan
 from depcut.plan.preferences import preferences
 
 REMOVED = (0.25, 0.5, 0.75)

@@ -24,6 +24,7 @@ from oracle import assert_untouched, gradients, snapshot
 from rich.progress import track
 from torch import nn
 
+import depcut
 from depcut import axes
 from depcut.analysis import Analysis
 from depcut.capture.capture import capture
@@ -127,9 +128,9 @@ def examine(name: str, ratio: float) -> Row:
         "counted_kept": sum(counted["slim"].values()) / sum(counted["dense"].values()),
         "counted_by_operator": {op: round(n / 2) for op, n in counted["dense"].items()},
         "captured_for_training": bool(program.training),
-        "generated": dict(plan.report["generated"]),
+        "generated": dict(depcut.report(slim).generated),
         "other_types": other_types(model, slim),
-        "verified_error": plan.report["error"],
+        "verified_error": depcut.report(slim).error,
     }
     check(slim, model, member)
     return row

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from depcut.analysis import Analysis, analyze
 from depcut.api import shrink
+from depcut.apply.plan import Plan
+from depcut.apply.report import Report, report
 from depcut.calibration.data import Calibration
 from depcut.coupling.groups import Frozen, Group, Member
 from depcut.dead_units import Compaction, compact, compaction
@@ -23,7 +25,6 @@ from depcut.errors import (
 from depcut.integrations.callbacks import lightning_callback, transformers_callback
 from depcut.latency.model import LatencyModel
 from depcut.ops.registry import Op, rule
-from depcut.plan.plan import Plan
 from depcut.repair.compensate import Compensation
 from depcut.scores import Score
 from depcut.timing.bench import bench
@@ -69,6 +70,7 @@ __all__ = [
     "Phase",
     "Plan",
     "PlanError",
+    "Report",
     "Retrained",
     "RuleError",
     "Score",
@@ -89,6 +91,7 @@ __all__ = [
     "lottery_ticket",
     "output_distance",
     "relative_distance",
+    "report",
     "retrain",
     "rewind",
     "rule",

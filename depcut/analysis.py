@@ -18,6 +18,7 @@ from torch import nn
 from depcut import axes
 from depcut.allocate.choose import Chooser, Request, check_budget
 from depcut.allocate.depth import depth_and_width
+from depcut.apply.plan import Plan, planned
 from depcut.axes import Indices
 from depcut.branches.branch import Branch, Residuals
 from depcut.branches.find import residuals
@@ -33,7 +34,6 @@ from depcut.latency.model import SAMPLES, LatencyModel, latency_model
 from depcut.latency.target import Goal, plan_for_latency
 from depcut.plan import cost
 from depcut.plan.cost import Cost
-from depcut.plan.plan import Plan, make_plan
 from depcut.scores import Criterion, Score, is_additive
 
 
@@ -173,10 +173,12 @@ class Analysis:
             )
         if depth:
             flat = [calibration.leaves(b) for b in calibration.batches] if calibration else ()
-            return depth_and_width(chooser, self.residuals, of, cast(float, ratio), flat)
+            found = depth_and_width(chooser, self.residuals, of, cast(float, ratio), flat)
+            return Plan.of(found, self.coupling, self.model)
         quantity = self.costs[of]
         counts = chooser.meet(quantity, quantity.total * (1 - cast(float, ratio)), of)
-        return chooser.plan(counts, {"ratio": float(cast(float, ratio)), "of": of})
+        chosen = chooser.plan(counts, {"ratio": float(cast(float, ratio)), "of": of})
+        return Plan.of(chosen, self.coupling, self.model)
 
     def calibrate(
         self,
@@ -271,7 +273,7 @@ class Analysis:
             PlanError: Unknown group or branch, impossible units, or unequal counts where they are
                 tied.
         """
-        return make_plan(self.coupling, self.model, kept, {"units": "given"}, dropped)
+        return planned(self.coupling, self.model, kept, {"units": "given"}, dropped)
 
     def _nothing(self) -> None:
         reasons: dict[str, list[str]] = {}

@@ -11,9 +11,10 @@ import numpy as np
 from torch import nn
 
 from depcut.analysis import analyze
+from depcut.apply.plan import Plan, planned
+from depcut.apply.report import amend
 from depcut.capture.inputs import Inputs
 from depcut.errors import InputError, listed
-from depcut.plan.plan import Plan, make_plan
 from depcut.repair.dead import Stuck, find_dead
 from depcut.repair.folding import contributions, fold_constants
 from depcut.repair.readings import Reading, read
@@ -57,7 +58,7 @@ class Compaction:
         slim = self.plan.apply(self.model, compensate=False)
         if self.folded:
             fold_constants(keep, self.model, slim, self.readings)
-        self.plan.report["error"] = verify_equal(slim, keep, self.model)
+        amend(slim, error=verify_equal(slim, keep, self.model))
         return slim
 
     def __str__(self) -> str:
@@ -105,7 +106,7 @@ def compaction(model: nn.Module, inputs: Inputs = None) -> Compaction:
         coupling.groups[i].name: np.setdiff1d(np.arange(coupling.groups[i].size), units)
         for i, units in dead.units.items()
     }
-    plan = make_plan(coupling, plain, kept, {"units": "dead ones removed"})
+    plan = planned(coupling, plain, kept, {"units": "dead ones removed"})
     folded = tuple(contributions(plan.keep(), readings))
     return Compaction(plan, folded, dead.stuck, plain, readings)
 

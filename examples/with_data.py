@@ -26,7 +26,7 @@ plan = analysis.plan(0.6, data=data)
 repaired = plan.apply(model, data=data)
 plain = analysis.plan(0.6).apply(model)
 
-print(plan.report["compensation"])
+print(depcut.report(repaired))
 losses = {
     name: float(functional.cross_entropy(net(inputs), targets).detach())
     for name, net in (("dense", model), ("repaired", repaired), ("magnitude", plain))

@@ -411,8 +411,8 @@ def test_one_attribute_for_two_axes_keeps_them_equal() -> None:
         plan = analysis.plan(0.6, align=1, allocation=allocation)
         counts = kept_counts(analysis, plan)
         assert counts[key.name] == counts[value.name] < 16
-        plan.apply(analysis.model)
-        assert plan.report["generated"] == {}
+        slim = plan.apply(analysis.model)
+        assert depcut.report(slim).generated == {}
 
 
 def test_an_equality_is_given_up_when_the_budget_demands_it() -> None:
@@ -422,8 +422,8 @@ def test_an_equality_is_given_up_when_the_budget_demands_it() -> None:
     names = [g.name for g in (value, heads, group(analysis, "embed"), group(analysis, "mlp.up"))]
     plan = analysis.plan(0.1, align=1, keep=[n.replace("[", "[[]") for n in names])
     assert set(plan.kept) == {key.name}
-    plan.apply(analysis.model)
-    assert "attention" in plan.report["generated"]
+    slim = plan.apply(analysis.model)
+    assert "attention" in depcut.report(slim).generated
 
 
 def test_an_implicit_scale_holds_the_head_size_while_heads_can_go() -> None:
@@ -433,8 +433,8 @@ def test_an_implicit_scale_holds_the_head_size_while_heads_can_go() -> None:
     plan = analysis.plan(0.7, align=1)
     assert key.name not in plan.kept
     assert count(plan, heads) < 8
-    plan.apply(analysis.model)
-    assert plan.report["generated"] == {}
+    slim = plan.apply(analysis.model)
+    assert depcut.report(slim).generated == {}
 
 
 def test_an_implicit_scale_is_pinned_when_the_budget_demands_it() -> None:
@@ -444,7 +444,7 @@ def test_an_implicit_scale_is_pinned_when_the_budget_demands_it() -> None:
     plan = analysis.plan(0.2, align=1, keep=[n.replace("[", "[[]") for n in names])
     assert count(plan, key) < 16
     slim = plan.apply(analysis.model)
-    assert set(plan.report["generated"]) == {"attention"}
+    assert set(depcut.report(slim).generated) == {"attention"}
     assert "scale = 0.25" in slim.attention.code
 
 

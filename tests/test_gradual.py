@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import depcut
+from depcut.apply.plan import planned
 from depcut.errors import BudgetError, InputError, PlanError
 from depcut.plan.keep import Keep
-from depcut.plan.plan import make_plan
 from depcut.training.gradual import cubic
 from depcut.training.masks import Masks
 from depcut.training.places import find_places
@@ -85,7 +85,7 @@ def test_the_masked_model_is_the_smaller_one(name: str) -> None:
     before = {n: t.clone() for n, t in all_tensors(model).items()}
     masks.set(keep)
     names = {analysis.groups[n].name: units for n, units in keep.units.items()}
-    slim = make_plan(analysis.coupling, model, names, {}).apply(model)
+    slim = planned(analysis.coupling, model, names, {}).apply(model)
     assert_close(outputs(slim, net.inputs(3)), outputs(model, net.inputs(3)), 1e-5, names)
     masks.clear()
     after = all_tensors(model)

@@ -154,7 +154,7 @@ def test_data_is_read_once_and_bound_to_every_step() -> None:
     )
     assert read == [0, 16, 32]
     assert result.removed == pytest.approx(geometric(0.6, 3), abs=0.02)
-    assert all(plan.report["compensation"] is not None for plan in result.steps)
+    assert all(report.compensation is not None for report in result.reports)
 
 
 # Composition --------------------------------------------------------------------------------------

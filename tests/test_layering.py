@@ -34,6 +34,7 @@ allocate
 rewrite
 verify
 repair
+apply
 deploy
 timing latency
 analysis dead_units api
@@ -46,9 +47,10 @@ PUBLIC = """
 Analysis BudgetError Calibration CaptureError Compaction Comparison Compensation DepcutError
 Distillation ExportError ExportReport Frozen Gradual Group GroupLasso GrowingRegularization
 InputError Iterated LatencyError LatencyModel LotteryTicket Member Op OriginalSchedule Phase Plan
-PlanError Retrained RuleError Score Snapshots TrainingError VerificationError analyze bench
+PlanError Retrained Report RuleError Score Snapshots TrainingError VerificationError analyze bench
 budget_phases compact compaction compare export fresh iterate lightning_callback lottery_ticket
-output_distance relative_distance retrain rewind rule run_phases schedule scratch_epochs shrink
+output_distance relative_distance report retrain rewind rule run_phases schedule scratch_epochs
+shrink
 transformers_callback __version__
 """.split()
 

@@ -21,7 +21,7 @@ from depcut.calibration.data import Calibration
 from depcut.coupling.groups import Coupling, Group, layer_of
 from depcut.errors import BudgetError, InputError
 from depcut.plan.cost import COSTS, Cost
-from depcut.plan.plan import Plan, make_plan
+from depcut.plan.data import PlanData, make_plan
 from depcut.plan.preferences import preferences
 from depcut.scores import Criterion, Score, Scores, is_additive, score, score_name
 
@@ -159,7 +159,7 @@ class Chooser:
         _, where = self._spaces()
         return self._with_fixed(where.kept(where.available))
 
-    def plan(self, counts: Counts, settings: Mapping[str, Any]) -> Plan:
+    def plan(self, counts: Counts, settings: Mapping[str, Any]) -> PlanData:
         """The plan that keeps the best units of each group.
 
         Args:

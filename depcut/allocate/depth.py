@@ -21,8 +21,8 @@ from depcut.coupling.groups import Coupling
 from depcut.errors import BudgetError
 from depcut.graph.liveness import Gone, gone
 from depcut.plan.cost import COSTS, ITEMS, dense_total
+from depcut.plan.data import PlanData
 from depcut.plan.keep import Keep
-from depcut.plan.plan import Plan
 
 Names = tuple[str, ...]
 
@@ -36,7 +36,7 @@ def depth_and_width(
     of: str,
     ratio: float,
     batches: Sequence[Batch] = (),
-) -> Plan:
+) -> PlanData:
     """The plan that drops as many branches as change the outputs least, and narrows the rest.
 
     A branch stays if one of its parameters is named by keep= or ratios=.
@@ -58,7 +58,7 @@ def depth_and_width(
     def without(names: Names) -> Gone:
         return gone(coupling.program, bypass(found.named(names)))
 
-    def plan_for(names: Names) -> Plan | None:
+    def plan_for(names: Names) -> PlanData | None:
         dead = without(names)
         quantity = COSTS[of](coupling, dead)
         if quantity.total < target:
@@ -80,9 +80,9 @@ def plan_with_depth(
     model: nn.Module,
     found: Residuals,
     saved: Callable[[Names], float],
-    plan_for: Callable[[Names], Plan | None],
+    plan_for: Callable[[Names], PlanData | None],
     batches: Sequence[Batch] = (),
-) -> Plan:
+) -> PlanData:
     """The best of the plans that drop the first d branches, or blocks, of an order.
 
     The order is by change of the stream for what is saved. Of each order a handful of lengths is
@@ -103,10 +103,10 @@ def plan_with_depth(
     """
     batches = list(batches) or examples(coupling)
     dense = outputs_of(Keep(coupling, {}), model, batches)
-    known: dict[Names, tuple[float, int, Plan] | None] = {}
+    known: dict[Names, tuple[float, int, PlanData] | None] = {}
     problems: list[BudgetError] = []
 
-    def judge(names: Names) -> tuple[float, int, Plan] | None:
+    def judge(names: Names) -> tuple[float, int, PlanData] | None:
         if names not in known:
             try:
                 plan = plan_for(names)
@@ -154,7 +154,9 @@ def _branches(candidate: Branch | Block) -> Names:
     return candidate.branches if isinstance(candidate, Block) else (candidate.name,)
 
 
-def _search(chain: list[Names], judge: Callable[[Names], tuple[float, int, Plan] | None]) -> None:
+def _search(
+    chain: list[Names], judge: Callable[[Names], tuple[float, int, PlanData] | None]
+) -> None:
     """Judge some prefixes of a chain: spread out at first, then closer to the best."""
     last = len(chain) - 1
     tried = sorted({round(i * last / (_FIRST - 1)) for i in range(_FIRST)})

@@ -12,6 +12,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from depcut.analysis import analyze
+from depcut.apply.plan import Plan
+from depcut.apply.report import report
 from depcut.calibration.data import BATCHES, inputs_of, read
 from depcut.capture.inputs import Inputs
 from depcut.cli.demo import run_demo
@@ -27,7 +29,6 @@ from depcut.cli.options import Command, Help
 from depcut.dead_units import compaction
 from depcut.deploy.export import export
 from depcut.errors import DepcutError, InputError
-from depcut.plan.plan import Plan
 from depcut.timing.backends import Candidate, check_runtime
 from depcut.timing.bench import bench
 from depcut.timing.comparison import compare
@@ -118,10 +119,7 @@ def _shrink(options: argparse.Namespace) -> None:
                 **plan.settings["latency"]
             )
         )
-    for name, reason in plan.report["generated"].items():
-        print(f"generated module in place of {name}: {reason}")
-    if plan.report["compensation"] is not None:
-        print(plan.report["compensation"])
+    print(report(slim))
     if options.time:
         dense, slim = _placed(options, [dense, slim])
     print(compare(dense, slim, inputs, batch_size=options.batch_size, **timing))

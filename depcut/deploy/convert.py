@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from depcut.deploy.lineage import origin_of
+from depcut.apply.report import origin_of
 from depcut.deploy.runtime import batch_size, bind_inputs, evaluating, first_line, resized
 from depcut.errors import ExportError, InputError
 from depcut.version import __version__

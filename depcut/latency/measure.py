@@ -17,13 +17,13 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
+from depcut.apply.plan import planned
 from depcut.coupling.groups import Coupling
 from depcut.deploy.convert import OLDER_OPSET, OPSET, draft
 from depcut.deploy.runtime import bind_inputs, open_session, session_feeds
 from depcut.errors import DepcutError, ExportError, LatencyError
 from depcut.latency.kernels import profile
 from depcut.latency.samples import Sample, Samples
-from depcut.plan.plan import make_plan
 from depcut.timing.clock import interleave
 
 _ENOUGH = 0.7  # of the samples must succeed
@@ -159,7 +159,7 @@ def _attempt(
     try:
         path = bench.path
         if kept:
-            path = bench.written(make_plan(coupling, model, kept, {}).apply(model))
+            path = bench.written(planned(coupling, model, kept, {}).apply(model))
         kernels = profile(path, bench.values, bench.threads)
         found = bench.beside(path)
     except DepcutError as error:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from depcut.allocate.space import space
+from depcut.apply.plan import Plan
 from depcut.coupling.groups import Coupling
 from depcut.deploy.runtime import bind_inputs
 from depcut.errors import InputError, listed
@@ -25,7 +26,6 @@ from depcut.latency.samples import Samples
 from depcut.latency.staircase import fit
 from depcut.plan.cost import Cost
 from depcut.plan.fingerprint import fingerprint
-from depcut.plan.plan import Plan
 from depcut.plan.preferences import preferences
 from depcut.support.machine import processor
 

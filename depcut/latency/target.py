@@ -13,10 +13,10 @@ from torch import nn
 
 from depcut.allocate.choose import Chooser
 from depcut.allocate.space import Counts
+from depcut.apply.plan import Plan
 from depcut.errors import BudgetError
 from depcut.latency.measure import Bench
 from depcut.latency.model import LatencyModel
-from depcut.plan.plan import Plan
 
 _TRIES = 6
 _CLOSE = 0.015  # a candidate this close to its target is not corrected
@@ -70,7 +70,8 @@ class _Attempts:
 
     def measure(self, counts: Counts) -> _Try:
         """Make and time the model with these counts."""
-        plan = self.chooser.plan(counts, self.goal.settings)
+        chosen = self.chooser.plan(counts, self.goal.settings)
+        plan = Plan.of(chosen, self.chooser.coupling, self.model)
         found = self.bench.beside(self.bench.written(plan.apply(self.model)), _ROUNDS)
         share = self.goal.share(found.dense_seconds)
         made = _Try(plan, counts, found.ratio, found.dense_seconds, found.ratio / share - 1)

@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 
 from depcut import axes
 from depcut.analysis import Analysis
+from depcut.apply.plan import Plan, planned
 from depcut.axes import Indices
 from depcut.axes.rows import opened
 from depcut.coupling.groups import Coupling, Group
 from depcut.errors import PlanError
-from depcut.plan.plan import Plan, make_plan
 
 TensorIndices = Mapping[str, tuple[Indices | None, ...]]
 
@@ -45,7 +45,7 @@ def composed(dense: Analysis, steps: list[TensorIndices], settings: Mapping[str,
     for step in steps:
         kept = {name: _after(now, step.get(name)) for name, now in kept.items()}
     units = {group.name: _units(group, kept, coupling) for group in coupling.groups}
-    plan = make_plan(coupling, dense.model, units, settings)
+    plan = planned(coupling, dense.model, units, settings)
     _check(plan, kept, coupling)
     return plan
 

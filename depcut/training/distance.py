@@ -6,7 +6,7 @@ import math
 
 from torch import nn
 
-from depcut.plan.plan import Plan
+from depcut.apply.plan import Plan
 from depcut.reference.slices import open_mesh
 
 

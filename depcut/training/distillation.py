@@ -18,12 +18,12 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
+from depcut.apply.plan import Plan
 from depcut.axes import Dims
 from depcut.calibration.data import moved
 from depcut.capture.capture import modes
 from depcut.capture.inputs import device_of
 from depcut.errors import InputError, listed
-from depcut.plan.plan import Plan
 from depcut.reference.run import kept_part
 from depcut.rewrite.copying import copied
 from depcut.training.distance import bound

@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from depcut.apply.plan import Plan
 from depcut.cli.loading import load_weights, save_weights
 from depcut.errors import InputError
-from depcut.plan.plan import Plan
 
 FORMAT = 1
 

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from depcut.apply.plan import Plan
 from depcut.capture.capture import attribute
 from depcut.capture.inputs import Inputs
 from depcut.errors import InputError, PlanError, listed
 from depcut.plan import cost
-from depcut.plan.plan import Plan
 from depcut.rewrite.generated import GeneratedModule
 
 Init = Callable[[nn.Module], object]

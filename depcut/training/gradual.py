@@ -14,13 +14,14 @@ from torch import nn
 
 from depcut.allocate.choose import Chooser, Request, check_ratio
 from depcut.analysis import Analysis, analyze
+from depcut.apply.plan import Plan, planned
 from depcut.axes import Indices
 from depcut.calibration.data import BATCHES, Calibration, Data, Loss
 from depcut.capture.inputs import Inputs
 from depcut.errors import BudgetError, InputError, PlanError, listed
 from depcut.plan.cost import COSTS
+from depcut.plan.data import make_plan
 from depcut.plan.keep import Keep
-from depcut.plan.plan import Plan, make_plan
 from depcut.plan.units import others
 from depcut.scores import Criterion, Score, is_additive
 from depcut.training.masks import Masks
@@ -228,7 +229,7 @@ class Gradual:
         groups = self._coupling.groups
         kept = {groups[n].name: units for n, units in self._keep.units.items()}
         settings = {"ratio": self.target, "of": self.of, "step": self.steps}
-        return make_plan(self._coupling, self.model, kept, settings)
+        return planned(self._coupling, self.model, kept, settings)
 
     def commit(self, *, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
         """The smaller model that computes what the masked one does.

@@ -19,12 +19,13 @@ from torch import nn
 
 from depcut.allocate.choose import check_ratio
 from depcut.analysis import Analysis, analyze
+from depcut.apply.plan import Plan
+from depcut.apply.report import Report, report
 from depcut.calibration.data import BATCHES, Data, Loss, read_with_inputs
 from depcut.capture.inputs import Inputs
 from depcut.errors import InputError, PlanError
 from depcut.plan.cost import COSTS
 from depcut.plan.fingerprint import fingerprint
-from depcut.plan.plan import Plan
 from depcut.repair.mend import wants_repair
 from depcut.rewrite.optimizer import check_optimizer
 from depcut.scores import Criterion, Score, score_name
@@ -45,6 +46,7 @@ class Iterated:
         model: The smaller model as it was retrained last.
         plan: All steps in one, for the dense model: the same architecture, with dense weights.
         steps: The plan of each step, for the model that the step before it left.
+        reports: What was done in each step that this run took; those of a resumed one are fewer.
         removed: Fraction of the dense model's quantity that was gone after each step.
         optimizer: The optimizer of the model, if the caller gave a function that makes one.
     """
@@ -52,6 +54,7 @@ class Iterated:
     model: nn.Module
     plan: Plan
     steps: tuple[Plan, ...]
+    reports: tuple[Report, ...]
     removed: tuple[float, ...]
     optimizer: torch.optim.Optimizer | None = None
 
@@ -64,6 +67,7 @@ class _Run:
     optimizer: torch.optim.Optimizer | None = None
     plans: list[Plan] = field(default_factory=list)
     indices: list[TensorIndices] = field(default_factory=list)
+    reports: list[Report] = field(default_factory=list)
     removed: list[float] = field(default_factory=list)
 
 
@@ -178,7 +182,9 @@ def iterate(
     run = turns.run(progress)
     settings = {"ratio": targets[-1], "of": of, "steps": len(targets)}
     plan = composed(dense, run.indices, settings)
-    return Iterated(run.model, plan, tuple(run.plans), tuple(run.removed), run.optimizer)
+    return Iterated(
+        run.model, plan, tuple(run.plans), tuple(run.reports), tuple(run.removed), run.optimizer
+    )
 
 
 @dataclass(frozen=True)
@@ -270,6 +276,7 @@ class _Turns:
         slim = plan.apply(run.model, optimizer=sliced, **options)
         run.plans.append(replace(plan, coupling=None, model=None))  # not to hold on to the model
         run.indices.append(plan.tensor_indices())
+        run.reports.append(report(slim))
         run.model = slim
         if self.make is not None and sliced is None:
             run.optimizer = self.make(slim)

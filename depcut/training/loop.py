@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch import nn
 
+from depcut.apply.plan import Plan
 from depcut.capture.inputs import device_of
 from depcut.errors import DepcutError, InputError, TrainingError
-from depcut.plan.plan import Plan
 from depcut.rewrite.copying import copied
 from depcut.training.batches import Loader, open_loader
 from depcut.training.checkpoint import Checkpoints, digest

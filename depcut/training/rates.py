@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from depcut.apply.plan import Plan
 from depcut.errors import InputError
-from depcut.plan.plan import Plan
 from depcut.training.batches import Loader
 from depcut.training.distance import relative_distance
 from depcut.training.outputs import BATCHES, distance_over

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from depcut.apply.plan import Plan
 from depcut.capture.inputs import Inputs
 from depcut.cli.loading import load_weights, save_weights
 from depcut.errors import InputError, listed
-from depcut.plan.plan import Plan
 from depcut.rewrite.copying import copied
 from depcut.training.fresh import Init, fresh
 from depcut.training.streams import preserved

@@ -14,9 +14,9 @@ from torch import nn
 from depcut import axes
 from depcut.allocate.choose import matching
 from depcut.analysis import Analysis
+from depcut.apply.plan import Plan
 from depcut.errors import InputError, PlanError
 from depcut.plan.keep import Keep
-from depcut.plan.plan import Plan
 
 _TINY = 1e-12  # under the root, whose slope at 0 is infinite
 

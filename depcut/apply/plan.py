@@ -1,0 +1,218 @@
+"""A plan bound to a model: from kept units to the smaller model, verified and repaired."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from depcut.apply.report import Report, record
+from depcut.axes import Indices
+from depcut.branches.branch import Residuals
+from depcut.calibration.data import BATCHES, Calibration, Data, calibrate
+from depcut.capture.capture import capture
+from depcut.capture.inputs import Inputs
+from depcut.coupling.groups import Coupling
+from depcut.coupling.infer import infer
+from depcut.errors import PlanError
+from depcut.plan import cost
+from depcut.plan.data import PlanData, make_plan
+from depcut.plan.fingerprint import example_of
+from depcut.plan.keep import Keep
+from depcut.repair.compensate import Compensation
+from depcut.repair.mend import mend, wants_repair
+from depcut.rewrite.build import rewrite
+from depcut.rewrite.optimizer import check_optimizer, narrow_optimizer
+from depcut.verify.verify import verify
+
+
+@dataclass(frozen=True, eq=False)
+class Plan(PlanData):
+    """Kept units of every narrowed group, for one architecture.
+
+    Attributes:
+        kept: Ascending kept indices by group name, a list or one for each row of the group's outer
+            axis; groups not in it keep everything.
+        sizes: Dense size of every group of the architecture.
+        shapes: Dense shape of every parameter and buffer.
+        fingerprint: Of the architecture's tensors and groups.
+        settings: How it was made: ratio and options.
+        inputs: Shapes and dtypes of the inputs it was made with.
+        dropped: Names of the residual branches that go, sorted.
+        coupling: The analysed architecture; None after loading.
+        model: The model it was made for; None after loading.
+    """
+
+    coupling: Coupling | None = None
+    model: nn.Module | None = None
+
+    @staticmethod
+    def of(data: PlanData, coupling: Coupling, model: nn.Module) -> Plan:
+        """A plan with the architecture and the model that it was made for.
+
+        Args:
+            data: The kept units.
+            coupling: The analysed architecture.
+            model: The model.
+        """
+        given = {f.name: getattr(data, f.name) for f in fields(PlanData)}
+        return Plan(**given, coupling=coupling, model=model)
+
+    def apply(
+        self,
+        model: nn.Module,
+        inputs: Inputs = None,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        data: Data | Calibration | None = None,
+        batches: int = BATCHES,
+        compensate: bool | str = "auto",
+        low_memory: bool = False,
+        progress: bool = True,
+    ) -> nn.Module:
+        """The smaller model: same class, new tensors, verified; `model` is not changed.
+
+        With data, the weights that read what was removed are re-solved afterwards
+        (`depcut.repair.compensate`); what that did is in `report["compensation"]`.
+
+        `depcut.export` writes the plan's digest and request into the ONNX files of the result.
+
+        Args:
+            model: The model the plan was made for, or another instance of its architecture.
+            inputs: Example inputs; left out, those of the plan (or of the same shapes).
+            optimizer: One that trains `model`; it is pointed at the smaller model.
+            data: Calibration data: an iterable of what the model takes, or of (input, target).
+            batches: How many items of the data to read at most.
+            compensate: Whether to re-solve weights; "auto": if there is data, and else fold removed
+                units that are constant (a row of zeros makes them) into biases, exactly.
+            low_memory: Whether to trade time for memory.
+            progress: Whether to show a progress bar on standard error.
+
+        Raises:
+            InputError: The data does not fit the model.
+            PlanError: The model has another architecture.
+            VerificationError: The smaller model does not compute what it should.
+        """
+        repairs = wants_repair(compensate, data is not None)
+        if optimizer is not None:
+            check_optimizer(optimizer, model)
+        coupling = self.coupling
+        if coupling is None or model is not self.model or inputs is not None:
+            self.check(model)
+            coupling = infer(
+                capture(model, inputs if inputs is not None else example_of(self.inputs, model))
+            )
+        keep = self.keep(coupling)
+        found = None
+        if repairs and data is not None:
+            found = calibrate(
+                coupling.program,
+                model,
+                data,
+                batches=batches,
+                low_memory=low_memory,
+                progress=progress,
+            )
+        slim = rewrite(model, keep)
+        error = verify(slim, model)
+        compensation = mend(slim.model, model, keep, found) if compensate else None
+        if optimizer is not None:
+            narrow_optimizer(optimizer, model, slim.model, keep)
+        record(slim.model, self._report(keep, slim.generated, error, compensation))
+        return slim.model
+
+    def _report(
+        self,
+        keep: Keep,
+        generated: Mapping[str, str],
+        error: float,
+        compensation: Compensation | None,
+    ) -> Report:
+        """What is told of the result."""
+        macs, params = (
+            (round(of(keep.coupling).total), round(of(keep.coupling, keep.gone)(keep.counts)))
+            for of in (cost.macs, cost.params)
+        )
+        return Report(
+            self.digest, dict(self.settings), dict(generated), error, macs, params, compensation
+        )
+
+    def keep(self, coupling: Coupling | None = None, found: Residuals | None = None) -> Keep:
+        """The kept units as an evaluation over an analysed architecture.
+
+        Args:
+            coupling: The architecture; left out, that of the plan.
+            found: Its branches, where they are known.
+
+        Raises:
+            PlanError: The architecture is another one, or has other rows.
+        """
+        return super().keep(coupling or self._bound(), found)
+
+    def _bound(self) -> Coupling:
+        if self.coupling is None:
+            raise PlanError(
+                "the plan was loaded from a file and knows no model yet",
+                remedy="use plan.bind(model) first",
+            )
+        return self.coupling
+
+    def bind(self, model: nn.Module, inputs: Inputs = None) -> Plan:
+        """The plan with the analysis of a model of its architecture attached."""
+        self.check(model)
+        example = inputs if inputs is not None else example_of(self.inputs, model)
+        coupling = infer(capture(model, example))
+        self.keep(coupling)
+        return replace(self, coupling=coupling, model=model)
+
+    def tensor_indices(self) -> dict[str, tuple[Indices | None, ...]]:
+        """Kept indices of every dimension of every parameter and buffer, by name.
+
+        Returns:
+            For each dimension None (all stay), a list, or, where what stays of a dimension differs
+            along another one, an array with as many dimensions as the tensor, of size 1 along
+            those that do not matter: index arrays that broadcast, as those of `numpy.ix_`.
+        """
+        keep = self.keep()
+        return {
+            name: keep.tensors.get(name, (None,) * len(dims))
+            for name, dims in keep.coupling.dims.items()
+            if name not in keep.coupling.program.anonymous and name not in keep.gone.tensors
+        }
+
+    @property
+    def macs(self) -> float:
+        """Predicted MACs of one example after the plan."""
+        keep = self.keep()
+        return cost.macs(keep.coupling, keep.gone)(keep.counts)
+
+    @property
+    def params(self) -> float:
+        """Predicted number of parameters after the plan."""
+        keep = self.keep()
+        return cost.params(keep.coupling, keep.gone)(keep.counts)
+
+
+def planned(
+    coupling: Coupling,
+    model: nn.Module,
+    kept: Mapping[str, Sequence[int] | Indices],
+    settings: Mapping[str, Any],
+    dropped: Iterable[str] = (),
+) -> Plan:
+    """A plan from kept units by group name, for the model that was analysed.
+
+    Args:
+        coupling: The analysed architecture.
+        model: The model it was analysed from.
+        kept: Kept indices, see `make_plan`.
+        settings: How it was made.
+        dropped: Names of residual branches, or of blocks of them, that go.
+
+    Raises:
+        PlanError: See `make_plan`.
+    """
+    return Plan.of(make_plan(coupling, model, kept, settings, dropped), coupling, model)

@@ -1,0 +1,125 @@
+"""What was done to a model, told by the model itself."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from depcut.errors import InputError, PlanError
+from depcut.repair.compensate import Compensation, Repair
+
+# A string: deepcopy and pickle take it along, and nothing of depcut is needed to load it.
+_ATTRIBUTE = "_depcut_report"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a plan did to a model.
+
+    Attributes:
+        digest: Of the plan.
+        settings: How the plan was made: ratio and options.
+        generated: Modules that were generated where a class's code cannot express the new sizes,
+            with the reason.
+        error: Largest difference that verification saw, relative to the outputs' scale; NaN where
+            the weights have no values.
+        macs: MACs of one example, dense and now.
+        params: Number of parameters, dense and now.
+        compensation: What was re-solved on data, None without.
+    """
+
+    digest: str
+    settings: Mapping[str, Any]
+    generated: Mapping[str, str] = field(default_factory=dict)
+    error: float = math.nan
+    macs: tuple[int, int] = (0, 0)
+    params: tuple[int, int] = (0, 0)
+    compensation: Compensation | None = None
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """What files made from the model say about it."""
+        request = {n: str(self.settings[n]) for n in ("ratio", "of") if n in self.settings}
+        return {"plan_digest": self.digest, **request}
+
+    def __str__(self) -> str:
+        lines = [f"plan {self.digest}"]
+        for name, (dense, now) in (("MACs", self.macs), ("parameters", self.params)):
+            share = f" ({now / dense:.1%})" if dense else ""
+            lines.append(f"  {name}: {dense:,} -> {now:,}{share}")
+        lines.append(f"  largest difference seen by verification: {self.error:.2g} of the scale")
+        lines += [
+            f"  generated in place of {name or 'the whole model'}: {why}"
+            for name, why in self.generated.items()
+        ]
+        if self.compensation is not None:
+            lines += [f"  {line}" for line in str(self.compensation).splitlines()]
+        return "\n".join(lines)
+
+
+def record(model: nn.Module, report: Report) -> None:
+    """Write a report into a model; it replaces that of an earlier plan.
+
+    Args:
+        model: The smaller model.
+        report: What was done to it.
+    """
+    # Not by setattr: the class may have a __setattr__ of its own.
+    vars(model)[_ATTRIBUTE] = json.dumps(asdict(report))
+
+
+def amend(model: nn.Module, **changes: Any) -> None:
+    """Change some fields of a model's report.
+
+    Args:
+        model: A model with a report.
+        **changes: New values by field.
+    """
+    record(model, replace(report(model), **changes))
+
+
+def report(model: nn.Module) -> Report:
+    """What was done to a model: sizes, generated modules, the largest difference, repairs.
+
+    Copies and pickles of the model tell the same.
+
+    Args:
+        model: What `depcut.shrink`, `Plan.apply` or `depcut.compact` returned.
+
+    Raises:
+        InputError: It is no module.
+        PlanError: No plan was applied to it.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"model is a {type(model).__name__}, not a torch.nn.Module",
+            where="depcut.report",
+            remedy="pass what depcut.shrink returned",
+        )
+    text = vars(model).get(_ATTRIBUTE)
+    if text is None:
+        raise PlanError(
+            "no plan was applied to this model",
+            where=type(model).__name__,
+            remedy="pass what depcut.shrink, Plan.apply or depcut.compact returned",
+        )
+    data = json.loads(text)
+    done = data.pop("compensation")
+    if done is not None:
+        done = Compensation(tuple(Repair(**r) for r in done["repairs"]), done["left"])
+    data |= {name: tuple(data[name]) for name in ("macs", "params")}
+    return Report(**data, compensation=done)
+
+
+def origin_of(model: nn.Module) -> dict[str, str]:
+    """The plan's digest and request, for the files made from a model; {} for a dense one.
+
+    Args:
+        model: Any model.
+    """
+    return report(model).origin if _ATTRIBUTE in vars(model) else {}
