@@ -82,7 +82,7 @@ def attempt(name: str, rounds: int) -> Row:
     )
     dense = zoo.build(name).train()
     masked = deepcopy(dense)
-    gradual = depcut.Gradual(masked, inputs, 0.3, start=0, end=1, every=1, align=1)
+    gradual = depcut.training.Gradual(masked, 0.3, inputs, start=0, end=1, every=1, align=1)
     plain, _ = stepper(dense, inputs)
     step, optimizer = stepper(masked, inputs)
     for _ in range(2):

@@ -104,7 +104,9 @@ def rewinding(subject: Subject, wanted: Wanted) -> Points:
 
             def run(removed: float = removed, steps: int = steps) -> nn.Module:
                 back = subject.length - steps
-                slim = depcut.rewind(subject.plan(removed), subject.model, subject.snapshots, back)
+                slim = depcut.training.rewind(
+                    subject.model, subject.plan(removed), subject.snapshots, back
+                )
                 return subject.retrain(slim, "lrw", steps)
 
             yield Point("rewinding", "weight rewinding", removed, budget, steps, run, rewinds=True)
@@ -145,12 +147,12 @@ def _iterated(subject: Subject, removed: float, steps: int, cycles: int) -> nn.M
     def retrain(model: nn.Module, cycle: int) -> None:
         subject.retrain(model, "llr", bounds[cycle + 1] - bounds[cycle])
 
-    return depcut.iterate(
+    return depcut.training.iterate(
         subject.model,
         removed,
-        cycles,
-        retrain,
         subject.inputs,
+        steps=cycles,
+        retrain=retrain,
         score="magnitude",
         compensate=False,
         align=1,
@@ -168,10 +170,10 @@ def gradual(subject: Subject, wanted: Wanted) -> Points:
 
             def run(removed: float = removed, steps: int = steps) -> nn.Module:
                 model, end = copy.deepcopy(subject.model), round(MASKED * steps)
-                masks = depcut.Gradual(
+                masks = depcut.training.Gradual(
                     model,
-                    subject.inputs,
                     removed,
+                    subject.inputs,
                     start=0,
                     end=end,
                     every=max(1, end // MASK_STEPS),
@@ -191,7 +193,7 @@ def scratch(subject: Subject, wanted: Wanted) -> Points:
     """The same architecture newly drawn; also the control of the winning tickets."""
     for removed in wanted.ratios:
         for control in ("E", "B"):
-            steps = depcut.scratch_epochs(subject.plan(removed), subject.length, control)
+            steps = depcut.training.scratch_epochs(subject.plan(removed), subject.length, control)
 
             def run(removed: float = removed, steps: int = steps) -> nn.Module:
                 return subject.from_scratch(subject.drawn(removed), steps)
@@ -207,7 +209,9 @@ def lottery(subject: Subject, wanted: Wanted) -> Points:
             steps = subject.length - step
 
             def run(removed: float = removed, step: int = step, steps: int = steps) -> nn.Module:
-                slim = depcut.rewind(subject.plan(removed), subject.model, subject.snapshots, step)
+                slim = depcut.training.rewind(
+                    subject.model, subject.plan(removed), subject.snapshots, step
+                )
                 return subject.retrain(slim, "lrw", steps)
 
             share = 1 - step / subject.length

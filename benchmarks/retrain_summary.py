@@ -16,7 +16,7 @@ DIGITS = {"digits_resnet": 2, "char_gpt": 3}
 TOLERANCE = {"digits_resnet": 100 / 449 + 1e-3, "char_gpt": 0.005}
 FT, FT_SHARE, AUTO = "ft", "ft/100", "auto"
 # ft/100: constant at a hundredth of the peak, the end of a schedule with two drops by ten;
-# auto: what depcut.retrain does of itself, ALLR by the distance of the outputs where it is less
+# auto: what `retrain` does of itself, ALLR by the distance of the outputs where it is less
 BY = ("llr", AUTO, FT_SHARE)
 DEFAULT, LOW, OWN = (f"default, {by}" for by in ("llr", FT_SHARE, AUTO))
 SCHEDULES = (FT, FT_SHARE, "lrw", "slr", "clr", "llr", "allr")

@@ -69,7 +69,7 @@ class Subject(Dense):
 
     @functools.cache  # noqa: B019
     def distance(self, removed: float) -> float:
-        return depcut.relative_distance(self.plan(removed), self.model)
+        return depcut.training.relative_distance(self.model, self.plan(removed))
 
     @functools.cache  # noqa: B019
     def default_plan(self, removed: float) -> depcut.Plan:
@@ -91,10 +91,13 @@ class Subject(Dense):
         return copy.deepcopy(self._start("default", removed))
 
     def default_distance(self, removed: float) -> float:
-        """What `depcut.retrain(schedule="auto")` would take."""
-        weights = depcut.relative_distance(self.default_plan(removed), self.model)
+        """What `depcut.training.retrain(schedule="auto")` would take."""
+        weights = depcut.training.relative_distance(self.model, self.default_plan(removed))
         return min(
-            weights, depcut.output_distance(self.model, self._start("default", removed), self.pairs)
+            weights,
+            depcut.training.output_distance(
+                self.model, self._start("default", removed), self.pairs
+            ),
         )
 
     def distance_of_peer(self, slim: nn.Module) -> float:
@@ -104,7 +107,7 @@ class Subject(Dense):
         )
         sizes = [measure.params_of(m) for m in (self.model, slim)]
         weights = math.sqrt((energy - left) / energy / (1 - sizes[1] / sizes[0]))
-        return min(weights, depcut.output_distance(self.model, slim, self.pairs))
+        return min(weights, depcut.training.output_distance(self.model, slim, self.pairs))
 
     @functools.cache  # noqa: B019
     def _start(self, kind: str, removed: float) -> nn.Module:
@@ -132,8 +135,8 @@ class Subject(Dense):
         return self._trained(
             model,
             steps,
-            lambda o: depcut.schedule(
-                name, o, depcut.OriginalSchedule(rates), steps, distance=distance
+            lambda o: depcut.training.schedule(
+                name, o, depcut.training.OriginalSchedule(rates), steps, distance=distance
             ),
             hook,
         )
@@ -151,7 +154,7 @@ class Subject(Dense):
         return model.eval()
 
     @cached_property
-    def snapshots(self) -> depcut.Snapshots:
+    def snapshots(self) -> depcut.training.Snapshots:
         """Of the dense training, which is repeated for them if it was not this class that ran it.
 
         Raises:
@@ -159,18 +162,18 @@ class Subject(Dense):
         """
         return self._take_snapshots(self.task, self.seed)
 
-    def _take_snapshots(self, task: Task, seed: int) -> depcut.Snapshots:
+    def _take_snapshots(self, task: Task, seed: int) -> depcut.training.Snapshots:
         """Kept beside the trained weights, which are stored, too, or must be the same."""
         at = {0, self.steps(EARLY), *(self.length - self.steps(b) for b in self.budgets)}
         weights = task.path(seed)
         folder = weights.with_name(weights.stem + "-snapshots")
         if folder.exists() and weights.exists():
-            found = depcut.Snapshots(at, folder)
+            found = depcut.training.Snapshots(at, folder)
             if at <= set(found.taken):
                 return found
         weights.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=weights.parent, prefix=f".{folder.name}.") as draft:
-            taken = depcut.Snapshots(at, draft)
+            taken = depcut.training.Snapshots(at, draft)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 model = task.build()
@@ -182,11 +185,13 @@ class Subject(Dense):
                 file.replace(folder / file.name)
         if not weights.exists():
             store(weights, model)
-        return depcut.Snapshots(at, folder)
+        return depcut.training.Snapshots(at, folder)
 
     def drawn(self, removed: float) -> nn.Module:
         """The small architecture, newly drawn as the net's constructor draws."""
-        return depcut.fresh(self.plan(removed), self.model, init=_embeddings, seed=self.seed)
+        return depcut.training.fresh(
+            self.model, self.plan(removed), init=_embeddings, seed=self.seed
+        )
 
 
 def _assert_same(model: nn.Module, weights: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from io import StringIO
 from typing import Any, cast
@@ -14,15 +14,22 @@ import networkx as nx
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from typing_extensions import Unpack
 
 from depcut import axes
-from depcut.allocate.choose import Chooser, Request, check_budget
+from depcut.allocate.choose import (
+    Chooser,
+    Request,
+    allocation_or_default,
+    check_budget,
+    criterion_or_default,
+)
 from depcut.allocate.depth import depth_and_width
 from depcut.apply.plan import Plan, planned
 from depcut.axes import Indices
 from depcut.branches.branch import Branch, Residuals
 from depcut.branches.find import residuals
-from depcut.calibration.data import BATCHES, Calibration, Data, Loss, calibrate
+from depcut.calibration.data import Calibration, Data, Loss, calibrate
 from depcut.capture.capture import capture
 from depcut.capture.inputs import Inputs
 from depcut.capture.program import Program
@@ -32,9 +39,11 @@ from depcut.deploy.runtime import bind_inputs, resized
 from depcut.errors import BudgetError, InputError, listed
 from depcut.latency.model import SAMPLES, LatencyModel, latency_model
 from depcut.latency.target import Goal, plan_for_latency
+from depcut.options import CalibrateKeywords, Options, PlanKeywords
 from depcut.plan import cost
 from depcut.plan.cost import Cost
-from depcut.scores import Criterion, Score, is_additive
+from depcut.plan.data import PlanData
+from depcut.support.keywords import settled, takes_options
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,90 +113,76 @@ class Analysis:
                 graph.add_edge(*ends, tensor=member.tensor, dim=member.dim)
         return graph
 
+    @takes_options(Options, PlanKeywords)
     def plan(
         self,
         ratio: float | None = None,
         *,
-        of: str = "macs",
-        latency_ms: float | None = None,
-        score: str | Score | Criterion | None = None,
         data: Data | Calibration | None = None,
         loss: Loss | None = None,
-        batches: int = BATCHES,
-        low_memory: bool = False,
-        allocation: str | None = None,
-        align: int = 8,
-        keep: Iterable[str] = (),
-        ratios: Mapping[str, float] | None = None,
-        seed: int = 0,
-        threads: int = 1,
-        progress: bool = True,
-        depth: bool = False,
+        options: Options | None = None,
+        **given: Unpack[PlanKeywords],
     ) -> Plan:
         """Choose the units that stay.
 
         Args:
             ratio: Fraction removed of the quantity named by `of`, in (0, 1).
-            of: "macs", "params", "channels" (every group loses that share) or "latency" (measured
-                in onnxruntime on this machine's CPU, see `latency`).
-            latency_ms: In place of a ratio: milliseconds to come to, for the inputs as given.
-            score: A criterion by name, as `depcut.Score` with options, or as a function of
-                (coupling, model, seed); by default "obs" with data and "magnitude" without.
             data: Calibration data: an iterable of what the model takes, or of (input, target).
             loss: A function of (output, target), for criteria that need gradients.
-            batches: How many items of the data to read at most.
-            low_memory: Whether to trade time for memory.
-            allocation: "uniform" (every group loses the same share) or "global" (score per cost);
-                by default "global" for latency and for scores that are losses ("obs"), "uniform"
-                for all else.
-            align: Kept widths are multiples of it where the width allows; 1: any width.
-            keep: Globs over module or parameter names whose width must stay.
-            ratios: Fraction of units removed, by glob, for groups that the budget does not decide.
-            seed: For criteria that draw.
-            threads: Threads that one operator may use, where time is measured.
-            progress: Whether to show on standard error what is being measured.
-            depth: Whether residual branches may be dropped as a whole, see `branches`. How many
-                go is decided by how little the outputs change on the example inputs.
+            options: What else is chosen, as one object; the keywords that follow go before it.
+            **given: The fields of `depcut.Options`.
 
         Raises:
             InputError: An option has a wrong value, or a name matches nothing.
             BudgetError: The ratio or time cannot be reached, or nothing can be removed.
             LatencyError: The time cannot be measured.
         """
-        of = check_budget(ratio, of, latency_ms, depth)
+        chosen = settled(Options, options, given, PlanKeywords, "plan", one_stage=True)
+        of = check_budget(ratio, chosen.of, chosen.latency_ms, chosen.depth)
         if not self.groups:
             self._nothing()
-        score = score or ("magnitude" if data is None else "obs")
-        if allocation is None:
-            allocation = "global" if of == "latency" or is_additive(score) else "uniform"
-        calibration = self.calibrate(
-            data, loss=loss, batches=batches, low_memory=low_memory, progress=progress
+        calibration = self.calibrate(data, loss=loss, options=chosen)
+        score = criterion_or_default(chosen.score, has_data=data is not None)
+        request = Request(
+            score,
+            allocation_or_default(chosen.allocation, score, of),
+            chosen.align,
+            chosen.ignore,
+            chosen.ratios or {},
+            chosen.seed,
+            calibration,
         )
-        request = Request(score, allocation, align, keep, ratios or {}, seed, calibration)
         chooser = Chooser(self.coupling, self.model, request)
-        if of == "latency":
-            goal = Goal(ratio, None if latency_ms is None else 1e-3 * latency_ms)
-            times = self.latency(threads=threads, progress=progress)
-            return plan_for_latency(
-                self.model, self._inputs, chooser, times, goal, progress=progress
-            )
-        if depth:
-            flat = [calibration.leaves(b) for b in calibration.batches] if calibration else ()
-            found = depth_and_width(chooser, self.residuals, of, cast(float, ratio), flat)
-            return Plan.of(found, self.coupling, self.model)
-        quantity = self.costs[of]
-        counts = chooser.meet(quantity, quantity.total * (1 - cast(float, ratio)), of)
-        chosen = chooser.plan(counts, {"ratio": float(cast(float, ratio)), "of": of})
-        return Plan.of(chosen, self.coupling, self.model)
+        found = self._within(ratio, of, chooser, chosen)
+        settings = {**found.settings, "options": chosen.record()}
+        return Plan.of(replace(found, settings=settings), self.coupling, self.model)
 
+    def _within(self, ratio: float | None, of: str, chooser: Chooser, chosen: Options) -> PlanData:
+        """The best units that meet the budget."""
+        if of == "latency":
+            milliseconds = chosen.latency_ms
+            goal = Goal(ratio, None if milliseconds is None else 1e-3 * milliseconds)
+            times = self.latency(threads=chosen.threads, progress=chosen.progress)
+            return plan_for_latency(
+                self.model, self._inputs, chooser, times, goal, progress=chosen.progress
+            )
+        removed = float(cast(float, ratio))
+        if chosen.depth:
+            data = chooser.request.calibration
+            flat = [data.leaves(b) for b in data.batches] if data else ()
+            return depth_and_width(chooser, self.residuals, of, removed, flat)
+        quantity = self.costs[of]
+        counts = chooser.meet(quantity, quantity.total * (1 - removed), of)
+        return chooser.plan(counts, {"ratio": removed, "of": of})
+
+    @takes_options(Options, CalibrateKeywords)
     def calibrate(
         self,
         data: Data | Calibration | None,
         *,
         loss: Loss | None = None,
-        batches: int = BATCHES,
-        low_memory: bool = False,
-        progress: bool = True,
+        options: Options | None = None,
+        **given: Unpack[CalibrateKeywords],
     ) -> Calibration | None:
         """Read and check calibration data once, for `plan` and `Plan.apply`.
 
@@ -195,13 +190,13 @@ class Analysis:
             data: An iterable of what the model takes, or of (input, target) pairs; None and what
                 this function returned before are handed back.
             loss: A function of (output, target) that returns a scalar.
-            batches: How many items to read at most.
-            low_memory: Whether to trade time for memory.
-            progress: Whether to show progress bars on standard error.
+            options: What else is chosen, as one object; the keywords that follow go before it.
+            **given: The fields of `depcut.Options`.
 
         Raises:
             InputError: The data or the loss does not fit the model.
         """
+        chosen = settled(Options, options, given, CalibrateKeywords, "calibrate", one_stage=True)
         if data is None:
             return None
         return calibrate(
@@ -209,9 +204,9 @@ class Analysis:
             self.model,
             data,
             loss=loss,
-            batches=batches,
-            low_memory=low_memory,
-            progress=progress,
+            batches=chosen.batches,
+            low_memory=chosen.low_memory,
+            progress=chosen.progress,
         )
 
     def latency(

@@ -12,7 +12,7 @@ labels = (rows[:, :10].sum(1) > rows[:, 10:].sum(1)).long()
 
 model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-gradual = depcut.Gradual(model, rows[:2], 0.7, start=20, end=200, every=20)
+gradual = depcut.training.Gradual(model, 0.7, rows[:2], start=20, end=200, every=20)
 
 for step in range(300):
     loss = functional.cross_entropy(model(rows), labels)

@@ -1,7 +1,7 @@
 """Prune before training: SNIP, GraSP and SynFlow rank the units of a network that has seen nothing.
 
 Then the smaller network trains as any other. SynFlow (Tanaka et al., NeurIPS 2020) removes a little
-at a time, which `depcut.iterate` does without a retrain function.
+at a time, which `depcut.training.iterate` does without a retrain function.
 """
 
 import torch
@@ -37,7 +37,7 @@ def train(net: nn.Module) -> float:
 data = {"data": [(rows, labels)], "loss": functional.cross_entropy, "compensate": False}
 snip = depcut.shrink(fresh(), 0.7, rows[:2], score="snip", **data)
 grasp = depcut.shrink(fresh(), 0.7, rows[:2], score="grasp", **data)
-synflow = depcut.iterate(fresh(), 0.7, 20, None, rows[:2], score="synflow", align=1).model
+synflow = depcut.training.iterate(fresh(), 0.7, rows[:2], steps=20, score="synflow", align=1).model
 chance = depcut.shrink(fresh(), 0.7, rows[:2], score="random")
 
 for name, net in {"snip": snip, "grasp": grasp, "synflow": synflow, "chance": chance}.items():

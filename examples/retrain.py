@@ -29,17 +29,21 @@ net = nn.Sequential(
     nn.Linear(16, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 2)
 )
 common = {"loss": cross_entropy, "lr": 5e-3, "metric": accuracy}
-dense = depcut.retrain(net, train, valid, epochs=10, **common).model
+dense = depcut.training.retrain(net, train, valid, epochs=10, **common).model
 
 plan = depcut.analyze(dense, x[:2]).plan(0.8)
 slim = plan.apply(dense)
 print(f"dense {judged(dense):.1%}, slim {judged(slim):.1%}")
 
-with depcut.Distillation(dense, slim, plan) as distill:
-    made = depcut.retrain(slim, train, valid, epochs=4, plan=plan, distillation=distill, **common)
+with depcut.training.Distillation(dense, slim, plan) as distill:
+    made = depcut.training.retrain(
+        slim, train, valid, epochs=4, plan=plan, distillation=distill, **common
+    )
 d = made.settings["distance"]
 print(f"retrained {judged(made.model):.1%}: epoch {made.best_epoch}, relative distance {d:.2f}")
 
-epochs = depcut.scratch_epochs(plan, 10, "B")
-scratch = depcut.retrain(depcut.fresh(plan, dense), train, valid, epochs=epochs, **common).model
+epochs = depcut.training.scratch_epochs(plan, 10, "B")
+scratch = depcut.training.retrain(
+    depcut.training.fresh(dense, plan), train, valid, epochs=epochs, **common
+).model
 print(f"from scratch, {epochs} epochs: {judged(scratch):.1%}")

@@ -366,7 +366,7 @@ def test_named_widths_stay(keep: Any, layers: set[str]) -> None:
 
 def test_a_module_name_keeps_all_that_its_children_produce() -> None:
     analysis = analysis_of("blocks")
-    plan = analysis.plan(0.1, keep=["plain"], align=1)
+    plan = analysis.plan(0.1, ignore=["plain"], align=1)
     slim = plan.apply(analysis.model)
     for name in ("plain.0.0", "plain.1.0", "stem.0"):
         dense = analysis.model.get_submodule(name).out_channels
@@ -378,7 +378,7 @@ def test_a_group_name_keeps_one_factor_of_a_width() -> None:
     analysis = analysis_of("transformer")
     heads = group(analysis, "attention.q", 8)
     for name in (heads.name, heads.name.replace("[", "[[]")):
-        plan = analysis.plan(0.5, keep=[name], align=1)
+        plan = analysis.plan(0.5, ignore=[name], align=1)
         assert heads.name not in plan.kept
     assert plan.macs / analysis.macs == pytest.approx(0.5, abs=0.01)
 
@@ -420,7 +420,7 @@ def test_an_equality_is_given_up_when_the_budget_demands_it() -> None:
     key, value = (group(analysis, layer, 16) for layer in ("attention.k", "attention.v"))
     heads = group(analysis, "attention.k", 8)
     names = [g.name for g in (value, heads, group(analysis, "embed"), group(analysis, "mlp.up"))]
-    plan = analysis.plan(0.1, align=1, keep=[n.replace("[", "[[]") for n in names])
+    plan = analysis.plan(0.1, align=1, ignore=[n.replace("[", "[[]") for n in names])
     assert set(plan.kept) == {key.name}
     slim = plan.apply(analysis.model)
     assert "attention" in depcut.report(slim).generated
@@ -441,7 +441,7 @@ def test_an_implicit_scale_is_pinned_when_the_budget_demands_it() -> None:
     analysis = analysis_of("sdpa")
     key, heads = group(analysis, "attention.k", 16), group(analysis, "attention.k", 8)
     names = [g.name for g in (heads, group(analysis, "embed"), group(analysis, "mlp.up"))]
-    plan = analysis.plan(0.2, align=1, keep=[n.replace("[", "[[]") for n in names])
+    plan = analysis.plan(0.2, align=1, ignore=[n.replace("[", "[[]") for n in names])
     assert count(plan, key) < 16
     slim = plan.apply(analysis.model)
     assert set(depcut.report(slim).generated) == {"attention"}

@@ -45,7 +45,7 @@ def test_neither_library_is_imported_with_depcut() -> None:
 
 @pytest.mark.parametrize("name", ["lightning", "transformers"])
 def test_a_library_that_is_missing_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    gradual = depcut.Gradual(mlp(), X[:2], 0.5, 0, 10, 5)
+    gradual = depcut.training.Gradual(mlp(), 0.5, X[:2], 0, 10, 5)
     for module in [m for m in sys.modules if m.partition(".")[0] == name]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, name, None)
@@ -88,7 +88,7 @@ def fitted(lightning: Any, folder: Path, epochs: int, resume: Path | None = None
             return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
     module = Classifier()
-    gradual = depcut.Gradual(module.net, X[:2], 0.5, 2, 10, 2)
+    gradual = depcut.training.Gradual(module.net, 0.5, X[:2], 2, 10, 2)
     trainer = lightning.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
@@ -97,7 +97,7 @@ def fitted(lightning: Any, folder: Path, epochs: int, resume: Path | None = None
         enable_model_summary=False,
         default_root_dir=folder,
         accumulate_grad_batches=2,
-        callbacks=[depcut.lightning_callback(gradual)],
+        callbacks=[depcut.integrations.lightning_callback(gradual)],
     )
     loader = DataLoader(TensorDataset(X, Y), batch_size=16)  # 6 batches, 3 steps an epoch
     trainer.fit(module, loader, ckpt_path=resume)
@@ -146,7 +146,7 @@ def trained(folder: Path, steps: int, resume: bool = False) -> Any:
     model = transformers.BertForSequenceClassification(config)
     ids = torch.randint(0, 50, (64, 8), generator=torch.Generator().manual_seed(0))
     rows = [{"input_ids": i, "labels": int(i[0] > 25)} for i in ids]
-    gradual = depcut.Gradual(model, {"input_ids": ids[:2]}, 0.3, 1, 7, 2, align=1)
+    gradual = depcut.training.Gradual(model, 0.3, {"input_ids": ids[:2]}, 1, 7, 2, align=1)
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -164,7 +164,7 @@ def trained(folder: Path, steps: int, resume: bool = False) -> Any:
         model=model,
         args=arguments,
         train_dataset=rows,
-        callbacks=[depcut.transformers_callback(gradual)],
+        callbacks=[depcut.integrations.transformers_callback(gradual)],
     )
     trainer.train(resume_from_checkpoint=resume or None)
     return model, gradual, ids

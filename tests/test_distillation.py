@@ -33,7 +33,7 @@ def positional(x: Any) -> tuple[Any, ...]:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_student_that_is_the_teacher_has_nothing_to_learn(name: str) -> None:
     dense, slim, plan, x = students(name, whole=True)
-    with depcut.Distillation(dense, slim, plan, hidden=("*",), dim=1) as distill:
+    with depcut.training.Distillation(dense, slim, plan, hidden=("*",), dim=1) as distill:
         loss = distill(call(slim, x), *positional(x))
     assert 0 <= float(loss.detach()) < 1e-6
 
@@ -44,7 +44,7 @@ def test_gradients_reach_the_student_alone(name: str) -> None:
     slim.train()
     dense.train()
     before = snapshot(dense)
-    with depcut.Distillation(dense, slim, plan, hidden=("*",), dim=1) as distill:
+    with depcut.training.Distillation(dense, slim, plan, hidden=("*",), dim=1) as distill:
         loss = distill(call(slim, x), *positional(x))
         loss.backward()
     assert float(loss.detach()) > 1e-6
@@ -58,7 +58,7 @@ def test_gradients_reach_the_student_alone(name: str) -> None:
 
 def test_the_loss_is_the_formula() -> None:
     dense, slim, plan, x = students("residual")
-    with depcut.Distillation(
+    with depcut.training.Distillation(
         dense, slim, plan, hidden=("stem", "conv1"), temperature=3.0, hidden_weight=0.7
     ) as distill:
         made = slim(x)
@@ -81,7 +81,7 @@ def test_learning_from_the_teacher_brings_the_student_closer() -> None:
     dense, slim, plan, x = students("mlp")
     optimizer = torch.optim.Adam(slim.parameters(), lr=0.01)
     losses = []
-    with depcut.Distillation(dense, slim, plan, hidden=("*",), dim=1) as distill:
+    with depcut.training.Distillation(dense, slim, plan, hidden=("*",), dim=1) as distill:
         for _ in range(60):
             loss = distill(slim(x), x)
             optimizer.zero_grad()
@@ -107,7 +107,9 @@ def test_a_module_called_twice_is_compared_call_by_call() -> None:
     plan = analysis.plan_keeping({analysis.groups[0].name: [0, 3, 7]})
     slim = plan.apply(dense)
     kept = torch.tensor([0, 3, 7])
-    with depcut.Distillation(dense, slim, plan, hidden=("mix",), output_weight=0) as distill:
+    with depcut.training.Distillation(
+        dense, slim, plan, hidden=("mix",), output_weight=0
+    ) as distill:
         loss = float(distill(slim(x), x).detach())
     expected, d, s = [], dense.up(x), slim.up(x)
     for _ in range(2):
@@ -126,7 +128,7 @@ def test_outputs_of_other_kinds() -> None:
         def __init__(self, logits: torch.Tensor) -> None:
             self.logits = logits
 
-    with depcut.Distillation(dense, slim, plan) as distill:
+    with depcut.training.Distillation(dense, slim, plan) as distill:
         y = slim(x)
         plain = float(distill(y, x).detach())
         assert float(distill({"logits": y}, x).detach()) == plain
@@ -139,7 +141,7 @@ def test_outputs_of_other_kinds() -> None:
 
 def test_hooks_go_and_come_back() -> None:
     dense, slim, plan, x = students("residual")
-    distill = depcut.Distillation(dense, slim, plan, hidden=("stem",))
+    distill = depcut.training.Distillation(dense, slim, plan, hidden=("stem",))
     hooks = lambda: sum(len(m._forward_hooks) for m in slim.modules())  # noqa: E731
     assert hooks() == 1
     with distill.paused():
@@ -166,13 +168,13 @@ def test_hooks_go_and_come_back() -> None:
 def test_mistakes_are_named(options: dict[str, Any], message: str) -> None:
     dense, slim, plan, _ = students("residual")
     with pytest.raises(InputError, match=message):
-        depcut.Distillation(dense, slim, plan, **options)
+        depcut.training.Distillation(dense, slim, plan, **options)
 
 
 def test_a_plan_of_another_architecture() -> None:
     _, slim, plan, _ = students("residual")
     with pytest.raises(PlanError):
-        depcut.Distillation(NETS["mlp"].build(), slim, plan)
+        depcut.training.Distillation(NETS["mlp"].build(), slim, plan)
 
 
 def test_a_plan_from_a_file_will_do(tmp_path: Any) -> None:
@@ -181,7 +183,7 @@ def test_a_plan_from_a_file_will_do(tmp_path: Any) -> None:
     loaded = depcut.Plan.load(tmp_path / "plan.json")
     losses = []
     for each in (plan, loaded):
-        with depcut.Distillation(dense, slim, each, hidden=("*",)) as distill:
+        with depcut.training.Distillation(dense, slim, each, hidden=("*",)) as distill:
             losses.append(float(distill(slim(x), x).detach()))
     assert losses[0] == losses[1]
     assert len(all_tensors(slim)) == len(all_tensors(dense))

@@ -72,7 +72,7 @@ def test_a_budget_below_the_floors_says_the_smallest_reachable(of: str) -> None:
 def test_a_budget_that_kept_layers_put_out_of_reach() -> None:
     model = residual()
     with assert_refused(model, "smallest|at most|largest", kind=BudgetError):
-        depcut.shrink(model, 0.9, IMAGES, keep=["conv1*", "head*"], align=1)
+        depcut.shrink(model, 0.9, IMAGES, ignore=["conv1*", "head*"], align=1)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_a_model_without_parameters() -> None:
 def test_everything_kept_by_name() -> None:
     model = residual()
     with assert_refused(model, "keep", kind=BudgetError):
-        depcut.shrink(model, 0.5, IMAGES, keep=["*"])
+        depcut.shrink(model, 0.5, IMAGES, ignore=["*"])
 
 
 # Names --------------------------------------------------------------------------------------------
@@ -139,13 +139,13 @@ def test_everything_kept_by_name() -> None:
 def test_an_unknown_name_in_keep(name: str) -> None:
     model = residual()
     with assert_refused(model, "keep", name, kind=InputError):
-        depcut.shrink(model, 0.5, IMAGES, keep=["stem.0", name])
+        depcut.shrink(model, 0.5, IMAGES, ignore=["stem.0", name])
 
 
 def test_a_close_name_is_suggested() -> None:
     model = residual()
     with assert_refused(model, "stemm", "stem", kind=InputError):
-        depcut.shrink(model, 0.5, IMAGES, keep=["stemm"])
+        depcut.shrink(model, 0.5, IMAGES, ignore=["stemm"])
 
 
 def test_explaining_an_unknown_layer() -> None:
@@ -332,5 +332,5 @@ def failures() -> list[Callable[[nn.Module], Any]]:
         lambda model: depcut.shrink(model, 2.0, IMAGES),
         lambda model: depcut.shrink(model, 0.9999, IMAGES),
         lambda model: depcut.shrink(model, 0.5, normal(2, 5)),
-        lambda model: depcut.shrink(model, 0.5, IMAGES, keep=["nowhere"]),
+        lambda model: depcut.shrink(model, 0.5, IMAGES, ignore=["nowhere"]),
     ]

@@ -49,8 +49,8 @@ def train(model: nn.Module, optimizer: Any, gradual: Any, steps: int, first: int
         gradual.step()
 
 
-def gradual_of(model: nn.Module, ratio: float = 0.5, **options: Any) -> depcut.Gradual:
-    return depcut.Gradual(model, batch(0)[0][:2], ratio, 5, 45, 10, **options)
+def gradual_of(model: nn.Module, ratio: float = 0.5, **options: Any) -> depcut.training.Gradual:
+    return depcut.training.Gradual(model, ratio, batch(0)[0][:2], 5, 45, 10, **options)
 
 
 # Zeros and slices agree ---------------------------------------------------------------------------
@@ -130,7 +130,7 @@ class Sigmoids(nn.Module):
 
 def test_a_trial_finds_what_zeros_do_not_express() -> None:
     model, x = Sigmoids(), normal(2, 5, 6)
-    gradual = depcut.Gradual(model, x, 0.2, 0, 10, 5, align=1)
+    gradual = depcut.training.Gradual(model, 0.2, x, 0, 10, 5, align=1)
     assert list(gradual.excluded) == ["q"]
     assert "zeros in its weights" in gradual.excluded["q"]
     for _ in range(10):
@@ -142,7 +142,7 @@ def test_a_trial_finds_what_zeros_do_not_express() -> None:
 
 def test_a_residual_stream_under_layer_norm_is_named() -> None:
     net = NETS["vision_transformer"]
-    gradual = depcut.Gradual(net.build(), net.inputs(2), 0.2, 0, 10, 5, align=1)
+    gradual = depcut.training.Gradual(net.build(), 0.2, net.inputs(2), 0, 10, 5, align=1)
     assert any("statistics" in why and "norm1" in why for why in gradual.excluded.values())
 
 
@@ -236,7 +236,7 @@ def test_units_of_each_row_are_masked_and_come_back_from_a_state(name: str) -> N
     """Features within a head, channels within a group: every row loses others, equally many."""
     model = NETS[name].build()
     example = NETS[name].inputs(2)
-    gradual = depcut.Gradual(model, example, 0.5, start=0, end=2, every=1, align=1)
+    gradual = depcut.training.Gradual(model, 0.5, example, start=0, end=2, every=1, align=1)
     gradual.step()
     gradual.step()
     plan = gradual.plan
@@ -247,7 +247,7 @@ def test_units_of_each_row_are_masked_and_come_back_from_a_state(name: str) -> N
             assert sorted([*out, *kept]) == list(range(plan.sizes[group]))
     other = NETS[name].build()
     other.load_state_dict(model.state_dict())
-    resumed = depcut.Gradual(other, example, 0.5, start=0, end=2, every=1, align=1)
+    resumed = depcut.training.Gradual(other, 0.5, example, start=0, end=2, every=1, align=1)
     resumed.load_state_dict(gradual.state_dict())
     assert resumed.plan.digest == plan.digest
     expected = outputs(model.eval(), example)
@@ -306,7 +306,7 @@ def test_the_schedule_rises_from_one_end_to_the_other(
 def test_shared_weights_are_masked_once() -> None:
     net = NETS["tied_embedding"]
     model = net.build()
-    gradual = depcut.Gradual(model, net.inputs(2), 0.2, 0, 10, 5, of="params", align=1)
+    gradual = depcut.training.Gradual(model, 0.2, net.inputs(2), 0, 10, 5, of="params", align=1)
     for _ in range(10):
         gradual.step()
     want = outputs(model, net.inputs(3))
@@ -330,7 +330,7 @@ def test_a_loss_based_criterion_works_inside_the_loop() -> None:
 
 
 def test_a_run_resumes_where_its_state_was_taken(tmp_path: Any) -> None:
-    def setup() -> tuple[nn.Module, Any, depcut.Gradual]:
+    def setup() -> tuple[nn.Module, Any, depcut.training.Gradual]:
         model = mlp()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         return model, optimizer, gradual_of(model, align=1)
@@ -382,7 +382,7 @@ def test_a_run_can_be_rolled_back() -> None:
 def test_other_precisions(dtype: torch.dtype) -> None:
     model, x = mlp().to(dtype), batch(0)[0].to(dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    gradual = depcut.Gradual(model, x[:2], 0.5, 0, 4, 2)
+    gradual = depcut.training.Gradual(model, 0.5, x[:2], 0, 4, 2)
     for _ in range(6):
         optimizer.zero_grad()
         model(x).square().mean().backward()
@@ -436,7 +436,7 @@ def test_a_ratio_out_of_range(ratio: Any) -> None:
 )
 def test_steps_out_of_range(start: Any, end: Any, every: Any, words: str) -> None:
     with pytest.raises(InputError, match=words) as caught:
-        depcut.Gradual(mlp(), batch(0)[0], 0.5, start, end, every)
+        depcut.training.Gradual(mlp(), 0.5, batch(0)[0], start, end, every)
     assert caught.value.remedy
 
 
@@ -454,13 +454,13 @@ def test_a_quantity_that_masks_do_not_have() -> None:
 def test_a_ratio_that_cannot_be_reached_says_what_is_not_masked() -> None:
     net = NETS["vision_transformer"]
     with pytest.raises(BudgetError, match=r"cannot be reduced(.|\n)*not masked(.|\n)*iterate"):
-        depcut.Gradual(net.build(), net.inputs(2), 0.99, 0, 10, 5)
+        depcut.training.Gradual(net.build(), 0.99, net.inputs(2), 0, 10, 5)
 
 
 def test_nothing_to_mask() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3))
     with pytest.raises(BudgetError, match=r"nothing can be masked(.|\n)*statistics(.|\n)*iterate"):
-        depcut.Gradual(model, normal(2, 6), 0.5, 0, 10, 5)
+        depcut.training.Gradual(model, 0.5, normal(2, 6), 0, 10, 5)
 
 
 def test_nothing_happens_after_commit() -> None:

@@ -80,7 +80,9 @@ def test_budgets_are_of_the_dense_model(of: str) -> None:
     model = mlp()
     before = snapshot(model)
     cost = depcut.analyze(model, X[:2]).costs[of]
-    result = depcut.iterate(model, 0.7, 5, retrain, X[:2], of=of, align=1, progress=False)
+    result = depcut.training.iterate(
+        model, 0.7, X[:2], steps=5, retrain=retrain, of=of, align=1, progress=False
+    )
     assert_untouched(model, before)
     assert result.removed == pytest.approx(geometric(0.7, 5), abs=0.02)
     assert 1 - cost(result.plan.keep().counts) / cost.total == pytest.approx(result.removed[-1])
@@ -91,15 +93,15 @@ def test_budgets_are_of_the_dense_model(of: str) -> None:
 def test_coarse_steps_do_not_add_up() -> None:
     """Widths in multiples of 8 are off at every step, and the end is as close as one step comes."""
     model = mlp()
-    result = depcut.iterate(model, 0.6, 6, None, X[:2], align=8, progress=False)
-    once = depcut.iterate(model, 0.6, 1, None, X[:2], align=8, progress=False)
+    result = depcut.training.iterate(model, 0.6, X[:2], steps=6, align=8, progress=False)
+    once = depcut.training.iterate(model, 0.6, X[:2], steps=1, align=8, progress=False)
     assert result.removed[-1] == pytest.approx(once.removed[-1], abs=0.08)
     assert abs(result.removed[-1] - 0.6) < 0.08
 
 
 def test_one_shot_is_shrink() -> None:
     model = mlp()
-    result = depcut.iterate(model, 0.5, inputs=X[:2], progress=False)
+    result = depcut.training.iterate(model, 0.5, inputs=X[:2], progress=False)
     assert same(result.model, depcut.shrink(model, 0.5, X[:2]))
 
 
@@ -110,7 +112,9 @@ def test_units_are_ranked_anew_at_every_step() -> None:
         seen.append([g.size for g in coupling.groups])
         return [np.arange(g.size, dtype=float) for g in coupling.groups]
 
-    result = depcut.iterate(mlp(), 0.6, 3, None, X[:2], score=widths, align=1, progress=False)
+    result = depcut.training.iterate(
+        mlp(), 0.6, X[:2], steps=3, score=widths, align=1, progress=False
+    )
     assert len(seen) == 3
     assert seen[0] == [64, 64]
     assert seen[0] > seen[1] > seen[2]
@@ -121,11 +125,11 @@ def test_units_are_ranked_anew_at_every_step() -> None:
 
 def test_a_sequence_may_begin_with_training_alone() -> None:
     steps: list[int] = []
-    result = depcut.iterate(
+    result = depcut.training.iterate(
         mlp(),
         retrain=lambda _m, step: steps.append(step),
         inputs=X[:2],
-        sequence=[0, 0.3, 0.5],
+        steps=[0, 0.3, 0.5],
         align=1,
         progress=False,
     )
@@ -141,11 +145,11 @@ def test_data_is_read_once_and_bound_to_every_step() -> None:
             read.append(start)
             yield X[start : start + 16], Y[start : start + 16]
 
-    result = depcut.iterate(
+    result = depcut.training.iterate(
         mlp(),
         0.6,
-        3,
-        retrain,
+        steps=3,
+        retrain=retrain,
         score="taylor",
         data=loader(),
         loss=functional.cross_entropy,
@@ -186,8 +190,8 @@ def test_steps_that_rank_units_row_by_row_are_one_plan(name: str) -> None:
     """Magnitudes choose other channels in every group of a convolution, other features by head."""
     net = NETS[name]
     model = net.build()
-    result = depcut.iterate(
-        model, 0.6, 3, None, net.inputs(2), score="magnitude", align=1, progress=False
+    result = depcut.training.iterate(
+        model, 0.6, net.inputs(2), steps=3, score="magnitude", align=1, progress=False
     )
     once = result.plan.apply(model, compensate=False)
     wanted = all_tensors(result.model)
@@ -211,12 +215,12 @@ def test_the_optimizer_goes_on_or_starts_anew() -> None:
         ages[how].append(float(optimizer.state[next(model.parameters())]["step"]))
 
     for how in ages:
-        result = depcut.iterate(
+        result = depcut.training.iterate(
             mlp(),
             0.5,
-            3,
-            lambda m, s, o, how=how: train(m, s, o, how),
             X[:2],
+            steps=3,
+            retrain=lambda m, s, o, how=how: train(m, s, o, how),
             optimizer=adam,
             optimizer_state=how,
             progress=False,
@@ -228,12 +232,12 @@ def test_the_optimizer_goes_on_or_starts_anew() -> None:
 # Checkpoints --------------------------------------------------------------------------------------
 
 
-def run(folder: Path, **options: Any) -> depcut.Iterated:
+def run(folder: Path, **options: Any) -> depcut.training.Iterated:
     model = mlp()
     torch.manual_seed(7)
     settings = {"optimizer": adam, "align": 1, "progress": False, "checkpoint": folder}
-    return depcut.iterate(
-        model, 0.7, 4, **({"retrain": retrain} | settings | options), inputs=X[:2]
+    return depcut.training.iterate(
+        model, 0.7, steps=4, **{"retrain": retrain} | settings | options, inputs=X[:2]
     )
 
 
@@ -412,19 +416,19 @@ def test_checkpoints_are_not_overwritten(tmp_path: Path) -> None:
 @pytest.mark.parametrize("steps", [0, -1, 1.5, True, "3"])
 def test_steps_out_of_range(steps: Any) -> None:
     with pytest.raises(InputError, match=r"steps is .*(.|\n)*at least 1"):
-        depcut.iterate(mlp(), 0.5, steps, None, X[:2])
+        depcut.training.iterate(mlp(), 0.5, X[:2], steps=steps)
 
 
 @pytest.mark.parametrize("sequence", [[0.5, 0.5], [0.5, 0.2], [], [0]])
 def test_a_sequence_that_does_not_increase(sequence: list[float]) -> None:
-    with pytest.raises(InputError, match=r"does not increase(.|\n)*rising"):
-        depcut.iterate(mlp(), sequence=sequence, inputs=X[:2])
+    with pytest.raises(InputError, match=r"do not increase(.|\n)*rising"):
+        depcut.training.iterate(mlp(), steps=sequence, inputs=X[:2])
 
 
 @pytest.mark.parametrize("sequence", [[0.1, 1.0], [0.2, "x"], [-0.1, 0.5], [0.2, 0]])
 def test_a_sequence_out_of_range(sequence: list[Any]) -> None:
-    with pytest.raises(InputError, match=r"between 0 and 1(.|\n)*sequence=, item"):
-        depcut.iterate(mlp(), sequence=sequence, inputs=X[:2])
+    with pytest.raises(InputError, match=r"between 0 and 1(.|\n)*steps=, item"):
+        depcut.training.iterate(mlp(), steps=sequence, inputs=X[:2])
 
 
 @pytest.mark.parametrize(
@@ -432,8 +436,7 @@ def test_a_sequence_out_of_range(sequence: list[Any]) -> None:
     [
         ({"ratio": 1.0}, "the ratio is 1.0"),
         ({"ratio": None}, "the ratio is None"),
-        ({"ratio": 0.5, "sequence": [0.5]}, "stands for the ratio"),
-        ({"ratio": None, "steps": 2, "sequence": [0.5]}, "stands for the ratio"),
+        ({"ratio": 0.5, "steps": [0.5]}, "stands for the ratio"),
         ({"of": "latency"}, "no 'latency' to measure"),
         ({"retrain": 3}, "retrain is a int, not a function"),
         ({"optimizer": adam(mlp())}, "optimizer is a AdamW, not a function"),
@@ -445,14 +448,16 @@ def test_options_that_are_refused(options: dict[str, Any], words: str) -> None:
     model = mlp()
     before = snapshot(model)
     with pytest.raises(InputError, match=words) as caught:
-        depcut.iterate(model, **({"ratio": 0.5, "inputs": X[:2], "progress": False} | options))
+        depcut.training.iterate(
+            model, **({"ratio": 0.5, "inputs": X[:2], "progress": False} | options)
+        )
     assert caught.value.remedy
     assert_untouched(model, before)
 
 
 def test_a_ratio_that_no_step_can_reach() -> None:
     with pytest.raises(BudgetError, match="cannot be reduced"):
-        depcut.iterate(mlp(), 0.9999, 2, None, X[:2], progress=False)
+        depcut.training.iterate(mlp(), 0.9999, X[:2], steps=2, progress=False)
 
 
 def test_a_retrain_function_that_changes_the_architecture() -> None:
@@ -462,9 +467,13 @@ def test_a_retrain_function_that_changes_the_architecture() -> None:
 
     words = r"changed the architecture: 0.weight was \(32, 12\), is \(99, 12\)(.|\n)*step 0"
     with pytest.raises(PlanError, match=words):
-        depcut.iterate(mlp(), 0.5, 1, widen, X[:2], of="channels", progress=False)
+        depcut.training.iterate(
+            mlp(), 0.5, X[:2], steps=1, retrain=widen, of="channels", progress=False
+        )
     with pytest.raises(InputError, match=r"returned a float(.|\n)*return None"):
-        depcut.iterate(mlp(), 0.5, 1, lambda _m, _s: 0.1, X[:2], progress=False)
+        depcut.training.iterate(
+            mlp(), 0.5, X[:2], steps=1, retrain=lambda _m, _s: 0.1, progress=False
+        )
 
 
 def test_a_retrained_copy_may_be_returned() -> None:
@@ -479,7 +488,7 @@ def test_a_retrained_copy_may_be_returned() -> None:
         return fresh
 
     made: list[nn.Module] = []
-    result = depcut.iterate(mlp(), 0.5, 2, copied, X[:2], progress=False)
+    result = depcut.training.iterate(mlp(), 0.5, X[:2], steps=2, retrain=copied, progress=False)
     assert result.model is made[-1]
 
 
@@ -490,7 +499,7 @@ def test_what_the_retrain_function_raises_is_not_touched() -> None:
         raise error
 
     with pytest.raises(FloatingPointError) as caught:
-        depcut.iterate(mlp(), 0.5, 2, diverge, X[:2], progress=False)
+        depcut.training.iterate(mlp(), 0.5, X[:2], steps=2, retrain=diverge, progress=False)
     assert caught.value is error
     assert caught.value.__cause__ is None
 
@@ -501,7 +510,7 @@ def test_weights_that_retraining_made_nan_are_named() -> None:
             model[2].weight.fill_(float("nan"))
 
     with pytest.raises(InputError, match=r"not finite(.|\n)*2\.weight"):
-        depcut.iterate(mlp(), 0.5, 2, spoil, X[:2], progress=False)
+        depcut.training.iterate(mlp(), 0.5, X[:2], steps=2, retrain=spoil, progress=False)
 
 
 # One budget for everything ------------------------------------------------------------------------
@@ -513,7 +522,7 @@ def test_a_budget_is_spent_to_the_last_epoch(
 ) -> None:
     each = round(epochs * (1 - dense)) // cycles
     assume(0 < each * cycles < epochs)
-    first, *rest = depcut.budget_phases(epochs, ratio, cycles, dense=dense)
+    first, *rest = depcut.training.budget_phases(epochs, ratio, cycles, dense=dense)
     assert first.epochs + sum(p.epochs for p in rest) == epochs
     assert (first.kind, first.ratio, first.schedule) == ("dense", 0.0, "llr")
     assert len({p.epochs for p in rest}) == 1
@@ -522,16 +531,16 @@ def test_a_budget_is_spent_to_the_last_epoch(
 
 
 def test_phases_are_carried_out(tmp_path: Path) -> None:
-    seen: list[tuple[depcut.Phase, int]] = []
+    seen: list[tuple[depcut.training.Phase, int]] = []
 
-    def train(model: nn.Module, phase: depcut.Phase, optimizer: Any) -> None:
+    def train(model: nn.Module, phase: depcut.training.Phase, optimizer: Any) -> None:
         retrain(model, 0, optimizer)
         seen.append((phase, sum(p.numel() for p in model.parameters())))
 
     model = mlp()
-    phases = depcut.budget_phases(20, 0.6, 3, dense=0.4, schedule="linear")
-    result = depcut.run_phases(
-        model, phases, train, X[:2], optimizer=adam, checkpoint=tmp_path, progress=False
+    phases = depcut.training.budget_phases(20, 0.6, 3, dense=0.4, schedule="linear")
+    result = depcut.training.run_phases(
+        model, phases, X[:2], train=train, optimizer=adam, checkpoint=tmp_path, progress=False
     )
     assert [p for p, _ in seen] == list(phases)
     assert seen[0][1] == sum(p.numel() for p in model.parameters())
@@ -551,4 +560,4 @@ def test_phases_are_carried_out(tmp_path: Path) -> None:
 )
 def test_budgets_that_are_refused(arguments: Any, words: str) -> None:
     with pytest.raises(InputError, match=words):
-        depcut.budget_phases(*arguments)
+        depcut.training.budget_phases(*arguments)

@@ -444,7 +444,7 @@ def test_a_step_too_wide_for_the_target_is_said(
     analysis: Analysis, clockwork: list[tuple[int, ...]]
 ) -> None:
     with pytest.warns(UserWarning, match=r"of the target: widths move in steps"):
-        analysis.plan(0.2, of="latency", keep=["0*", "1*"], align=64)
+        analysis.plan(0.2, of="latency", ignore=["0*", "1*"], align=64)
 
 
 def test_uniform_allocation_meets_a_time_too(

@@ -30,9 +30,9 @@ def batches(count: int = 3) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def retrain(model: nn.Module, **options: Any) -> depcut.Retrained:
+def retrain(model: nn.Module, **options: Any) -> depcut.training.Retrained:
     given = {"epochs": 1, "loss": functional.cross_entropy, "lr": 0.1, "progress": False}
-    return depcut.retrain(model, batches(), **{**given, **options})
+    return depcut.training.retrain(model, batches(), **{**given, **options})
 
 
 def pruned(dense: nn.Module, **options: Any) -> tuple[depcut.Plan, nn.Module]:
@@ -49,7 +49,7 @@ def test_the_distance_of_outputs_is_its_formula(read: int) -> None:
             wanted, got = dense(x).double(), slim(x).double()
             missed += float(((wanted - got) ** 2).sum())
             spread += float(((wanted - wanted.mean(0)) ** 2).sum())
-    found = depcut.output_distance(dense, slim, batches(), read)
+    found = depcut.training.output_distance(dense, slim, batches(), read)
     assert found == pytest.approx((missed / spread) ** 0.5, rel=1e-12)
 
 
@@ -57,7 +57,7 @@ def test_equal_models_have_no_distance_and_stay_as_they_are() -> None:
     dense = mlp().train()
     slim = mlp().train()
     before = snapshot(dense), snapshot(slim)
-    assert depcut.output_distance(dense, slim, [x for x, _ in batches()]) == 0
+    assert depcut.training.output_distance(dense, slim, [x for x, _ in batches()]) == 0
     assert dense.training and dense[1].training and slim.training  # noqa: PT018
     assert_untouched(dense, before[0])
     assert_untouched(slim, before[1])
@@ -81,8 +81,10 @@ def test_outputs_of_other_shapes_and_types_do_not_count() -> None:
     dense, slim = Cached().eval(), Cached().eval()
     slim.first, slim.second = nn.Linear(6, 4), nn.Linear(4, 3)
     only = [nn.Sequential(m.first, nn.ReLU(), m.second) for m in (dense, slim)]
-    found = depcut.output_distance(dense, slim, batches())
-    assert found == pytest.approx(depcut.output_distance(only[0], only[1], batches()), rel=1e-12)
+    found = depcut.training.output_distance(dense, slim, batches())
+    assert found == pytest.approx(
+        depcut.training.output_distance(only[0], only[1], batches()), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize(("value", "expected"), [(0.0, 0.0), (1.0, 1.0)])
@@ -91,12 +93,12 @@ def test_constant_outputs_have_no_spread_to_compare_with(value: float, expected:
     for model, bias in ((dense, 0.0), (slim, value)):
         nn.init.zeros_(model.weight)
         nn.init.constant_(model.bias, bias)
-    assert depcut.output_distance(dense, slim, batches()) == expected
+    assert depcut.training.output_distance(dense, slim, batches()) == expected
 
 
 def test_no_data_is_an_error() -> None:
     with pytest.raises(InputError, match=r"the loader is empty\n  where: data="):
-        depcut.output_distance(mlp(), mlp(), [])
+        depcut.training.output_distance(mlp(), mlp(), [])
 
 
 def test_auto_takes_the_smaller_distance() -> None:
@@ -105,12 +107,12 @@ def test_auto_takes_the_smaller_distance() -> None:
     for layer in (ruined[0], ruined[3]):
         with torch.no_grad():
             layer.weight.mul_(-3)
-    weights = depcut.relative_distance(plan, dense)
-    outputs = depcut.output_distance(dense, ruined, batches())
+    weights = depcut.training.relative_distance(dense, plan)
+    outputs = depcut.training.output_distance(dense, ruined, batches())
     assert outputs > weights
     assert retrain(ruined, plan=plan).settings["distance"] == weights
     mended = plan.apply(dense, data=batches())
-    outputs = depcut.output_distance(dense, mended, batches())
+    outputs = depcut.training.output_distance(dense, mended, batches())
     made = retrain(mended, plan=plan)
     assert made.settings["distance"] == pytest.approx(outputs)
     assert outputs < weights
@@ -128,7 +130,7 @@ def test_auto_needs_no_plan_but_the_dense_model() -> None:
     made = retrain(slim, dense=dense)
     assert made.settings["schedule"] == "allr"
     assert made.settings["distance"] == pytest.approx(
-        depcut.output_distance(dense, slim, batches())
+        depcut.training.output_distance(dense, slim, batches())
     )
     assert_untouched(dense, before)
     assert retrain(slim).settings["schedule"] == "llr"

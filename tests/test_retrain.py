@@ -80,7 +80,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 def retrain(model: nn.Module | None = None, train: Any = None, **options: Any) -> Any:
     given = {"epochs": 2, "loss": loss, "lr": 0.1, "schedule": "llr", "progress": False, **options}
-    return depcut.retrain(model or net(), train or loader(), **given)
+    return depcut.training.retrain(model or net(), train or loader(), **given)
 
 
 # What it does -------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def test_a_smaller_model_learns_and_the_callers_stays_as_it_is() -> None:
     assert list(first) == ["epoch", "steps", "lr", "loss", "valid_loss", "metric", "seconds"]
     assert [r["steps"] for r in made.history] == [6 * i for i in range(1, 9)]
     assert made.settings["schedule"] == "allr"
-    assert made.settings["distance"] == depcut.relative_distance(plan, dense)
+    assert made.settings["distance"] == depcut.training.relative_distance(dense, plan)
     json.dumps(made.history)
 
 
@@ -171,7 +171,7 @@ def test_it_is_the_plain_loop() -> None:
     rest = [p for p in mine.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": 1e-4}, {"params": rest, "weight_decay": 0.0}]
     sgd = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
-    rates = depcut.schedule("llr", sgd, 0.1, 12)
+    rates = depcut.training.schedule("llr", sgd, 0.1, 12)
     for _ in range(2):
         for x, y in batches:
             sgd.zero_grad()
@@ -241,7 +241,7 @@ def test_distillation_alone_and_beside_the_task() -> None:
     dense = net().eval()
     plan = depcut.analyze(dense, torch.randn(2, 1, 6, 6)).plan(0.5, of="channels", align=1)
     slim = plan.apply(dense)
-    with depcut.Distillation(dense, slim, plan, hidden=("norm",)) as distill:
+    with depcut.training.Distillation(dense, slim, plan, hidden=("norm",)) as distill:
         alone = retrain(slim, distillation=distill, loss=None, epochs=5)
         both = retrain(slim, distillation=distill, epochs=1)
         assert sum(len(m._forward_hooks) for m in slim.modules()) == 1
@@ -351,7 +351,7 @@ def slow(output, target):
     time.sleep(pause)
     return functional.cross_entropy(output, target)
 
-made = depcut.retrain(net(), loader(), epochs=4, loss=slow, lr=0.1, schedule="llr",
+made = depcut.training.retrain(net(), loader(), epochs=4, loss=slow, lr=0.1, schedule="llr",
                       checkpoint=sys.argv[1], every=2, progress=False)
 print(made.resumed)
 save_file(made.model.state_dict(), sys.argv[1] + "/final.safetensors")
@@ -501,7 +501,7 @@ def test_mistakes_are_named(options: dict[str, Any], message: str) -> None:
     before = snapshot(model)
     given = {"epochs": 2, "loss": loss, "lr": 0.1, "schedule": "llr", "train": loader(), **options}
     with pytest.raises(InputError, match=message) as caught:
-        depcut.retrain(model, progress=False, **given)
+        depcut.training.retrain(model, progress=False, **given)
     assert caught.value.remedy
     assert_untouched(model, before)
 
@@ -510,7 +510,7 @@ def test_validation_without_anything_to_judge_by() -> None:
     dense = net().eval()
     plan = depcut.analyze(dense, torch.randn(2, 1, 6, 6)).plan(0.5, of="channels", align=1)
     with (
-        depcut.Distillation(dense, plan.apply(dense), plan) as distill,
+        depcut.training.Distillation(dense, plan.apply(dense), plan) as distill,
         pytest.raises(InputError, match="neither a metric nor a loss"),
     ):
         retrain(plan.apply(dense), valid=loader(), loss=None, distillation=distill)
@@ -552,7 +552,7 @@ from accelerate import PartialState
 torch.manual_seed(1)
 model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 3))
 batches = list(DataLoader(data(), batch_size=int(sys.argv[2])))
-made = depcut.retrain(model, batches, list(DataLoader(data(44), batch_size=8)), epochs=2,
+made = depcut.training.retrain(model, batches, list(DataLoader(data(44), batch_size=8)), epochs=2,
                       loss=functional.cross_entropy, lr=0.1, schedule="llr", metric=accuracy,
                       checkpoint=sys.argv[1] + "/states", progress=False)
 state = PartialState()

@@ -38,27 +38,27 @@ def trained(model: nn.Module) -> None:
 def test_kept_weights_return_to_the_snapshot(name: str, on_disk: bool, tmp_path: Path) -> None:
     model = NETS[name].build()
     early = {n: t.detach().clone() for n, t in all_tensors(model).items()}
-    snapshots = depcut.Snapshots(steps=(0, 7), folder=tmp_path / "s" if on_disk else None)
+    snapshots = depcut.training.Snapshots(steps=(0, 7), folder=tmp_path / "s" if on_disk else None)
     assert [snapshots(model, step) for step in (0, 1)] == [True, False]
     trained(model)
     assert snapshots(model, 7)
     assert snapshots.taken == (0, 7)
     plan = depcut.analyze(model, NETS[name].inputs(2)).plan(0.4, of="channels", align=1)
     before = snapshot(model)
-    small = depcut.rewind(plan, model, snapshots)
+    small = depcut.training.rewind(model, plan, snapshots)
     assert_untouched(model, before)
     indices = plan.tensor_indices()
     for tensor, value in all_tensors(small).items():
         assert torch.equal(value.detach(), sliced(early[tensor], indices[tensor])), tensor
-    late = all_tensors(depcut.rewind(plan, model, snapshots, 7))
+    late = all_tensors(depcut.training.rewind(model, plan, snapshots, 7))
     for tensor, value in all_tensors(plan.apply(model)).items():
         assert torch.equal(value, late[tensor]), tensor
 
 
 def test_snapshots_on_disk_are_found_again(tmp_path: Path) -> None:
     model = NETS["residual"].build()
-    depcut.Snapshots(folder=tmp_path).take(model, 0)
-    again = depcut.Snapshots(folder=tmp_path)
+    depcut.training.Snapshots(folder=tmp_path).take(model, 0)
+    again = depcut.training.Snapshots(folder=tmp_path)
     assert again.taken == (0,)
     restored = again.restore(model)
     assert all(torch.equal(a, b) for a, b in zip(restored.parameters(), model.parameters()))  # noqa: B905
@@ -68,13 +68,13 @@ def test_snapshots_on_disk_are_found_again(tmp_path: Path) -> None:
 def test_plans_of_repeated_pruning_are_applied_in_turn() -> None:
     net = NETS["residual"]
     model = net.build()
-    snapshots = depcut.Snapshots()
+    snapshots = depcut.training.Snapshots()
     snapshots(model, 0)
     first = depcut.analyze(model, net.inputs(2)).plan(0.3, align=1)
     smaller = first.apply(model)
     trained(smaller)
     second = depcut.analyze(smaller, net.inputs(2)).plan(0.3, align=1)
-    rewound = depcut.rewind([first, second], model, snapshots)
+    rewound = depcut.training.rewind(model, [first, second], snapshots)
     expected = second.apply(first.apply(snapshots.restore(model)))
     assert all(
         torch.equal(a, b) for a, b in zip(rewound.parameters(), expected.parameters(), strict=True)
@@ -86,16 +86,16 @@ def test_plans_of_repeated_pruning_are_applied_in_turn() -> None:
 def test_a_missing_snapshot_and_one_of_another_model(tmp_path: Path) -> None:
     model, plan = planned("residual")
     with pytest.raises(InputError, match=r"no snapshot of step 3(.|\n)*there are none"):
-        depcut.rewind(plan, model, depcut.Snapshots(), 3)
-    for snapshots in (depcut.Snapshots(), depcut.Snapshots(folder=tmp_path)):
+        depcut.training.rewind(model, plan, depcut.training.Snapshots(), 3)
+    for snapshots in (depcut.training.Snapshots(), depcut.training.Snapshots(folder=tmp_path)):
         snapshots.take(NETS["mlp"].build(), 0)
         with pytest.raises(InputError, match=r"does not fit|cannot be loaded"):
-            depcut.rewind(plan, model, snapshots)
+            depcut.training.rewind(model, plan, snapshots)
 
 
 def test_a_ticket_and_its_control_in_one_call() -> None:
     model, plan = planned("residual")
-    snapshots = depcut.Snapshots()
+    snapshots = depcut.training.Snapshots()
     snapshots(model, 0)
     inputs = NETS["residual"].inputs(2)
     draws = []
@@ -104,14 +104,14 @@ def test_a_ticket_and_its_control_in_one_call() -> None:
         draws.append(float(torch.rand(())))
         return float(call(small, inputs).detach().sum())
 
-    found = depcut.lottery_ticket(plan, model, snapshots, train=train)
+    found = depcut.training.lottery_ticket(model, plan, snapshots, train=train)
     assert draws[0] == draws[1]
     assert found.ticket_result != found.random_result
     assert found.ticket_result == float(call(plan.apply(model), inputs).detach().sum())
     assert [p.shape for p in found.ticket.parameters()] == [
         p.shape for p in found.random.parameters()
     ]
-    assert depcut.lottery_ticket(plan, model, snapshots).ticket_result is None
+    assert depcut.training.lottery_ticket(model, plan, snapshots).ticket_result is None
 
 
 # Scratch ------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def test_a_fresh_model_is_the_same_architecture_with_other_weights(name: str) ->
         pytest.skip("no such net")
     model, plan = planned(name)
     before, state = snapshot(model), torch.get_rng_state()
-    slim, new = plan.apply(model), depcut.fresh(plan, model)
+    slim, new = plan.apply(model), depcut.training.fresh(model, plan)
     assert torch.equal(torch.get_rng_state(), state)
     assert_untouched(model, before)
     assert type(new) is type(slim)
@@ -136,15 +136,15 @@ def test_a_fresh_model_is_the_same_architecture_with_other_weights(name: str) ->
             assert (value != old[tensor]).all(), tensor
     inputs = NETS[name].inputs(2)
     assert [o.shape for o in outputs(new, inputs)] == [o.shape for o in outputs(slim, inputs)]
-    again = all_tensors(depcut.fresh(plan, model))
+    again = all_tensors(depcut.training.fresh(model, plan))
     assert all(torch.equal(t, again[n]) for n, t in all_tensors(new).items())
-    other = all_tensors(depcut.fresh(plan, model, seed=1))
+    other = all_tensors(depcut.training.fresh(model, plan, seed=1))
     assert any(not torch.equal(t, other[n]) for n, t in all_tensors(new).items())
 
 
 def test_running_statistics_start_anew() -> None:
     model, plan = planned("residual")
-    new = depcut.fresh(plan, model)
+    new = depcut.training.fresh(model, plan)
     norms = [m for m in new.modules() if isinstance(m, nn.BatchNorm2d)]
     assert norms
     for norm in norms:
@@ -161,7 +161,7 @@ def test_layers_draw_for_their_own_fan_in() -> None:
     model = nn.Sequential(nn.Linear(8, 400), nn.ReLU(), nn.Linear(400, 300), nn.ReLU(),
                           nn.Linear(300, 4))  # fmt: skip
     plan = depcut.analyze(model, torch.randn(2, 8)).plan(0.75, of="channels")
-    new = depcut.fresh(plan, model)
+    new = depcut.training.fresh(model, plan)
     assert float(new[2].weight.detach().abs().max()) == pytest.approx(
         new[2].in_features ** -0.5, rel=0.01
     )
@@ -174,7 +174,7 @@ def test_a_parametrized_weight_is_drawn_through_its_inverse() -> None:
     with torch.no_grad():
         layer.parametrizations.weight.original0.mul_(50)
     plan = depcut.analyze(model, torch.randn(2, 6)).plan(0.5, of="channels")
-    new = depcut.fresh(plan, model)
+    new = depcut.training.fresh(model, plan)
     assert new[0].weight.shape == (new[0].out_features, 6)
     assert 0.3 < float(new[0].weight.detach().abs().max()) <= 6**-0.5 + 1e-6
 
@@ -197,7 +197,7 @@ def test_a_generated_module_draws_as_the_class_it_stands_for() -> None:
     plan = depcut.analyze(model, x).plan(0.5, of="channels", align=1)
     slim = plan.apply(model)
     assert type(slim.attention).__name__ == "GeneratedModule"
-    new = depcut.fresh(plan, model)
+    new = depcut.training.fresh(model, plan)
     weight = new.attention.in_proj_weight
     assert weight.isfinite().all()
     assert not torch.isin(weight, slim.attention.in_proj_weight).any()
@@ -222,18 +222,18 @@ def test_raw_parameters_are_named_unless_one_says_what_to_do() -> None:
     model = Scaled()
     plan = depcut.analyze(model, torch.randn(2, 5)).plan(0.5, of="channels", align=1)
     with pytest.raises(InputError, match="nothing draws new values for scale") as caught:
-        depcut.fresh(plan, model)
+        depcut.training.fresh(model, plan)
     assert 'init="moments"' in str(caught.value)
 
     def init(module: nn.Module) -> None:
         if isinstance(module, Scaled):
             nn.init.ones_(module.scale)
 
-    new = depcut.fresh(plan, model, init=init)
+    new = depcut.training.fresh(model, plan, init=init)
     assert (new.scale == 1).all()
     kept = plan.tensor_indices()["scale"][0]
     assert torch.equal(new.fixed, model.fixed[torch.as_tensor(kept)])
-    drawn = depcut.fresh(plan, model, init="moments").scale
+    drawn = depcut.training.fresh(model, plan, init="moments").scale
     assert drawn.isfinite().all()
     assert not torch.isin(drawn, model.scale).any()
     assert 0.8 < float(drawn.detach().mean()) < 2.2
@@ -243,14 +243,14 @@ def test_how_long_the_controls_train(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(8, 100), nn.ReLU(), nn.Linear(100, 8))
     analysis = depcut.analyze(model, torch.randn(2, 8))
     plan = analysis.plan(0.2, align=1)
-    assert depcut.scratch_epochs(plan, 40, "E") == 40
-    assert depcut.scratch_epochs(plan, 40) == round(40 * analysis.macs / plan.macs) == 50
-    assert depcut.scratch_epochs(analysis.plan(0.9, align=1), 40) == 80
+    assert depcut.training.scratch_epochs(plan, 40, "E") == 40
+    assert depcut.training.scratch_epochs(plan, 40) == round(40 * analysis.macs / plan.macs) == 50
+    assert depcut.training.scratch_epochs(analysis.plan(0.9, align=1), 40) == 80
     with pytest.raises(InputError, match="no scratch control 'C'"):
-        depcut.scratch_epochs(plan, 40, "C")
+        depcut.training.scratch_epochs(plan, 40, "C")
     plan.save(tmp_path / "plan.json")
     with pytest.raises(PlanError, match="loaded from a file"):
-        depcut.scratch_epochs(depcut.Plan.load(tmp_path / "plan.json"), 40)
+        depcut.training.scratch_epochs(depcut.Plan.load(tmp_path / "plan.json"), 40)
 
 
 @pytest.mark.sweep
@@ -258,8 +258,8 @@ def test_how_long_the_controls_train(tmp_path: Path) -> None:
 def test_every_structure_starts_afresh_or_says_why_not(name: str) -> None:
     model, plan = planned(name)
     with contextlib.suppress(InputError):  # of raw parameters
-        depcut.fresh(plan, model)
-    new = depcut.fresh(plan, model, init="moments")
+        depcut.training.fresh(model, plan)
+    new = depcut.training.fresh(model, plan, init="moments")
     assert all(p.isfinite().all() for p in new.parameters())
     outputs(new, NETS[name].inputs(2))
 
@@ -267,4 +267,4 @@ def test_every_structure_starts_afresh_or_says_why_not(name: str) -> None:
 def test_another_architecture_is_refused() -> None:
     _, plan = planned("residual")
     with pytest.raises(DepcutError, match="another architecture"):
-        depcut.fresh(plan, NETS["mlp"].build())
+        depcut.training.fresh(NETS["mlp"].build(), plan)

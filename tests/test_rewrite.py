@@ -566,7 +566,7 @@ def test_no_dense_tensor_is_copied_on_the_way() -> None:
     model = nn.Sequential(nn.Linear(32, 200), nn.ReLU(), nn.Linear(200, 300), nn.Linear(300, 5))
     model[0].weight.grad = torch.zeros(200, 32)
     analysis = depcut.analyze(model.eval(), normal(2, 32))
-    plan = analysis.plan(0.75, of="channels", align=1, keep=[])
+    plan = analysis.plan(0.75, of="channels", align=1, ignore=[])
     with Largest() as largest:
         slim = rewrite(model, plan.keep()).model
     dense = max(p.numel() for p in model.parameters())

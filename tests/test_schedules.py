@@ -190,7 +190,7 @@ def test_the_distance_counts_every_removed_element_once(name: str) -> None:
         removed, gone = removed + (values[out] ** 2).sum(), gone + out.sum()
     assert gone == n - sum(p.numel() for p in plan.apply(model).parameters())
     want = np.sqrt(removed) / (np.sqrt(total) * np.sqrt(gone / n))
-    assert depcut.relative_distance(plan, model) == pytest.approx(want, rel=1e-12)
+    assert depcut.training.relative_distance(model, plan) == pytest.approx(want, rel=1e-12)
 
 
 def _is_removed(keep: Any, dims: Any, place: tuple[int, ...], dim: int) -> bool:
@@ -223,14 +223,14 @@ def test_a_dropped_branch_is_removed_as_a_whole() -> None:
     sizes = {n: p.numel() for n, p in model.named_parameters()}
     removed = sum(squares[n] for n in gone) / sum(squares.values())
     share = sum(sizes[n] for n in gone) / sum(sizes.values())
-    assert depcut.relative_distance(plan, model) == pytest.approx((removed / share) ** 0.5)
+    assert depcut.training.relative_distance(model, plan) == pytest.approx((removed / share) ** 0.5)
 
 
 def test_nothing_removed_is_no_distance() -> None:
     net = NETS["residual"]
     model = net.build()
     plan = depcut.analyze(model, net.inputs(2)).plan_keeping({})
-    assert depcut.relative_distance(plan, model) == 0.0
+    assert depcut.training.relative_distance(model, plan) == 0.0
 
 
 def test_the_distance_of_a_plan_from_a_file(tmp_path: Any) -> None:
@@ -239,4 +239,8 @@ def test_the_distance_of_a_plan_from_a_file(tmp_path: Any) -> None:
     plan = depcut.analyze(model, net.inputs(2)).plan(0.4, align=1)
     plan.save(tmp_path / "plan.json")
     loaded = depcut.Plan.load(tmp_path / "plan.json")
-    assert depcut.relative_distance(loaded, model) == depcut.relative_distance(plan, model) > 0
+    assert (
+        depcut.training.relative_distance(model, loaded)
+        == depcut.training.relative_distance(model, plan)
+        > 0
+    )

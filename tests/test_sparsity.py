@@ -44,7 +44,7 @@ def test_every_structure_is_there() -> None:
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_the_penalty_is_the_sum_over_what_each_unit_owns(name: str) -> None:
     analysis = depcut.analyze(NETS[name].build(), NETS[name].inputs(2))
-    penalty = depcut.GroupLasso(analysis, 0.3)
+    penalty = depcut.training.GroupLasso(analysis, 0.3)
     expected, norms = 0.0, penalty.norms()
     for group in analysis.groups:
         for unit in range(group.size):
@@ -57,7 +57,7 @@ def test_the_penalty_is_the_sum_over_what_each_unit_owns(name: str) -> None:
 
 def test_the_gradient_is_finite_where_a_unit_is_zero() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
-    penalty = depcut.GroupLasso(depcut.analyze(model, normal(2, 4)), 1.0)
+    penalty = depcut.training.GroupLasso(depcut.analyze(model, normal(2, 4)), 1.0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
@@ -68,11 +68,11 @@ def test_the_gradient_is_finite_where_a_unit_is_zero() -> None:
 def test_units_that_keep_names_are_spared() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
     analysis = depcut.analyze(model, normal(2, 4))
-    assert list(depcut.GroupLasso(analysis, 1.0, keep="2").norms()) == ["0"]
-    with pytest.raises(InputError, match=r"no units to penalise(.|\n)*keep="):
-        depcut.GroupLasso(analysis, 1.0, keep=("0", "2"))
+    assert list(depcut.training.GroupLasso(analysis, 1.0, ignore="2").norms()) == ["0"]
+    with pytest.raises(InputError, match=r"no units to penalise(.|\n)*ignore="):
+        depcut.training.GroupLasso(analysis, 1.0, ignore=("0", "2"))
     with pytest.raises(InputError, match="matches no module"):
-        depcut.GroupLasso(analysis, 1.0, keep=("nothing*",))
+        depcut.training.GroupLasso(analysis, 1.0, ignore=("nothing*",))
 
 
 # Training -----------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def test_units_that_nothing_needs_become_removable() -> None:
     model = student()
     analysis = depcut.analyze(model, X[:2])
     untrained = change(depcut.shrink(model, 0.6, X[:2], align=1), model)
-    penalty = depcut.GroupLasso(analysis, 2e-3)
+    penalty = depcut.training.GroupLasso(analysis, 2e-3)
     loss = fit(model, penalty, 2500)
     norms = np.sort(penalty.norms()["0"].numpy())
     assert loss < 0.05
@@ -125,7 +125,9 @@ def test_growing_regularisation_empties_the_units_of_a_plan() -> None:
     analysis = depcut.analyze(model, X[:2])
     plan = analysis.plan(0.5, align=1)
     before = change(plan.apply(model), model)
-    penalty = depcut.GrowingRegularization(analysis, plan, increment=0.02, every=10, ceiling=2.0)
+    penalty = depcut.training.GrowingRegularization(
+        analysis, plan, increment=0.02, every=10, ceiling=2.0
+    )
     assert float(penalty().detach()) == 0.0
     loss = fit(model, penalty, 3000, lr=0.01)
     assert penalty.strength == 2.0
@@ -137,7 +139,9 @@ def test_the_growing_factor() -> None:
     model = student()
     analysis = depcut.analyze(model, X[:2])
     plan = analysis.plan_keeping({"0": list(range(30))})
-    penalty = depcut.GrowingRegularization(analysis, plan, increment=0.1, every=3, ceiling=0.25)
+    penalty = depcut.training.GrowingRegularization(
+        analysis, plan, increment=0.1, every=3, ceiling=0.25
+    )
     seen = []
     for _ in range(12):
         seen.append(round(penalty.strength, 6))
@@ -161,7 +165,7 @@ def test_growing_regularisation_of_other_units_in_every_row(name: str) -> None:
     plan = analysis.plan_keeping(keep)
     before, slim = all_tensors(model), plan.apply(model)
     before = {n: t.detach().clone() for n, t in before.items()}
-    penalty = depcut.GrowingRegularization(analysis, plan, increment=1.0, every=1)
+    penalty = depcut.training.GrowingRegularization(analysis, plan, increment=1.0, every=1)
     penalty.step()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
     for _ in range(80):
@@ -181,7 +185,7 @@ def test_growing_regularisation_of_other_units_in_every_row(name: str) -> None:
 def test_a_strength_that_is_none(strength: Any) -> None:
     analysis = depcut.analyze(student(), X[:2])
     with pytest.raises(InputError, match=r"strength is(.|\n)*finite number above 0"):
-        depcut.GroupLasso(analysis, strength)
+        depcut.training.GroupLasso(analysis, strength)
 
 
 @pytest.mark.parametrize(
@@ -196,13 +200,13 @@ def test_a_strength_that_is_none(strength: Any) -> None:
 def test_growing_options_that_are_refused(options: dict[str, Any], words: str) -> None:
     analysis = depcut.analyze(student(), X[:2])
     with pytest.raises(InputError, match=words):
-        depcut.GrowingRegularization(analysis, analysis.plan(0.5), **options)
+        depcut.training.GrowingRegularization(analysis, analysis.plan(0.5), **options)
 
 
 def test_a_plan_that_removes_nothing_or_is_of_another_model() -> None:
     analysis = depcut.analyze(student(), X[:2])
     with pytest.raises(PlanError, match=r"removes nothing(.|\n)*plan\(0\.5\)"):
-        depcut.GrowingRegularization(analysis, analysis.plan_keeping({}))
+        depcut.training.GrowingRegularization(analysis, analysis.plan_keeping({}))
     other = depcut.analyze(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)), X[:2])
     with pytest.raises(PlanError, match="another architecture"):
-        depcut.GrowingRegularization(analysis, other.plan(0.5))
+        depcut.training.GrowingRegularization(analysis, other.plan(0.5))

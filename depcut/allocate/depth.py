@@ -39,7 +39,7 @@ def depth_and_width(
 ) -> PlanData:
     """The plan that drops as many branches as change the outputs least, and narrows the rest.
 
-    A branch stays if one of its parameters is named by keep= or ratios=.
+    A branch stays if one of its parameters is named by ignore= or ratios=.
 
     Args:
         chooser: A request, resolved.

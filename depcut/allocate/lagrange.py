@@ -52,7 +52,7 @@ def least_loss(
             f"at the smallest widths {floor / cost.total:.2%} are left",
             where=f"of={of!r}",
             remedy=f"ask for a ratio of at most {math.floor(1e4 * (1 - floor / cost.total)) / 1e4},"
-            " or let more layers shrink (keep=, ratios=)",
+            " or let more layers shrink (ignore=, ratios=)",
         )
     return where.kept(search.fill(search.priced(target), target))
 

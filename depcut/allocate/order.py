@@ -90,7 +90,7 @@ def meet(where: Space, sequence: Counts, cost: Cost, target: float, of: str) -> 
             f"at the smallest widths {floor / cost.total:.2%} of them are left",
             where=f"of={of!r}",
             remedy=f"ask for a ratio of at most {math.floor(reachable * 1e4) / 1e4:.4g}, "
-            "or let more layers shrink (keep=, ratios=, align=1)",
+            "or let more layers shrink (ignore=, ratios=, align=1)",
         )
     low, high = 0, len(sequence)
     while low < high:

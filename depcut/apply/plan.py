@@ -8,16 +8,18 @@ from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import Unpack
 
 from depcut.apply.report import Report, record
 from depcut.axes import Indices
 from depcut.branches.branch import Residuals
-from depcut.calibration.data import BATCHES, Calibration, Data, calibrate
+from depcut.calibration.data import Calibration, Data, calibrate
 from depcut.capture.capture import capture
 from depcut.capture.inputs import Inputs
 from depcut.coupling.groups import Coupling
 from depcut.coupling.infer import infer
 from depcut.errors import PlanError
+from depcut.options import ApplyKeywords, Options
 from depcut.plan import cost
 from depcut.plan.data import PlanData, make_plan
 from depcut.plan.fingerprint import example_of
@@ -26,6 +28,7 @@ from depcut.repair.compensate import Compensation
 from depcut.repair.mend import mend, wants_repair
 from depcut.rewrite.build import rewrite
 from depcut.rewrite.optimizer import check_optimizer, narrow_optimizer
+from depcut.support.keywords import settled, takes_options
 from depcut.verify.verify import verify
 
 
@@ -61,42 +64,38 @@ class Plan(PlanData):
         given = {f.name: getattr(data, f.name) for f in fields(PlanData)}
         return Plan(**given, coupling=coupling, model=model)
 
+    @takes_options(Options, ApplyKeywords)
     def apply(
         self,
         model: nn.Module,
         inputs: Inputs = None,
         *,
-        optimizer: torch.optim.Optimizer | None = None,
         data: Data | Calibration | None = None,
-        batches: int = BATCHES,
-        compensate: bool | str = "auto",
-        low_memory: bool = False,
-        progress: bool = True,
+        optimizer: torch.optim.Optimizer | None = None,
+        options: Options | None = None,
+        **given: Unpack[ApplyKeywords],
     ) -> nn.Module:
         """The smaller model: same class, new tensors, verified; `model` is not changed.
 
-        With data, the weights that read what was removed are re-solved afterwards
-        (`depcut.repair.compensate`); what that did is in `report["compensation"]`.
-
-        `depcut.export` writes the plan's digest and request into the ONNX files of the result.
+        With data, the weights that read what was removed are re-solved afterwards, and
+        `depcut.report` of the result says what that did. `depcut.export` writes the plan's digest
+        and request into the ONNX files of the result.
 
         Args:
             model: The model the plan was made for, or another instance of its architecture.
             inputs: Example inputs; left out, those of the plan (or of the same shapes).
-            optimizer: One that trains `model`; it is pointed at the smaller model.
             data: Calibration data: an iterable of what the model takes, or of (input, target).
-            batches: How many items of the data to read at most.
-            compensate: Whether to re-solve weights; "auto": if there is data, and else fold removed
-                units that are constant (a row of zeros makes them) into biases, exactly.
-            low_memory: Whether to trade time for memory.
-            progress: Whether to show a progress bar on standard error.
+            optimizer: One that trains `model`; it is pointed at the smaller model.
+            options: What else is chosen, as one object; the keywords that follow go before it.
+            **given: The fields of `depcut.Options`.
 
         Raises:
             InputError: The data does not fit the model.
             PlanError: The model has another architecture.
             VerificationError: The smaller model does not compute what it should.
         """
-        repairs = wants_repair(compensate, data is not None)
+        chosen = settled(Options, options, given, ApplyKeywords, "apply", one_stage=True)
+        repairs = wants_repair(chosen.compensate, data is not None)
         if optimizer is not None:
             check_optimizer(optimizer, model)
         coupling = self.coupling
@@ -112,13 +111,13 @@ class Plan(PlanData):
                 coupling.program,
                 model,
                 data,
-                batches=batches,
-                low_memory=low_memory,
-                progress=progress,
+                batches=chosen.batches,
+                low_memory=chosen.low_memory,
+                progress=chosen.progress,
             )
         slim = rewrite(model, keep)
         error = verify(slim, model)
-        compensation = mend(slim.model, model, keep, found) if compensate else None
+        compensation = mend(slim.model, model, keep, found) if chosen.compensate else None
         if optimizer is not None:
             narrow_optimizer(optimizer, model, slim.model, keep)
         record(slim.model, self._report(keep, slim.generated, error, compensation))

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from depcut.analysis import analyze
 from depcut.apply.plan import Plan
 from depcut.apply.report import report
-from depcut.calibration.data import BATCHES, inputs_of, read
+from depcut.calibration.data import inputs_of, read
 from depcut.capture.inputs import Inputs
 from depcut.cli.demo import run_demo
 from depcut.cli.loading import (
@@ -25,7 +25,7 @@ from depcut.cli.loading import (
     load_weights,
     save_weights,
 )
-from depcut.cli.options import Command, Help
+from depcut.cli.options import Command, Help, options_of, threads_of
 from depcut.dead_units import compaction
 from depcut.deploy.export import export
 from depcut.errors import DepcutError, InputError
@@ -66,7 +66,7 @@ def _demo(options: argparse.Namespace) -> None:
         ratio=options.ratio,
         epochs=options.epochs,
         retrain_epochs=options.retrain_epochs,
-        threads=options.threads,
+        threads=threads_of(options),
         rounds=options.rounds,
         seed=options.seed,
     )
@@ -85,28 +85,17 @@ def _shrink(options: argparse.Namespace) -> None:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
             raise InputError(f"{names} without --time", remedy="add --time, or leave them out")
         timing["runtime"] = None
+    chosen = options_of(options)
     dense = _model(options)
     inputs: Inputs = example_inputs(options.input_shape)
-    data = read(build_data(options.data), options.batches) if options.data else None
+    data = read(build_data(options.data), chosen.batches) if options.data else None
     loss = import_function(options.loss) if options.loss else None
     if data is not None and inputs is None:
         inputs = inputs_of(data[0], dense, loss is not None)
     analysis = analyze(dense, inputs)
-    calibration = analysis.calibrate(data, loss=loss, batches=options.batches)
-    plan = analysis.plan(
-        options.ratio,
-        of=options.of,
-        latency_ms=options.latency_ms,
-        score=options.score,
-        data=calibration,
-        depth=options.depth,
-        allocation=options.allocation,
-        align=options.align,
-        keep=tuple(options.keep),
-        seed=options.seed,
-        threads=options.threads,
-    )
-    slim = plan.apply(dense, data=calibration, compensate="auto" if options.compensate else False)
+    calibration = analysis.calibrate(data, loss=loss, options=chosen)
+    plan = analysis.plan(options.ratio, data=calibration, options=chosen)
+    slim = plan.apply(dense, data=calibration, options=chosen)
     out = _folder(options.out)
     plan.save(out / "plan.json")
     save_weights(slim, out / "weights.safetensors")
@@ -173,7 +162,7 @@ def _timing(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "runtime": options.runtime,
         "provider": options.provider,
-        "threads": options.threads,
+        "threads": threads_of(options),
         "pin": _cpus(options.pin),
         "memory": options.memory,
         "rounds": options.rounds,
@@ -251,35 +240,9 @@ def _shrink_options(command: Command) -> None:
     budget = command.exclusive()
     budget("--ratio", type=float, help="share to remove, between 0 and 1")
     budget("--latency-ms", type=float, help="milliseconds to come to in onnxruntime on this CPU")
-    command.add(
-        "--of",
-        default="macs",
-        help="what to remove that share of: macs, params, channels, latency (measured here)",
-    )
-    command.add("--score", help='criterion that ranks the units; "obs" with data, else "magnitude"')
     command.add("--data", metavar="DATA", help="calibration data, as package.module:factory")
     command.add("--loss", metavar="LOSS", help="of (output, target), as package.module:function")
-    command.add("--batches", type=int, default=BATCHES, help="items of the data to read at most")
-    command.add(
-        "--no-compensate",
-        dest="compensate",
-        action="store_false",
-        help="do not re-solve weights on the data",
-    )
-    command.add("--depth", action="store_true", help="residual branches may go as a whole")
-    command.add(
-        "--allocation",
-        help="how groups share the budget: uniform, or global, the default for latency and obs",
-    )
-    command.add("--align", type=int, default=8, help="kept widths are multiples of this")
-    command.add(
-        "--keep",
-        action="append",
-        default=[],
-        metavar="GLOB",
-        help="layers or parameters whose width must stay; may be repeated",
-    )
-    command.add("--seed", type=int, default=0, help="seed of random scores")
+    command.pruning()
     command.add("--out", type=Path, required=True, metavar="DIR", help="folder for what is written")
     command.add("--onnx", action="store_true", help="write the smaller model as ONNX too")
     command.add("--time", action="store_true", help="time both models, as below")

@@ -4,9 +4,58 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from depcut.errors import InputError
+from depcut.options import Options, ShrinkKeywords
+from depcut.support.keywords import default_of, doc_of, names_of
 from depcut.timing.backends import PROVIDERS, RUNTIMES
+
+# Flags that stand elsewhere: with the budget, and with what is timed.
+_ELSEWHERE = ("latency_ms", "threads")
+
+
+def threads_of(arguments: argparse.Namespace) -> int:
+    """What `--threads` says, 1 where it was left out."""
+    return int(getattr(arguments, "threads", 1))
+
+
+def options_of(arguments: argparse.Namespace) -> Options:
+    """The options that the command line gives: those of the file, and the flags before them.
+
+    Args:
+        arguments: Parsed, of a command with the flags of `Command.pruning`.
+
+    Raises:
+        InputError: The file cannot be read, or a value is wrong.
+    """
+    given = vars(arguments)
+    flags = {n: given[n] for n in names_of(Options, ShrinkKeywords) if n in given}
+    if flags.get("latency_ms", 0) is None:
+        del flags["latency_ms"]
+    if "ratios" in flags:
+        flags["ratios"] = dict(flags["ratios"])
+    base = Options.read(arguments.options) if arguments.options else Options()
+    return replace(base, **flags)
+
+
+def _switch(text: str) -> bool | str:
+    values: dict[str, bool | str] = {"auto": "auto", "true": True, "false": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, true, false")
+    return values[text.lower()]
+
+
+def _ratio_by_glob(text: str) -> tuple[str, float]:
+    glob, _, number = text.rpartition("=")
+    try:
+        return glob, float(number)
+    except ValueError as error:
+        raise InputError(
+            f"cannot read {text!r}", where="--ratios", remedy='write, say, "layer3*=0.3"'
+        ) from error
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -54,6 +103,34 @@ class Command:
             "argument; inferred from the first layer if left out",
         )
 
+    def pruning(self) -> None:
+        """The fields of `depcut.Options`, and a file of them; a flag goes before the file."""
+        self.add(
+            "--options", type=Path, metavar="FILE", help="TOML file of the options that follow"
+        )
+        for name in names_of(Options, ShrinkKeywords):
+            if name not in _ELSEWHERE:
+                self._field(name)
+
+    def _field(self, name: str) -> None:
+        """The flag of one field; where it is not given, the namespace does not have it."""
+        flag, default = "--" + name.replace("_", "-"), default_of(Options, name)
+        text = doc_of(Options, name).replace("%", "%%").replace("`", "")
+        text = f"{text[0].lower()}{text[1:].rstrip('.')}"
+        if default is not None and default != () and not isinstance(default, bool):
+            text += f" (default: {default})"
+        common: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text}
+        if isinstance(default, bool):
+            self.add(flag, action=argparse.BooleanOptionalAction, **common)
+        elif name == "compensate":
+            self.add(flag, type=_switch, metavar="auto|true|false", **common)
+        elif name == "ratios":
+            self.add(flag, type=_ratio_by_glob, action="append", metavar="GLOB=RATIO", **common)
+        elif isinstance(default, tuple):
+            self.add(flag, action="append", metavar="GLOB", **common)
+        else:
+            self.add(flag, type=int if isinstance(default, int) else str, **common)
+
     def plan(self) -> None:
         """The options that make the model slim before it is used."""
         self.add("--plan", type=Path, metavar="FILE", help="plan to apply to the model first")
@@ -66,7 +143,12 @@ class Command:
 
     def timing(self) -> None:
         """The options of timing."""
-        self.add("--threads", type=int, default=1, help="threads that one operator may use")
+        self.add(
+            "--threads",
+            type=int,
+            default=argparse.SUPPRESS,
+            help="threads that one operator may use (default: 1)",
+        )
         self.add("--rounds", type=int, default=30, help="turns that every candidate has")
 
     def runtime(self, *, several_batches: bool) -> None:

@@ -113,7 +113,7 @@ def _check(gradual: object) -> None:
         raise InputError(
             f"gradual is a {type(gradual).__name__}",
             where="gradual=",
-            remedy="pass depcut.Gradual(model, inputs, ratio, start, end, every)",
+            remedy="pass depcut.training.Gradual(model, ratio, inputs, start, end, every)",
         )
 
 

@@ -141,7 +141,7 @@ def measure(
             raise LatencyError(
                 f"{what}; the first: {failures[0]}",
                 where=type(model).__name__,
-                remedy="use of='macs', or hold the layers concerned with keep=",
+                remedy="use of='macs', or hold the layers concerned with ignore=",
             ) from failures[0]
         warnings.warn(f"{what} and are left out; the first: {failures[0]}", stacklevel=4)
     return Samples(median(dense_seconds), tuple(samples))

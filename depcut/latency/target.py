@@ -189,5 +189,5 @@ def _unreachable(best: _Try, goal: Goal) -> BudgetError:
         f"{1e3 * reached:.3g} ms, measured, of {1e3 * best.dense_seconds:.3g} ms",
         where="of='latency'",
         remedy=f"ask for a ratio of at most {max(1 - best.ratio, 0.0):.2f} "
-        f"(latency_ms={1e3 * reached:.3g}), or let more layers shrink (keep=, ratios=)",
+        f"(latency_ms={1e3 * reached:.3g}), or let more layers shrink (ignore=, ratios=)",
     )

@@ -66,7 +66,7 @@ class Slim:
         raise VerificationError(
             f"no module could be generated from the graph: {problem}",
             where="the whole model",
-            remedy="keep the layers concerned with keep=; please report the model",
+            remedy="keep the layers concerned with ignore=; please report the model",
         )
 
     @cached_property

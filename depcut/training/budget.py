@@ -7,16 +7,21 @@ zero (linear schedule, Li et al. 2020), and the rest goes in equal parts to prun
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from typing_extensions import Unpack
 
 from depcut.allocate.choose import check_ratio
+from depcut.calibration.data import Data, Loss
 from depcut.capture.inputs import Inputs
 from depcut.errors import InputError
-from depcut.training.iterative import Iterated, geometric, iterate
+from depcut.options import IterateKeywords, Options
+from depcut.support.keywords import takes_options
+from depcut.training.iterative import Iterated, MakeOptimizer, geometric, iterate
 
 
 @dataclass(frozen=True)
@@ -81,12 +86,19 @@ def budget_phases(
     return (first, *(Phase("cycle", each, r, schedule) for r in geometric(ratio, cycles)))
 
 
+@takes_options(Options, IterateKeywords)
 def run_phases(
     model: nn.Module,
     phases: Sequence[Phase],
-    train: Train,
     inputs: Inputs = None,
-    **options: Any,
+    *,
+    train: Train,
+    data: Data | None = None,
+    loss: Loss | None = None,
+    optimizer: MakeOptimizer | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    options: Options | None = None,
+    **given: Unpack[IterateKeywords],
 ) -> Iterated:
     """Carry out phases: train, then prune and train in turns.
 
@@ -96,10 +108,15 @@ def run_phases(
         train: Called as train(model, phase), or train(model, phase, optimizer) if there is one; it
             trains in place for `phase.epochs` epochs.
         inputs: Example inputs, as for `depcut.shrink`.
-        **options: Those of `depcut.iterate`, such as of=, score=, checkpoint=.
+        data: Calibration data, as for `iterate`.
+        loss: As for `iterate`.
+        optimizer: As for `iterate`.
+        checkpoint: As for `iterate`.
+        options: What else is chosen, as one object; the keywords that follow go before it.
+        **given: The fields of `depcut.Options`.
 
     Raises:
-        DepcutError: See `depcut.iterate`.
+        DepcutError: See `depcut.training.iterate`.
     """
     listed = tuple(phases)
 
@@ -107,5 +124,15 @@ def run_phases(
         return train(slim, listed[step], *optimizer)
 
     return iterate(
-        model, retrain=retrain, inputs=inputs, sequence=[p.ratio for p in listed], **options
+        model,
+        None,
+        inputs,
+        steps=[p.ratio for p in listed],
+        retrain=retrain,
+        data=data,
+        loss=loss,
+        optimizer=optimizer,
+        checkpoint=checkpoint,
+        options=options,
+        **given,
     )

@@ -10,7 +10,7 @@ from depcut.apply.plan import Plan
 from depcut.reference.slices import open_mesh
 
 
-def relative_distance(plan: Plan, model: nn.Module) -> float:
+def relative_distance(model: nn.Module, plan: Plan) -> float:
     """d = ||W - W_p|| / (||W|| sqrt(s)), before any compensation.
 
     W are all parameters, each element once, W_p the same without what the plan removes, s the share

@@ -35,7 +35,7 @@ _EPSILON = 1e-12
 class Distillation:
     """Losses between a dense model and a smaller one, for any loop.
 
-        with depcut.Distillation(dense, slim, plan, hidden=("layer*",)) as distill:
+        with depcut.training.Distillation(dense, slim, plan, hidden=("layer*",)) as distill:
             for x, y in loader:
                 output = slim(x)
                 loss = 0.5 * cross_entropy(output, y) + 0.5 * distill(output, x)
@@ -53,7 +53,7 @@ class Distillation:
         output_weight: w_out; 0 leaves outputs aside.
         hidden: Globs over the names of the modules whose results are compared.
         hidden_weight: w_hid.
-        share: Of this loss in the sum with the task's, where `depcut.retrain` adds them up.
+        share: Of this loss in the sum with the task's, where `retrain` adds them up.
         logits: Gets the logits out of what a model returns; left out, the result itself or its
             `logits`.
         dim: Dimension of the classes.

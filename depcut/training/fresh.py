@@ -25,8 +25,8 @@ _LONGEST = 2.0
 
 
 def fresh(
-    plan: Plan,
     model: nn.Module,
+    plan: Plan,
     *,
     inputs: Inputs = None,
     init: Init | str | None = None,

@@ -5,25 +5,33 @@ Source of the schedule: Zhu & Gupta, To Prune, or Not to Prune, 2017, eq. 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import Unpack
 
-from depcut.allocate.choose import Chooser, Request, check_ratio
+from depcut.allocate.choose import (
+    Chooser,
+    Request,
+    allocation_or_default,
+    check_ratio,
+    criterion_or_default,
+)
 from depcut.analysis import Analysis, analyze
 from depcut.apply.plan import Plan, planned
 from depcut.axes import Indices
-from depcut.calibration.data import BATCHES, Calibration, Data, Loss
+from depcut.calibration.data import Calibration, Data, Loss
 from depcut.capture.inputs import Inputs
 from depcut.errors import BudgetError, InputError, PlanError, listed
+from depcut.options import GradualKeywords, Options
 from depcut.plan.cost import COSTS
 from depcut.plan.data import make_plan
 from depcut.plan.keep import Keep
 from depcut.plan.units import others
-from depcut.scores import Criterion, Score, is_additive
+from depcut.support.keywords import settled, takes_options
 from depcut.training.masks import Masks
 from depcut.training.places import find_places
 from depcut.training.probe import probed
@@ -47,10 +55,11 @@ def cubic(step: int, start: int, end: int, initial: float, final: float) -> floa
     return final + (initial - final) * (1 - done) ** 3
 
 
+@takes_options(Options, GradualKeywords)
 class Gradual:
     """Masks on a model in training, one structured ratio at a time, until it can be made smaller.
 
-        gradual = depcut.Gradual(model, inputs, 0.5, start=100, end=1000, every=50)
+        gradual = depcut.training.Gradual(model, 0.5, inputs, start=100, end=1000, every=50)
         for batch in loader:
             ...
             optimizer.step()
@@ -70,23 +79,16 @@ class Gradual:
 
     Args:
         model: The model, which the caller trains; masks are zeros in its own parameters.
-        inputs: Example inputs, as for `depcut.analyze`.
         ratio: Fraction to remove in the end of the quantity named by `of`, in (0, 1).
+        inputs: Example inputs, as for `depcut.analyze`.
         start: Number of steps after which the ratio begins to grow.
         end: Number of steps after which it is reached, at the last mask step up to there.
         every: Steps between mask steps.
-        of: "macs", "params" or "channels".
         initial: Ratio to start from, in [0, ratio).
-        score: A criterion; by default, as for `Analysis.plan`, "obs" with data and "magnitude"
-            without.
         data: Calibration data for criteria that need some.
         loss: A function of (output, target), for criteria that need gradients.
-        batches: How many items of the data to read at most.
-        allocation: "uniform" or "global"; by default "global" for scores that are losses.
-        align: Final widths are multiples of it where the width allows; those on the way are free.
-        keep: Globs over module or parameter names whose width must stay.
-        seed: For criteria that draw.
-        progress: Whether to show progress bars of criteria that read data.
+        options: What else is chosen, as one object; the keywords that follow go before it.
+        **given: The fields of `depcut.Options`.
 
     Raises:
         InputError: An option has a wrong value.
@@ -96,44 +98,40 @@ class Gradual:
     def __init__(
         self,
         model: nn.Module,
-        inputs: Inputs,
         ratio: float,
+        inputs: Inputs,
         start: int,
         end: int,
         every: int,
         *,
-        of: str = "macs",
         initial: float = 0.0,
-        score: str | Score | Criterion | None = None,
         data: Data | Calibration | None = None,
         loss: Loss | None = None,
-        batches: int = BATCHES,
-        allocation: str | None = None,
-        align: int = 8,
-        keep: Iterable[str] = (),
-        seed: int = 0,
-        progress: bool = True,
+        options: Options | None = None,
+        **given: Unpack[GradualKeywords],
     ) -> None:
-        _check(ratio, start, end, every, of, initial)
-        self.model, self.ratio, self.initial, self.of = model, ratio, initial, of
+        chosen = settled(Options, options, given, GradualKeywords, "Gradual")
+        _check(ratio, start, end, every, chosen.of, initial)
+        self.model, self.ratio, self.initial, self.of = model, ratio, initial, chosen.of
         self.start, self.every = start, every
         self.end = start + (end - start) // every * every
         self.analysis: Analysis = analyze(model, inputs)
         self._coupling = self.analysis.coupling
         self._places = probed(self._coupling, model, find_places(self._coupling))
-        calibration = self.analysis.calibrate(data, loss=loss, batches=batches, progress=progress)
-        score = score or ("magnitude" if data is None else "obs")
-        if allocation is None:
-            allocation = "global" if is_additive(score) else "uniform"
-        patterns = (keep,) if isinstance(keep, str) else tuple(keep)
+        score = criterion_or_default(chosen.score, has_data=data is not None)
         self._request = Request(
-            score, allocation, align, patterns, seed=seed, calibration=calibration
+            score,
+            allocation_or_default(chosen.allocation, score),
+            chosen.align,
+            chosen.ignore,
+            seed=chosen.seed,
+            calibration=self.analysis.calibrate(data, loss=loss, options=chosen),
         )
         self.steps = 0
         self._committed = False
         self._keep = Keep(self._coupling, {})
         self._masks = Masks(model, self._places.zeros, self.analysis.program.aliases)
-        self._check_reachable(align)
+        self._check_reachable(chosen.align)
 
     @property
     def excluded(self) -> dict[str, str]:
@@ -201,7 +199,7 @@ class Gradual:
             raise BudgetError(
                 "nothing can be masked: " + self._reasons(),
                 where=type(self.model).__name__,
-                remedy="prune in steps instead: depcut.iterate",
+                remedy="prune in steps instead: depcut.training.iterate",
             )
         try:
             self._chosen(self.ratio, align)
@@ -209,7 +207,7 @@ class Gradual:
             raise BudgetError(
                 error.what + (f"; not masked: {self._reasons()}" if self.excluded else ""),
                 where=error.where,
-                remedy=f"{error.remedy}; or prune in steps instead: depcut.iterate",
+                remedy=f"{error.remedy}; or prune in steps instead: depcut.training.iterate",
             ) from None
 
     def _reasons(self) -> str:

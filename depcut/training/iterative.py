@@ -16,19 +16,22 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import nn
+from typing_extensions import Unpack
 
-from depcut.allocate.choose import check_ratio
+from depcut.allocate.choose import check_ratio, criterion_or_default
 from depcut.analysis import Analysis, analyze
 from depcut.apply.plan import Plan
 from depcut.apply.report import Report, report
-from depcut.calibration.data import BATCHES, Data, Loss, read_with_inputs
+from depcut.calibration.data import Calibration, Data, Loss, read_with_inputs
 from depcut.capture.inputs import Inputs
 from depcut.errors import InputError, PlanError
+from depcut.options import IterateKeywords, Options
 from depcut.plan.cost import COSTS
 from depcut.plan.fingerprint import fingerprint
 from depcut.repair.mend import wants_repair
 from depcut.rewrite.optimizer import check_optimizer
-from depcut.scores import Criterion, Score, score_name
+from depcut.scores import score_name
+from depcut.support.keywords import settled, takes_options
 from depcut.training.compose import TensorIndices, composed
 from depcut.training.folders import Checkpoints
 
@@ -85,29 +88,20 @@ def geometric(ratio: float, steps: int) -> tuple[float, ...]:
     return (*(1 - (1 - ratio) ** (k / steps) for k in range(1, steps)), ratio)
 
 
+@takes_options(Options, IterateKeywords)
 def iterate(
     model: nn.Module,
     ratio: float | None = None,
-    steps: int = 1,
-    retrain: Retrain | None = None,
     inputs: Inputs = None,
     *,
-    of: str = "macs",
-    sequence: Sequence[float] | None = None,
-    score: str | Score | Criterion | None = None,
+    steps: int | Sequence[float] = 1,
+    retrain: Retrain | None = None,
     data: Data | None = None,
     loss: Loss | None = None,
-    batches: int = BATCHES,
-    compensate: bool | str = "auto",
-    allocation: str | None = None,
-    align: int = 8,
-    keep: Iterable[str] = (),
-    seed: int = 0,
     optimizer: MakeOptimizer | None = None,
-    optimizer_state: str = "slice",
     checkpoint: str | os.PathLike[str] | None = None,
-    resume: bool = True,
-    progress: bool = True,
+    options: Options | None = None,
+    **given: Unpack[IterateKeywords],
 ) -> Iterated:
     """Prune and retrain in turns; units are ranked anew by the weights of each turn.
 
@@ -117,70 +111,56 @@ def iterate(
     Args:
         model: The dense model; it is not changed.
         ratio: Fraction removed in the end of the quantity named by `of`, in (0, 1).
-        steps: Number of turns; 1 is one-shot pruning.
+        inputs: Example inputs, as for `depcut.shrink`.
+        steps: Number of turns, 1 is one-shot pruning; or, in place of a ratio, the fraction of the
+            dense quantity that is gone after each turn, increasing. It may begin with 0, a turn
+            that only trains.
         retrain: Called as retrain(model, step), or retrain(model, step, optimizer) if there is
             one, after each removal, step counting from 0. It trains in place and returns None, or
             returns another model of the same architecture. What it raises is not caught.
-        inputs: Example inputs, as for `depcut.shrink`.
-        of: "macs", "params" or "channels".
-        sequence: In place of ratio and steps: the fraction of the dense quantity that is gone
-            after each step, increasing; it may begin with 0, a step that only trains.
-        score: A criterion, as for `depcut.shrink`.
         data: Calibration data, read once.
         loss: A function of (output, target), for criteria that need gradients.
-        batches: How many items of the data to read at most.
-        compensate: Whether to re-solve weights before retraining; "auto": if there is data.
-        allocation: "uniform" or "global", as for `depcut.shrink`.
-        align: Kept widths are multiples of it where the width allows.
-        keep: Globs over module or parameter names whose width must stay.
-        seed: For criteria that draw.
         optimizer: A function from a model to its optimizer.
-        optimizer_state: "slice": the optimizer goes on with its state narrowed along; "reset":
-            a new one is made at every step.
         checkpoint: Folder to which every finished step is written: plan (JSON), weights and
             optimizer state (safetensors), torch's random state. Data loaders and other sources of
-            chance are the caller's to seed, by step.
-        resume: Whether to go on from the steps in the folder; the model passed must be the dense
-            one of then.
-        progress: Whether to show a progress bar on standard error.
+            chance are the caller's to seed, by step. The model passed must be the dense one of
+            the run that is resumed.
+        options: What else is chosen, as one object; the keywords that follow go before it.
+        **given: The fields of `depcut.Options`.
 
     Raises:
         InputError: An option has a wrong value, or the checkpoints are of another run.
         BudgetError: A ratio cannot be reached.
         PlanError: The retrain function changed the architecture.
     """
-    targets = _targets(ratio, steps, sequence)
-    _check(retrain, of, optimizer, optimizer_state)
-    wants_repair(compensate, data is not None)
-    items, inputs = read_with_inputs(data, batches, inputs, model, loss is not None)
+    chosen = settled(Options, options, given, IterateKeywords, "iterate")
+    targets = _targets(ratio, steps)
+    _check(retrain, chosen.of, optimizer)
+    wants_repair(chosen.compensate, data is not None)
+    items, inputs = read_with_inputs(data, chosen.batches, inputs, model, loss is not None)
     dense = analyze(model, inputs)
-    patterns = [keep] if isinstance(keep, str) else list(keep)
-    choosing = {"allocation": allocation, "align": align, "keep": patterns, "seed": seed}
+    score = criterion_or_default(chosen.score, has_data=data is not None)
     request = {
-        **choosing,
+        "allocation": chosen.allocation,
+        "align": chosen.align,
+        "ignore": list(chosen.ignore),
+        "seed": chosen.seed,
         "targets": list(targets),
-        "of": of,
-        "score": score_name(score or ("magnitude" if data is None else "obs")),
-        "compensate": compensate,
-        "optimizer_state": optimizer_state if optimizer else None,
+        "of": chosen.of,
+        "score": score_name(score),
+        "compensate": chosen.compensate,
+        "optimizer_state": chosen.optimizer_state if optimizer else None,
         "architecture": fingerprint(dense.coupling),
     }
-    disk = None if checkpoint is None else Checkpoints(checkpoint, request, resume)
-    turns = _Turns(
-        dense=dense,
-        targets=targets,
-        of=of,
-        retrain=retrain,
-        make=optimizer,
-        optimizer_state=optimizer_state,
-        choosing={**choosing, "score": score, "progress": progress},
-        reading={"loss": loss, "batches": batches, "progress": progress},
-        compensate=compensate,
-        items=items,
-        disk=disk,
-    )
-    run = turns.run(progress)
-    settings = {"ratio": targets[-1], "of": of, "steps": len(targets)}
+    disk = None if checkpoint is None else Checkpoints(checkpoint, request, chosen.resume)
+    turns = _Turns(dense, targets, retrain, optimizer, loss, items, disk, chosen)
+    run = turns.run()
+    settings = {
+        "ratio": targets[-1],
+        "of": chosen.of,
+        "steps": len(targets),
+        "options": chosen.record(),
+    }
     plan = composed(dense, run.indices, settings)
     return Iterated(
         run.model, plan, tuple(run.plans), tuple(run.reports), tuple(run.removed), run.optimizer
@@ -194,34 +174,28 @@ class _Turns:
     Attributes:
         dense: The dense model's analysis.
         targets: Ratio of the dense quantity that is gone after each step.
-        of: Name of the quantity.
         retrain: The user's function.
         make: Makes an optimizer, if there is to be one.
-        optimizer_state: "slice" or "reset".
-        choosing: Options of `Analysis.plan`.
-        reading: Options of `Analysis.calibrate`.
-        compensate: Whether to re-solve weights.
+        loss: For criteria that need gradients.
         items: Calibration data, read already.
         disk: Where finished steps are kept, if anywhere.
+        options: Of the planning and applying of every step.
     """
 
     dense: Analysis
     targets: tuple[float, ...]
-    of: str
     retrain: Retrain | None
     make: MakeOptimizer | None
-    optimizer_state: str
-    choosing: Mapping[str, Any]
-    reading: Mapping[str, Any]
-    compensate: bool | str
+    loss: Loss | None
     items: Any
     disk: Checkpoints | None
+    options: Options
 
-    def run(self, progress: bool) -> _Run:
+    def run(self) -> _Run:
         run = _Run(self.dense.model)
         done = self._resumed(run)
         console = Console(stderr=True)
-        shown = progress and (console.is_interactive or console.is_jupyter)
+        shown = self.options.progress and (console.is_interactive or console.is_jupyter)
         with Progress(console=console, transient=True, disable=not shown) as bar:
             task = bar.add_task("prune and retrain", total=len(self.targets), completed=done)
             for step in range(done, len(self.targets)):
@@ -254,26 +228,31 @@ class _Turns:
 
     def _step(self, run: _Run, step: int) -> None:
         analysis = self._analysis(run.model)
-        total = self.dense.costs[self.of].total
+        of = self.options.of
+        total = self.dense.costs[of].total
         target = total * (1 - self.targets[step])
-        ratio = 1 - target / analysis.costs[self.of].total
+        ratio = 1 - target / analysis.costs[of].total
         if ratio <= _KEEPS:
             plan = analysis.plan_keeping({})
             self._narrow(run, plan, compensate=False)
         else:
-            data = analysis.calibrate(self.items, **self.reading)
-            plan = analysis.plan(ratio, of=self.of, data=data, **self.choosing)
-            self._narrow(run, plan, compensate=self.compensate, data=data)
-        left = analysis.costs[self.of](plan.keep().counts)
+            data = analysis.calibrate(self.items, loss=self.loss, options=self.options)
+            plan = analysis.plan(ratio, data=data, options=self.options)
+            self._narrow(run, plan, compensate=self.options.compensate, data=data)
+        left = analysis.costs[of](plan.keep().counts)
         run.removed.append(1 - left / total)
         self._retrain(run, step)
         if self.disk is not None:
             self.disk.write(step, plan, run.model, run.optimizer, {"removed": run.removed})
 
-    def _narrow(self, run: _Run, plan: Plan, **options: Any) -> None:
+    def _narrow(
+        self, run: _Run, plan: Plan, *, compensate: bool | str, data: Calibration | None = None
+    ) -> None:
         """Apply a plan to the model of a run, with its optimizer."""
-        sliced = run.optimizer if self.optimizer_state == "slice" else None
-        slim = plan.apply(run.model, optimizer=sliced, **options)
+        sliced = run.optimizer if self.options.optimizer_state == "slice" else None
+        slim = plan.apply(
+            run.model, optimizer=sliced, data=data, options=self.options, compensate=compensate
+        )
         run.plans.append(replace(plan, coupling=None, model=None))  # not to hold on to the model
         run.indices.append(plan.tensor_indices())
         run.reports.append(report(slim))
@@ -317,38 +296,36 @@ def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     return "its tensors have another order"
 
 
-def _targets(
-    ratio: float | None, steps: int, sequence: Sequence[float] | None
-) -> tuple[float, ...]:
+def _targets(ratio: float | None, steps: Any) -> tuple[float, ...]:
     """The ratio of the dense quantity that is gone after each step."""
-    if sequence is None:
+    if isinstance(steps, str) or not isinstance(steps, Iterable):
         check_ratio(ratio, "ratio=")
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise InputError(
                 f"steps is {steps!r}", where="steps=", remedy="pass an integer of at least 1"
             )
         return geometric(float(ratio or 0), steps)
-    if ratio is not None or steps != 1:
+    if ratio is not None:
         raise InputError(
-            "sequence= stands for the ratio and the steps",
-            where="sequence=",
-            remedy="leave ratio and steps out, or leave sequence out",
+            "a list of steps stands for the ratio too",
+            where="steps=",
+            remedy="leave ratio out, or pass the number of steps",
         )
-    values = tuple(sequence)
+    values = tuple(steps)
     for i, value in enumerate(values):
         if i or value != 0:
-            check_ratio(value, f"sequence=, item {i}")
+            check_ratio(value, f"steps=, item {i}")
     increasing = all(a < b for a, b in pairwise(values))
     if not increasing or not any(values):
         raise InputError(
-            f"the sequence {list(values)} does not increase",
-            where="sequence=",
+            f"the steps {list(values)} do not increase",
+            where="steps=",
             remedy="list the fraction of the dense model that is gone after each step, rising",
         )
     return tuple(map(float, values))
 
 
-def _check(retrain: object, of: str, optimizer: object, optimizer_state: str) -> None:
+def _check(retrain: object, of: str, optimizer: object) -> None:
     if retrain is not None and not callable(retrain):
         raise InputError(
             f"retrain is a {type(retrain).__name__}, not a function",
@@ -366,10 +343,4 @@ def _check(retrain: object, of: str, optimizer: object, optimizer_state: str) ->
             f"optimizer is a {type(optimizer).__name__}, not a function that makes one",
             where="optimizer=",
             remedy="pass e.g. lambda model: torch.optim.SGD(model.parameters(), 0.1)",
-        )
-    if optimizer_state not in ("slice", "reset"):
-        raise InputError(
-            f"optimizer_state is {optimizer_state!r}",
-            where="optimizer_state=",
-            remedy='use "slice" or "reset"',
         )

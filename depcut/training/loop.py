@@ -12,19 +12,21 @@ import torch
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch import nn
+from typing_extensions import Unpack
 
 from depcut.apply.plan import Plan
 from depcut.capture.inputs import device_of
 from depcut.errors import DepcutError, InputError, TrainingError
 from depcut.rewrite.copying import copied
+from depcut.support.keywords import settled, takes_options
 from depcut.training.batches import Loader, open_loader
 from depcut.training.checkpoint import Checkpoints, digest
 from depcut.training.distillation import Distillation
 from depcut.training.optimizers import Build, optimizer_for
-from depcut.training.rates import Schedule, Start, peak_rate, schedule_of
-from depcut.training.schedules import OriginalSchedule
+from depcut.training.options import RetrainKeywords, TrainingOptions
+from depcut.training.rates import Start, peak_rate, schedule_of
 from depcut.training.streams import preserved
-from depcut.training.trainer import Loss, Metric, Options, Record, Trainer
+from depcut.training.trainer import Loss, Metric, Record, Settings, Trainer
 
 # Attributes that accelerate leaves on a model; a second training would take it for prepared.
 _TRACES = ("forward", "_original_forward", "_is_accelerate_prepared")
@@ -32,7 +34,7 @@ _TRACES = ("forward", "_original_forward", "_is_accelerate_prepared")
 
 @dataclass(frozen=True)
 class Retrained:
-    """What `depcut.retrain` returns.
+    """What `depcut.training.retrain` returns.
 
     Attributes:
         model: A trained copy with the weights of the best epoch; mode and device are the caller's.
@@ -55,6 +57,7 @@ class Retrained:
     settings: dict[str, Any]
 
 
+@takes_options(TrainingOptions, RetrainKeywords)
 def retrain(
     model: nn.Module,
     train: Iterable[Any],
@@ -62,25 +65,12 @@ def retrain(
     *,
     epochs: int,
     loss: Loss | None = None,
-    schedule: Schedule = "auto",
-    lr: float | None = None,
-    original: OriginalSchedule | None = None,
-    optimizer: torch.optim.Optimizer | Build | None = None,
     metric: Metric | None = None,
-    maximize: bool = True,
+    optimizer: torch.optim.Optimizer | Build | None = None,
     plan: Plan | None = None,
-    dense: nn.Module | None = None,
-    distillation: Distillation | None = None,
-    patience: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
-    every: int | None = None,
-    resume: bool = True,
-    mixed_precision: str | None = None,
-    gradient_accumulation: int = 1,
-    max_grad_norm: float | None = None,
-    seed: int = 0,
-    accelerator: Any = None,
-    progress: bool = True,
+    options: TrainingOptions | None = None,
+    **given: Unpack[RetrainKeywords],
 ) -> Retrained:
     """Train a copy of a model, typically a smaller one whose accuracy shall come back.
 
@@ -102,75 +92,57 @@ def retrain(
         epochs: Passes over the data.
         loss: A function of (output, target) that returns a scalar; of an item that is no pair, it
             gets the whole item as target. May be left out with distillation.
-        schedule: "ft", "lrw", "slr", "clr", "llr", "allr" (see `depcut.schedule`), "auto" (with a
-            plan or the dense model ALLR, else LLR), or a function of (optimizer, steps) that
-            returns a schedule of torch's kind, stepped once a step. ALLR by name measures what
-            the plan removed, as published; "auto" takes the distance of the outputs where that is
-            less, so that a model which compensation has mended is not damaged by a large rate.
-        lr: The peak rate; left out, that of `original` or of the optimizer.
-        original: The schedule of the dense training; FT, LRW and SLR need it.
+        metric: A function of (output, target) that returns the mean over the batch.
         optimizer: One that trains `model` (a copy of it is used), a function of parameter groups,
             or None: SGD with Nesterov momentum 0.9 and weight decay 1e-4 where most parameters are
             in convolution kernels, else AdamW with weight decay 1e-2; biases and norms do not
             decay.
-        metric: A function of (output, target) that returns the mean over the batch, of which larger
-            is better.
-        maximize: False: smaller is better.
         plan: That made the model from the dense one; for ALLR.
-        dense: The dense model; left out, the one that the plan was made for.
-        distillation: Of the dense model and this one; its `share` weighs it against the loss.
-        patience: Stop after so many epochs in a row that are not the best so far.
         checkpoint: A folder for states, written after each epoch (safetensors and JSON).
-        every: Write one after so many steps, too.
-        resume: Whether to go on from what the folder holds; else it is cleared.
-        mixed_precision: "no", "fp16", "bf16" or "fp8"; None: what accelerate was launched with.
-        gradient_accumulation: Batches that make one step.
-        max_grad_norm: Clip the norm of the gradient.
-        seed: Of everything that draws.
-        accelerator: An accelerate.Accelerator to use in place of one made here.
-        progress: Whether to show a progress bar on standard error.
+        options: What else is chosen, as one object; the keywords that follow go before it.
+        **given: The fields of `depcut.training.TrainingOptions`.
 
     Raises:
         InputError: An option has a wrong value, a loader is empty, the loss is no scalar.
         TrainingError: The loss is not finite, or the checkpoint is of another training.
         DepcutError: accelerate is not installed.
     """
-    options = _options(
-        epochs=epochs,
-        loss=loss,
-        metric=metric,
-        maximize=maximize,
-        patience=patience,
-        every=every,
-        accumulation=gradient_accumulation,
-        max_grad_norm=max_grad_norm,
-        seed=seed,
-    )
-    _check(model, dense, options, valid is not None, distillation)
-    peak = peak_rate(lr, original, optimizer)
-    with _accelerated(accelerator, mixed_precision) as found, preserved():
+    chosen = settled(TrainingOptions, options, given, RetrainKeywords, "retrain")
+    course = _course(epochs, loss, metric, chosen)
+    _check(model, course, valid is not None, chosen.distillation)
+    peak = peak_rate(chosen.lr, chosen.original, optimizer)
+    teaching = chosen.distillation
+    with _accelerated(chosen.accelerator, chosen.mixed_precision) as found, preserved():
         ranks = {"rank": found.process_index, "world": found.num_processes}
         pairs = loss is not None
         data = open_loader(train, "train=", model, pairs=pairs, **ranks)
         judged = None if valid is None else open_loader(
             valid, "valid=", model, pairs=pairs or metric is not None, **ranks
         )  # fmt: skip
-        store = _opened(checkpoint, resume, found)
-        steps = epochs * -(-data.own // gradient_accumulation)
-        with nullcontext() if distillation is None else distillation.paused():
+        store = _opened(checkpoint, chosen.resume, found)
+        steps = epochs * -(-data.own // chosen.gradient_accumulation)
+        with nullcontext() if teaching is None else teaching.paused():
             net = copied(model, {}).to(found.device)
             made = optimizer_for(optimizer, model, net, peak)
-            start = Start(net, data, plan, dense, seed, store.asked() if store else {})
+            start = Start(
+                net, data, plan, chosen.dense, chosen.seed, store.asked() if store else {}
+            )
             rates, settings = schedule_of(
-                schedule, made, steps, start, peak=peak, original=original, accelerator=found
+                chosen.schedule,
+                made,
+                steps,
+                start,
+                peak=peak,
+                original=chosen.original,
+                accelerator=found,
             )
         settings |= {"optimizer": type(made).__name__, "mixed_precision": found.mixed_precision}
-        run = {} if store is None else _identity(model, data, options, settings, found)
-        teacher = None if distillation is None else distillation.of(net, found.device)
-        trainer = Trainer(net, data, judged, options, made, rates, found, teacher, store, run)
+        run = {} if store is None else _identity(model, data, course, settings, found)
+        teacher = None if teaching is None else teaching.of(net, found.device)
+        trainer = Trainer(net, data, judged, course, made, rates, found, teacher, store, run)
         try:
             resumed = trainer.resume()
-            with _bar(progress and found.is_main_process) as bar:
+            with _bar(chosen.progress and found.is_main_process) as bar:
                 trainer.run(bar)
         finally:
             if teacher is not None:
@@ -179,7 +151,7 @@ def retrain(
 
 
 def _identity(
-    model: nn.Module, data: Loader, options: Options, settings: dict[str, Any], accelerator: Any
+    model: nn.Module, data: Loader, options: Settings, settings: dict[str, Any], accelerator: Any
 ) -> dict[str, Any]:
     """What a checkpoint must have in common with the training that goes on from it."""
     return {
@@ -225,43 +197,35 @@ def _result(
     )
 
 
-def _options(**given: Any) -> Options:
-    options = Options(**given)
-    least = {"epochs": 1, "patience": 1, "every": 1, "accumulation": 1, "seed": 0}
-    names = {"accumulation": "gradient_accumulation"}
-    for name, smallest in least.items():
-        value = given[name]
-        if value is None and name in ("patience", "every"):
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
-            shown = names.get(name, name)
-            raise InputError(
-                f"{shown} is {value!r}",
-                where=f"{shown}=",
-                remedy=f"pass an integer of at least {smallest}",
-            )
-    norm = options.max_grad_norm
-    if norm is not None and not norm > 0:
+def _course(
+    epochs: Any, loss: Loss | None, metric: Metric | None, chosen: TrainingOptions
+) -> Settings:
+    """What the loop needs to know."""
+    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
         raise InputError(
-            f"max_grad_norm is {norm}", where="max_grad_norm=", remedy="pass a positive number"
+            f"epochs is {epochs!r}", where="epochs=", remedy="pass an integer of at least 1"
         )
-    return options
+    return Settings(
+        epochs=epochs,
+        loss=loss,
+        metric=metric,
+        maximize=chosen.maximize,
+        patience=chosen.patience,
+        every=chosen.every,
+        accumulation=chosen.gradient_accumulation,
+        max_grad_norm=chosen.max_grad_norm,
+        seed=chosen.seed,
+    )
 
 
 def _check(
-    model: Any, dense: Any, options: Options, validates: bool, distillation: Distillation | None
+    model: Any, options: Settings, validates: bool, distillation: Distillation | None
 ) -> None:
     if not isinstance(model, nn.Module):
         raise InputError(
             f"model is a {type(model).__name__}, not a torch.nn.Module",
             where="model",
             remedy="pass the module itself",
-        )
-    if dense is not None and not isinstance(dense, nn.Module):
-        raise InputError(
-            f"dense is a {type(dense).__name__}, not a torch.nn.Module",
-            where="dense=",
-            remedy="pass the dense model, or leave it out",
         )
     for name, function in (("loss", options.loss), ("metric", options.metric)):
         if function is not None and not callable(function):
@@ -297,10 +261,10 @@ def _accelerated(given: Any, mixed_precision: str | None) -> Iterator[Any]:
         from accelerate import Accelerator, state  # noqa: PLC0415  (an optional dependency)
     except ImportError as error:
         raise DepcutError(
-            "depcut.retrain runs on accelerate, which is not installed",
-            where="depcut.retrain",
-            remedy="pip install 'depcut[train]'; or use depcut.schedule and depcut.Distillation in "
-            "your own loop",
+            "depcut.training.retrain runs on accelerate, which is not installed",
+            where="depcut.training.retrain",
+            remedy="pip install 'depcut[train]'; or use depcut.training.schedule and "
+            "depcut.training.Distillation in your own loop",
         ) from error
     existed = state.is_initialized()
     try:

@@ -29,7 +29,7 @@ def output_distance(
     d_f = sqrt(sum ||f(x) - f_p(x)||^2 / sum ||f(x) - m||^2) over all examples, m being the mean of
     the dense outputs over their batch. It is 0 where nothing was lost, and about 1 where the
     outputs say as little as their mean. Unlike `relative_distance`, it sees what compensation has
-    mended; `depcut.retrain(schedule="auto")` scales the peak rate by the smaller of the two.
+    mended; `retrain(schedule="auto")` scales the peak rate by the smaller of the two.
 
     Args:
         dense: The dense model; it and the other one run in evaluation mode, each on its device.

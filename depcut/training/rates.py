@@ -1,8 +1,8 @@
-"""The learning rates of `depcut.retrain`: from which peak, and how adaptively."""
+"""The learning rates of `depcut.training.retrain`: from which peak, and how adaptively."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -14,11 +14,10 @@ from depcut.apply.plan import Plan
 from depcut.errors import InputError
 from depcut.training.batches import Loader
 from depcut.training.distance import relative_distance
+from depcut.training.options import Schedule
 from depcut.training.outputs import BATCHES, distance_over
 from depcut.training.schedules import OriginalSchedule, named
 from depcut.training.streams import DATA
-
-Schedule = str | Callable[[torch.optim.Optimizer, int], Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +96,7 @@ def schedule_of(
     """The schedule, and what there is to say about it.
 
     Args:
-        schedule: As of `depcut.retrain`.
+        schedule: As of `depcut.training.retrain`.
         optimizer: Whose rates it sets.
         steps: T_rt.
         start: The model that is retrained.
@@ -142,4 +141,4 @@ def _removed(start: Start) -> float:
             where="schedule='allr'",
             remedy="pass plan= and dense=, or use schedule='llr'",
         )
-    return relative_distance(start.plan, start.origin)
+    return relative_distance(start.origin, start.plan)

@@ -60,8 +60,8 @@ class OriginalSchedule:
                 "this schedule follows the original rates, and only "
                 + ("their peak is known" if self.rates is None else "their function, not T"),
                 where="original=",
-                remedy="pass depcut.OriginalSchedule(rates, length): rates is a sequence or a "
-                "function of the step, length the number of steps",
+                remedy="pass depcut.training.OriginalSchedule(rates, length): rates is a sequence "
+                "or a function of the step, length the number of steps",
             )
         given = map(self.rates, range(self.steps)) if callable(self.rates) else self.rates
         values = np.array([float(v) for v in given])
@@ -106,7 +106,7 @@ class RetrainingSchedule(LRScheduler, ABC):
         optimizer: Whose rates it sets.
         original: The original schedule, or its peak rate where no more is needed.
         steps: T_rt, the number of iterations of retraining.
-        distance: See `depcut.relative_distance`; of ALLR only.
+        distance: See `depcut.training.relative_distance`; of ALLR only.
         last_epoch: As of torch's schedules.
 
     Raises:
@@ -284,7 +284,7 @@ class ALLR(LLR):
     """Adaptive linear restart: LLR from peak * max(d, T_rt / T), at most the peak.
 
     d = ||W - W_p|| / (||W|| sqrt(s)) measures what pruning removed, s being the share of weights
-    removed (Zimmer et al. 2023, section 3); see `depcut.relative_distance`. Where T is not known,
+    removed (Zimmer et al. 2023, section 3); see `relative_distance`. Where T is not known,
     d alone counts.
     """
 
@@ -296,7 +296,7 @@ class ALLR(LLR):
                 "ALLR needs the relative distance to the dense weights"
                 + ("" if d is None else f", and it is {d}"),
                 where="distance=",
-                remedy="pass depcut.relative_distance(plan, dense)",
+                remedy="pass depcut.training.relative_distance(dense, plan)",
             )
         least = min(self.steps / length, 1.0) if length else 0.0
         return self.original.top * min(max(d, least), 1.0)
@@ -322,7 +322,7 @@ def schedule(
         optimizer: Whose rates it sets.
         original: The original schedule, or its peak rate where no more is needed (CLR, LLR, ALLR).
         steps: T_rt, the number of iterations of retraining.
-        distance: Of ALLR: see `depcut.relative_distance`.
+        distance: Of ALLR: see `depcut.training.relative_distance`.
 
     Raises:
         InputError: There is no such schedule, or something is missing or out of its range.

@@ -30,7 +30,7 @@ class Snapshots:
 
     In a loop, call it once an iteration, before the optimizer's step:
 
-        snapshots = depcut.Snapshots(steps=(0, 500), folder="snapshots")
+        snapshots = depcut.training.Snapshots(steps=(0, 500), folder="snapshots")
         for step, (x, y) in enumerate(loader):
             snapshots(model, step)
             ...
@@ -123,8 +123,8 @@ _NAME = re.compile(r"step-(\d+)\.safetensors")
 
 
 def rewind(
-    plan: Plan | Sequence[Plan],
     model: nn.Module,
+    plan: Plan | Sequence[Plan],
     snapshots: Snapshots,
     step: int = 0,
     *,
@@ -167,8 +167,8 @@ class LotteryTicket:
 
 
 def lottery_ticket(
-    plan: Plan,
     model: nn.Module,
+    plan: Plan,
     snapshots: Snapshots,
     step: int = 0,
     *,
@@ -186,14 +186,14 @@ def lottery_ticket(
         step: Which snapshot.
         train: Trains and judges one model; called for both, each with the same random state.
         inputs: Example inputs; left out, those of the plan.
-        init: See `depcut.fresh`.
+        init: See `depcut.training.fresh`.
         seed: Of the random draw.
 
     Raises:
-        DepcutError: See `depcut.rewind` and `depcut.fresh`.
+        DepcutError: See `depcut.training.rewind` and `depcut.training.fresh`.
     """
-    ticket = rewind(plan, model, snapshots, step, inputs=inputs)
-    random = fresh(plan, model, inputs=inputs, init=init, seed=seed)
+    ticket = rewind(model, plan, snapshots, step, inputs=inputs)
+    random = fresh(model, plan, inputs=inputs, init=init, seed=seed)
     if train is None:
         return LotteryTicket(ticket, random)
     results = []

@@ -105,23 +105,23 @@ class GroupLasso:
     Args:
         analysis: Of the model that is being trained; its parameters are read at every call.
         strength: Factor of the penalty.
-        keep: Globs over module or parameter names whose units are not penalised.
+        ignore: Globs over module or parameter names whose units are not penalised.
 
     Raises:
         InputError: The strength is not positive, or nothing is left to penalise.
     """
 
-    def __init__(self, analysis: Analysis, strength: float, *, keep: Iterable[str] = ()) -> None:
+    def __init__(self, analysis: Analysis, strength: float, *, ignore: Iterable[str] = ()) -> None:
         _check_positive(strength, "strength")
         self.analysis, self.strength = analysis, strength
-        patterns = [keep] if isinstance(keep, str) else list(keep)
-        spared = {i for p in patterns for i in matching(analysis.coupling, p, "keep=")}
+        patterns = [ignore] if isinstance(ignore, str) else list(ignore)
+        spared = {i for p in patterns for i in matching(analysis.coupling, p, "ignore=")}
         chosen = {g.index for g in analysis.groups} - spared
         if not chosen:
             raise InputError(
                 "there are no units to penalise",
                 where="GroupLasso",
-                remedy="see print(analysis): a group is needed that keep= does not hold",
+                remedy="see print(analysis): a group is needed that ignore= does not hold",
             )
         self._slices = _slices(analysis, chosen)
 

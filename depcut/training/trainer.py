@@ -29,8 +29,8 @@ Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Options:
-    """What one training does; see `depcut.retrain`."""
+class Settings:
+    """What one training does; see `depcut.training.retrain`."""
 
     epochs: int
     loss: Loss | None
@@ -93,7 +93,7 @@ class Trainer:
         net: nn.Module,
         train: Loader,
         valid: Loader | None,
-        options: Options,
+        options: Settings,
         optimizer: torch.optim.Optimizer,
         schedule: Any,
         accelerator: Any,
@@ -247,7 +247,7 @@ class Trainer:
         raise TrainingError(
             f"the {what} is {number} at step {course.step + 1} (epoch {course.epoch + 1}, step "
             f"{course.batch + 1} of {self.steps})",
-            where="depcut.retrain",
+            where="depcut.training.retrain",
             remedy=f"use a lower lr, or max_grad_norm=1.0, or look for NaN in the data; {kept}",
         )
 

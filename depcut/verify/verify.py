@@ -118,14 +118,14 @@ def verify(slim: Slim, model: nn.Module) -> float:
             raise VerificationError(
                 f"the captured graph cannot be narrowed: {problem}"[:300],
                 where=_place(keep, suspect or ""),
-                remedy="a rule is wrong: keep the layers concerned with keep=, and report it",
+                remedy="a rule is wrong: keep the layers concerned with ignore=, and report it",
             ) from problem
         suspect = culprit if suspect is None else suspect
         if "" in slim.generated:
             raise VerificationError(
                 found.message or f"outputs differ by {found.size:.3g} of their scale",
                 where=_place(keep, suspect),
-                remedy="keep the layers concerned with keep=; please report the model",
+                remedy="keep the layers concerned with ignore=; please report the model",
             ) from found.problem
         slim.replace(culprit, found.message or "its code computes other values at the new sizes")
 

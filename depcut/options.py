@@ -1,0 +1,295 @@
+"""What can be chosen beside model, ratio and data: defined, documented and checked in one place."""
+
+from __future__ import annotations
+
+import math
+import operator
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypedDict, TypeVar
+
+from depcut.allocate.choose import check_ratio
+from depcut.allocate.order import ALLOCATIONS
+from depcut.calibration.data import BATCHES
+from depcut.errors import InputError
+from depcut.plan.cost import COSTS
+from depcut.scores import Criterion, Score, score_name
+from depcut.support.keywords import option
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+QUANTITIES = (*COSTS, "latency")
+
+CommonT = TypeVar("CommonT", bound="Common")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """What options of pruning and of retraining share."""
+
+    seed: int = option(0, "Seed of everything that draws.")
+    resume: bool = option(
+        True, "Whether to go on from what the checkpoint folder holds; else it is cleared."
+    )
+    progress: bool = option(True, "Whether to show progress on standard error.")
+
+    def __post_init__(self) -> None:
+        self._integer("seed", 0)
+        for name in ("resume", "progress"):
+            self._flag(name)
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # the dataclass is frozen; this is its constructor
+
+    def _integer(self, name: str, least: int, *, optional: bool = False) -> None:
+        """Make an option a plain integer of at least so much."""
+        value = getattr(self, name)
+        if value is None and optional:
+            return
+        try:
+            number = None if isinstance(value, bool) else operator.index(value)
+        except TypeError:
+            number = None
+        if number is None or number < least:
+            raise InputError(
+                f"{name} is {value!r}",
+                where=f"{name}=",
+                remedy=f"pass an integer of at least {least}",
+            )
+        self._set(name, number)
+
+    def _flag(self, name: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, bool):
+            raise InputError(f"{name} is {value!r}", where=f"{name}=", remedy="pass True or False")
+
+    def _one_of(self, name: str, what: str, allowed: Iterable[Any]) -> None:
+        value = getattr(self, name)
+        known = list(allowed)
+        if not any(
+            value is item or (value == item and type(value) is type(item)) for item in known
+        ):
+            raise InputError(
+                f"unknown {what} {value!r}" if isinstance(value, str) else f"{name} is {value!r}",
+                where=f"{name}=",
+                remedy=f"use one of {', '.join(map(str, known))}",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Common):
+    """What can be chosen for pruning. Immutable; made from keywords, or read from a TOML file.
+
+    `shrink`, `Analysis.plan`, `Plan.apply`, `iterate`, `Gradual` and the command line take these
+    as flat keywords, or the object as options=. `help(depcut.shrink)` lists what each means.
+
+    Raises:
+        InputError: A value is of the wrong type or out of its range.
+    """
+
+    of: str = option(
+        "macs",
+        'What is budgeted: "macs", "params", "channels" (every group loses that share) or '
+        '"latency" (measured in onnxruntime on the CPU of this machine, on the inputs as given).',
+    )
+    latency_ms: float | None = option(None, "In place of a ratio: milliseconds to come to.")
+    score: str | Score | Criterion | None = option(
+        None,
+        "A criterion by name (see `depcut.scores`), as `depcut.Score` with options, or as a "
+        'function of (coupling, model, seed); left out, "obs" with data and "magnitude" without.',
+    )
+    batches: int = option(BATCHES, "How many items of the data to read at most.")
+    compensate: bool | str = option(
+        "auto",
+        "Whether to re-solve the weights that read what was removed, so that every layer's outputs "
+        'come close to the dense ones on the data; "auto": if there is data, and else fold removed '
+        "units that are constant into biases, exactly.",
+    )
+    low_memory: bool = option(False, "Whether to trade time for memory.")
+    allocation: str | None = option(
+        None,
+        '"uniform" (same share everywhere) or "global" (least loss per cost first); left out, '
+        '"global" for latency and for scores that are losses ("obs"), else "uniform".',
+    )
+    align: int = option(8, "Kept widths are multiples of it where the width allows; 1: any width.")
+    ignore: tuple[str, ...] = option(
+        (), "Globs over module or parameter names whose width must stay."
+    )
+    ratios: Mapping[str, float] | None = option(
+        None, "Fraction of units removed, by glob, for groups that the budget does not decide."
+    )
+    threads: int = option(1, "Threads that one operator may use, where time is measured.")
+    depth: bool = option(
+        False, "Whether residual branches may be dropped as a whole, beside narrowing the rest."
+    )
+    optimizer_state: str = option(
+        "slice",
+        'What becomes of the optimizer\'s state at each step: "slice" it along, or "reset" it.',
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._one_of("of", "quantity", QUANTITIES)
+        self._check_latency()
+        self._check_score()
+        self._integer("batches", 1)
+        self._integer("align", 1)
+        self._integer("threads", 1)
+        for name in ("low_memory", "depth"):
+            self._flag(name)
+        if self.compensate not in (True, False, "auto"):
+            raise InputError(
+                f"compensate is {self.compensate!r}",
+                where="compensate=",
+                remedy='use "auto" (if there is data), True or False',
+            )
+        if self.allocation is not None:
+            self._one_of("allocation", "allocation", ALLOCATIONS)
+        self._one_of("optimizer_state", "optimizer_state", ("slice", "reset"))
+        self._check_ignore()
+        self._check_ratios()
+
+    def _check_latency(self) -> None:
+        value = self.latency_ms
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (number and 0 < value < math.inf):
+            raise InputError(
+                f"latency_ms is {value!r}",
+                where="latency_ms=",
+                remedy="pass milliseconds, more than 0",
+            )
+
+    def _check_score(self) -> None:
+        if self.score is not None and not (
+            isinstance(self.score, str | Score) or callable(self.score)
+        ):
+            raise InputError(
+                f"score is a {type(self.score).__name__}",
+                where="score=",
+                remedy="pass the name of a criterion, a depcut.Score or a function",
+            )
+
+    def _check_ignore(self) -> None:
+        """Globs as a tuple; what can be read only once is read here."""
+        given: Any = self.ignore
+        try:
+            globs = (given,) if isinstance(given, str) else tuple(given)
+        except TypeError:
+            globs = (None,)
+        if isinstance(given, bytes | Mapping) or not all(isinstance(g, str) for g in globs):
+            raise InputError(
+                f"ignore is {given!r}",
+                where="ignore=",
+                remedy='pass globs over module or parameter names, such as ("head*",)',
+            )
+        self._set("ignore", globs)
+
+    def _check_ratios(self) -> None:
+        given: Any = self.ratios
+        if given is None:
+            return
+        if not isinstance(given, Mapping) or not all(isinstance(glob, str) for glob in given):
+            raise InputError(
+                f"ratios is {given!r}",
+                where="ratios=",
+                remedy='pass a fraction to remove by glob, such as {"layer3*": 0.3}',
+            )
+        for glob, ratio in given.items():
+            if isinstance(ratio, bool) or ratio != 0:
+                check_ratio(ratio, f"ratios[{glob!r}]")
+        self._set("ratios", {glob: float(ratio) for glob, ratio in given.items()})
+
+    def record(self) -> dict[str, Any]:
+        """The options as JSON: what is not the default; a criterion that is a function by name."""
+        out: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value == f.default:
+                continue
+            if f.name == "score":
+                value = score_name(value)
+            out[f.name] = list(value) if isinstance(value, tuple) else value
+        return out
+
+    @staticmethod
+    def read(path: str | Path) -> Options:
+        """Options from a TOML file: one `name = value` a line, `[ratios]` as a table.
+
+        Args:
+            path: The file.
+
+        Raises:
+            InputError: It cannot be read, names an unknown option, or a value is wrong.
+        """
+        try:
+            found = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise InputError(
+                f"no options can be read: {error}",
+                where=str(path),
+                remedy='write TOML, such as: score = "obs"',
+            ) from error
+        known = [f.name for f in fields(Options)]
+        unknown = [name for name in found if name not in known]
+        if unknown:
+            raise InputError(
+                f"unknown options: {', '.join(unknown)}",
+                where=str(path),
+                remedy=f"there are {', '.join(known)}",
+            )
+        return Options(**found)
+
+
+class _Reading(TypedDict, total=False):
+    batches: int
+    low_memory: bool
+    progress: bool
+
+
+class CalibrateKeywords(_Reading, total=False):
+    """Flat keywords of `Analysis.calibrate`."""
+
+
+class ApplyKeywords(_Reading, total=False):
+    """Flat keywords of `Plan.apply`."""
+
+    compensate: bool | str
+
+
+class GradualKeywords(_Reading, total=False):
+    """Flat keywords of `Gradual`."""
+
+    of: str
+    score: str | Score | Criterion | None
+    allocation: str | None
+    align: int
+    ignore: Iterable[str]
+    seed: int
+
+
+class IterateKeywords(GradualKeywords, total=False):
+    """Flat keywords of `iterate`."""
+
+    compensate: bool | str
+    optimizer_state: str
+    resume: bool
+
+
+class PlanKeywords(GradualKeywords, total=False):
+    """Flat keywords of `Analysis.plan`."""
+
+    latency_ms: float | None
+    ratios: Mapping[str, float] | None
+    threads: int
+    depth: bool
+
+
+class ShrinkKeywords(PlanKeywords, total=False):
+    """Flat keywords of `shrink`."""
+
+    compensate: bool | str
