@@ -6,7 +6,7 @@ import math
 import operator
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
@@ -15,7 +15,7 @@ from depcut.allocate.order import ALLOCATIONS
 from depcut.calibration.data import BATCHES
 from depcut.errors import InputError
 from depcut.plan.cost import COSTS
-from depcut.scores import Criterion, Score, score_name
+from depcut.scores import CRITERIA, Criterion, Score, score_name
 from depcut.support.keywords import option
 
 if sys.version_info >= (3, 11):
@@ -68,16 +68,14 @@ class Common:
         if not isinstance(value, bool):
             raise InputError(f"{name} is {value!r}", where=f"{name}=", remedy="pass True or False")
 
-    def _one_of(self, name: str, what: str, allowed: Iterable[Any]) -> None:
-        value = getattr(self, name)
-        known = list(allowed)
-        if not any(
-            value is item or (value == item and type(value) is type(item)) for item in known
-        ):
+    def _one_of(self, name: str, allowed: Iterable[str], what: str = "") -> None:
+        value, known = getattr(self, name), list(allowed)
+        if not isinstance(value, str) or value not in known:
+            named = what and isinstance(value, str)
             raise InputError(
-                f"unknown {what} {value!r}" if isinstance(value, str) else f"{name} is {value!r}",
+                f"unknown {what} {value!r}" if named else f"{name} is {value!r}",
                 where=f"{name}=",
-                remedy=f"use one of {', '.join(map(str, known))}",
+                remedy=f"use one of {', '.join(known)}",
             )
 
 
@@ -134,7 +132,7 @@ class Options(Common):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._one_of("of", "quantity", QUANTITIES)
+        self._one_of("of", QUANTITIES, "quantity")
         self._check_latency()
         self._check_score()
         self._integer("batches", 1)
@@ -149,8 +147,8 @@ class Options(Common):
                 remedy='use "auto" (if there is data), True or False',
             )
         if self.allocation is not None:
-            self._one_of("allocation", "allocation", ALLOCATIONS)
-        self._one_of("optimizer_state", "optimizer_state", ("slice", "reset"))
+            self._one_of("allocation", ALLOCATIONS, "allocation")
+        self._one_of("optimizer_state", ("slice", "reset"))
         self._check_ignore()
         self._check_ratios()
 
@@ -165,6 +163,16 @@ class Options(Common):
             )
 
     def _check_score(self) -> None:
+        given: Any = self.score
+        if isinstance(given, Mapping):
+            try:
+                self._set("score", Score(**given))
+            except TypeError as error:
+                raise InputError(
+                    f"score is {dict(given)!r}",
+                    where="score=",
+                    remedy='write, say, {name = "taylor", aggregate = "max"}',
+                ) from error
         if self.score is not None and not (
             isinstance(self.score, str | Score) or callable(self.score)
         ):
@@ -204,14 +212,27 @@ class Options(Common):
                 check_ratio(ratio, f"ratios[{glob!r}]")
         self._set("ratios", {glob: float(ratio) for glob, ratio in given.items()})
 
+    @staticmethod
+    def of_record(made: Mapping[str, Any]) -> Options:
+        """Options from what `record` gave; a criterion that was a function is left out.
+
+        Args:
+            made: Names and values.
+        """
+        score = made.get("score")
+        known = not isinstance(score, str) or score in CRITERIA
+        return Options(**{n: v for n, v in made.items() if n != "score" or known})
+
     def record(self) -> dict[str, Any]:
-        """The options as JSON: what is not the default; a criterion that is a function by name."""
+        """What is not the default, as JSON; a criterion that is a function by its name alone."""
         out: dict[str, Any] = {}
         for f in fields(self):
             value = getattr(self, f.name)
             if value == f.default:
                 continue
-            if f.name == "score":
+            if isinstance(value, Score):
+                value = {k: v for k, v in asdict(value).items() if v is not None}
+            elif callable(value):
                 value = score_name(value)
             out[f.name] = list(value) if isinstance(value, tuple) else value
         return out

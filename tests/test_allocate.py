@@ -354,7 +354,7 @@ def test_global_prefers_what_costs_more_at_equal_score() -> None:
 )
 def test_named_widths_stay(keep: Any, layers: set[str]) -> None:
     analysis = with_small_units([1])
-    options = {"of": "params", "align": 1, "keep": keep}
+    options = {"of": "params", "align": 1, "ignore": keep}
     if len(layers) == 2:
         with pytest.raises(BudgetError):
             analysis.plan(0.3, **options)

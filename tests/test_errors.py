@@ -128,7 +128,7 @@ def test_a_model_without_parameters() -> None:
 
 def test_everything_kept_by_name() -> None:
     model = residual()
-    with assert_refused(model, "keep", kind=BudgetError):
+    with assert_refused(model, "ignore", kind=BudgetError):
         depcut.shrink(model, 0.5, IMAGES, ignore=["*"])
 
 
@@ -138,7 +138,7 @@ def test_everything_kept_by_name() -> None:
 @pytest.mark.parametrize("name", ["stemm", "stem.0.weigth", "layer9.*"])
 def test_an_unknown_name_in_keep(name: str) -> None:
     model = residual()
-    with assert_refused(model, "keep", name, kind=InputError):
+    with assert_refused(model, "ignore", name, kind=InputError):
         depcut.shrink(model, 0.5, IMAGES, ignore=["stem.0", name])
 
 

@@ -70,11 +70,10 @@ def test_a_file_says_how_the_plan_was_made(tmp_path: Path) -> None:
         0.4, of="params", align=1, score="random", allocation="global", seed=3
     )
     plan.save(tmp_path / "plan.json")
-    settings = depcut.Plan.load(tmp_path / "plan.json").settings
-    assert settings == {
-        "ratio": 0.4, "of": "params", "align": 1, "score": "random", "allocation": "global",
-        "seed": 3,
-    }  # fmt: skip
+    found = depcut.Plan.load(tmp_path / "plan.json")
+    chosen = {"of": "params", "align": 1, "score": "random", "allocation": "global", "seed": 3}
+    assert found.settings == {"ratio": 0.4, **chosen, "options": chosen}
+    assert found.options == depcut.Options(**chosen)
 
 
 def test_a_failing_save_leaves_the_old_file_and_no_other(

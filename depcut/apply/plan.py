@@ -139,6 +139,11 @@ class Plan(PlanData):
             self.digest, dict(self.settings), dict(generated), error, macs, params, compensation
         )
 
+    @property
+    def options(self) -> Options:
+        """The options that it was made with; a criterion that was a function is left out."""
+        return Options.of_record(self.settings.get("options", {}))
+
     def keep(self, coupling: Coupling | None = None, found: Residuals | None = None) -> Keep:
         """The kept units as an evaluation over an analysed architecture.
 

@@ -114,7 +114,7 @@ def settled(
 def _meant(name: str, takes: list[str]) -> str:
     if _RENAMED.get(name) in takes:
         return f"{name}= is called {_RENAMED[name]}="
-    close = difflib.get_close_matches(name, takes, 1, 0.5)
+    close = difflib.get_close_matches(name, takes, 1, 0.6)
     return f"did you mean {close[0]}=?" if close else f"it takes {', '.join(takes)}"
 
 
