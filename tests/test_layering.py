@@ -159,6 +159,7 @@ def test_documents_use_only_the_public_surface(document: str) -> None:
     text = (PACKAGE.parent / document).read_text()
     code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
     used = set(re.findall(r"\bdepcut\.([A-Za-z_][\w.]*)", code))
+    used |= set(re.findall(r"(?<![\w.])((?:training|integrations)\.[a-zA-Z_]\w*)", code))
     assert used
     for name in used:
         value: Any = depcut
