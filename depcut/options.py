@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypedDict
 
 from depcut.allocate.choose import check_ratio
 from depcut.allocate.order import ALLOCATIONS
@@ -24,8 +24,6 @@ else:
     import tomli as tomllib
 
 QUANTITIES = (*COSTS, "latency")
-
-CommonT = TypeVar("CommonT", bound="Common")
 
 
 @dataclass(frozen=True, kw_only=True)
