@@ -5,41 +5,14 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from pathlib import Path
 
+import draw_imports
 import networkx as nx
 import pytest
+from layers import MODULES, ORDER, PACKAGE, between_stages, folders, imports, stage
 
 import depcut
 
-PACKAGE = Path(depcut.__file__).parent
-FILES = sorted(PACKAGE.rglob("*.py"))
-
-ROOT = ""  # the package itself, i.e. depcut/__init__.py
-
-# From the bottom up: a folder (or root module) imports from itself and from what stands before it.
-ORDER = """
-errors version
-support
-axes
-capture
-graph
-ops
-coupling
-branches
-plan
-reference
-calibration scores
-allocate
-rewrite
-verify
-repair
-deploy
-timing latency
-analysis dead_units api
-training integrations
-depcut cli __main__
-""".split()
 LEVEL = {name: i for i, name in enumerate(ORDER)}
 
 PUBLIC = """
@@ -53,35 +26,7 @@ transformers_callback __version__
 """.split()
 
 
-def module_name(path: Path) -> str:
-    """Dotted name below the package; a package's __init__ is the package."""
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-MODULES = {module_name(path): path for path in FILES}
-
-
-def imports(path: Path) -> set[str]:
-    """Modules of the package that a file imports, wherever in the file."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{path.name}:{node.lineno}: a relative import"
-            names = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {n if n.partition(".")[2] in MODULES else str(node.module) for n in names}
-    ours = {n.partition(".")[2] for n in found if n.partition(".")[0] == "depcut"}
-    return ours - {module_name(path)}
-
-
 GRAPH = {name: imports(path) for name, path in MODULES.items()}
-
-
-def stage(module: str) -> str:
-    """The folder (or root module) that a module belongs to."""
-    return module.partition(".")[0] or "depcut"
 
 
 def test_every_folder_has_its_place_in_the_order() -> None:
@@ -101,6 +46,12 @@ def test_a_folder_imports_only_from_those_above_it() -> None:
         if LEVEL[stage(other)] > LEVEL[stage(name)]
     ]
     assert wrong == []
+
+
+def test_the_picture_and_the_table_of_folders_are_up_to_date() -> None:
+    redraw = "run python docs/draw_imports.py"
+    assert draw_imports.drawn(draw_imports.PICTURE.read_text()) == set(between_stages()), redraw
+    assert folders() in draw_imports.CONTRIBUTING.read_text(), redraw
 
 
 def test_the_root_is_no_drawer() -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 
 from depcut.scores.aggregate import compared, members
-from depcut.scores.context import Context, Scores
+from depcut.scores.context import Context, Scores, criterion
 from depcut.scores.slices import unit_slices
 
 _ENTRIES = 1 << 24  # of a block of distances, 128 MiB in double precision
 
 
+@criterion("fpgm", members="producers")
 def fpgm(context: Context) -> Scores:
     """Sum of a unit's distances to all others: score(u) = sum over v of |x_u - x_v|.
 

@@ -9,7 +9,7 @@ from torch import fx
 from depcut.ops import normalization
 from depcut.ops.registry import Op, rule_for
 from depcut.scores.aggregate import by_element, compared, members, totals
-from depcut.scores.context import Context, Scores
+from depcut.scores.context import Context, Scores, criterion
 from depcut.scores.magnitude import l2
 
 _NORMS = (normalization.batch_norm, normalization.layer_norm, normalization.group_norm)
@@ -46,6 +46,7 @@ def scales(context: Context) -> set[str]:
     return found
 
 
+@criterion("bn", aggregate="mean")
 def bn(context: Context) -> Scores:
     """Network slimming: |gamma| of the norms that scale a unit, their mean if there are several.
 
