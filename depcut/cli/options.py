@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from depcut.timing.backends import PROVIDERS, RUNTIMES
+from depcut.timing.runtimes import RUNTIMES, providers
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -71,10 +71,15 @@ class Command:
 
     def runtime(self, *, several_batches: bool) -> None:
         """The options that say what is timed, where and how."""
-        self.add("--runtime", choices=RUNTIMES, default="onnxruntime", help="what runs the models")
+        self.add(
+            "--runtime",
+            choices=sorted(RUNTIMES),
+            default="onnxruntime",
+            help="what runs the models",
+        )
         self.add(
             "--provider",
-            choices=PROVIDERS,
+            choices=providers(),
             help="what computes in it; the CPU if left out; tensorrt is onnxruntime's",
         )
         self.add(
