@@ -149,8 +149,7 @@ def hrank(context: Context) -> Scores:
     example; of a unit that is one feature of a sequence, examples x tokens, one for each batch;
     without positions examples x features. Dimension 0 counts as examples. Singular values below
     the precision of the activations count as zero.
-    In benchmarks/accuracy.py (half of the MACs, no repair) it beats chance on two of four tasks: of
-    sequences nearly all maps have full rank, so that most units tie.
+    Of sequences nearly all maps have full rank, so that most units tie.
     Source: Lin et al., HRank: Filter Pruning using High-Rank Feature Map, CVPR 2020, eq. 5.
     Needs data.
     """

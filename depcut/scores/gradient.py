@@ -134,9 +134,8 @@ def grasp(context: Context) -> Scores:
     The paper's S = -w (H g) is how much removal adds to the gradient flow |g|^2, and what has the
     largest S is removed; higher is kept here, so the sign is turned. Scores are shifted to be
     positive, all by the same number.
-    In benchmarks/accuracy.py (trained nets, half of the MACs, no repair) it loses more than chance
-    on all four tasks: it keeps what lets an untrained net learn, and in a trained one it keeps the
-    units whose removal would lower the gradient, not those that the function needs.
+    It keeps what lets an untrained net learn; in a trained one these are the units whose removal
+    would lower the gradient, not those that the function needs.
     Source: Wang et al., Picking Winning Tickets Before Training by Preserving Gradient Flow,
     ICLR 2020, eq. 8 and algorithm 1. Needs data and a loss.
     """

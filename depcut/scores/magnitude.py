@@ -48,8 +48,6 @@ def l2(context: Context) -> Scores:
 def l1(context: Context) -> Scores:
     """Group L1 norm: sum of |w| over all members, divided by the group's mean.
 
-    In benchmarks/accuracy.py (half of the MACs, no repair) it beats chance on two of four tasks and
-    ties with it on the two digits nets, where small weights are spread evenly over the channels.
     Source: Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017.
     Needs no data.
     """

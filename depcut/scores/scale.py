@@ -53,9 +53,8 @@ def bn(context: Context) -> Scores:
     The norms are found in the graph: batch, layer, group and RMS norm, and parameters that an
     activation is multiplied with. A group without any has its L2 norm instead; with the default
     "mean" normalisation both have a mean of one.
-    In benchmarks/accuracy.py (half of the MACs, no repair) it beats chance on two of four tasks and
-    not on the transformers: their norms scale the residual stream alone, and say how far it is
-    stretched, not what the layers that read it make of that.
+    In a transformer the norms scale the residual stream alone: they say how far it is stretched,
+    not what the layers that read it make of that.
     Source: Liu et al., Learning Efficient Convolutional Networks through Network Slimming,
     ICCV 2017. Needs no data, but training with a penalty on |gamma| to mean much.
     """
