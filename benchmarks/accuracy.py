@@ -116,8 +116,7 @@ class Results:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        path = measure.RESULTS / f"{name}.json"
-        self.rows: list[Row] = json.loads(path.read_text())["rows"] if path.exists() else []
+        self.rows: list[Row] = measure.read(name)["rows"]
 
     def has(self, row: Row) -> bool:
         return any(self._same(r, row) and r["key"] == row["key"] for r in self.rows)

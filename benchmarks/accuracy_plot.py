@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 from accuracy_summary import BEST, PEER, with_best
 from accuracy_tasks import TASKS
-from measure import RESULTS, Row
+from figures import save
+from measure import RESULTS, Row, read
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--results", default="accuracy", help="name of the file under results/")
     parser.add_argument("--out", type=Path, help="image to write; results/NAME.png by default")
     options = parser.parse_args()
-    data = json.loads((RESULTS / f"{options.results}.json").read_text())
+    data = read(options.results)
     rows = [row for row in with_best(data["rows"]) if "error" not in row]
     names = [name for name in TASKS if any(row["name"] == name for row in rows)]
     figure, panels = plt.subplots(
@@ -53,8 +53,7 @@ def main() -> None:
         + (", bands: standard deviation" if seeds > 1 else "")
     )
     out = options.out or RESULTS / f"{options.results}.png"
-    figure.savefig(out, dpi=130)
-    print(f"written: {out}")
+    save(figure, out)
 
 
 def panel(axes: Axes, name: str, rows: list[Row]) -> None:

@@ -117,8 +117,9 @@ def cells(rows: Iterable[Row], name: str) -> list[list[str]]:
     out = [["method", *(f"{p:.0%} removed" for p in points)]]
     out.append([f"dense: {spread(list(dense.values()))}", *[""] * len(points)])
     for method in dict.fromkeys(r["method"] for r in rows):
-        lost = (losses(rows, name, method, p) for p in points)
-        out.append([method, *(spread(list(found.values())) or "FAIL" for found in lost)])
+        tried = {r["removed"] for r in rows if r["method"] == method}
+        lost = {p: list(losses(rows, name, method, p).values()) for p in points}
+        out.append([method, *(spread(lost[p]) or ("FAIL" if p in tried else "") for p in points)])
     variants = [
         Counter(r["variant"] for r in good if r.get("variant") and r["removed"] == p)
         for p in points

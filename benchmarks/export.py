@@ -9,7 +9,6 @@ weights are livened up first, or some members would answer the same to every inp
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import warnings
@@ -63,9 +62,7 @@ def parsed() -> argparse.Namespace:
 
 def kept(results: str, names: list[str]) -> list[Row]:
     """Rows of an earlier run, of members that this one leaves out."""
-    source = measure.RESULTS / f"{results}.json"
-    rows = json.loads(source.read_text())["rows"] if source.exists() else []
-    return [row for row in rows if row["name"] not in names]
+    return [row for row in measure.read(results)["rows"] if row["name"] not in names]
 
 
 def attempt(name: str) -> Row:

@@ -124,8 +124,7 @@ class Results:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        path = measure.RESULTS / f"{name}.json"
-        data = json.loads(path.read_text()) if path.exists() else {"rows": [], "summary": {}}
+        data = measure.read(name)
         self.rows: list[Row] = data["rows"]
         self.facts: dict[str, Any] = data["summary"]
 

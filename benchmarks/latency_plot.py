@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import matplotlib as mpl
-from measure import RESULTS, Row
+from figures import save
+from measure import RESULTS, Row, read
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--results", default="latency", help="name of the file under results/")
     parser.add_argument("--out", type=Path, help="image to write; results/NAME.png by default")
     options = parser.parse_args()
-    data = json.loads((RESULTS / f"{options.results}.json").read_text())
+    data = read(options.results)
     rows: list[Row] = [row for row in data["rows"] if "error" not in row]
     names = list(dict.fromkeys(row["name"] for row in rows))
     columns = min(3, len(names))
@@ -47,8 +47,7 @@ def main() -> None:
     machine = data["machine"]
     figure.suptitle(f"onnxruntime, 1 thread, {machine['cpu']}; batch 1, medians in turns")
     out = options.out or RESULTS / f"{options.results}.png"
-    figure.savefig(out, dpi=130)
-    print(f"written: {out}")
+    save(figure, out)
 
 
 def panel(axes: Axes, name: str, rows: list[Row]) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import gc
-import io
 import json
 import math
 import os
@@ -155,18 +153,65 @@ def machine() -> Row:
 
 
 def write(name: str, rows: Sequence[Row], summary: Mapping[str, Any]) -> list[Path]:
-    """Rows as CSV, and all of it with the machine as JSON, under benchmarks/results/."""
+    """Rows, summary and machine as one compact JSON file, benchmarks/results/NAME.json.
+
+    A row is a line, the values in the order of "columns", null where the row has no such column.
+    Numbers have six digits. A string of a column under "texts" is its position there.
+    """
     RESULTS.mkdir(exist_ok=True)
-    as_json, as_csv = RESULTS / f"{name}.json", RESULTS / f"{name}.csv"
-    data = {"machine": machine(), "summary": dict(summary), "rows": list(rows)}
-    _replace(as_json, json.dumps(data, indent=1) + "\n")
+    path = RESULTS / f"{name}.json"
+    _replace(path, encoded({"machine": machine(), "summary": dict(summary), "rows": list(rows)}))
+    return [path]
+
+
+def read(name: str) -> Row:
+    """Machine, summary and rows that were written under a name; without a file there are none."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return {"machine": {}, "summary": {}, "rows": []}
+    data = json.loads(path.read_text())
+    columns, texts = data.pop("columns"), data.pop("texts")
+    lines = [list(zip(columns, line, strict=True)) for line in data["rows"]]
+    rows = [
+        {k: texts[k][v] if k in texts else v for k, v in line if v is not None} for line in lines
+    ]
+    return {**data, "rows": rows}
+
+
+def encoded(data: Row) -> str:
+    """The text of a results file; `read` is its inverse, up to rounding and empty values."""
+    rows = data["rows"]
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: _cell(v) for k, v in row.items()} for row in rows)
-    _replace(as_csv, text.getvalue())
-    return [as_json, as_csv]
+    texts: dict[str, list[str]] = {}
+    for column in columns:
+        values = [row[column] for row in rows if row.get(column) is not None]
+        distinct = list(dict.fromkeys(v for v in values if isinstance(v, str)))
+        if all(isinstance(v, str) for v in values) and 2 * len(distinct) < len(values):
+            texts[column] = distinct
+    position = {column: {t: i for i, t in enumerate(every)} for column, every in texts.items()}
+
+    def value(row: Row, column: str) -> Any:
+        found = row.get(column)
+        known = position.get(column)
+        return found if known is None or found is None else known[found]
+
+    head = {k: _compact(v) for k, v in data.items() if k != "rows"}
+    parts = [f'"{k}":{v}' for k, v in (head | {"columns": _compact(columns)}).items()]
+    parts.append(f'"texts":{_compact(texts)}')
+    lines = ",\n".join(_compact([value(row, column) for column in columns]) for row in rows)
+    return "{" + ",\n".join(parts) + ',\n"rows":[\n' + lines + "\n]}\n"
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(_rounded(value), separators=(",", ":"), ensure_ascii=False)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else value
+    if isinstance(value, Mapping):
+        return {k: _rounded(v) for k, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _replace(path: Path, text: str) -> None:
@@ -174,12 +219,6 @@ def _replace(path: Path, text: str) -> None:
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     draft.write_text(text)
     draft.replace(path)
-
-
-def _cell(value: Any) -> Any:
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return "; ".join(map(str, value)) if isinstance(value, list | dict) else value
 
 
 def table(title: str, columns: Mapping[str, Callable[[Row], str]], rows: Iterable[Row]) -> Table:

@@ -88,8 +88,7 @@ class Results:
         self.rows = self._read()
 
     def _read(self) -> list[Row]:
-        path = measure.RESULTS / f"{self.name}.json"
-        return json.loads(path.read_text())["rows"] if path.exists() else []
+        return list(measure.read(self.name)["rows"])
 
     def has(self, row: Row) -> bool:
         return any(_same(r, row) and r["key"] == row["key"] for r in self.rows)

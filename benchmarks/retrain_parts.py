@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from functools import partial
 from statistics import mean
 
 from accuracy_summary import of_peer
-from measure import RESULTS
+from measure import read
 from retrain_summary import AT, AUTO, BY, FT_SHARE
 from retrain_tasks import EARLY, Subject
 from torch import nn
@@ -238,7 +237,7 @@ def rival(subject: Subject, wanted: Wanted) -> Points:
 
 def best_variants(task: str, removed: float, count: int = 2) -> list[str]:
     """Those that lost least one-shot at the operating point nearest to this one, by the mean."""
-    rows = json.loads((RESULTS / "accuracy.json").read_text())["rows"]
+    rows = read("accuracy")["rows"]
     rows = [r for r in rows if r["name"] == task and of_peer(r) and "error" not in r]
     nearest = min({r["removed"] for r in rows}, key=lambda p: abs(p - removed))
     lost: dict[str, list[float]] = defaultdict(list)

@@ -1,16 +1,16 @@
-"""Plot results/retrain.json: schedules over budgets, and what else was compared."""
+"""Plot results/retrain.json: schedules over budgets, a panel for each task and ratio."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
 import numpy as np
 from accuracy_tasks import TASKS
-from measure import RESULTS
-from retrain_summary import DEFAULT, DIGITS, FT_SHARE, LOW, OWN, SCHEDULES, comparisons, found
+from figures import save
+from measure import RESULTS, read
+from retrain_summary import DEFAULT, FT_SHARE, LOW, OWN, SCHEDULES, found
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -30,17 +30,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", default="retrain", help="name of the file under results/")
     options = parser.parse_args()
-    rows = json.loads((RESULTS / f"{options.results}.json").read_text())["rows"]
+    rows = read(options.results)["rows"]
     names = list(dict.fromkeys(row["name"] for row in rows))
     finds = {name: found(rows, name) for name in names}
     seeds = {n: len({r["seed"] for r in rows if r["name"] == n}) for n in names}
-    for figure, suffix in (
-        (schedules(finds, seeds), ""),
-        (compared(finds, seeds), "_comparisons"),
-    ):
-        out = RESULTS / f"{options.results}{suffix}.png"
-        figure.savefig(out, dpi=130)
-        print(f"written: {out}")
+    save(schedules(finds, seeds), RESULTS / f"{options.results}.png")
 
 
 def schedules(finds: Mapping[str, Mapping], seeds: Mapping[str, int]) -> Figure:
@@ -112,44 +106,6 @@ def _label(name: str) -> str:
 def _within(axes: Axes, value: float) -> bool:
     low, high = axes.get_ylim()
     return low <= value <= high
-
-
-def compared(finds: Mapping[str, Mapping], seeds: Mapping[str, int]) -> Figure:
-    """A panel a task: the gain of one way over another, mean and deviation at each place."""
-    every = {name: comparisons(find, name) for name, find in finds.items()}
-    lines = max(sum(map(len, c.values())) + len(c) for c in every.values())
-    figure, panels = plt.subplots(
-        1,
-        len(every),
-        figsize=(8.2 * len(every), 0.15 * lines + 1.4),
-        layout="constrained",
-        squeeze=False,
-    )
-    for axes, (name, found_here) in zip(panels[0], every.items(), strict=True):
-        labels: list[str] = []
-        for i, (what, places) in enumerate(found_here.items()):
-            labels.append(what)
-            for where, values in places:
-                deviation = np.std(values, ddof=1) if len(values) > 1 else 0.0
-                axes.errorbar(
-                    np.mean(values),
-                    len(labels),
-                    xerr=deviation,
-                    fmt="o",
-                    ms=3.5,
-                    color=f"C{i % 10}",
-                )
-                labels.append(f"    {where}")
-        axes.axvline(0, color="lightgray", zorder=0)
-        axes.set_yticks(range(len(labels)), labels, fontsize=7)
-        for tick in axes.get_yticklabels():
-            if not tick.get_text().startswith(" "):
-                tick.set_fontweight("bold")
-        axes.set_ylim(len(labels), -1)
-        axes.set_xscale("symlog", linthresh=1.0 if DIGITS[name] == 2 else 0.01)
-        axes.set(title=name, xlabel=f"gain in {TASKS[name].unit} (right is better)")
-    figure.suptitle("One way of retraining over another\n" + _seeds(seeds), fontsize=10)
-    return figure
 
 
 def _seeds(seeds: Mapping[str, int]) -> str:

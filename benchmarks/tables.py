@@ -1,9 +1,8 @@
-"""Write the tables of README.md from the JSON files under results/."""
+"""Write the short tables of README.md from the files under results/, or print the whole ones."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Callable, Mapping
 
@@ -13,8 +12,9 @@ import gradual_cost
 import latency
 import retrain_summary
 import scaling
+import short_tables
 import speed
-from measure import HERE, RESULTS, Row
+from measure import HERE, Row, read
 
 ZOO = {
     "name": lambda r: r["name"],
@@ -38,15 +38,23 @@ REFUSED = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help=f"sections, of {', '.join(SECTIONS)}")
-    wanted = parser.parse_args().names
+    parser.add_argument("names", nargs="*", help=f"sections, of {', '.join(short_tables.SECTIONS)}")
+    parser.add_argument(
+        "--full", action="store_true", help="print every row and statement, and write nothing"
+    )
+    options = parser.parse_args()
+    names = options.names or list(FULL if options.full else short_tables.SECTIONS)
+    if options.full:
+        for name in names:
+            data = read(name)
+            print(f"## {name}\n\n{FULL[name](data['rows'])}\n\n{points(data)}\n")
+        return
     readme = HERE / "README.md"
     text = readme.read_text()
-    for name, build in SECTIONS.items():
-        source = RESULTS / f"{name}.json"
-        if source.exists() and (not wanted or name in wanted):
-            data = json.loads(source.read_text())
-            made = build(data["rows"]) + "\n\n" + points(data)
+    for name in names:
+        data = read(name)
+        if data["rows"]:
+            made = short_tables.SECTIONS[name](data["rows"], data["summary"])
             pattern = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
             text = re.sub(pattern, lambda m, made=made: m[1] + made + m[2], text, flags=re.S)
     readme.write_text(text)
@@ -118,13 +126,33 @@ def gradual_table(rows: list[Row]) -> str:
     return markdown(gradual_cost.COLUMNS, rows)
 
 
-SECTIONS = {
+def options_table(rows: list[Row]) -> str:
+    lost = {(r["method"], r["name"]): r["lost"] for r in rows}
+    choices = dict.fromkeys(r["method"].partition(" ")[2] for r in rows)
+    made: list[list[str]] = []
+    for choice in choices:
+        cells = [
+            ", ".join(
+                f"{lost[key, n]:.1f}" if n.startswith("digits") else f"{lost[key, n]:.2f}"
+                for n in short_tables.TASKS
+            )
+            if (key, short_tables.TASKS[0]) in lost
+            else short_tables.ABSENT
+            for key in (f"magnitude {choice}", f"taylor {choice}")
+        ]
+        if all(cells != known for _, *known in made):  # some choices come to the same plan
+            made.append([choice, *cells])
+    return short_tables.lines(["choice", "magnitude", "Taylor"], made)
+
+
+FULL = {
     "zoo": zoo_table,
     "speed": speed_table,
     "scaling": scaling_tables,
     "latency": latency_table,
     "export": export_table,
     "accuracy": accuracy_summary.markdown,
+    "accuracy_options": options_table,
     "retrain": retrain_summary.markdown,
     "gradual_cost": gradual_table,
 }

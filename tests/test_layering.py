@@ -3,46 +3,18 @@
 from __future__ import annotations
 
 import ast
+import pkgutil
 import re
 import sys
-from pathlib import Path
 from typing import Any
 
+import draw_imports
 import networkx as nx
 import pytest
+from layers import MODULES, ORDER, PACKAGE, between_stages, folders, imports, stage
 
 import depcut
 
-PACKAGE = Path(depcut.__file__).parent
-FILES = sorted(PACKAGE.rglob("*.py"))
-
-ROOT = ""  # the package itself, i.e. depcut/__init__.py
-
-# From the bottom up: a folder (or root module) imports from itself and from what stands before it.
-ORDER = """
-errors version
-support
-axes
-capture
-graph
-ops
-coupling
-branches
-plan
-reference
-calibration scores
-allocate
-rewrite
-verify
-repair
-options
-apply
-deploy
-timing latency
-analysis dead_units api
-training integrations
-depcut cli __main__
-""".split()
 LEVEL = {name: i for i, name in enumerate(ORDER)}
 
 PUBLIC = """
@@ -52,35 +24,7 @@ compact compaction compare export integrations report rule shrink training
 """.split()
 
 
-def module_name(path: Path) -> str:
-    """Dotted name below the package; a package's __init__ is the package."""
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-MODULES = {module_name(path): path for path in FILES}
-
-
-def imports(path: Path) -> set[str]:
-    """Modules of the package that a file imports, wherever in the file."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{path.name}:{node.lineno}: a relative import"
-            names = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {n if n.partition(".")[2] in MODULES else str(node.module) for n in names}
-    ours = {n.partition(".")[2] for n in found if n.partition(".")[0] == "depcut"}
-    return ours - {module_name(path)}
-
-
 GRAPH = {name: imports(path) for name, path in MODULES.items()}
-
-
-def stage(module: str) -> str:
-    """The folder (or root module) that a module belongs to."""
-    return module.partition(".")[0] or "depcut"
 
 
 def test_every_folder_has_its_place_in_the_order() -> None:
@@ -100,6 +44,12 @@ def test_a_folder_imports_only_from_those_above_it() -> None:
         if LEVEL[stage(other)] > LEVEL[stage(name)]
     ]
     assert wrong == []
+
+
+def test_the_picture_and_the_table_of_folders_are_up_to_date() -> None:
+    redraw = "run python docs/draw_imports.py"
+    assert draw_imports.drawn(draw_imports.PICTURE.read_text()) == set(between_stages()), redraw
+    assert folders() in draw_imports.CONTRIBUTING.read_text(), redraw
 
 
 def test_the_root_is_no_drawer() -> None:
@@ -154,15 +104,26 @@ def test_the_root_exports_at_most_thirty_names() -> None:
     assert len(dir(depcut)) <= 30
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
-def test_documents_use_only_the_public_surface(document: str) -> None:
+def names_in(document: str) -> set[str]:
+    """Names of depcut in the Python code of a document."""
     text = (PACKAGE.parent / document).read_text()
     code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
     used = set(re.findall(r"\bdepcut\.([A-Za-z_][\w.]*)", code))
-    used |= set(re.findall(r"(?<![\w.])((?:training|integrations)\.[a-zA-Z_]\w*)", code))
+    return used | set(re.findall(r"(?<![\w.])((?:training|integrations)\.[a-zA-Z_]\w*)", code))
+
+
+def test_the_readme_uses_only_the_public_surface() -> None:
+    used = names_in("README.md")
     assert used
     for name in used:
         value: Any = depcut
         for part in name.split("."):
             assert part in dir(value), name
             value = getattr(value, part)
+
+
+def test_names_in_the_recipes_exist() -> None:
+    used = names_in("CONTRIBUTING.md")
+    assert used
+    for name in used:
+        assert pkgutil.resolve_name(f"depcut.{name}")

@@ -20,9 +20,9 @@ from depcut.deploy.runtime import open_session
 from depcut.errors import ExportError, InputError
 from depcut.timing.bench import BenchResult, Measurement, bench, byte_size, rate
 from depcut.timing.clock import Speedup, Timing, interleave, median_interval
-from depcut.timing.modules import no_fallback
 from depcut.timing.pinning import pinned
-from depcut.timing.sessions import SessionRunner
+from depcut.timing.runtimes.modules import no_fallback
+from depcut.timing.runtimes.sessions import SessionRunner
 
 
 class Machine:

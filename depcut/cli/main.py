@@ -29,9 +29,10 @@ from depcut.cli.options import Command, Help, options_of, threads_of
 from depcut.dead_units import compaction
 from depcut.deploy.export import export
 from depcut.errors import DepcutError, InputError
-from depcut.timing.backends import Candidate, check_runtime
+from depcut.timing.backends import Candidate
 from depcut.timing.bench import bench
 from depcut.timing.comparison import compare
+from depcut.timing.runtimes import RUNTIMES, check_runtime
 from depcut.version import __version__
 
 _EPILOG = """\
@@ -183,7 +184,7 @@ def _cpus(text: str | None) -> bool | tuple[int, ...]:
 
 def _placed(options: argparse.Namespace, things: Any) -> Any:
     """Models where PyTorch is to time them."""
-    if options.runtime == "onnxruntime" or options.provider != "cuda":
+    if not RUNTIMES[options.runtime].in_place or options.provider != "cuda":
         return things
     return pytree.tree_map_only(nn.Module, lambda model: model.to("cuda"), things)
 

@@ -11,7 +11,7 @@ from typing import Any
 from depcut.errors import InputError
 from depcut.options import Options, ShrinkKeywords
 from depcut.support.keywords import default_of, doc_of, names_of
-from depcut.timing.backends import PROVIDERS, RUNTIMES
+from depcut.timing.runtimes import RUNTIMES, providers
 
 # Flags that stand elsewhere: with the budget, and with what is timed.
 _ELSEWHERE = ("latency_ms", "threads")
@@ -153,10 +153,15 @@ class Command:
 
     def runtime(self, *, several_batches: bool) -> None:
         """The options that say what is timed, where and how."""
-        self.add("--runtime", choices=RUNTIMES, default="onnxruntime", help="what runs the models")
+        self.add(
+            "--runtime",
+            choices=sorted(RUNTIMES),
+            default="onnxruntime",
+            help="what runs the models",
+        )
         self.add(
             "--provider",
-            choices=PROVIDERS,
+            choices=providers(),
             help="what computes in it; the CPU if left out; tensorrt is onnxruntime's",
         )
         self.add(

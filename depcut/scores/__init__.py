@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
+from pkgutil import iter_modules
 
 import numpy as np
 from torch import nn
@@ -10,8 +12,7 @@ from torch import nn
 from depcut.calibration.data import Calibration
 from depcut.coupling.groups import Coupling
 from depcut.errors import InputError
-from depcut.scores import activation, geometry, gradient, magnitude, reconstruction, scale, synaptic
-from depcut.scores.context import Context, Method, Score, Scores
+from depcut.scores.context import CRITERIA, Context, Score, Scores
 
 __all__ = [
     "CRITERIA",
@@ -26,30 +27,9 @@ __all__ = [
 
 Criterion = Callable[[Coupling, nn.Module, int], Scores]
 
-CRITERIA: dict[str, Method] = {
-    "magnitude": Method(magnitude.l2),
-    "l2": Method(magnitude.l2),
-    "l1": Method(magnitude.l1),
-    "lamp": Method(magnitude.lamp, normalize="none"),
-    "random": Method(magnitude.uniform_random, aggregate=None, members=None, normalize=None),
-    "fpgm": Method(geometry.fpgm, members="producers"),
-    "bn": Method(scale.bn, aggregate="mean"),
-    "synflow": Method(synaptic.synflow, members="consumers", normalize=None),
-    "wanda": Method(activation.wanda, "data", members=None),
-    "flap": Method(activation.flap, "data", members=None),
-    "apoz": Method(activation.apoz, "data", aggregate="mean", members=None),
-    "hrank": Method(activation.hrank, "data", aggregate="mean", members=None),
-    "chip": Method(activation.chip, "data", aggregate="mean", members=None),
-    "taylor": Method(gradient.taylor, "loss"),
-    "taylor_gate": Method(gradient.taylor_gate, "loss", members="consumers"),
-    "fisher": Method(gradient.fisher, "loss"),
-    "hessian": Method(gradient.hessian, "loss"),
-    "snip": Method(gradient.snip, "loss"),
-    "grasp": Method(gradient.grasp, "loss"),
-    "obs": Method(
-        reconstruction.obs, "data", aggregate=None, members=None, normalize=None, additive=True
-    ),
-}
+# Each file of this folder registers its criteria.
+for _file in iter_modules(__path__):
+    import_module(f"{__name__}.{_file.name}")
 
 _MISSING = {"data": ("data", "pass data="), "loss": ("data and a loss", "pass data= and loss=")}
 

@@ -15,7 +15,7 @@ from depcut.calibration.site import Site
 from depcut.calibration.sites import find_sites
 from depcut.calibration.visits import visits
 from depcut.scores.aggregate import Values, compared, unit_sums
-from depcut.scores.context import Context, Scores
+from depcut.scores.context import Context, Scores, criterion
 from depcut.scores.magnitude import l2
 from depcut.scores.maps import independence, rank
 from depcut.scores.slices import unit_slices
@@ -23,6 +23,7 @@ from depcut.scores.slices import unit_slices
 _Columns = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 
+@criterion("wanda", needs="data", members=None)
 def wanda(context: Context) -> Scores:
     """|W| times the size of what it reads: score(u) = sum over its columns j of |W_j|_1 rms(x_j).
 
@@ -39,6 +40,7 @@ def wanda(context: Context) -> Scores:
     return _by_columns(context, columns)
 
 
+@criterion("flap", needs="data", members=None)
 def flap(context: Context) -> Scores:
     """Fluctuation: score(u) = sum over its columns j of the sample variance of x_j times |W_j|_2^2.
 
@@ -124,6 +126,7 @@ def _aggregated(context: Context, parts: list[Values]) -> Values:
     return np.asarray(stacked.sum(axis=0) if how == "sum" else stacked.mean(axis=0))
 
 
+@criterion("apoz", needs="data", aggregate="mean", members=None)
 def apoz(context: Context) -> Scores:
     """Share of activations that are not zero: score(u) = 1 - APoZ(u), where the unit is read.
 
@@ -137,6 +140,7 @@ def apoz(context: Context) -> Scores:
     return _by_readings(context, nonzero)
 
 
+@criterion("hrank", needs="data", aggregate="mean", members=None)
 def hrank(context: Context) -> Scores:
     """Mean rank of a unit's feature maps where it is read, over examples and batches.
 
@@ -145,14 +149,14 @@ def hrank(context: Context) -> Scores:
     example; of a unit that is one feature of a sequence, examples x tokens, one for each batch;
     without positions examples x features. Dimension 0 counts as examples. Singular values below
     the precision of the activations count as zero.
-    In benchmarks/accuracy.py (half of the MACs, no repair) it beats chance on two of four tasks: of
-    sequences nearly all maps have full rank, so that most units tie.
+    Of sequences nearly all maps have full rank, so that most units tie.
     Source: Lin et al., HRank: Filter Pruning using High-Rank Feature Map, CVPR 2020, eq. 5.
     Needs data.
     """
     return _by_readings(context, rank)
 
 
+@criterion("chip", needs="data", aggregate="mean", members=None)
 def chip(context: Context) -> Scores:
     """Channel independence: what the nuclear norm of all maps loses when the unit's are zero.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -117,7 +118,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Method:
-    """A criterion of the table, with its defaults; None where it has no such option.
+    """A registered criterion, with its defaults; None where it has no such option.
 
     Attributes:
         function: From a context to one vector a group, higher is kept.
@@ -152,3 +153,43 @@ class Method:
                 )
             settled[option] = default if given is None else given
         return Score(score.name, **settled)
+
+
+CRITERIA: dict[str, Method] = {}
+
+Function = TypeVar("Function", bound=Callable[[Context], Scores])
+
+
+def criterion(
+    name: str,
+    *,
+    needs: Literal["", "data", "loss"] = "",
+    aggregate: str | None = "sum",
+    members: str | None = "all",
+    normalize: str | None = "mean",
+    additive: bool = False,
+) -> Callable[[Function], Function]:
+    """Register the decorated function as a criterion; the arguments are those of `Method`.
+
+    Args:
+        name: What users pass as `score=`.
+        needs: "" (weights alone), "data" (inputs) or "loss" (inputs, targets and a loss).
+        aggregate: The default, or None where the criterion has no such option; see `Score`.
+        members: The same.
+        normalize: The same.
+        additive: Whether scores are losses that add up, also over groups.
+
+    Returns:
+        A decorator that returns the function unchanged.
+
+    Raises:
+        ValueError: There is a criterion of that name.
+    """
+
+    def register(function: Function) -> Function:
+        if name in CRITERIA:
+            raise ValueError(f"there are two criteria named {name!r}")
+        CRITERIA[name] = Method(function, needs, aggregate, members, normalize, additive)
+        return function
+
+    return register

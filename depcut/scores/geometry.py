@@ -5,21 +5,20 @@ from __future__ import annotations
 import torch
 
 from depcut.scores.aggregate import compared, members
-from depcut.scores.context import Context, Scores
+from depcut.scores.context import Context, Scores, criterion
 from depcut.scores.slices import unit_slices
 
 _ENTRIES = 1 << 24  # of a block of distances, 128 MiB in double precision
 
 
+@criterion("fpgm", members="producers")
 def fpgm(context: Context) -> Scores:
     """Sum of a unit's distances to all others: score(u) = sum over v of |x_u - x_v|.
 
     x_u is everything that the unit owns of the members, as one vector; units close to the geometric
     median of their group are replaceable. By default of the producers, as in the paper. Of several
     members the squared distances are aggregated ("sum": that of the joint vector).
-    In benchmarks/accuracy.py (half of the MACs, no repair) it beats chance on two of four tasks: a
-    unit that resembles others may carry most of the signal, and nothing takes over its share
-    without retraining, which the paper does.
+    A unit that resembles others may carry most of the signal; the paper retrains afterwards.
     Source: He et al., Filter Pruning via Geometric Median (FPGM), CVPR 2019, eq. 4.
     Needs no data.
     """

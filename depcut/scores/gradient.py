@@ -9,7 +9,7 @@ import torch
 
 from depcut.calibration.gradients import curvatures, gradients, trainable
 from depcut.scores.aggregate import by_element, compared, totals
-from depcut.scores.context import Context, Scores
+from depcut.scores.context import Context, Scores, criterion
 
 Elements = Mapping[str, torch.Tensor]
 
@@ -38,6 +38,7 @@ def _averaged(context: Context, saliency: Callable[[dict[str, torch.Tensor]], Sc
         return _mean(saliency(_products(context, gradient)) for gradient in found)
 
 
+@criterion("taylor", needs="loss")
 def taylor(context: Context) -> Scores:
     """First-order Taylor: score(u) = mean over the batches of (sum over the unit of g w)^2.
 
@@ -53,6 +54,7 @@ def taylor(context: Context) -> Scores:
     return compared(context, _averaged(context, squared))
 
 
+@criterion("taylor_gate", needs="loss", members="consumers")
 def taylor_gate(context: Context) -> Scores:
     """First-order Taylor of a gate on the unit where it is read: `taylor` over the consumers.
 
@@ -66,6 +68,7 @@ def taylor_gate(context: Context) -> Scores:
     return taylor(context)
 
 
+@criterion("fisher", needs="loss")
 def fisher(context: Context) -> Scores:
     """Diagonal second order: score(u) = mean over the batches of sum over the unit of g^2 w^2 / 2.
 
@@ -83,6 +86,7 @@ def fisher(context: Context) -> Scores:
     return compared(context, _averaged(context, halved))
 
 
+@criterion("snip", needs="loss")
 def snip(context: Context) -> Scores:
     """Connection sensitivity: score(u) = sum over the unit of |g w|, g the mean over the batches.
 
@@ -110,6 +114,7 @@ def _curved(context: Context, of_gradient: bool) -> Scores:
         return _mean(totals(context, by_element(_products(context, c)), rows=True) for c in found)
 
 
+@criterion("hessian", needs="loss")
 def hessian(context: Context) -> Scores:
     """Second order: score(u) = | sum over the unit of w (H w) | / 2, H the Hessian of the loss.
 
@@ -122,15 +127,15 @@ def hessian(context: Context) -> Scores:
     return compared(context, [np.abs(t) / 2 for t in _curved(context, of_gradient=False)])
 
 
+@criterion("grasp", needs="loss")
 def grasp(context: Context) -> Scores:
     """Gradient signal preservation: score(u) = sum over the unit of w (H g).
 
     The paper's S = -w (H g) is how much removal adds to the gradient flow |g|^2, and what has the
     largest S is removed; higher is kept here, so the sign is turned. Scores are shifted to be
     positive, all by the same number.
-    In benchmarks/accuracy.py (trained nets, half of the MACs, no repair) it loses more than chance
-    on all four tasks: it keeps what lets an untrained net learn, and in a trained one it keeps the
-    units whose removal would lower the gradient, not those that the function needs.
+    It keeps what lets an untrained net learn; in a trained one these are the units whose removal
+    would lower the gradient, not those that the function needs.
     Source: Wang et al., Picking Winning Tickets Before Training by Preserving Gradient Flow,
     ICLR 2020, eq. 8 and algorithm 1. Needs data and a loss.
     """

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from depcut.scores.aggregate import Sums, compared, totals
-from depcut.scores.context import Context, Scores
+from depcut.scores.context import Context, Scores, criterion
 
 
 def powers(context: Context, power: int) -> Sums:
@@ -33,6 +33,8 @@ def powers(context: Context, power: int) -> Sums:
     return sums
 
 
+@criterion("magnitude")
+@criterion("l2")
 def l2(context: Context) -> Scores:
     """Group L2 norm: sqrt of the sum of w^2 over all members, divided by the group's mean.
 
@@ -42,17 +44,17 @@ def l2(context: Context) -> Scores:
     return compared(context, [np.sqrt(t) for t in totals(context, powers(context, 2), rows=True)])
 
 
+@criterion("l1")
 def l1(context: Context) -> Scores:
     """Group L1 norm: sum of |w| over all members, divided by the group's mean.
 
-    In benchmarks/accuracy.py (half of the MACs, no repair) it beats chance on two of four tasks and
-    ties with it on the two digits nets, where small weights are spread evenly over the channels.
     Source: Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017.
     Needs no data.
     """
     return compared(context, totals(context, powers(context, 1), rows=True))
 
 
+@criterion("lamp", normalize="none")
 def lamp(context: Context) -> Scores:
     """Layer-adaptive magnitude: a unit's share of what is left once all smaller ones are gone.
 
@@ -74,6 +76,7 @@ def lamp(context: Context) -> Scores:
     return compared(context, scores)
 
 
+@criterion("random", aggregate=None, members=None, normalize=None)
 def uniform_random(context: Context) -> Scores:
     """Independent uniform draws: the control that every criterion has to beat. Needs no data."""
     generator = np.random.default_rng(context.seed)

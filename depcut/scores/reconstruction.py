@@ -20,7 +20,7 @@ from depcut.calibration.sites import find_sites, parameters_behind
 from depcut.calibration.visits import visits
 from depcut.coupling.groups import Coupling, Group
 from depcut.scores.aggregate import totals
-from depcut.scores.context import Context, Score, Scores
+from depcut.scores.context import Context, Score, Scores, criterion
 from depcut.scores.elimination import Reads, Terms, Weight, eliminated
 from depcut.scores.magnitude import powers
 
@@ -31,6 +31,7 @@ _MATRIX = 2
 _PRODUCTS = ("matmul", "mm", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention")
 
 
+@criterion("obs", needs="data", aggregate=None, members=None, normalize=None, additive=True)
 def obs(context: Context) -> Scores:
     """Loss of reconstruction when units go one after the other, the rest re-solved each time.
 

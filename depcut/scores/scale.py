@@ -9,7 +9,7 @@ from torch import fx
 from depcut.ops import normalization
 from depcut.ops.registry import Op, rule_for
 from depcut.scores.aggregate import by_element, compared, members, totals
-from depcut.scores.context import Context, Scores
+from depcut.scores.context import Context, Scores, criterion
 from depcut.scores.magnitude import l2
 
 _NORMS = (normalization.batch_norm, normalization.layer_norm, normalization.group_norm)
@@ -46,15 +46,15 @@ def scales(context: Context) -> set[str]:
     return found
 
 
+@criterion("bn", aggregate="mean")
 def bn(context: Context) -> Scores:
     """Network slimming: |gamma| of the norms that scale a unit, their mean if there are several.
 
     The norms are found in the graph: batch, layer, group and RMS norm, and parameters that an
     activation is multiplied with. A group without any has its L2 norm instead; with the default
     "mean" normalisation both have a mean of one.
-    In benchmarks/accuracy.py (half of the MACs, no repair) it beats chance on two of four tasks and
-    not on the transformers: their norms scale the residual stream alone, and say how far it is
-    stretched, not what the layers that read it make of that.
+    In a transformer the norms scale the residual stream alone: they say how far it is stretched,
+    not what the layers that read it make of that.
     Source: Liu et al., Learning Efficient Convolutional Networks through Network Slimming,
     ICCV 2017. Needs no data, but training with a penalty on |gamma| to mean much.
     """

@@ -13,7 +13,7 @@ from depcut.capture.capture import held_tensors
 from depcut.coupling.groups import Coupling
 from depcut.plan.keep import Keep
 from depcut.scores.aggregate import by_element, totals
-from depcut.scores.context import Context, Scores
+from depcut.scores.context import Context, Scores, criterion
 from depcut.scores.flow import Flow
 
 ROUNDS = 100  # as in the paper
@@ -21,6 +21,7 @@ ROUNDS = 100  # as in the paper
 Alive = list[NDArray[np.bool_]]
 
 
+@criterion("synflow", members="consumers", normalize=None)
 def synflow(context: Context) -> Scores:
     """Iterative synaptic flow: when a unit is removed, in rounds of an exponential schedule.
 

@@ -1,31 +1,20 @@
-"""What can run a candidate, whether it is there, and what a timing needs to know of it."""
+"""What a runtime is to a timing, and how one is registered."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
-from typing import Literal, Protocol, TypeAlias, get_args
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias, TypeVar
 
-import onnxruntime as ort
 import torch
 from torch import nn
 
-from depcut.errors import InputError
 from depcut.timing.clock import Call, Stopwatch
 
-Runtime: TypeAlias = Literal["onnxruntime", "torch", "torch.compile"]
-Provider: TypeAlias = Literal["cpu", "cuda", "tensorrt"]
 Candidate: TypeAlias = "nn.Module | str | os.PathLike[str]"
-
-RUNTIMES: tuple[str, ...] = get_args(Runtime)
-PROVIDERS: tuple[str, ...] = get_args(Provider)
-
-# onnxruntime's names for them; nodes that one has no kernel for go to the next.
-CHAINS: Mapping[str, tuple[str, ...]] = {
-    "cpu": ("CPUExecutionProvider",),
-    "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
-    "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"),
-}
 
 
 class Runner(Protocol):
@@ -50,57 +39,74 @@ class Runner(Protocol):
         """Bytes that it needs at a batch size; None where they cannot be told from others'."""
 
 
-def check_runtime(runtime: str, provider: str | None) -> None:
-    """Refuse what is unknown or absent here, before anything is built for it.
+@dataclass(frozen=True)
+class Setup:
+    """What a candidate is made ready with.
 
-    Args:
-        runtime: Name of the runtime.
-        provider: Name of the provider, or None for the runtime's own choice.
-
-    Raises:
-        InputError: There is no such runtime or provider, or this machine lacks it.
+    Attributes:
+        inputs: Its inputs, or None to infer them.
+        provider: What computes, or None for the runtime's own choice.
+        threads: Threads that one operator may use.
+        folder: Where to write what is made of the candidate; empty.
+        stack: What ends with the measurement.
     """
-    if runtime not in RUNTIMES:
-        raise _unknown("runtime", runtime, RUNTIMES)
-    if provider is None:
-        return
-    if provider not in PROVIDERS:
-        raise _unknown("provider", provider, PROVIDERS)
-    if runtime == "onnxruntime":
-        wanted, available = CHAINS[provider][0], ort.get_available_providers()
-        if wanted not in available:
-            raise InputError(
-                f"onnxruntime {ort.__version__} has no {wanted}; it has {', '.join(available)}",
-                where=f"provider={provider!r}",
-                remedy='install onnxruntime-gpu in place of onnxruntime, or use provider="cpu"',
-            )
-    elif provider == "tensorrt":
-        raise InputError(
-            "tensorrt is a provider of onnxruntime, not of PyTorch; that has cpu and cuda",
-            where=f"runtime={runtime!r}",
-            remedy='use runtime="onnxruntime"',
-        )
-    elif provider == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            f"PyTorch {torch.__version__} finds no CUDA device; it has cpu",
-            where=f"provider={provider!r}",
-            remedy='install a CUDA build of torch and the driver, or use provider="cpu"',
-        )
+
+    inputs: Any
+    provider: str | None
+    threads: int
+    folder: Path
+    stack: contextlib.ExitStack
 
 
-def engine(runtime: str) -> str:
-    """The runtime's name and version.
+class Runtime(Protocol):
+    """A library that runs candidates.
+
+    Attributes:
+        providers: What may compute in it.
+        in_place: Whether a model runs on the device where it is, so that it must be moved first.
+    """
+
+    providers: tuple[str, ...]
+    in_place: bool
+
+    def check(self, provider: str) -> None:
+        """Raise InputError if this machine lacks a provider, which is one of `providers`."""
+
+    def version(self) -> str:
+        """Its name and version in a few words."""
+
+    def enter(self, stack: contextlib.ExitStack, threads: int) -> None:
+        """Make the settings that hold while it measures; the stack takes them back."""
+
+    def runner(self, name: str, candidate: Candidate, setup: Setup) -> Runner:
+        """A candidate, by the name that errors call it, made ready to run."""
+
+
+RUNTIMES: dict[str, Runtime] = {}
+
+Registered = TypeVar("Registered", bound=Callable[[], Runtime])
+
+
+def runtime(name: str) -> Callable[[Registered], Registered]:
+    """Register the decorated class, which takes no arguments, as a runtime.
 
     Args:
-        runtime: Which one.
+        name: What users pass as `runtime=`.
 
     Returns:
-        A few words.
+        A decorator that returns the class unchanged.
+
+    Raises:
+        ValueError: There is a runtime of that name.
     """
-    if runtime == "onnxruntime":
-        return f"onnxruntime {ort.__version__}"
-    how = "eager" if runtime == "torch" else "compiled for each batch size"
-    return f"torch {torch.__version__} {how}"
+
+    def register(made: Registered) -> Registered:
+        if name in RUNTIMES:
+            raise ValueError(f"there are two runtimes named {name!r}")
+        RUNTIMES[name] = made()
+        return made
+
+    return register
 
 
 def gpu_name(index: int | None = None) -> str:
@@ -113,9 +119,3 @@ def gpu_name(index: int | None = None) -> str:
         Its name, or "a GPU" where PyTorch sees none.
     """
     return torch.cuda.get_device_name(index) if torch.cuda.is_available() else "a GPU"
-
-
-def _unknown(kind: str, given: str, known: tuple[str, ...]) -> InputError:
-    """No such runtime or provider."""
-    names = ", ".join(f'"{name}"' for name in known)
-    return InputError(f"unknown {kind} {given!r}", where="bench", remedy=f"use one of {names}")

@@ -15,11 +15,10 @@ from rich.table import Table
 from depcut.errors import InputError
 from depcut.support.machine import processor
 from depcut.support.tables import rendered
-from depcut.timing.backends import Candidate, Provider, Runner, Runtime, check_runtime, engine
+from depcut.timing.backends import Candidate, Runner, Setup
 from depcut.timing.clock import Speedup, Timing, interleave
-from depcut.timing.modules import ModuleRunner, no_fallback, torch_threads
 from depcut.timing.pinning import pinned
-from depcut.timing.sessions import SessionRunner
+from depcut.timing.runtimes import RUNTIMES, check_runtime
 
 
 @dataclass(frozen=True)
@@ -180,8 +179,8 @@ def bench(
     candidates: Mapping[str, Candidate],
     inputs: Any = None,
     *,
-    runtime: Runtime = "onnxruntime",
-    provider: Provider | None = None,
+    runtime: str = "onnxruntime",
+    provider: str | None = None,
     batch_sizes: Sequence[int] | None = None,
     threads: int = 1,
     pin: bool | Sequence[int] = False,
@@ -222,30 +221,22 @@ def bench(
     """
     check_runtime(runtime, provider)
     _check(candidates, threads, rounds, warmup, batch_sizes)
+    chosen = RUNTIMES[runtime]
     with contextlib.ExitStack() as stack:
         cpus = stack.enter_context(pinned(pin, threads))
-        if runtime != "onnxruntime":
-            stack.enter_context(torch_threads(threads))
-        if runtime == "torch.compile":
-            stack.enter_context(no_fallback())
+        chosen.enter(stack, threads)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="depcut-")))
         runners: dict[str, Runner] = {}
         for place, (name, candidate) in enumerate(candidates.items()):
-            if runtime == "onnxruntime":
-                own = folder / str(place)
-                own.mkdir()
-                runners[name] = SessionRunner(
-                    name, candidate, inputs, folder=own, threads=threads, provider=provider or "cpu"
-                )
-            else:
-                runners[name] = ModuleRunner(
-                    name, candidate, inputs, runtime=runtime, provider=provider, stack=stack
-                )
+            own = folder / str(place)
+            own.mkdir()
+            setup = Setup(inputs, provider, threads, own, stack)
+            runners[name] = chosen.runner(name, candidate, setup)
         measurements = _measured(runners, batch_sizes, memory, rounds, warmup)
     return BenchResult(
         measurements=measurements,
         file_bytes={name: runner.file_bytes for name, runner in runners.items()},
-        runtime=engine(runtime),
+        runtime=chosen.version(),
         provider=next(iter(runners.values())).device,
         threads=threads,
         machine=processor(),

@@ -11,7 +11,6 @@ from torch import nn
 
 from depcut.plan.cost import count_macs, count_params
 from depcut.support.tables import rendered
-from depcut.timing.backends import Provider, Runtime
 from depcut.timing.bench import Measurement, bench, byte_size, rate
 from depcut.timing.clock import Speedup, Timing
 
@@ -107,8 +106,8 @@ def compare(
     slim: nn.Module,
     inputs: Any = None,
     *,
-    runtime: Runtime | None = "onnxruntime",
-    provider: Provider | None = None,
+    runtime: str | None = "onnxruntime",
+    provider: str | None = None,
     batch_size: int | None = None,
     threads: int = 1,
     pin: bool | Sequence[int] = False,

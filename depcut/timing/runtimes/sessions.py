@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import onnx
+import onnxruntime as ort
 from onnxruntime import InferenceSession, OrtValue
 from torch import nn
 
@@ -22,9 +24,52 @@ from depcut.deploy.runtime import (
     session_feeds,
 )
 from depcut.errors import ExportError, InputError
-from depcut.timing.backends import CHAINS, Candidate, Provider, gpu_name
+from depcut.timing.backends import Candidate, Setup, gpu_name, runtime
 from depcut.timing.clock import Call, Stopwatch, host_seconds
 from depcut.timing.memory import session_memory
+
+# onnxruntime's names for its providers; nodes that one has no kernel for go to the next.
+CHAINS: Mapping[str, tuple[str, ...]] = {
+    "cpu": ("CPUExecutionProvider",),
+    "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
+    "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"),
+}
+
+
+@runtime("onnxruntime")
+class OnnxRuntime:
+    """ONNX files, and models that are exported first."""
+
+    providers: tuple[str, ...] = tuple(CHAINS)
+    in_place = False
+
+    def check(self, provider: str) -> None:
+        """Raise InputError if the installed build has no such provider."""
+        wanted, available = CHAINS[provider][0], ort.get_available_providers()
+        if wanted not in available:
+            raise InputError(
+                f"onnxruntime {ort.__version__} has no {wanted}; it has {', '.join(available)}",
+                where=f"provider={provider!r}",
+                remedy='install onnxruntime-gpu in place of onnxruntime, or use provider="cpu"',
+            )
+
+    def version(self) -> str:
+        """Its name and version."""
+        return f"onnxruntime {ort.__version__}"
+
+    def enter(self, stack: contextlib.ExitStack, threads: int) -> None:
+        """Nothing: threads are an option of each session."""
+
+    def runner(self, name: str, candidate: Candidate, setup: Setup) -> SessionRunner:
+        """The candidate's session; see `SessionRunner` for what it raises."""
+        return SessionRunner(
+            name,
+            candidate,
+            setup.inputs,
+            folder=setup.folder,
+            threads=setup.threads,
+            provider=setup.provider or "cpu",
+        )
 
 
 class SessionRunner:
@@ -51,7 +96,7 @@ class SessionRunner:
         *,
         folder: Path,
         threads: int,
-        provider: Provider,
+        provider: str,
     ) -> None:
         self._name, self._threads, self._provider = name, threads, provider
         if isinstance(candidate, nn.Module):
@@ -135,7 +180,7 @@ class SessionRunner:
         return feeds
 
 
-def _refuse_fallback(session: InferenceSession, provider: Provider) -> None:
+def _refuse_fallback(session: InferenceSession, provider: str) -> None:
     """A session that runs elsewhere than it was asked to says so nowhere else."""
     wanted, found = CHAINS[provider][0], session.get_providers()[0]
     if found != wanted:

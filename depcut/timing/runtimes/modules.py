@@ -14,12 +14,65 @@ from torch.utils import _pytree as pytree
 
 from depcut.deploy.runtime import batch_size, bind_inputs, evaluating, first_line, resized
 from depcut.errors import InputError
-from depcut.timing.backends import Candidate, Provider, Runtime, gpu_name
+from depcut.timing.backends import Candidate, Setup, gpu_name, runtime
 from depcut.timing.clock import Call, Stopwatch, host_seconds
 from depcut.timing.memory import cuda_memory
 
 # Every candidate and batch size is one more specialisation of the same code.
 _SPECIALISATIONS = 1024
+
+
+@runtime("torch")
+class Eager:
+    """Models as they are."""
+
+    providers: tuple[str, ...] = ("cpu", "cuda")
+    in_place = True
+    compiled = False
+
+    def check(self, provider: str) -> None:
+        """Raise InputError if PyTorch sees no such device."""
+        if provider == "cuda" and not torch.cuda.is_available():
+            raise InputError(
+                f"PyTorch {torch.__version__} finds no CUDA device; it has cpu",
+                where=f"provider={provider!r}",
+                remedy='install a CUDA build of torch and the driver, or use provider="cpu"',
+            )
+
+    def version(self) -> str:
+        """PyTorch's version, and how it runs models."""
+        return f"torch {torch.__version__} eager"
+
+    def enter(self, stack: contextlib.ExitStack, threads: int) -> None:
+        """Give PyTorch so many threads."""
+        stack.enter_context(torch_threads(threads))
+
+    def runner(self, name: str, candidate: Candidate, setup: Setup) -> ModuleRunner:
+        """The model, ready to run; see `ModuleRunner` for what it raises."""
+        return ModuleRunner(
+            name,
+            candidate,
+            setup.inputs,
+            compiled=self.compiled,
+            provider=setup.provider,
+            stack=setup.stack,
+        )
+
+
+@runtime("torch.compile")
+class Compiled(Eager):
+    """Models compiled anew for each batch size."""
+
+    compiled = True
+
+    def version(self) -> str:
+        """PyTorch's version, and how it runs models."""
+        return f"torch {torch.__version__} compiled for each batch size"
+
+    def enter(self, stack: contextlib.ExitStack, threads: int) -> None:
+        """Give PyTorch so many threads, and make an error of what it cannot compile."""
+        super().enter(stack, threads)
+        stack.enter_context(no_fallback())
 
 
 class ModuleRunner:
@@ -29,7 +82,7 @@ class ModuleRunner:
         name: The candidate's name.
         candidate: The model.
         inputs: Its inputs, on any device.
-        runtime: "torch" or "torch.compile".
+        compiled: Whether to compile it, for each batch size.
         provider: Where the model must be; None for wherever it is.
         stack: What ends with the measurement.
 
@@ -43,8 +96,8 @@ class ModuleRunner:
         candidate: Candidate,
         inputs: Any,
         *,
-        runtime: Runtime,
-        provider: Provider | None,
+        compiled: bool,
+        provider: str | None,
         stack: contextlib.ExitStack,
     ) -> None:
         if not isinstance(candidate, nn.Module):
@@ -58,7 +111,7 @@ class ModuleRunner:
         stack.enter_context(evaluating(candidate))
         self._arguments = _moved(bind_inputs(candidate, inputs), self._device)
         self._compiled: Any = None
-        if runtime == "torch.compile":
+        if compiled:
             with _compiling(f"candidate {name!r}"):
                 self._compiled = torch.compile(candidate, dynamic=False)
         self.batch = batch_size(self._arguments)
@@ -161,7 +214,7 @@ def _forward(model: Any, arguments: inspect.BoundArguments) -> Call:
     return run
 
 
-def _device(model: nn.Module, name: str, provider: Provider | None) -> torch.device:
+def _device(model: nn.Module, name: str, provider: str | None) -> torch.device:
     """The one device that the model is on, if its clock can be read."""
     tensors = (*model.parameters(), *model.buffers())
     devices = sorted({str(tensor.device) for tensor in tensors}) or ["cpu"]
