@@ -50,13 +50,13 @@ def test_a_library_that_is_missing_is_named(name: str, monkeypatch: pytest.Monke
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(DepcutError, match=rf"{name}(.|\n)*pip install {name}"):
-        getattr(depcut, f"{name}_callback")(gradual)
+        getattr(depcut.integrations, f"{name}_callback")(gradual)
 
 
 @pytest.mark.parametrize("name", ["lightning", "transformers"])
 def test_what_is_no_gradual(name: str) -> None:
     with pytest.raises(InputError, match=r"gradual is a Sequential(.|\n)*depcut\.Gradual"):
-        getattr(depcut, f"{name}_callback")(mlp())
+        getattr(depcut.integrations, f"{name}_callback")(mlp())
 
 
 # Lightning ----------------------------------------------------------------------------------------
