@@ -9,9 +9,9 @@ import onnx
 import pytest
 from safetensors import safe_open
 
-from depcut.cli.loading import load_weights
 from depcut.cli.main import main
 from depcut.plan.plan import Plan
+from depcut.support.weights import load_weights
 
 COMMANDS = ("demo", "analyze", "shrink", "compact", "export", "bench")
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
-import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from depcut.deploy.convert import OLDER_OPSET, draft
 from depcut.deploy.publish import publish
 from depcut.deploy.runtime import batch_size, evaluating, first_line, open_session
 from depcut.errors import ExportError
+from depcut.support import files
 
 __all__ = ["TOLERANCES", "ExportReport", "draft", "export"]
 
@@ -107,8 +106,7 @@ def export(
         InputError: `inputs` does not fit the model's forward, or an option is wrong.
     """
     started = time.perf_counter()
-    target = Path(path)
-    with _workplace(target) as folder, evaluating(model):
+    with files.workplace(path, "ONNX file", ExportError) as (target, folder), evaluating(model):
         file = folder / target.name
         arguments, proto, session = _loaded(model, inputs, file, metadata, opset)
         sizes = _batch_sizes(proto, arguments)
@@ -118,7 +116,7 @@ def export(
         del session  # some systems cannot rename a file that is mapped
         written = publish(file, target)
     return ExportReport(
-        path=target,
+        path=Path(path),
         bytes=written,
         opset=next(entry.version for entry in proto.opset_import if entry.domain == ""),
         inputs=tuple(entry.name for entry in proto.graph.input),
@@ -152,29 +150,6 @@ def _loaded(
         except ExportError as error:
             refusals.append(error)
     raise refusals[0]
-
-
-@contextmanager
-def _workplace(target: Path) -> Iterator[Path]:
-    """A hidden folder beside the target, gone afterwards."""
-    where = f"export to {target}"
-    if not target.parent.is_dir():
-        raise ExportError(
-            f"the folder {target.parent} does not exist", where=where, remedy="create it first"
-        )
-    try:
-        if target.is_dir():
-            raise ExportError(
-                f"{target} is a folder", where=where, remedy="pass the name of a file in it"
-            )
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-            yield Path(folder)
-    except OSError as error:
-        raise ExportError(
-            f"the file cannot be written: {error}",
-            where=where,
-            remedy="free some space, or choose a folder that can be written to",
-        ) from error
 
 
 def _checked(path: Path) -> onnx.ModelProto:

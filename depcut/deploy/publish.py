@@ -7,6 +7,8 @@ from pathlib import Path
 
 import onnx
 
+from depcut.support.files import move
+
 
 def publish(draft: Path, target: Path) -> int:
     """Move a finished graph, and the weights beside it, to its place.
@@ -16,7 +18,7 @@ def publish(draft: Path, target: Path) -> int:
 
     Args:
         draft: The graph, in a folder with nothing but its weights, on the file system of `target`.
-        target: Where it belongs.
+        target: Where it belongs, see `depcut.support.files.target_of`.
 
     Returns:
         The bytes that it takes, weights included.
@@ -25,8 +27,8 @@ def publish(draft: Path, target: Path) -> int:
     weights = [file for file in draft.parent.iterdir() if file != draft]
     size = sum(file.stat().st_size for file in (draft, *weights))
     for file in weights:
-        file.replace(target.parent / file.name)
-    draft.replace(target)
+        move(file, target.parent / file.name)
+    move(draft, target)
     for file in stale - {target.parent / file.name for file in weights}:
         file.unlink(missing_ok=True)
     return size

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +11,9 @@ from typing import Any
 
 from platformdirs import user_cache_path
 
+from depcut.errors import DepcutError
 from depcut.latency.samples import Samples
+from depcut.support import files
 
 _FORMAT = 1
 
@@ -69,19 +68,10 @@ def store(key: Mapping[str, Any], samples: Samples) -> None:
     content = json.loads(json.dumps(content))
     data = {"key": dict(key), "digest": _digest(content), "content": content}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
+        files.make_folder(path.parent, "latency measurements")
+        files.write_json(path, data)
+    except DepcutError as error:
         warnings.warn(f"latency measurements are not kept: {error}", stacklevel=2)
-        return
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(data, file)
-        Path(draft).replace(path)
-    except OSError as error:
-        warnings.warn(f"latency measurements are not kept: {error}", stacklevel=2)
-        with contextlib.suppress(OSError):
-            Path(draft).unlink()
 
 
 def _digest(content: Any) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from depcut.plan.units import check_rows, check_ties, units_of
 from depcut.repair.mend import mend, wants_repair
 from depcut.rewrite.build import rewrite
 from depcut.rewrite.optimizer import check_optimizer, narrow_optimizer
+from depcut.support import files
 from depcut.verify.verify import verify
 
 FORMAT = 1
@@ -224,7 +224,11 @@ class Plan:
         return cost.params(keep.coupling, keep.gone)(keep.counts)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON, to a temporary name first."""
+        """Write the plan as JSON; the file appears complete or not at all.
+
+        Raises:
+            DepcutError: It cannot be written.
+        """
         data = {
             "format": FORMAT,
             "fingerprint": self.fingerprint,
@@ -235,15 +239,7 @@ class Plan:
             "kept": {name: kept.tolist() for name, kept in self.kept.items()},
             "dropped": list(self.dropped),
         }
-        target = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=target.parent or ".", suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w") as file:
-                json.dump(data, file, indent=1)
-            Path(temporary).replace(target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        files.write_json(path, data, "plan", indent=1)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Plan:

@@ -29,7 +29,7 @@ from depcut.repair.mend import wants_repair
 from depcut.rewrite.optimizer import check_optimizer
 from depcut.scores import Criterion, Score, score_name
 from depcut.training.compose import TensorIndices, composed
-from depcut.training.folders import Checkpoints
+from depcut.training.folders import RunFolder
 
 Retrain = Callable[..., nn.Module | None]
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
@@ -161,7 +161,7 @@ def iterate(
         "optimizer_state": optimizer_state if optimizer else None,
         "architecture": fingerprint(dense.coupling),
     }
-    disk = None if checkpoint is None else Checkpoints(checkpoint, request, resume)
+    disk = None if checkpoint is None else RunFolder(checkpoint, request, resume)
     turns = _Turns(
         dense=dense,
         targets=targets,
@@ -209,7 +209,7 @@ class _Turns:
     reading: Mapping[str, Any]
     compensate: bool | str
     items: Any
-    disk: Checkpoints | None
+    disk: RunFolder | None
 
     def run(self, progress: bool) -> _Run:
         run = _Run(self.dense.model)

@@ -294,7 +294,7 @@ def _check(
 def _accelerated(given: Any, mixed_precision: str | None) -> Iterator[Any]:
     """An Accelerator, whose precision does not stay behind for the next one."""
     try:
-        from accelerate import Accelerator, state  # noqa: PLC0415  (an optional dependency)
+        from accelerate import Accelerator, state
     except ImportError as error:
         raise DepcutError(
             "depcut.retrain runs on accelerate, which is not installed",
