@@ -148,7 +148,7 @@ def run_demo(
         progress.advance(step)
     result = DemoResult(models["dense"], models["slim"], cut_accuracy, timing)
     console.print(result)
-    console.print(f"written: {written['dense']} and {files['slim']}", soft_wrap=True)
+    console.print(f"written: {written['dense']} and {written['slim']}", soft_wrap=True)
     return result
 
 
