@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import difflib
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -24,6 +23,7 @@ from depcut.plan.cost import COSTS, Cost
 from depcut.plan.plan import Plan, make_plan
 from depcut.plan.preferences import preferences
 from depcut.scores import Criterion, Score, Scores, is_additive, score, score_name
+from depcut.support.checks import check_integer, check_number
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,7 @@ class Chooser:
     """
 
     def __init__(self, coupling: Coupling, model: nn.Module, request: Request) -> None:
-        align = request.align
-        if isinstance(align, bool) or not isinstance(align, int) or align < 1:
-            raise InputError(
-                f"align is {align!r}", where="align=", remedy="pass an integer of at least 1"
-            )
+        request = replace(request, align=check_integer(request.align, "align", 1))
         if request.allocation not in ALLOCATIONS:
             raise InputError(
                 f"unknown allocation {request.allocation!r}",
@@ -221,11 +217,7 @@ def check_budget(
             remedy="use of='macs' or of='params', and measure with depcut.compare",
         )
     if latency_ms is not None:
-        number = isinstance(latency_ms, int | float) and not isinstance(latency_ms, bool)
-        if not number or not 0 < latency_ms < math.inf:
-            raise InputError(
-                f"latency_ms is {latency_ms!r}", remedy="pass milliseconds, more than 0"
-            )
+        check_number(latency_ms, "latency_ms", "pass milliseconds, more than 0", above=0)
         if ratio is not None or of not in ("macs", "latency"):
             raise InputError(
                 "latency_ms= stands for a budget of its own",
@@ -253,13 +245,9 @@ def check_ratio(ratio: object, where: str) -> None:
     Raises:
         InputError: It is something else.
     """
-    number = isinstance(ratio, int | float | np.floating) and not isinstance(ratio, bool)
-    if not number or not 0 < ratio < 1:  # type: ignore[operator]
-        raise InputError(
-            f"the ratio is {ratio!r}; it is the fraction removed, between 0 and 1 exclusive",
-            where=where,
-            remedy="pass e.g. 0.5 to remove half",
-        )
+    what = f"the ratio is {ratio!r}; it is the fraction removed, between 0 and 1 exclusive"
+    remedy = "pass e.g. 0.5 to remove half"
+    check_number(ratio, "ratio", remedy, above=0, below=1, what=what, where=where)
 
 
 def best_units(values: Any, count: int) -> Indices:

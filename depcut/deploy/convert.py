@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from depcut.deploy.lineage import origin_of
 from depcut.deploy.runtime import batch_size, bind_inputs, evaluating, first_line, resized
 from depcut.errors import ExportError, InputError
+from depcut.support.checks import check_integer
 from depcut.version import __version__
 
 # The newest operator set that the exporter translates to; see `depcut.export`.
@@ -86,13 +87,14 @@ def _checked_opset(opset: int | None) -> int:
     """The operator set to write."""
     if opset is None:
         return OPSET
-    if isinstance(opset, bool) or not isinstance(opset, int) or opset not in OPSETS:
-        raise InputError(
-            f"opset={opset!r} cannot be written",
-            where="opset=",
-            remedy=f"pass an integer from {OPSETS[0]} to {OPSETS[-1]}, or leave it out for {OPSET}",
-        )
-    return opset
+    return check_integer(
+        opset,
+        "opset",
+        OPSETS[0],
+        OPSETS[-1],
+        what=f"opset={opset!r} cannot be written",
+        remedy=f"pass an integer from {OPSETS[0]} to {OPSETS[-1]}, or leave it out for {OPSET}",
+    )
 
 
 def _checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:

@@ -13,6 +13,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from depcut.errors import InputError
+from depcut.support.checks import check_integer
 from depcut.support.machine import processor
 from depcut.support.tables import rendered
 from depcut.timing.backends import Candidate, Provider, Runner, Runtime, check_runtime, engine
@@ -325,16 +326,13 @@ def _check(
     """Refuse what cannot be timed."""
     if not candidates:
         raise InputError("no candidates", where="bench", remedy="pass at least one, by name")
-    if threads < 1:
-        raise InputError(f"threads={threads}", where="bench", remedy="pass 1 or more")
-    if rounds < 6:
-        raise InputError(
-            f"rounds={rounds}",
-            where="bench",
-            remedy="pass 6 or more: fewer give no 95 % interval of a median",
-        )
-    if warmup < 0:
-        raise InputError(f"warmup={warmup}", where="bench", remedy="pass 0 or more")
+    limits = (
+        ("threads", threads, 1, "pass 1 or more"),
+        ("rounds", rounds, 6, "pass 6 or more: fewer give no 95 % interval of a median"),
+        ("warmup", warmup, 0, "pass 0 or more"),
+    )
+    for name, value, least, remedy in limits:
+        check_integer(value, name, least, what=f"{name}={value!r}", where="bench", remedy=remedy)
     if batch_sizes is None:
         return
     sizes = list(batch_sizes)

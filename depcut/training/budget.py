@@ -16,6 +16,7 @@ from torch import nn
 from depcut.allocate.choose import check_ratio
 from depcut.capture.inputs import Inputs
 from depcut.errors import InputError
+from depcut.support.checks import check_integer
 from depcut.training.iterative import Iterated, geometric, iterate
 
 
@@ -65,11 +66,7 @@ def budget_phases(
     """
     check_ratio(ratio, "ratio=")
     check_ratio(dense, "dense=")
-    for name, value in (("epochs", epochs), ("cycles", cycles)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(
-                f"{name} is {value!r}", where=f"{name}=", remedy="pass an integer of at least 1"
-            )
+    epochs, cycles = check_integer(epochs, "epochs", 1), check_integer(cycles, "cycles", 1)
     each = round(epochs * (1 - dense)) // cycles
     if not each or epochs - each * cycles < 1:
         raise InputError(

@@ -23,6 +23,7 @@ from depcut.plan.keep import Keep
 from depcut.plan.plan import Plan, make_plan
 from depcut.plan.units import others
 from depcut.scores import Criterion, Score, is_additive
+from depcut.support.checks import check_integer, check_number
 from depcut.training.masks import Masks
 from depcut.training.places import find_places
 from depcut.training.probe import probed
@@ -113,7 +114,7 @@ class Gradual:
         seed: int = 0,
         progress: bool = True,
     ) -> None:
-        _check(ratio, start, end, every, of, initial)
+        start, end, every = _check(ratio, start, end, every, of, initial)
         self.model, self.ratio, self.initial, self.of = model, ratio, initial, of
         self.start, self.every = start, every
         self.end = start + (end - start) // every * every
@@ -322,15 +323,15 @@ class Gradual:
         )
 
 
-def _check(ratio: Any, start: Any, end: Any, every: Any, of: str, initial: Any) -> None:
+def _check(
+    ratio: Any, start: Any, end: Any, every: Any, of: str, initial: Any
+) -> tuple[int, int, int]:
+    """The first and the last step of the masks and the steps between, if all options fit."""
     check_ratio(ratio, "ratio=")
-    for name, value, least in (("start", start, 0), ("end", end, 1), ("every", every, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise InputError(
-                f"{name} is {value!r}",
-                where=f"{name}=",
-                remedy=f"pass a number of optimizer steps, at least {least}",
-            )
+    steps = "pass a number of optimizer steps, at least {}".format
+    start = check_integer(start, "start", 0, remedy=steps(0))
+    end = check_integer(end, "end", 1, remedy=steps(1))
+    every = check_integer(every, "every", 1, remedy=steps(1))
     if end <= start or every > end - start:
         raise InputError(
             f"there is no mask step from {start} to {end}, one every {every} steps",
@@ -341,8 +342,5 @@ def _check(ratio: Any, start: Any, end: Any, every: Any, of: str, initial: Any) 
         raise InputError(
             f"masks have no {of!r} to measure", where="of=", remedy=f"use one of {', '.join(COSTS)}"
         )
-    number = isinstance(initial, int | float) and not isinstance(initial, bool)
-    if not number or not 0 <= initial < ratio:
-        raise InputError(
-            f"initial is {initial!r}", where="initial=", remedy="pass a ratio from 0 to below ratio"
-        )
+    check_number(initial, "initial", "pass a ratio from 0 to below ratio", least=0, below=ratio)
+    return start, end, every

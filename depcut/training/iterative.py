@@ -28,6 +28,7 @@ from depcut.plan.plan import Plan
 from depcut.repair.mend import wants_repair
 from depcut.rewrite.optimizer import check_optimizer
 from depcut.scores import Criterion, Score, score_name
+from depcut.support.checks import check_integer
 from depcut.training.compose import TensorIndices, composed
 from depcut.training.folders import RunFolder
 
@@ -316,11 +317,7 @@ def _targets(
     """The ratio of the dense quantity that is gone after each step."""
     if sequence is None:
         check_ratio(ratio, "ratio=")
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise InputError(
-                f"steps is {steps!r}", where="steps=", remedy="pass an integer of at least 1"
-            )
-        return geometric(float(ratio or 0), steps)
+        return geometric(float(ratio or 0), check_integer(steps, "steps", 1))
     if ratio is not None or steps != 1:
         raise InputError(
             "sequence= stands for the ratio and the steps",

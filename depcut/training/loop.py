@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,6 +18,7 @@ from depcut.capture.inputs import device_of
 from depcut.errors import DepcutError, InputError, TrainingError
 from depcut.plan.plan import Plan
 from depcut.rewrite.copying import copied
+from depcut.support.checks import check_integer, check_number
 from depcut.training.batches import Loader, open_loader
 from depcut.training.checkpoint import Checkpoints, digest
 from depcut.training.distillation import Distillation
@@ -226,26 +228,17 @@ def _result(
 
 
 def _options(**given: Any) -> Options:
-    options = Options(**given)
     least = {"epochs": 1, "patience": 1, "every": 1, "accumulation": 1, "seed": 0}
     names = {"accumulation": "gradient_accumulation"}
     for name, smallest in least.items():
         value = given[name]
         if value is None and name in ("patience", "every"):
             continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
-            shown = names.get(name, name)
-            raise InputError(
-                f"{shown} is {value!r}",
-                where=f"{shown}=",
-                remedy=f"pass an integer of at least {smallest}",
-            )
-    norm = options.max_grad_norm
-    if norm is not None and not norm > 0:
-        raise InputError(
-            f"max_grad_norm is {norm}", where="max_grad_norm=", remedy="pass a positive number"
-        )
-    return options
+        given[name] = check_integer(value, names.get(name, name), smallest)
+    norm = given["max_grad_norm"]
+    if norm is not None and norm != math.inf:  # infinity clips nothing
+        check_number(norm, "max_grad_norm", "pass a positive number", above=0)
+    return Options(**given)
 
 
 def _check(

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from depcut.errors import InputError
+from depcut.support.checks import check_integer, check_number
 
 Rates = Callable[[int], float] | Sequence[float]
 
@@ -88,11 +89,8 @@ class OriginalSchedule:
             InputError: It is no positive number.
         """
         peak = float(self.values.max()) if self.peak is None else self.peak
-        if not 0 < peak < math.inf:
-            raise InputError(
-                f"the peak rate is {peak}", where="original=", remedy="pass a positive number"
-            )
-        return float(peak)
+        what = f"the peak rate is {peak}"
+        return check_number(peak, "original", "pass a positive number", above=0, what=what)
 
 
 class RetrainingSchedule(LRScheduler, ABC):
@@ -349,8 +347,4 @@ def named(name: str) -> type[RetrainingSchedule]:
 
 
 def _whole(steps: Any, place: str) -> int:
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise InputError(
-            f"a schedule of {steps!r} steps", where=place, remedy="pass an integer of at least 1"
-        )
-    return steps
+    return check_integer(steps, "steps", 1, what=f"a schedule of {steps!r} steps", where=place)
