@@ -110,6 +110,9 @@ def outputs_of(keep: Keep, model: nn.Module, batches: Sequence[Batch]) -> list[l
 def output_change(dense: list[list[Any]], other: list[list[Any]]) -> float:
     """Relative L2 distance of outputs, over all outputs and batches together.
 
+    A measure of quality, not of errors: it adds up what checks (`depcut.support.closeness`) take
+    the largest of.
+
     Args:
         dense: Outputs of the dense model, see `outputs_of`.
         other: Those of a smaller one.

@@ -47,6 +47,9 @@ def output_distance(
 def distance_over(dense: nn.Module, slim: nn.Module, batches: Iterable[Batch]) -> float:
     """The same, on batches that were read.
 
+    A measure of quality: other than in checks (`depcut.support.closeness`), squares are added up,
+    and the scale is how much the dense outputs vary, not how large they are.
+
     Args:
         dense: The dense model.
         slim: The smaller one.
