@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from depcut import axes
 from depcut.branches.branch import Block, Branch
 from depcut.coupling.groups import Coupling
 from depcut.plan.keep import Keep
 from depcut.reference.run import Reference, example
+from depcut.support.torch_private import pytree
 
 Batch = list[Any]
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from depcut.capture.capture import is_symbolic, modes
 from depcut.capture.inputs import Inputs, arguments, device_of
 from depcut.capture.program import Program
 from depcut.errors import InputError
 from depcut.support.checks import check_integer
+from depcut.support.torch_private import pytree
 
 Data = Iterable[Any]
 Loss = Callable[[Any, Any], torch.Tensor]

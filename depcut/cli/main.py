@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from depcut.analysis import analyze
 from depcut.calibration.data import BATCHES, inputs_of, read
@@ -27,6 +26,7 @@ from depcut.deploy.export import export
 from depcut.errors import DepcutError, InputError
 from depcut.plan.plan import Plan
 from depcut.support import files
+from depcut.support.torch_private import pytree
 from depcut.support.weights import load_weights, save_weights
 from depcut.timing.backends import Candidate, check_runtime
 from depcut.timing.bench import bench

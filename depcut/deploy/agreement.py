@@ -13,12 +13,12 @@ import onnx
 import torch
 from onnxruntime import InferenceSession, OrtValue
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils.dlpack import from_dlpack
 
 from depcut.deploy.runtime import Array, first_line, resized, session_tensors
 from depcut.errors import ExportError
 from depcut.support.closeness import Gap, gap
+from depcut.support.torch_private import pytree
 
 # A difference beyond that is no error of the file's if PyTorch itself is off by about as much: two
 # computations that round alike differ by the sum of their errors.

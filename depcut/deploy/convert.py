@@ -18,12 +18,12 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils import _pytree as pytree
 
 from depcut.deploy.lineage import origin_of
 from depcut.deploy.runtime import batch_size, bind_inputs, evaluating, first_line, resized
 from depcut.errors import ExportError, InputError
 from depcut.support.checks import check_integer
+from depcut.support.torch_private import pytree
 from depcut.version import __version__
 
 # The newest operator set that the exporter translates to; see `depcut.export`.

@@ -16,10 +16,10 @@ import onnxruntime as ort
 import torch
 from onnxruntime import InferenceSession
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from depcut.capture.inputs import infer
 from depcut.errors import ExportError, InputError
+from depcut.support.torch_private import pytree
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 

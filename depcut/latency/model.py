@@ -12,7 +12,6 @@ import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from depcut.allocate.space import space
 from depcut.coupling.groups import Coupling
@@ -29,6 +28,7 @@ from depcut.plan.plan import Plan
 from depcut.plan.preferences import preferences
 from depcut.support.checks import check_integer
 from depcut.support.machine import processor
+from depcut.support.torch_private import pytree
 
 SAMPLES = 16
 _UNSURE = 0.1  # a typical error of the fit that is worth a warning

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from depcut.axes import Indices
 from depcut.branches.branch import Residuals, bypass
@@ -32,6 +31,7 @@ from depcut.repair.mend import mend, wants_repair
 from depcut.rewrite.build import rewrite
 from depcut.rewrite.optimizer import check_optimizer, narrow_optimizer
 from depcut.support import files
+from depcut.support.torch_private import pytree
 from depcut.verify.verify import verify
 
 FORMAT = 1

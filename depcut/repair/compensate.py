@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from depcut import axes
 from depcut.axes import Reason
@@ -40,6 +39,7 @@ from depcut.errors import VerificationError
 from depcut.plan.keep import Keep
 from depcut.reference.run import Step, kept_part
 from depcut.support.closeness import relative_error
+from depcut.support.torch_private import pytree
 
 _TOLERANCE = 1e-2  # relative, between the repaired graph and model: rounding alone
 _COMPUTED = "its weight or bias is computed, or is part of a larger tensor"

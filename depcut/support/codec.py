@@ -81,7 +81,9 @@ def encoded(tree: Any) -> tuple[Any, dict[str, Tensor]]:
 
 def _encoded(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(tree, Tensor):
-        name = f"{len(tensors)}{path}"  # the number keeps "a/b" apart from "b" in "a"
+        name = path
+        while name in tensors:  # "a/b" beside "b" in "a"
+            name += "'"
         tensors[name] = tree.detach().cpu().contiguous().clone()
         return {"tensor": name}
     if isinstance(tree, Mapping):

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn import functional
-from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from depcut.axes import Dims
@@ -27,6 +26,7 @@ from depcut.plan.plan import Plan
 from depcut.reference.run import kept_part
 from depcut.rewrite.copying import copied
 from depcut.support.checks import check_number
+from depcut.support.torch_private import pytree
 from depcut.training.distance import bound
 
 Logits = Callable[[Any], torch.Tensor]

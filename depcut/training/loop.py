@@ -18,6 +18,7 @@ from depcut.capture.inputs import device_of
 from depcut.errors import DepcutError, InputError, TrainingError
 from depcut.plan.plan import Plan
 from depcut.rewrite.copying import copied
+from depcut.support.accelerate_private import TRACES, reset_state
 from depcut.support.checks import check_integer, check_number
 from depcut.training.batches import Loader, open_loader
 from depcut.training.checkpoint import Checkpoints, digest
@@ -27,9 +28,6 @@ from depcut.training.rates import Schedule, Start, peak_rate, schedule_of
 from depcut.training.schedules import OriginalSchedule
 from depcut.training.streams import preserved
 from depcut.training.trainer import Loss, Metric, Options, Record, Trainer
-
-# Attributes that accelerate leaves on a model; a second training would take it for prepared.
-_TRACES = ("forward", "_original_forward", "_is_accelerate_prepared")
 
 
 @dataclass(frozen=True)
@@ -213,7 +211,7 @@ def _result(
 ) -> Retrained:
     course = trainer.course
     accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    for name in _TRACES:
+    for name in TRACES:
         if name not in vars(model):
             vars(trainer.net).pop(name, None)
     net = trainer.net.to(device_of(model))
@@ -317,7 +315,7 @@ def _accelerated(given: Any, mixed_precision: str | None) -> Iterator[Any]:
         if given is None:
             found.free_memory()
         if not existed:
-            state.AcceleratorState._reset_state()
+            reset_state()
 
 
 def _bar(shown: bool) -> Progress:

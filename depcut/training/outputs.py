@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from depcut.calibration.data import Batch, moved
 from depcut.capture.capture import modes
 from depcut.capture.inputs import device_of
 from depcut.errors import InputError
+from depcut.support.torch_private import pytree
 from depcut.training.batches import open_loader
 from depcut.training.streams import DATA
 

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from depcut.coupling.groups import Coupling
 from depcut.plan.keep import Keep
 from depcut.reference.run import Reference, example, finished
 from depcut.reference.slices import take
 from depcut.support.closeness import relative_error
+from depcut.support.torch_private import pytree
 from depcut.training.places import Place, Places, tied_to
 from depcut.verify.verify import TOLERANCE
 

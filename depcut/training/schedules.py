@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from depcut.errors import InputError
 from depcut.support.checks import check_integer, check_number
+from depcut.support.torch_private import set_epoch
 
 Rates = Callable[[int], float] | Sequence[float]
 
@@ -201,14 +202,7 @@ class RetrainingSchedule(LRScheduler, ABC):
                     remedy="make the schedule with the arguments that it had",
                 )
         self.base_lrs = list(state_dict["base_lrs"])
-        self.last_epoch = int(state_dict["last_epoch"]) - 1
-        self._step_count = self.last_epoch + 1
-        self._is_initial = True
-        try:
-            self._update_lr()
-        finally:
-            self._is_initial = False
-        self._step_count = self.last_epoch + 1
+        set_epoch(self, int(state_dict["last_epoch"]))
 
 
 class FT(RetrainingSchedule):

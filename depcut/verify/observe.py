@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from depcut.axes import Dims
 from depcut.capture.capture import modes
 from depcut.capture.program import ModuleCall
 from depcut.plan.keep import Keep
 from depcut.reference.run import example
+from depcut.support.torch_private import pytree
 
 
 @dataclass

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from depcut.capture.capture import held_tensors, modes
 from depcut.capture.program import parent_of, stack_entries, where
@@ -20,6 +19,7 @@ from depcut.reference.run import Reference, Watched, example, kept_part, masked_
 from depcut.reference.slices import take
 from depcut.rewrite.build import Slim
 from depcut.support.closeness import relative_error
+from depcut.support.torch_private import pytree
 from depcut.verify.observe import Trial, observe
 
 __all__ = ["masked_outputs", "verify", "verify_equal"]
