@@ -8,11 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from io import StringIO
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import networkx as nx
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from depcut import axes
@@ -35,6 +32,9 @@ from depcut.plan import cost
 from depcut.plan.cost import Cost
 from depcut.plan.plan import Plan, make_plan
 from depcut.scores import Criterion, Score, is_additive
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +94,8 @@ class Analysis:
     @cached_property
     def graph(self) -> nx.DiGraph:
         """Layers and groups: edges from a layer to the groups it produces and to their readers."""
+        import networkx as nx
+
         graph = nx.DiGraph()
         for group in self.groups:
             graph.add_node(group.name, kind="group", size=group.size, tied=group.tied)
@@ -347,6 +349,9 @@ class Analysis:
         return stuck / total if total else 1.0
 
     def __str__(self) -> str:
+        from rich.console import Console
+        from rich.table import Table
+
         table = Table(title=f"{type(self.model).__name__}: {len(self.groups)} groups")
         for column in ("group", "units", "narrows", "read by", "tie"):
             table.add_column(column, overflow="fold")

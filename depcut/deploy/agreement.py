@@ -6,12 +6,10 @@ import copy
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
 import torch
-from onnxruntime import InferenceSession, OrtValue
 from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 
@@ -19,6 +17,9 @@ from depcut.deploy.runtime import Array, first_line, resized, session_tensors
 from depcut.errors import ExportError
 from depcut.support.closeness import Gap, gap
 from depcut.support.torch_private import pytree
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession, OrtValue
 
 # A difference beyond that is no error of the file's if PyTorch itself is off by about as much: two
 # computations that round alike differ by the sum of their errors.
@@ -100,6 +101,9 @@ def compare_outputs(
 
 def _run(session: InferenceSession, feeds: Mapping[str, Tensor]) -> Sequence[Array]:
     """The graph's outputs; bfloat16, which NumPy does not have, as float32."""
+    import onnx
+    from onnxruntime import OrtValue
+
     # The runtime works on the arrays' own memory: they must live as long as the values.
     arrays = {name: _bits(tensor) for name, tensor in feeds.items()}
     values = {
@@ -120,6 +124,8 @@ def _bits(tensor: Tensor) -> Array:
 
 def _values(value: OrtValue) -> Array:
     """What the runtime returned."""
+    import onnx
+
     if value.element_type() != onnx.TensorProto.BFLOAT16:
         array: Array = value.numpy()
         return array

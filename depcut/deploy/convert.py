@@ -12,9 +12,8 @@ import secrets
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -25,6 +24,9 @@ from depcut.errors import ExportError, InputError
 from depcut.support.checks import check_integer
 from depcut.support.torch_private import pytree
 from depcut.version import __version__
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 # The newest operator set that the exporter translates to; see `depcut.export`.
 OPSET = 23
@@ -143,6 +145,8 @@ def _convert(
     program: torch.export.ExportedProgram, path: Path, metadata: Mapping[str, str], opset: int
 ) -> None:
     """Write the program as ONNX to `path`, with its metadata."""
+    import onnx_ir as ir
+
     try:
         converted = torch.onnx.export(
             program, dynamo=True, optimize=True, verbose=False, opset_version=opset
@@ -198,6 +202,8 @@ def _innermost(error: BaseException) -> BaseException:
 
 def _strip_notes(model: ir.Model) -> None:
     """Drop what the exporter noted about its own work, all but the module that a node is from."""
+    import onnx_ir as ir
+
     nodes = list(ir.traversal.RecursiveGraphIterator(model.graph))
     values = [*model.graph.inputs, *model.graph.initializers.values()]
     values += [output for node in nodes for output in node.outputs]
@@ -210,6 +216,8 @@ def _strip_notes(model: ir.Model) -> None:
 
 def _settle_sizes(values: Iterable[ir.Value | None]) -> None:
     """Write sizes that the model's code fixed as numbers; the exporter names them "3"."""
+    import onnx_ir as ir
+
     for value in values:
         if value is None or value.shape is None:
             continue

@@ -8,10 +8,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import onnx
-from onnxruntime import InferenceSession
 from torch import nn
 
 from depcut.deploy.agreement import TOLERANCES, compare_outputs
@@ -20,6 +18,10 @@ from depcut.deploy.publish import publish
 from depcut.deploy.runtime import batch_size, evaluating, first_line, open_session
 from depcut.errors import ExportError
 from depcut.support import files
+
+if TYPE_CHECKING:
+    import onnx
+    from onnxruntime import InferenceSession
 
 __all__ = ["TOLERANCES", "ExportReport", "draft", "export"]
 
@@ -154,6 +156,8 @@ def _loaded(
 
 def _checked(path: Path) -> onnx.ModelProto:
     """The file's graph without its weights, after onnx.checker accepted it."""
+    import onnx
+
     try:
         onnx.checker.check_model(str(path))  # by path: the only way that takes more than 2 GB
     except onnx.checker.ValidationError as error:

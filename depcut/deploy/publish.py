@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import onnx
-
 from depcut.support.files import move
 
 
@@ -36,6 +34,8 @@ def publish(draft: Path, target: Path) -> int:
 
 def _weights_of(graph: Path) -> set[Path]:
     """Files that an existing graph refers to and that are named after it: no other one's."""
+    import onnx
+
     try:
         proto = onnx.load(str(graph), load_external_data=False)
     except Exception:  # noqa: BLE001  (whatever the old file is, it is about to be replaced)

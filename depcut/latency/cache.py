@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from platformdirs import user_cache_path
-
 from depcut.errors import DepcutError
 from depcut.latency.samples import Samples
 from depcut.support import files
@@ -24,6 +22,8 @@ def file_of(key: Mapping[str, Any]) -> Path:
     Args:
         key: Everything that they depend on, as plain data.
     """
+    from platformdirs import user_cache_path
+
     text = json.dumps({"format": _FORMAT, **key}, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:32]
     return user_cache_path("depcut") / "latency" / f"{digest}.json"

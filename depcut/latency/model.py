@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from torch import nn
@@ -136,6 +135,8 @@ def latency_model(
         LatencyError: The model cannot be measured.
         ExportError: The model cannot be exported or run.
     """
+    import onnxruntime as ort
+
     limits = (
         ("threads", threads, 1, "pass 1 or more"),
         ("samples", samples, 6, "pass 6 or more: fewer explain nothing"),

@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping
 from typing import Literal, Protocol, TypeAlias, get_args
 
-import onnxruntime as ort
 import torch
 from torch import nn
 
@@ -60,6 +59,8 @@ def check_runtime(runtime: str, provider: str | None) -> None:
     Raises:
         InputError: There is no such runtime or provider, or this machine lacks it.
     """
+    import onnxruntime as ort
+
     if runtime not in RUNTIMES:
         raise _unknown("runtime", runtime, RUNTIMES)
     if provider is None:
@@ -97,6 +98,8 @@ def engine(runtime: str) -> str:
     Returns:
         A few words.
     """
+    import onnxruntime as ort
+
     if runtime == "onnxruntime":
         return f"onnxruntime {ort.__version__}"
     how = "eager" if runtime == "torch" else "compiled for each batch size"

@@ -7,10 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from rich.filesize import decimal
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from depcut.errors import InputError
 from depcut.support.checks import check_integer
@@ -21,6 +18,9 @@ from depcut.timing.clock import Speedup, Timing, interleave
 from depcut.timing.modules import ModuleRunner, no_fallback, torch_threads
 from depcut.timing.pinning import pinned
 from depcut.timing.sessions import SessionRunner
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,8 @@ class BenchResult:
         return "\n".join(filter(None, (line, note, self.warning)))
 
     def __rich__(self) -> Table:
+        from rich.table import Table
+
         base = next(iter(self.measurements))
         has_files = any(self.file_bytes.values())
         table = Table(caption=self.conditions)
@@ -277,6 +279,8 @@ def byte_size(count: int | None) -> str:
     Returns:
         One digit after the point and a unit, or that they were not measured.
     """
+    from rich.filesize import decimal
+
     return "not measured" if count is None else decimal(count)
 
 

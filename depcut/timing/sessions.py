@@ -5,10 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import onnx
-from onnxruntime import InferenceSession, OrtValue
 from torch import nn
 
 from depcut.deploy.export import export
@@ -25,6 +23,9 @@ from depcut.errors import ExportError, InputError
 from depcut.timing.backends import CHAINS, Candidate, Provider, gpu_name
 from depcut.timing.clock import Call, Stopwatch, host_seconds
 from depcut.timing.memory import session_memory
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 
 class SessionRunner:
@@ -113,6 +114,8 @@ class SessionRunner:
 
     def _on_device(self, feeds: Mapping[str, Array], device: str = "cuda") -> Call:
         """A call whose inputs and outputs lie where the session computes."""
+        from onnxruntime import OrtValue
+
         binding = self._session.io_binding()
         for name, array in feeds.items():
             binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(array, device, 0))
@@ -156,6 +159,8 @@ def _existing(path: Path, name: str) -> Path:
 
 def _file_bytes(path: Path) -> int:
     """Bytes on disk, external data included."""
+    import onnx
+
     graph = onnx.load(str(path), load_external_data=False).graph
     beside = {
         entry.value

@@ -13,8 +13,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import nn
 
 from depcut.allocate.choose import check_ratio
@@ -213,6 +211,9 @@ class _Turns:
     disk: RunFolder | None
 
     def run(self, progress: bool) -> _Run:
+        from rich.console import Console
+        from rich.progress import Progress
+
         run = _Run(self.dense.model)
         done = self._resumed(run)
         console = Console(stderr=True)

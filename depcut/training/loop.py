@@ -7,11 +7,9 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch import nn
 
 from depcut.capture.inputs import device_of
@@ -28,6 +26,9 @@ from depcut.training.rates import Schedule, Start, peak_rate, schedule_of
 from depcut.training.schedules import OriginalSchedule
 from depcut.training.streams import preserved
 from depcut.training.trainer import Loss, Metric, Options, Record, Trainer
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -320,6 +321,9 @@ def _accelerated(given: Any, mixed_precision: str | None) -> Iterator[Any]:
 
 def _bar(shown: bool) -> Progress:
     """A progress bar on standard error that vanishes when it is done."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
     console = Console(stderr=True)
     columns = (*Progress.get_default_columns()[:3], MofNCompleteColumn(), TimeRemainingColumn())
     visible = shown and (console.is_interactive or console.is_jupyter)
