@@ -78,12 +78,10 @@ def names(requirements: list[str]) -> set[str]:
 
 def third_party(folder: Path) -> set[str]:
     """Distributions that the files of a folder import."""
-    ours = {path.stem for path in folder.glob("*.py")} | {"depcut", "benchmarks"}
-    modules = {
-        module
-        for path in folder.rglob("*.py")
-        for _, module in imported(ast.parse(path.read_text()))
-    }
+    scripts = [*(ROOT / "tests").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    ours = {path.stem for path in scripts} | {"depcut", "my_models"}  # a test writes my_models.py
+    trees = [ast.parse(path.read_text()) for path in folder.rglob("*.py")]
+    modules = {module for tree in trees for _, module in imported(tree)}
     found = modules - ours - set(sys.stdlib_module_names)
     return {DISTRIBUTIONS.get(module, module).replace("-", "_") for module in found}
 
