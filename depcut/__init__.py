@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from depcut.support import torch_floor  # noqa: F401  (it refuses a torch that is too old)
+
+# isort: split
 from depcut.analysis import Analysis, analyze
 from depcut.api import shrink
 from depcut.calibration.data import Calibration

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 import depcut
+from depcut.errors import TorchVersionError
+from depcut.support import torch_floor
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -49,6 +51,58 @@ def test_the_command_line_answers_without_the_runtimes() -> None:
         [sys.executable, "-c", script], check=True, capture_output=True, text=True, cwd=ROOT
     )
     assert set(ran.stdout.split()) & (HEAVY - {"rich"}) == set()
+
+
+FAKED = """
+import sys, torch
+torch.__version__ = sys.argv[1]
+import depcut
+"""
+
+
+def with_torch(version: str) -> subprocess.CompletedProcess[str]:
+    """What importing depcut says if torch were of that version."""
+    return subprocess.run(
+        [sys.executable, "-c", FAKED, version],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+
+
+def test_a_torch_that_is_too_old_is_named_at_import() -> None:
+    ran = with_torch("2.8.0+cu128")
+    assert ran.returncode == 1
+    assert ran.stderr.endswith(
+        "depcut.errors.TorchVersionError: torch 2.8.0+cu128 is installed, depcut needs 2.13 or "
+        "newer\n  where: import depcut\n  to do: pip install 'torch>=2.13'\n"
+    )
+
+
+def test_the_check_of_torch_comes_first() -> None:
+    trace = with_torch("1.13.1").stderr
+    assert trace.count("depcut/__init__.py") == 1
+    assert "depcut/analysis.py" not in trace
+
+
+@pytest.mark.parametrize("version", ["2.13.0", "2.13.0a0+git1a2b3c", "2.14.1", "3.0", "10.2"])
+def test_a_newer_torch_is_accepted(version: str) -> None:
+    torch_floor.check_torch(version)
+
+
+@pytest.mark.parametrize("version", ["2.12.1", "2.9.1+cpu", "1.13.0"])
+def test_an_older_torch_is_refused(version: str) -> None:
+    with pytest.raises(TorchVersionError, match=re.escape(version)) as caught:
+        torch_floor.check_torch(version)
+    assert isinstance(caught.value, ImportError)
+    assert "pip install" in str(caught.value.remedy)
+
+
+def test_the_floor_is_the_declared_one() -> None:
+    floor = ".".join(map(str, torch_floor.TORCH_FLOOR))
+    assert f"torch>={floor}" in PROJECT["dependencies"]
+    assert f"Any torch from {floor} on" in (ROOT / "README.md").read_text()
 
 
 def imported(tree: ast.AST) -> Iterator[tuple[ast.stmt, str]]:

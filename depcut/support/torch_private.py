@@ -1,6 +1,6 @@
 """Every private name of torch that depcut uses, with why and the version in which it was read.
 
-All were read in torch 2.13 and exist in 2.11; `tests/test_private_apis.py` fails with the name of
+All were read in torch 2.13; `tests/test_private_apis.py` fails with the name of
 one that goes or changes. No other module spells a private name of a library; that is tested, too.
 
 | name | why |
