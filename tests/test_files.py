@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import json
 import os
@@ -12,8 +13,11 @@ from typing import Any
 
 import pytest
 
+import depcut
 from depcut.errors import DepcutError, ExportError
 from depcut.support import files
+
+PACKAGE = Path(depcut.__file__).parent
 
 
 def names(folder: Path) -> list[str]:
@@ -296,3 +300,33 @@ def test_a_workplace_goes_and_what_was_moved_stays(tmp_path: Path) -> None:
     ):
         full()
     assert names(tmp_path / "real") == ["net.onnx"]
+
+
+# Calls that write, rename or make drafts, and the modules that may: everything else goes through
+# `support.files` and `support.weights`.
+WRITERS = {
+    "support/files.py",
+    "support/weights.py",
+    "timing/footprint.py",  # tells the kernel to reset a peak
+}
+CALLS = {
+    "NamedTemporaryFile", "mkstemp", "rename", "save_file", "save_model", "write_bytes",
+    "write_text",
+}  # fmt: skip
+
+
+def test_one_module_writes() -> None:
+    found = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                name = ast.unparse(node.func).rpartition(".")[2]
+                to_write = name in ("open", "fdopen") and any(
+                    isinstance(a, ast.Constant) and str(a.value)[:1] in ("w", "a", "x")
+                    for a in node.args
+                )
+                # str.replace takes two arguments, Path.replace one
+                moves = name == "replace" and len(node.args) == 1 and not node.keywords
+                if name in CALLS or to_write or moves:
+                    found.add(path.relative_to(PACKAGE).as_posix())
+    assert found == WRITERS

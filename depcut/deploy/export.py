@@ -115,6 +115,7 @@ def export(
         errors = [
             compare_outputs(model, session, arguments, size, rtol=rtol, atol=atol) for size in sizes
         ]
+        _check_link(Path(path), target, folder)
         del session  # some systems cannot rename a file that is mapped
         written = publish(file, target)
     return ExportReport(
@@ -167,6 +168,17 @@ def _checked(path: Path) -> onnx.ModelProto:
             remedy="this is an error of the exporter; please report it with the model",
         ) from error
     return onnx.load(str(path), load_external_data=False)
+
+
+def _check_link(path: Path, target: Path, folder: Path) -> None:
+    """Refuse a link to another folder where weights lie beside the graph: no runtime finds them."""
+    beside = any(file.name != target.name for file in folder.iterdir())
+    if beside and path.parent.resolve() != target.parent.resolve():
+        raise ExportError(
+            "weights of more than 2 GB lie beside their graph, and are not found through a link",
+            where=str(path),
+            remedy=f"export to {target}",
+        )
 
 
 def _batch_sizes(proto: onnx.ModelProto, arguments: inspect.BoundArguments) -> tuple[int, ...]:
