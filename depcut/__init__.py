@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from depcut.support import torch_floor  # noqa: F401  (it refuses a torch that is too old)
+
+# isort: split
 from depcut.analysis import Analysis, analyze
 from depcut.api import shrink
 from depcut.apply.plan import Plan

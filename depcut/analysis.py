@@ -8,11 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from io import StringIO
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import networkx as nx
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 from typing_extensions import Unpack
 
@@ -44,6 +41,9 @@ from depcut.plan import cost
 from depcut.plan.cost import Cost
 from depcut.plan.data import PlanData
 from depcut.support.keywords import settled, takes_options
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +103,8 @@ class Analysis:
     @cached_property
     def graph(self) -> nx.DiGraph:
         """Layers and groups: edges from a layer to the groups it produces and to their readers."""
+        import networkx as nx
+
         graph = nx.DiGraph()
         for group in self.groups:
             graph.add_node(group.name, kind="group", size=group.size, tied=group.tied)
@@ -344,6 +346,9 @@ class Analysis:
         return stuck / total if total else 1.0
 
     def __str__(self) -> str:
+        from rich.console import Console
+        from rich.table import Table
+
         table = Table(title=f"{type(self.model).__name__}: {len(self.groups)} groups")
         for column in ("group", "units", "narrows", "read by", "tie"):
             table.add_column(column, overflow="fold")

@@ -22,6 +22,10 @@ class DepcutError(Exception):
         super().__init__("\n".join(lines))
 
 
+class TorchVersionError(DepcutError, ImportError):
+    """The installed torch is older than the oldest one that depcut runs on."""
+
+
 class CaptureError(DepcutError):
     """The model could not be turned into a graph."""
 

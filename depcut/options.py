@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import operator
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -16,6 +14,7 @@ from depcut.calibration.data import BATCHES
 from depcut.errors import InputError
 from depcut.plan.cost import COSTS
 from depcut.scores import CRITERIA, Criterion, Score, score_name
+from depcut.support.checks import check_integer, check_number
 from depcut.support.keywords import option
 
 if sys.version_info >= (3, 11):
@@ -47,19 +46,8 @@ class Common:
     def _integer(self, name: str, least: int, *, optional: bool = False) -> None:
         """Make an option a plain integer of at least so much."""
         value = getattr(self, name)
-        if value is None and optional:
-            return
-        try:
-            number = None if isinstance(value, bool) else operator.index(value)
-        except TypeError:
-            number = None
-        if number is None or number < least:
-            raise InputError(
-                f"{name} is {value!r}",
-                where=f"{name}=",
-                remedy=f"pass an integer of at least {least}",
-            )
-        self._set(name, number)
+        if value is not None or not optional:
+            self._set(name, check_integer(value, name, least))
 
     def _flag(self, name: str) -> None:
         value = getattr(self, name)
@@ -151,14 +139,9 @@ class Options(Common):
         self._check_ratios()
 
     def _check_latency(self) -> None:
-        value = self.latency_ms
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if value is not None and not (number and 0 < value < math.inf):
-            raise InputError(
-                f"latency_ms is {value!r}",
-                where="latency_ms=",
-                remedy="pass milliseconds, more than 0",
-            )
+        if self.latency_ms is not None:
+            remedy = "pass milliseconds, more than 0"
+            self._set("latency_ms", check_number(self.latency_ms, "latency_ms", remedy, above=0))
 
     def _check_score(self) -> None:
         given: Any = self.score

@@ -10,8 +10,8 @@ import pytest
 from safetensors import safe_open
 
 from depcut.apply.plan import Plan
-from depcut.cli.loading import load_weights
 from depcut.cli.main import main
+from depcut.support.weights import load_weights
 
 COMMANDS = ("demo", "analyze", "shrink", "compact", "export", "bench")
 

@@ -1,6 +1,7 @@
 """Export: what appears is valid and agrees; what does not agree never appears."""
 
 import inspect
+import os
 from pathlib import Path
 
 import numpy as np
@@ -200,6 +201,46 @@ def test_whenever_an_export_is_killed_a_whole_pair_is_there(tmp_path, monkeypatc
         export(new, path, torch.randn(2, 64))
     monkeypatch.undo()
     agrees(path, new if moved == 2 else old)
+
+
+@pytest.mark.parametrize("limit", [100, 2**30])
+@pytest.mark.parametrize("folder", [".", "other"])
+def test_a_link_stays_one_and_its_file_is_written(tmp_path, monkeypatch, folder, limit):
+    stored_beside(monkeypatch, limit)
+    (tmp_path / folder).mkdir(exist_ok=True)
+    real, link = tmp_path / folder / "real.onnx", tmp_path / "link.onnx"
+    link.symlink_to(real)
+    model = nn.Linear(64, 64).eval()
+    if limit == 100 and folder == "other":
+        with pytest.raises(ExportError, match="not found through a link") as caught:
+            export(model, link, torch.randn(2, 64))
+        assert caught.value.remedy == f"export to {real}"
+        assert list((tmp_path / folder).iterdir()) == []
+        return
+    report = export(model, link, torch.randn(2, 64))
+    assert report.path == link
+    assert link.is_symlink()
+    agrees(link, model)
+    agrees(real, model)
+
+
+def test_a_pipe_is_refused_before_any_work(tmp_path):
+    os.mkfifo(tmp_path / "net.onnx")
+    with pytest.raises(ExportError, match="is a FIFO"):
+        export(nn.Linear(4, 4), tmp_path / "net.onnx", torch.randn(2, 4))
+
+
+def test_an_exported_file_has_the_mode_of_the_umask_or_of_the_old_one(tmp_path):
+    path = tmp_path / "net.onnx"
+    before = os.umask(0o027)
+    try:
+        export(nn.Linear(4, 4), path, torch.randn(2, 4))
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o640
+    path.chmod(0o604)
+    export(nn.Linear(4, 4), path, torch.randn(2, 4))
+    assert path.stat().st_mode & 0o777 == 0o604
 
 
 def test_weights_of_another_name_are_not_ours_to_delete(tmp_path):

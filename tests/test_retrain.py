@@ -404,8 +404,8 @@ def test_a_checkpoint_holds_tensors_and_json_only(tmp_path: Path) -> None:
 
     retrain(checkpoint=tmp_path, optimizer=torch.optim.AdamW)
     (step,) = tmp_path.glob("step-*")
-    assert sorted(p.name for p in step.iterdir()) == ["state.json", "tensors.safetensors"]
-    names = set(load_file(step / "tensors.safetensors"))
+    assert sorted(p.name for p in step.iterdir()) == ["state.json", "state.safetensors"]
+    names = set(load_file(step / "state.safetensors"))
     assert {"/model/conv.weight", "/optimizer/state/conv.weight/exp_avg"} <= names
     json.loads((step / "state.json").read_text())
 

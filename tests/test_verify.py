@@ -20,7 +20,8 @@ import depcut.rewrite.tensors
 from depcut.errors import VerificationError
 from depcut.ops import registry
 from depcut.rewrite.build import Slim
-from depcut.verify.verify import error, masked_outputs
+from depcut.support.closeness import relative_error
+from depcut.verify.verify import masked_outputs
 
 
 def plan_of(model: nn.Module, inputs: Any, seed: int = 0) -> Any:
@@ -459,11 +460,11 @@ def test_a_small_error_in_single_precision_is_found(monkeypatch: pytest.MonkeyPa
 
 def test_differences_are_relative_to_the_largest_value() -> None:
     want = torch.tensor([100.0, 0.0])
-    size, message = error([want, 3], [want + torch.tensor([0.0, 1.0]), 4])
+    size, message = relative_error([want, 3], [want + torch.tensor([0.0, 1.0]), 4])
     assert (size, message) == (pytest.approx(0.01), "")
-    assert error([torch.zeros(3)], [torch.full((3,), 0.5)])[0] == pytest.approx(0.5)
-    assert error([torch.tensor([1, 2])], [torch.tensor([1, 2])]) == (0.0, "")
-    assert error([torch.zeros(0)], [torch.zeros(0)]) == (0.0, "")
+    assert relative_error([torch.zeros(3)], [torch.full((3,), 0.5)])[0] == pytest.approx(0.5)
+    assert relative_error([torch.tensor([1, 2])], [torch.tensor([1, 2])]) == (0.0, "")
+    assert relative_error([torch.zeros(0)], [torch.zeros(0)]) == (0.0, "")
 
 
 @pytest.mark.parametrize(
@@ -481,20 +482,20 @@ def test_differences_are_relative_to_the_largest_value() -> None:
 def test_what_cannot_be_measured_is_an_infinite_difference(
     want: list[Any], have: list[Any], word: str
 ) -> None:
-    size, message = error(want, have)
+    size, message = relative_error(want, have)
     assert size == math.inf
     assert word in message
 
 
 def test_complex_values_are_compared() -> None:
     want = torch.tensor([3 + 4j, 0j])
-    assert error([want], [want.clone()]) == (0.0, "")
-    assert error([want], [want + torch.tensor([0j, 1j])])[0] == pytest.approx(0.2)
+    assert relative_error([want], [want.clone()]) == (0.0, "")
+    assert relative_error([want], [want + torch.tensor([0j, 1j])])[0] == pytest.approx(0.2)
 
 
 def test_equal_infinities_are_equal() -> None:
     values = torch.tensor([math.inf, -math.inf, math.nan, 1.0])
-    assert error([values], [values.clone()]) == (0.0, "")
+    assert relative_error([values], [values.clone()]) == (0.0, "")
 
 
 def test_verifying_changes_neither_modes_nor_statistics() -> None:

@@ -23,6 +23,7 @@ from depcut.plan.cost import Cost
 from depcut.plan.data import PlanData, make_plan
 from depcut.plan.preferences import preferences
 from depcut.scores import Criterion, Score, Scores, is_additive, score, score_name
+from depcut.support.checks import check_number
 
 
 @dataclass(frozen=True)
@@ -256,13 +257,9 @@ def check_ratio(ratio: object, where: str) -> None:
     Raises:
         InputError: It is something else.
     """
-    number = isinstance(ratio, int | float | np.floating) and not isinstance(ratio, bool)
-    if not number or not 0 < ratio < 1:  # type: ignore[operator]
-        raise InputError(
-            f"the ratio is {ratio!r}; it is the fraction removed, between 0 and 1 exclusive",
-            where=where,
-            remedy="pass e.g. 0.5 to remove half",
-        )
+    what = f"the ratio is {ratio!r}; it is the fraction removed, between 0 and 1 exclusive"
+    remedy = "pass e.g. 0.5 to remove half"
+    check_number(ratio, "ratio", remedy, above=0, below=1, what=what, where=where)
 
 
 def best_units(values: Any, count: int) -> Indices:

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from depcut import axes
 from depcut.branches.branch import Block, Branch
 from depcut.coupling.groups import Coupling
 from depcut.plan.keep import Keep
 from depcut.reference.run import Reference, example
+from depcut.support.torch_private import pytree
 
 Batch = list[Any]
 
@@ -109,6 +109,9 @@ def outputs_of(keep: Keep, model: nn.Module, batches: Sequence[Batch]) -> list[l
 
 def output_change(dense: list[list[Any]], other: list[list[Any]]) -> float:
     """Relative L2 distance of outputs, over all outputs and batches together.
+
+    A measure of quality, not of errors: it adds up what checks (`depcut.support.closeness`) take
+    the largest of.
 
     Args:
         dense: Outputs of the dense model, see `outputs_of`.

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import networkx as nx
 import numpy as np
 from numpy.typing import NDArray
 
@@ -60,6 +59,8 @@ def space(
         held: Numbers of groups that keep everything.
         ties: Further pairs of groups that keep equal counts.
     """
+    import networkx as nx
+
     equal = nx.Graph()
     equal.add_nodes_from(g.index for g in coupling.groups)
     representative: dict[int, int] = {}

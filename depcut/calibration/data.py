@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from depcut.capture.capture import is_symbolic, modes
 from depcut.capture.inputs import Inputs, arguments, device_of
 from depcut.capture.program import Program
 from depcut.errors import InputError
+from depcut.support.checks import check_integer
+from depcut.support.torch_private import pytree
 
 Data = Iterable[Any]
 Loss = Callable[[Any, Any], torch.Tensor]
@@ -142,10 +143,7 @@ def read(data: Data, batches: int = BATCHES) -> list[Any]:
     Raises:
         InputError: It is no iterable of items, or empty.
     """
-    if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
-        raise InputError(
-            f"batches is {batches!r}", where="batches=", remedy="pass an integer of at least 1"
-        )
+    batches = check_integer(batches, "batches", 1)
     if isinstance(data, torch.Tensor | str | Mapping) or not isinstance(data, Iterable):
         kind = type(data).__name__
         raise InputError(f"data is a {kind}", where="data=", remedy=f"pass {_PAIRS}: [x], not x")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-
-from rich.console import Console
-from rich.progress import Progress
+from typing import TYPE_CHECKING
 
 from depcut.calibration.data import Batch, Calibration
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 def bar(calibration: Calibration) -> Progress:
     """A progress bar on standard error that vanishes when it is done."""
+    from rich.console import Console
+    from rich.progress import Progress
+
     console = Console(stderr=True)
     shown = calibration.progress and (console.is_interactive or console.is_jupyter)
     return Progress(console=console, transient=True, disable=not shown)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from depcut import axes
 from depcut.calibration.data import Calibration
 from depcut.calibration.site import bound
 from depcut.calibration.visits import visits
 from depcut.coupling.groups import Coupling
+from depcut.support.torch_private import pytree
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind
 from torch.fx import traceback
-from torch.utils import _pytree as pytree
 
 from depcut.capture import provenance
 from depcut.capture.inline import inline_wrappers
@@ -22,6 +21,7 @@ from depcut.capture.inputs import Inputs, normalize, quiet
 from depcut.capture.program import ModuleCall, Program
 from depcut.capture.refusals import check_inputs, check_model
 from depcut.errors import CaptureError
+from depcut.support.torch_private import pytree
 
 
 def capture(model: nn.Module, inputs: Inputs = None) -> Program:

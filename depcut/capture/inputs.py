@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
 
 from depcut.errors import InputError
+from depcut.support.torch_private import FakeTensorMode, pytree
 
 Inputs = torch.Tensor | tuple[Any, ...] | list[Any] | dict[str, Any] | None
 

@@ -20,7 +20,8 @@ from torch import fx, nn
 from torch.fx import traceback
 from torch.fx.experimental import proxy_tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
+
+from depcut.support.torch_private import pytree
 
 Expr = int | float | tuple[Any, ...]
 

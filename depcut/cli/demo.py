@@ -17,8 +17,9 @@ from torch.nn import functional
 from depcut.api import shrink
 from depcut.cli.demo_net import DigitNet
 from depcut.deploy.export import ExportReport, export
-from depcut.errors import DepcutError
+from depcut.errors import DepcutError, InputError
 from depcut.plan.cost import count_macs, count_params
+from depcut.support import files
 from depcut.timing.bench import BenchResult, bench
 from depcut.timing.comparison import quantity
 
@@ -124,7 +125,7 @@ def run_demo(
     console = console or Console()
     digits = load_digits(seed)
     folder = Path(tempfile.mkdtemp(prefix="depcut-demo-")) if out is None else out
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder, "out=", InputError)
     image = digits.test_images[:1]
     with torch.random.fork_rng(devices=[]), _progress(console) as progress:
         torch.manual_seed(seed)
@@ -142,12 +143,12 @@ def run_demo(
                 accuracy(model, digits), count_params(model), count_macs(model, image), file
             )
             progress.advance(step)
-        files = {name: model.file.path for name, model in models.items()}
-        timing = bench(files, image, threads=threads, rounds=rounds)
+        written = {name: model.file.path for name, model in models.items()}
+        timing = bench(written, image, threads=threads, rounds=rounds)
         progress.advance(step)
     result = DemoResult(models["dense"], models["slim"], cut_accuracy, timing)
     console.print(result)
-    console.print(f"written: {files['dense']} and {files['slim']}", soft_wrap=True)
+    console.print(f"written: {written['dense']} and {written['slim']}", soft_wrap=True)
     return result
 
 
@@ -164,7 +165,7 @@ def load_digits(seed: int = 0) -> Digits:
         DepcutError: scikit-learn is not installed.
     """
     try:
-        from sklearn import datasets  # noqa: PLC0415  (an optional dependency)
+        from sklearn import datasets
     except ImportError as error:
         raise DepcutError(
             "the demo's digits come with scikit-learn, which is not installed",

@@ -5,17 +5,13 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
-from depcut.errors import DepcutError, InputError
+from depcut.errors import InputError
 
 _DTYPES = {
     name: getattr(torch, name)
@@ -108,50 +104,6 @@ def _called(target: str, what: str) -> Any:
             f"cannot build {what}: {type(error).__name__}: {error}",
             where=target,
             remedy="the factory must be importable from here and take no arguments",
-        ) from error
-
-
-def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Fill the model from a safetensors file; every tensor must be there and fit.
-
-    Args:
-        model: The model to fill. Tensors that it shares are stored once.
-        path: The file.
-
-    Raises:
-        InputError: The file is missing or no safetensors file, or belongs to another model.
-    """
-    try:
-        load_model(model, os.fspath(path), strict=True)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise InputError(
-            f"the weights cannot be loaded: {error}",
-            where=str(path),
-            remedy="pass a safetensors file that was saved from this very model",
-        ) from error
-
-
-def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write the model's state as safetensors; the file appears complete or not at all.
-
-    Args:
-        model: The model. Tensors that it shares are written once.
-        path: The file to write.
-
-    Raises:
-        DepcutError: The file cannot be written.
-    """
-    target = Path(path)
-    try:
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-            draft = Path(folder) / target.name
-            save_model(model, os.fspath(draft))
-            draft.replace(target)
-    except OSError as error:
-        raise DepcutError(
-            f"the weights cannot be written: {error}",
-            where=str(path),
-            remedy="choose another folder or free some space",
         ) from error
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from depcut.analysis import analyze
 from depcut.apply.plan import Plan
@@ -22,13 +21,14 @@ from depcut.cli.loading import (
     build_model,
     example_inputs,
     import_function,
-    load_weights,
-    save_weights,
 )
 from depcut.cli.options import Command, Help, options_of, threads_of
 from depcut.dead_units import compaction
 from depcut.deploy.export import export
 from depcut.errors import DepcutError, InputError
+from depcut.support import files
+from depcut.support.torch_private import pytree
+from depcut.support.weights import load_weights, save_weights
 from depcut.timing.backends import Candidate
 from depcut.timing.bench import bench
 from depcut.timing.comparison import compare
@@ -213,12 +213,7 @@ def _slim(options: argparse.Namespace, model: nn.Module) -> nn.Module:
 
 def _folder(path: Path) -> Path:
     """The folder, made if it is not there."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DepcutError(
-            f"the folder cannot be made: {error}", where=str(path), remedy="choose another --out"
-        ) from error
+    files.make_folder(path, "--out")
     return path
 
 

@@ -15,6 +15,7 @@ from depcut.capture.program import Program, where
 from depcut.coupling.groups import Coupling, Group, Member, layer_of, origin
 from depcut.coupling.outer import OUTPUT, find_outer
 from depcut.ops.registry import Effects, Op, Output, rule_for
+from depcut.support.torch_private import is_operator
 
 
 def infer(program: Program) -> Coupling:
@@ -108,7 +109,7 @@ def _visit(
     sizes = program.sizes[node]
     if sizes is None and not any(env.get(n) for n in node.all_input_nodes):
         return None
-    if not hasattr(node.target, "_schema"):
+    if not is_operator(node.target):
         return None if sizes is None else _give_up(node, env, sizes, unknown, "no rule for {}")
     function = rule_for(node.target)
     if function is None:

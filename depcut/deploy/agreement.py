@@ -6,19 +6,20 @@ import copy
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
 import torch
-from onnxruntime import InferenceSession, OrtValue
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils.dlpack import from_dlpack
 
 from depcut.deploy.runtime import Array, first_line, resized, session_tensors
 from depcut.errors import ExportError
+from depcut.support.closeness import Gap, gap
+from depcut.support.torch_private import pytree
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession, OrtValue
 
 # A difference beyond that is no error of the file's if PyTorch itself is off by about as much: two
 # computations that round alike differ by the sum of their errors.
@@ -78,27 +79,31 @@ def compare_outputs(
             where=type(model).__name__,
             remedy="return every tensor once",
         )
-    names = [entry.name for entry in session.get_outputs()]
+    places = [f"output {entry.name!r}, batch size {batch}" for entry in session.get_outputs()]
     gaps = [
-        _gap(f"output {name!r}, batch size {batch}", tensor, array)
-        for name, tensor, array in zip(names, expected, found, strict=True)
+        _gap(place, tensor, array)
+        for place, tensor, array in zip(places, expected, found, strict=True)
     ]
     allowed = [
-        _allowed(tensor, gap.scale, rtol, atol) for tensor, gap in zip(expected, gaps, strict=True)
+        _allowed(tensor, each.scale, rtol, atol)
+        for tensor, each in zip(expected, gaps, strict=True)
     ]
-    if any(gap.worst > limit for gap, limit in zip(gaps, allowed, strict=True)):
+    if any(each.worst > limit for each, limit in zip(gaps, allowed, strict=True)):
         own = _rounding(model, other, expected)
-        for gap, limit, rounding in zip(gaps, allowed, own, strict=True):
-            if gap.worst > limit + min(_OWN * rounding, _MOST * gap.scale):
-                raise _disagreement(gap, limit, rounding)
+        for place, each, limit, rounding in zip(places, gaps, allowed, own, strict=True):
+            if each.worst > limit + min(_OWN * rounding, _MOST * each.scale):
+                raise _disagreement(place, each, limit, rounding)
     return (
-        max((gap.worst for gap in gaps), default=0.0),
-        max((gap.worst / gap.scale if gap.scale else 0.0 for gap in gaps), default=0.0),
+        max((each.worst for each in gaps), default=0.0),
+        max((each.relative for each in gaps), default=0.0),
     )
 
 
 def _run(session: InferenceSession, feeds: Mapping[str, Tensor]) -> Sequence[Array]:
     """The graph's outputs; bfloat16, which NumPy does not have, as float32."""
+    import onnx
+    from onnxruntime import OrtValue
+
     # The runtime works on the arrays' own memory: they must live as long as the values.
     arrays = {name: _bits(tensor) for name, tensor in feeds.items()}
     values = {
@@ -119,40 +124,24 @@ def _bits(tensor: Tensor) -> Array:
 
 def _values(value: OrtValue) -> Array:
     """What the runtime returned."""
+    import onnx
+
     if value.element_type() != onnx.TensorProto.BFLOAT16:
         array: Array = value.numpy()
         return array
     return from_dlpack(value).float().numpy()
 
 
-@dataclass(frozen=True)
-class _Gap:
-    """How far one output is off: at most by `worst`, where the largest value is `scale`."""
-
-    where: str
-    worst: float
-    scale: float
-
-
-def _gap(where: str, tensor: Tensor, found: Array) -> _Gap:
-    """The largest difference of one output, or an ExportError where the shapes differ."""
+def _gap(where: str, tensor: Tensor, found: Array) -> Gap:
+    """The difference of one output, or an ExportError where the shapes differ."""
     expected = _exact(tensor)
     if expected.shape != found.shape:
         raise ExportError(
-            f"onnxruntime gives shape {found.shape}, PyTorch {expected.shape}",
+            f"onnxruntime gives shape {found.shape}, PyTorch {tuple(expected.shape)}",
             where=where,
             remedy="the model's code may fix a size that follows the batch",
         )
-    scale = float(np.abs(expected[np.isfinite(expected)]).max(initial=0.0))
-    return _Gap(where, _largest(expected, found.astype(np.float64)), scale)
-
-
-def _largest(expected: Array, found: Array) -> float:
-    """The largest difference; infinities and NaNs are equal where both have them."""
-    with np.errstate(invalid="ignore"):
-        same = (expected == found) | (np.isnan(expected) & np.isnan(found))
-        gap = np.nan_to_num(np.where(same, 0.0, np.abs(expected - found)), nan=np.inf)
-    return float(gap.max(initial=0.0))
+    return gap(expected, torch.from_numpy(np.asarray(found, np.float64)))
 
 
 def _allowed(tensor: Tensor, scale: float, rtol: float | None, atol: float | None) -> float:
@@ -173,10 +162,10 @@ def _rounding(
             return [0.0] * len(expected)  # it draws random numbers
         values = pytree.tree_map(_doubled, (arguments.args, arguments.kwargs))
         exact = _outputs(copy.deepcopy(model).double(), values)
-        gaps = [_largest(_exact(a), _exact(b)) for a, b in zip(exact, expected, strict=True)]
+        gaps = [gap(_exact(a), _exact(b)).worst for a, b in zip(exact, expected, strict=True)]
     except Exception:  # noqa: BLE001  (code that insists on single precision has no second look)
         return [0.0] * len(expected)
-    return [gap if math.isfinite(gap) else 0.0 for gap in gaps]
+    return [worst if math.isfinite(worst) else 0.0 for worst in gaps]
 
 
 def _outputs(model: nn.Module, values: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Tensor]:
@@ -189,16 +178,15 @@ def _doubled(leaf: object) -> object:
     return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
 
-def _disagreement(gap: _Gap, limit: float, rounding: float) -> ExportError:
+def _disagreement(where: str, found: Gap, limit: float, rounding: float) -> ExportError:
     return ExportError(
-        f"onnxruntime and PyTorch differ by {gap.worst:.3g} where the largest value is "
-        f"{gap.scale:.3g} (allowed: {limit:.3g}; PyTorch's own rounding: {rounding:.3g})",
-        where=gap.where,
+        f"onnxruntime and PyTorch differ by {found.worst:.3g} where the largest value is "
+        f"{found.scale:.3g} (allowed: {limit:.3g}; PyTorch's own rounding: {rounding:.3g})",
+        where=where,
         remedy="pass a wider rtol= or atol= if this is rounding; else please report the model",
     )
 
 
-def _exact(tensor: Tensor) -> Array:
+def _exact(tensor: Tensor) -> Tensor:
     """The tensor's values in double precision."""
-    values: Array = tensor.detach().cpu().double().numpy()
-    return values
+    return tensor.detach().cpu().double()

@@ -12,18 +12,21 @@ import secrets
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils import _pytree as pytree
 
 from depcut.apply.report import origin_of
 from depcut.deploy.runtime import batch_size, bind_inputs, evaluating, first_line, resized
 from depcut.errors import ExportError, InputError
+from depcut.support.checks import check_integer
+from depcut.support.torch_private import pytree
 from depcut.version import __version__
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 # The newest operator set that the exporter translates to; see `depcut.export`.
 OPSET = 23
@@ -86,13 +89,14 @@ def _checked_opset(opset: int | None) -> int:
     """The operator set to write."""
     if opset is None:
         return OPSET
-    if isinstance(opset, bool) or not isinstance(opset, int) or opset not in OPSETS:
-        raise InputError(
-            f"opset={opset!r} cannot be written",
-            where="opset=",
-            remedy=f"pass an integer from {OPSETS[0]} to {OPSETS[-1]}, or leave it out for {OPSET}",
-        )
-    return opset
+    return check_integer(
+        opset,
+        "opset",
+        OPSETS[0],
+        OPSETS[-1],
+        what=f"opset={opset!r} cannot be written",
+        remedy=f"pass an integer from {OPSETS[0]} to {OPSETS[-1]}, or leave it out for {OPSET}",
+    )
 
 
 def _checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
@@ -141,6 +145,8 @@ def _convert(
     program: torch.export.ExportedProgram, path: Path, metadata: Mapping[str, str], opset: int
 ) -> None:
     """Write the program as ONNX to `path`, with its metadata."""
+    import onnx_ir as ir
+
     try:
         converted = torch.onnx.export(
             program, dynamo=True, optimize=True, verbose=False, opset_version=opset
@@ -196,6 +202,8 @@ def _innermost(error: BaseException) -> BaseException:
 
 def _strip_notes(model: ir.Model) -> None:
     """Drop what the exporter noted about its own work, all but the module that a node is from."""
+    import onnx_ir as ir
+
     nodes = list(ir.traversal.RecursiveGraphIterator(model.graph))
     values = [*model.graph.inputs, *model.graph.initializers.values()]
     values += [output for node in nodes for output in node.outputs]
@@ -208,6 +216,8 @@ def _strip_notes(model: ir.Model) -> None:
 
 def _settle_sizes(values: Iterable[ir.Value | None]) -> None:
     """Write sizes that the model's code fixed as numbers; the exporter names them "3"."""
+    import onnx_ir as ir
+
     for value in values:
         if value is None or value.shape is None:
             continue

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import inspect
 import os
-import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import onnx
-from onnxruntime import InferenceSession
 from torch import nn
 
 from depcut.deploy.agreement import TOLERANCES, compare_outputs
@@ -21,6 +17,11 @@ from depcut.deploy.convert import OLDER_OPSET, draft
 from depcut.deploy.publish import publish
 from depcut.deploy.runtime import batch_size, evaluating, first_line, open_session
 from depcut.errors import ExportError
+from depcut.support import files
+
+if TYPE_CHECKING:
+    import onnx
+    from onnxruntime import InferenceSession
 
 __all__ = ["TOLERANCES", "ExportReport", "draft", "export"]
 
@@ -107,18 +108,18 @@ def export(
         InputError: `inputs` does not fit the model's forward, or an option is wrong.
     """
     started = time.perf_counter()
-    target = Path(path)
-    with _workplace(target) as folder, evaluating(model):
+    with files.workplace(path, "ONNX file", ExportError) as (target, folder), evaluating(model):
         file = folder / target.name
         arguments, proto, session = _loaded(model, inputs, file, metadata, opset)
         sizes = _batch_sizes(proto, arguments)
         errors = [
             compare_outputs(model, session, arguments, size, rtol=rtol, atol=atol) for size in sizes
         ]
+        _check_link(Path(path), target, folder)
         del session  # some systems cannot rename a file that is mapped
         written = publish(file, target)
     return ExportReport(
-        path=target,
+        path=Path(path),
         bytes=written,
         opset=next(entry.version for entry in proto.opset_import if entry.domain == ""),
         inputs=tuple(entry.name for entry in proto.graph.input),
@@ -154,31 +155,10 @@ def _loaded(
     raise refusals[0]
 
 
-@contextmanager
-def _workplace(target: Path) -> Iterator[Path]:
-    """A hidden folder beside the target, gone afterwards."""
-    where = f"export to {target}"
-    if not target.parent.is_dir():
-        raise ExportError(
-            f"the folder {target.parent} does not exist", where=where, remedy="create it first"
-        )
-    try:
-        if target.is_dir():
-            raise ExportError(
-                f"{target} is a folder", where=where, remedy="pass the name of a file in it"
-            )
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-            yield Path(folder)
-    except OSError as error:
-        raise ExportError(
-            f"the file cannot be written: {error}",
-            where=where,
-            remedy="free some space, or choose a folder that can be written to",
-        ) from error
-
-
 def _checked(path: Path) -> onnx.ModelProto:
     """The file's graph without its weights, after onnx.checker accepted it."""
+    import onnx
+
     try:
         onnx.checker.check_model(str(path))  # by path: the only way that takes more than 2 GB
     except onnx.checker.ValidationError as error:
@@ -188,6 +168,17 @@ def _checked(path: Path) -> onnx.ModelProto:
             remedy="this is an error of the exporter; please report it with the model",
         ) from error
     return onnx.load(str(path), load_external_data=False)
+
+
+def _check_link(path: Path, target: Path, folder: Path) -> None:
+    """Refuse a link to another folder where weights lie beside the graph: no runtime finds them."""
+    beside = any(file.name != target.name for file in folder.iterdir())
+    if beside and path.parent.resolve() != target.parent.resolve():
+        raise ExportError(
+            "weights of more than 2 GB lie beside their graph, and are not found through a link",
+            where=str(path),
+            remedy=f"export to {target}",
+        )
 
 
 def _batch_sizes(proto: onnx.ModelProto, arguments: inspect.BoundArguments) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import onnx
+from depcut.support.files import move
 
 
 def publish(draft: Path, target: Path) -> int:
@@ -16,7 +16,7 @@ def publish(draft: Path, target: Path) -> int:
 
     Args:
         draft: The graph, in a folder with nothing but its weights, on the file system of `target`.
-        target: Where it belongs.
+        target: Where it belongs, see `depcut.support.files.target_of`.
 
     Returns:
         The bytes that it takes, weights included.
@@ -25,8 +25,8 @@ def publish(draft: Path, target: Path) -> int:
     weights = [file for file in draft.parent.iterdir() if file != draft]
     size = sum(file.stat().st_size for file in (draft, *weights))
     for file in weights:
-        file.replace(target.parent / file.name)
-    draft.replace(target)
+        move(file, target.parent / file.name)
+    move(draft, target)
     for file in stale - {target.parent / file.name for file in weights}:
         file.unlink(missing_ok=True)
     return size
@@ -34,6 +34,8 @@ def publish(draft: Path, target: Path) -> int:
 
 def _weights_of(graph: Path) -> set[Path]:
     """Files that an existing graph refers to and that are named after it: no other one's."""
+    import onnx
+
     try:
         proto = onnx.load(str(graph), load_external_data=False)
     except Exception:  # noqa: BLE001  (whatever the old file is, it is about to be replaced)

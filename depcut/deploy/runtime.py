@@ -8,18 +8,18 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import onnx
-import onnxruntime as ort
 import torch
-from onnxruntime import InferenceSession
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from depcut.capture.inputs import infer
 from depcut.errors import ExportError, InputError
+from depcut.support.torch_private import pytree
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
@@ -85,6 +85,9 @@ def open_session(
     Raises:
         ExportError: The runtime does not load the file.
     """
+    import onnxruntime as ort
+    from onnxruntime import InferenceSession
+
     options = ort.SessionOptions()
     if profile is not None:
         options.enable_profiling = True
@@ -115,6 +118,8 @@ def open_session(
 
 def _float_types(path: str | os.PathLike[str]) -> str:
     """The kinds of real numbers among a file's inputs and weights."""
+    import onnx
+
     graph = onnx.load(os.fspath(path), load_external_data=False).graph
     types = {tensor.data_type for tensor in graph.initializer}
     types |= {value.type.tensor_type.elem_type for value in graph.input}

@@ -9,9 +9,10 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+import torch
 
 from depcut.errors import DepcutError, InputError
+from depcut.support.weights import read_tensors, write_tensors
 from depcut.training.gradual import Gradual
 
 _FILE = "depcut_gradual.safetensors"
@@ -89,7 +90,7 @@ def transformers_callback(gradual: Gradual) -> Any:
                         where=str(path),
                         remedy="resume from a checkpoint that was saved with this callback",
                     )
-                self.gradual.load_state_dict(load_file(path))
+                self.gradual.load_state_dict(_masks(path))
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             self.gradual.step()
@@ -97,15 +98,25 @@ def transformers_callback(gradual: Gradual) -> Any:
         def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
             path = _file(args, state)
             if state.is_world_process_zero and path.parent.is_dir():
-                draft = path.with_suffix(".tmp")
-                save_file({k: v.cpu() for k, v in self.gradual.state_dict().items()}, draft)
-                draft.replace(path)
+                masks = {k: v.cpu() for k, v in self.gradual.state_dict().items()}
+                write_tensors(masks, path, "masks")
 
     return GradualPruning()
 
 
 def _file(args: Any, state: Any) -> Path:
     return Path(args.output_dir) / f"checkpoint-{state.global_step}" / _FILE
+
+
+def _masks(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return read_tensors(path)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"the masks cannot be read: {error}",
+            where=str(path),
+            remedy="resume from another checkpoint",
+        ) from error
 
 
 def _check(gradual: object) -> None:

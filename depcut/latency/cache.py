@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from platformdirs import user_cache_path
-
+from depcut.errors import DepcutError
 from depcut.latency.samples import Samples
+from depcut.support import files
 
 _FORMAT = 1
 
@@ -25,6 +22,8 @@ def file_of(key: Mapping[str, Any]) -> Path:
     Args:
         key: Everything that they depend on, as plain data.
     """
+    from platformdirs import user_cache_path
+
     text = json.dumps({"format": _FORMAT, **key}, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:32]
     return user_cache_path("depcut") / "latency" / f"{digest}.json"
@@ -69,19 +68,10 @@ def store(key: Mapping[str, Any], samples: Samples) -> None:
     content = json.loads(json.dumps(content))
     data = {"key": dict(key), "digest": _digest(content), "content": content}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
+        files.make_folder(path.parent, "latency measurements")
+        files.write_json(path, data)
+    except DepcutError as error:
         warnings.warn(f"latency measurements are not kept: {error}", stacklevel=2)
-        return
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(data, file)
-        Path(draft).replace(path)
-    except OSError as error:
-        warnings.warn(f"latency measurements are not kept: {error}", stacklevel=2)
-        with contextlib.suppress(OSError):
-            Path(draft).unlink()
 
 
 def _digest(content: Any) -> str:

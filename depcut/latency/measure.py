@@ -8,13 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnxruntime import InferenceSession
-from rich.console import Console
-from rich.progress import Progress
 from torch import nn
 
 from depcut.apply.plan import planned
@@ -25,6 +22,9 @@ from depcut.errors import DepcutError, ExportError, LatencyError
 from depcut.latency.kernels import profile
 from depcut.latency.samples import Sample, Samples
 from depcut.timing.clock import interleave
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 _ENOUGH = 0.7  # of the samples must succeed
 _ROUNDS = 5
@@ -118,6 +118,9 @@ def measure(
         LatencyError: Too many of the smaller models could not be measured.
         ExportError: The dense model cannot be exported or run.
     """
+    from rich.console import Console
+    from rich.progress import Progress
+
     samples: list[Sample] = []
     failures: list[DepcutError] = []
     dense_seconds: list[float] = []

@@ -8,17 +8,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from depcut.allocate.space import space
 from depcut.apply.plan import Plan
 from depcut.coupling.groups import Coupling
 from depcut.deploy.runtime import bind_inputs
-from depcut.errors import InputError, listed
+from depcut.errors import listed
 from depcut.latency import cache
 from depcut.latency.designs import between, designs
 from depcut.latency.measure import measure
@@ -27,7 +25,9 @@ from depcut.latency.staircase import fit
 from depcut.plan.cost import Cost
 from depcut.plan.fingerprint import fingerprint
 from depcut.plan.preferences import preferences
+from depcut.support.checks import check_integer
 from depcut.support.machine import processor
+from depcut.support.torch_private import pytree
 
 SAMPLES = 16
 _UNSURE = 0.1  # a typical error of the fit that is worth a warning
@@ -135,12 +135,14 @@ def latency_model(
         LatencyError: The model cannot be measured.
         ExportError: The model cannot be exported or run.
     """
-    if threads < 1:
-        raise InputError(f"threads={threads}", where="threads=", remedy="pass 1 or more")
-    if samples < 6:
-        raise InputError(
-            f"samples={samples}", where="samples=", remedy="pass 6 or more: fewer explain nothing"
-        )
+    import onnxruntime as ort
+
+    limits = (
+        ("threads", threads, 1, "pass 1 or more"),
+        ("samples", samples, 6, "pass 6 or more: fewer explain nothing"),
+    )
+    for name, value, least, remedy in limits:
+        check_integer(value, name, least, what=f"{name}={value!r}", remedy=remedy)
     arguments = bind_inputs(model, inputs)
     steps = space(coupling, _GRID, set(), preferences(coupling).ties)
     runtime = f"onnxruntime {ort.__version__}, CPUExecutionProvider"

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import nnls
 
 from depcut.coupling.groups import Coupling
 from depcut.latency.align import Track, aligned
@@ -67,6 +66,8 @@ def fit(coupling: Coupling, samples: Samples) -> Fitted:
         coupling: The groups that the counts are of.
         samples: The measurements.
     """
+    from scipy.optimize import nnls
+
     totals = samples.seconds
     sums = np.array([sum(k.seconds for k in sample.kernels) for sample in samples.samples])
     recogniser = Recogniser(coupling, samples.counts)
@@ -110,6 +111,8 @@ def _shape(kernel: Kernel, tensor: int) -> tuple[int, ...]:
 
 def _fit_kind(members: list[_Member]) -> list[tuple[float, Blocked]]:
     """Summands of the time of kernels that are alike in the dense model."""
+    from scipy.optimize import nnls
+
     features = list(_features(members))
     times = np.concatenate([m.seconds for m in members])
     weights = 1 / np.maximum(times, _TICK)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from torch import nn
 
 from depcut.allocate.choose import Chooser
@@ -114,6 +113,8 @@ def plan_for_latency(
         BudgetError: Not even the smallest widths are fast enough, or nothing has to go.
         ExportError: The model cannot be exported or run.
     """
+    from rich.console import Console
+
     console = Console(stderr=True, quiet=not progress)
     with (
         tempfile.TemporaryDirectory(prefix="depcut-") as name,

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
+
+from depcut.support.torch_private import pytree
 
 TaintRule = Callable[["Step"], Any]
 

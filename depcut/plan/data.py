@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from depcut.axes import Indices
 from depcut.branches.branch import Residuals, bypass
@@ -22,6 +20,8 @@ from depcut.errors import PlanError, listed
 from depcut.plan.fingerprint import described, difference, fingerprint
 from depcut.plan.keep import Keep
 from depcut.plan.units import check_rows, check_ties, units_of
+from depcut.support import files
+from depcut.support.torch_private import pytree
 
 FORMAT = 1
 
@@ -101,7 +101,11 @@ class PlanData:
             raise PlanError(OTHER, where=different, remedy=ANEW)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON, to a temporary name first."""
+        """Write the plan as JSON; the file appears complete or not at all.
+
+        Raises:
+            DepcutError: It cannot be written.
+        """
         data = {
             "format": FORMAT,
             "fingerprint": self.fingerprint,
@@ -112,15 +116,7 @@ class PlanData:
             "kept": {name: kept.tolist() for name, kept in self.kept.items()},
             "dropped": list(self.dropped),
         }
-        target = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=target.parent or ".", suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w") as file:
-                json.dump(data, file, indent=1)
-            Path(temporary).replace(target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        files.write_json(path, data, "plan", indent=1)
 
     @classmethod
     def load(cls: type[DataT], path: str | os.PathLike[str]) -> DataT:

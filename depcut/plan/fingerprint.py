@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from depcut.capture.inputs import device_of
 from depcut.coupling.groups import Coupling
+from depcut.support.torch_private import pytree
 
 
 def example_of(inputs: Any, model: nn.Module) -> Any:

@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from depcut.capture.capture import held_tensors
 from depcut.coupling.groups import Coupling
@@ -20,6 +19,7 @@ from depcut.ops.taint import Step, tainted
 from depcut.ops.taint_rules import derived, is_view
 from depcut.plan.keep import Keep
 from depcut.reference.run import example, last_uses
+from depcut.support.torch_private import pytree
 
 
 def interpret(

@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
-from torch.utils import _pytree as pytree
 
 from depcut import axes
 from depcut.axes.rows import fitted
@@ -26,6 +24,7 @@ from depcut.graph.liveness import is_size
 from depcut.ops.registry import Output
 from depcut.plan.keep import Keep
 from depcut.reference.slices import open_mesh, take
+from depcut.support.torch_private import enter_autocast, exit_autocast, pytree
 
 Watched = dict[fx.Node, Any]
 
@@ -83,9 +82,9 @@ class _Autocast:
 
     def follow(self, node: fx.Node, env: dict[fx.Node, Any]) -> None:
         """Note that a node has entered or left one."""
-        if node.target is _enter_autocast:
+        if node.target is enter_autocast:
             self.regions.append(env[node])
-        elif node.target is _exit_autocast:
+        elif node.target is exit_autocast:
             self.regions.remove(env[node.all_input_nodes[0]])
 
     @contextmanager

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from depcut import axes
 from depcut.axes import Reason
@@ -39,7 +38,8 @@ from depcut.coupling.groups import layer_of
 from depcut.errors import VerificationError
 from depcut.plan.keep import Keep
 from depcut.reference.run import Step, kept_part
-from depcut.verify.observe import error
+from depcut.support.closeness import relative_error
+from depcut.support.torch_private import pytree
 
 _TOLERANCE = 1e-2  # relative, between the repaired graph and model: rounding alone
 _COMPUTED = "its weight or bias is computed, or is part of a larger tensor"
@@ -301,7 +301,7 @@ class _Repairer:
         for name, buffer in self.slim.named_buffers():
             if name in written and buffer.shape == written[name].shape:
                 buffer.copy_(written[name])
-        size, message = error(expected, outputs)
+        size, message = relative_error(expected, outputs)
         if message or not size <= _TOLERANCE:
             raise VerificationError(
                 message or f"after compensation, outputs differ by {size:.3g} of their scale",

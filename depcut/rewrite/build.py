@@ -17,6 +17,7 @@ from depcut.rewrite.graph import CannotGenerateError, generate
 from depcut.rewrite.module import set_attributes
 from depcut.rewrite.removal import remove_dead
 from depcut.rewrite.tensors import narrowed_copy
+from depcut.support.torch_private import children_of
 
 
 @dataclass
@@ -78,7 +79,7 @@ class Slim:
             self.model = module
             return
         parent = self.model.get_submodule(parent_of(name))
-        parent._modules[name.rpartition(".")[2]] = module
+        children_of(parent)[name.rpartition(".")[2]] = module
 
 
 def rewrite(model: nn.Module, keep: Keep) -> Slim:

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from depcut.capture.capture import modes
 from depcut.capture.program import Program, module_of
+from depcut.support.torch_private import FakeTensorMode, pytree
 
 _FUSED = torch.ops.aten.scaled_dot_product_attention.default
 

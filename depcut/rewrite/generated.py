@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from depcut.capture.program import ModuleCall
 from depcut.errors import InputError
+from depcut.support.torch_private import pytree
 
 
 class GeneratedModule(nn.Module):

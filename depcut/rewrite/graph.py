@@ -11,27 +11,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from depcut.capture.program import ModuleCall, Program, parent_of, stack_entries
 from depcut.graph.liveness import is_size
 from depcut.plan.keep import Keep
 from depcut.rewrite.dropout import when_training
 from depcut.rewrite.generated import GeneratedModule
+from depcut.support.torch_private import pytree, schema_of, size_expression
 
 _MODE_FLAGS = ("train", "training")
 _PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.device)
 
 
 _ARITHMETIC = (operator.mul, operator.add, operator.sub, operator.floordiv)
-
-
-def _symbolic(size: Any) -> Any:
-    """The sympy expression of a size."""
-    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 
 class CannotGenerateError(Exception):
@@ -243,14 +237,14 @@ class _Builder:
 
     def _size(self, node: fx.Node) -> fx.Node:
         """A dynamic size, read off a tensor at hand one of whose sizes is a multiple of it."""
-        wanted = _symbolic(node.meta["val"])
+        wanted = size_expression(node.meta["val"])
         for source, copy in list(self.env.items()):
             value = source.meta.get("val")
             if not isinstance(value, torch.Tensor) or not isinstance(copy, fx.Node):
                 continue
             sizes: Any = value.shape
             for dim, size in enumerate(sizes):
-                times = _symbolic(size) / wanted
+                times = size_expression(size) / wanted
                 if type(size) is not int and times.is_Integer and self._whole(source, dim):
                     read = self.graph.call_function(torch.ops.aten.sym_size.int, (copy, dim))
                     if times == 1:
@@ -288,7 +282,7 @@ class _Builder:
 
     def _follow_mode(self, new: fx.Node, node: fx.Node) -> None:
         """Let train() and eval() of the owning module decide, not the mode of the capture."""
-        schema = getattr(node.target, "_schema", None)
+        schema = schema_of(node.target)
         if schema is None:
             return
         probability = self.dropouts.get(node)
@@ -368,7 +362,7 @@ def _has_effect(node: fx.Node) -> bool:
         return True
     if node.op == "call_module":
         return True
-    name = str(node.target)
+    schema = schema_of(node.target)
     return node.op == "call_function" and (
-        "autocast" in name or (hasattr(node.target, "_schema") and node.target._schema.is_mutable)
+        "autocast" in str(node.target) or (schema is not None and schema.is_mutable)
     )

@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize, prune
 
 from depcut.rewrite.copying import copied
 from depcut.rewrite.tensors import computed_tensors
+from depcut.support.torch_private import pruned_names
 
 
 def without_masks(model: nn.Module) -> nn.Module:
@@ -20,11 +21,11 @@ def without_masks(model: nn.Module) -> nn.Module:
             does a parametrization all of whose tensors are masks: of zeros and ones, and no larger
             than the weight. Other parametrizations stay.
     """
-    if not any(_pruned(module) or _masked(module) for module in model.modules()):
+    if not any([*pruned_names(m), *_masked(m)] for m in model.modules()):
         return model
     made: nn.Module = copied(model, computed_tensors(model))
     for module in list(made.modules()):
-        for name in _pruned(module):
+        for name in list(pruned_names(module)):
             prune.remove(module, name)
         for name in _masked(module):
             _own_class(module)
@@ -37,12 +38,6 @@ def _own_class(module: nn.Module) -> None:
     kind = type(module)
     kept = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
     module.__class__ = type(kind.__name__, kind.__bases__, kept)
-
-
-def _pruned(module: nn.Module) -> list[str]:
-    """Names of parameters that `torch.nn.utils.prune` masks."""
-    hooks: list[Any] = list(module._forward_pre_hooks.values())
-    return [h._tensor_name for h in hooks if isinstance(h, prune.BasePruningMethod)]
 
 
 def _masked(module: nn.Module) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from depcut.plan.attributes import Attribute
+from depcut.support.torch_private import ConvNd, NormBase
 
 # Attributes of torch's own layers that repeat a parameter's size: attribute -> (parameter, dim).
 _STANDARD: dict[type[nn.Module], dict[str, tuple[str, int]]] = {
@@ -17,7 +18,7 @@ _STANDARD: dict[type[nn.Module], dict[str, tuple[str, int]]] = {
         "in2_features": ("weight", 2),
     },
     nn.Embedding: {"embedding_dim": ("weight", 1)},
-    nn.modules.batchnorm._NormBase: {"num_features": ("weight", 0)},
+    NormBase: {"num_features": ("weight", 0)},
     nn.GroupNorm: {"num_channels": ("weight", 0)},
     nn.RNNBase: {"input_size": ("weight_ih_l0", 1), "hidden_size": ("weight_hh_l0", 1)},
     nn.PReLU: {"num_parameters": ("weight", 0)},
@@ -56,7 +57,7 @@ def _replaced(container: Any, path: tuple[Any, ...], value: int) -> Any:
 
 
 def _standard(module: nn.Module) -> None:
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if isinstance(module, ConvNd):
         weight = module.weight
         inner, outer = (1, 0) if not module.transposed else (0, 1)
         groups = module.groups

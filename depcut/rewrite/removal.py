@@ -8,6 +8,7 @@ from torch import nn
 
 from depcut.capture.program import parent_of
 from depcut.plan.keep import Keep
+from depcut.support.torch_private import children_of, parameters_of
 
 
 def remove_dead(slim: nn.Module, keep: Keep, generated: Collection[str]) -> None:
@@ -34,13 +35,13 @@ def remove_dead(slim: nn.Module, keep: Keep, generated: Collection[str]) -> None
             continue
         holder = slim.get_submodule(parent)
         if parent in called:
-            del holder._modules[key]
+            del children_of(holder)[key]
         else:
-            holder._modules[key] = nn.Identity()
+            children_of(holder)[key] = nn.Identity()
     for name in sorted(gone.tensors & program.parameters):
         owner, _, key = name.rpartition(".")
         if _exists(slim, owner):
-            slim.get_submodule(owner)._parameters.pop(key, None)
+            parameters_of(slim.get_submodule(owner)).pop(key, None)
 
 
 def _exists(model: nn.Module, name: str) -> bool:

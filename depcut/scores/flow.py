@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from depcut.coupling.groups import Coupling
 from depcut.ops import normalization
 from depcut.ops.registry import Op, rule_for
 from depcut.plan.keep import Keep
 from depcut.reference.run import example
+from depcut.support.torch_private import pytree, schema_of
 
 _NORMS = (normalization.batch_norm, normalization.layer_norm, normalization.group_norm)
 _PRODUCTS = frozenset("mul matmul mm bmm mv dot inner einsum bilinear outer".split())
@@ -75,9 +75,10 @@ class Flow(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """The value of one node, floating-point tensors in double precision."""
-        if n.op != "call_function" or not hasattr(n.target, "_schema"):
+        schema = schema_of(n.target)
+        if n.op != "call_function" or schema is None:
             return _double(super().run_node(n))
-        name = n.target._schema.name.partition("::")[2].rstrip("_")
+        name = schema.name.partition("::")[2].rstrip("_")
         if name.startswith("_assert"):
             return None
         first = self.env.get(n.args[0]) if n.args and isinstance(n.args[0], fx.Node) else None

@@ -11,6 +11,7 @@ from depcut.ops.registry import Op, rule_for
 from depcut.scores.aggregate import by_element, compared, members, totals
 from depcut.scores.context import Context, Scores, criterion
 from depcut.scores.magnitude import l2
+from depcut.support.torch_private import is_operator
 
 _NORMS = (normalization.batch_norm, normalization.layer_norm, normalization.group_norm)
 _SCALINGS = ("aten.mul.Tensor", "aten.mul_.Tensor")
@@ -29,7 +30,7 @@ def scales(context: Context) -> set[str]:
     program = coupling.program
     found = set()
     for node in program.graph.graph.nodes:
-        if node.op != "call_function" or not hasattr(node.target, "_schema"):
+        if node.op != "call_function" or not is_operator(node.target):
             continue
         if str(node.target) in _SCALINGS:
             factors = [a for a in node.args if isinstance(a, fx.Node)]

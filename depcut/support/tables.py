@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+from typing import TYPE_CHECKING
 
-from rich.console import Console, RenderableType
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 def rendered(table: RenderableType, width: int = 120) -> str:
@@ -17,6 +19,8 @@ def rendered(table: RenderableType, width: int = 120) -> str:
     Returns:
         Lines of text, without a newline at the end.
     """
+    from rich.console import Console
+
     console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
     with console.capture() as captured:
         console.print(table)

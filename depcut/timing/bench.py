@@ -7,18 +7,19 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from rich.filesize import decimal
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from depcut.errors import InputError
+from depcut.support.checks import check_integer
 from depcut.support.machine import processor
 from depcut.support.tables import rendered
 from depcut.timing.backends import Candidate, Runner, Setup
 from depcut.timing.clock import Speedup, Timing, interleave
 from depcut.timing.pinning import pinned
 from depcut.timing.runtimes import RUNTIMES, check_runtime
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,8 @@ class BenchResult:
         return "\n".join(filter(None, (line, note, self.warning)))
 
     def __rich__(self) -> Table:
+        from rich.table import Table
+
         base = next(iter(self.measurements))
         has_files = any(self.file_bytes.values())
         table = Table(caption=self.conditions)
@@ -267,6 +270,8 @@ def byte_size(count: int | None) -> str:
     Returns:
         One digit after the point and a unit, or that they were not measured.
     """
+    from rich.filesize import decimal
+
     return "not measured" if count is None else decimal(count)
 
 
@@ -316,16 +321,13 @@ def _check(
     """Refuse what cannot be timed."""
     if not candidates:
         raise InputError("no candidates", where="bench", remedy="pass at least one, by name")
-    if threads < 1:
-        raise InputError(f"threads={threads}", where="bench", remedy="pass 1 or more")
-    if rounds < 6:
-        raise InputError(
-            f"rounds={rounds}",
-            where="bench",
-            remedy="pass 6 or more: fewer give no 95 % interval of a median",
-        )
-    if warmup < 0:
-        raise InputError(f"warmup={warmup}", where="bench", remedy="pass 0 or more")
+    limits = (
+        ("threads", threads, 1, "pass 1 or more"),
+        ("rounds", rounds, 6, "pass 6 or more: fewer give no 95 % interval of a median"),
+        ("warmup", warmup, 0, "pass 0 or more"),
+    )
+    for name, value, least, remedy in limits:
+        check_integer(value, name, least, what=f"{name}={value!r}", where="bench", remedy=remedy)
     if batch_sizes is None:
         return
     sizes = list(batch_sizes)

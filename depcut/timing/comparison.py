@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
 from torch import nn
 
 from depcut.plan.cost import count_macs, count_params
 from depcut.support.tables import rendered
 from depcut.timing.bench import Measurement, bench, byte_size, rate
 from depcut.timing.clock import Speedup, Timing
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class Comparison:
         return None if self.speedup is None else self.speedup.ratio * self.macs_kept
 
     def __rich__(self) -> Table:
+        from rich.table import Table
+
         table = Table(caption=self.conditions or None)
         for column in ("", "dense", "slim", "slim / dense"):
             table.add_column(column, justify="right" if column else "left")

@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 
 # The second run plans its memory from what the first one took.
 _RUNS = 3
@@ -29,6 +28,8 @@ def footprint(file: str, inputs: str, threads: int) -> int:
     Returns:
         The peak while the file is loaded and run, less what was resident before.
     """
+    import onnxruntime as ort
+
     with np.load(inputs, allow_pickle=False) as archive:
         arrays = [archive[name] for name in archive.files]
     # Without the permission to reset it, the peak starts from that of the imports.

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 from torch.utils.data.distributed import DistributedSampler
 
 from depcut.calibration.data import Batch, inputs_of
 from depcut.capture.inputs import arguments
 from depcut.errors import InputError
+from depcut.support.torch_private import pytree
 from depcut.training.streams import Stream, seed_of
 
 _PAIRS = "pass a DataLoader or a list of (input, target) pairs"

@@ -20,6 +20,7 @@ from depcut.calibration.data import Data, Loss
 from depcut.capture.inputs import Inputs
 from depcut.errors import InputError
 from depcut.options import IterateKeywords, Options
+from depcut.support.checks import check_integer
 from depcut.support.keywords import takes_options
 from depcut.training.iterative import Iterated, MakeOptimizer, geometric, iterate
 
@@ -70,11 +71,7 @@ def budget_phases(
     """
     check_ratio(ratio, "ratio=")
     check_ratio(dense, "dense=")
-    for name, value in (("epochs", epochs), ("cycles", cycles)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(
-                f"{name} is {value!r}", where=f"{name}=", remedy="pass an integer of at least 1"
-            )
+    epochs, cycles = check_integer(epochs, "epochs", 1), check_integer(cycles, "cycles", 1)
     each = round(epochs * (1 - dense)) // cycles
     if not each or epochs - each * cycles < 1:
         raise InputError(

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn import functional
-from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from depcut.apply.plan import Plan
@@ -26,6 +25,8 @@ from depcut.capture.inputs import device_of
 from depcut.errors import InputError, listed
 from depcut.reference.run import kept_part
 from depcut.rewrite.copying import copied
+from depcut.support.checks import check_number
+from depcut.support.torch_private import pytree
 from depcut.training.distance import bound
 
 Logits = Callable[[Any], torch.Tensor]
@@ -77,14 +78,11 @@ class Distillation:
         logits: Logits | None = None,
         dim: int = -1,
     ) -> None:
-        _check(temperature=temperature, output_weight=output_weight, hidden_weight=hidden_weight)
-        if not temperature or not 0 <= share <= 1:
-            name, value = ("share", share) if temperature else ("temperature", temperature)
-            raise InputError(
-                f"{name} is {value}",
-                where=f"{name}=",
-                remedy="temperature is positive, share between 0 and 1",
-            )
+        for name, weight in (("output_weight", output_weight), ("hidden_weight", hidden_weight)):
+            check_number(weight, name, "pass a number that is not negative", least=0)
+        remedy = "temperature is positive, share between 0 and 1"
+        check_number(temperature, "temperature", remedy, above=0)
+        check_number(share, "share", remedy, least=0, most=1)
         self.dense, self.slim, self.share = dense, slim, share
         self.plan = bound(plan, dense)
         self.temperature, self.dim, self.logits = temperature, dim, logits
@@ -271,11 +269,3 @@ def _listen(
 
     modules = dict(model.named_modules())
     return [modules[name].register_forward_hook(hook(name)) for name in names]
-
-
-def _check(**numbers: float) -> None:
-    for name, value in numbers.items():
-        if not 0 <= value < float("inf"):
-            raise InputError(
-                f"{name} is {value}", where=f"{name}=", remedy="pass a number that is not negative"
-            )

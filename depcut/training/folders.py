@@ -1,31 +1,26 @@
-"""Steps of a run on disk: each a folder that is complete or absent; JSON and safetensors only."""
+"""Steps of a repeated pruning on disk, each a folder that is complete or absent."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from depcut.apply.plan import Plan
-from depcut.cli.loading import load_weights, save_weights
 from depcut.errors import InputError
+from depcut.support import codec, files
+from depcut.support.weights import load_weights, save_weights
 
-FORMAT = 1
-
-_TENSOR = "tensor:"
+FORMAT = 2
 
 
-class Checkpoints:
-    """A folder with one sub-folder a finished step, written under another name and renamed.
+class RunFolder:
+    """A folder with one sub-folder a finished step.
 
     Args:
         folder: Where; made if it does not exist.
@@ -40,16 +35,8 @@ class Checkpoints:
         self, folder: str | os.PathLike[str], request: Mapping[str, Any], resume: bool
     ) -> None:
         self.folder, self.request = Path(folder), json.loads(json.dumps(request))
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"the folder cannot be made: {error}",
-                where="checkpoint=",
-                remedy="pass a folder that can be written to",
-            ) from error
-        for stale in self.folder.glob(".step-*.tmp"):
-            shutil.rmtree(stale)  # of a run that was killed while it wrote
+        files.make_folder(self.folder, "checkpoint=", InputError)
+        files.remove_drafts(self.folder)  # of a run that was killed while it wrote
         if not resume and self._path(0).exists():
             raise InputError(
                 "the folder holds the steps of an earlier run",
@@ -79,11 +66,10 @@ class Checkpoints:
         return count
 
     def _state(self, step: int) -> dict[str, Any]:
-        path = self._path(step) / "state.json"
+        path = self._path(step)
         try:
-            state = json.loads(path.read_text())
-            return {"format": state["format"], "request": state["request"], **state}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            return {name: codec.load_entry(path, name) for name in ("format", "request")}
+        except (OSError, ValueError) as error:
             raise InputError(
                 f"the checkpoint cannot be read: {error}",
                 where=str(path),
@@ -111,25 +97,18 @@ class Checkpoints:
             optimizer: Whose state goes along, if there is one.
             record: What else there is to say, as JSON.
         """
-        draft = Path(tempfile.mkdtemp(dir=self.folder, prefix=f".step-{step:03d}.", suffix=".tmp"))
-        try:
+        with files.new_folder(self._path(step), "checkpoint") as draft:
             plan.save(draft / "plan.json")
             save_weights(model, draft / "weights.safetensors")
-            rest: dict[str, torch.Tensor] = {}
             state = {
                 "format": FORMAT,
                 "request": self.request,
                 "record": dict(record),
                 "training": [name for name, m in model.named_modules() if m.training],
-                "optimizer": None if optimizer is None else pack(optimizer.state_dict(), rest),
-                "random": pack(_random_states(), rest),
+                "optimizer": None if optimizer is None else optimizer.state_dict(),
+                "random": _random_states(),
             }
-            save_file(rest, draft / "state.safetensors")
-            (draft / "state.json").write_text(json.dumps(state, indent=1))
-            draft.rename(self._path(step))
-        except BaseException:
-            shutil.rmtree(draft, ignore_errors=True)
-            raise
+            codec.save(state, draft)
 
     def read(
         self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None
@@ -147,16 +126,15 @@ class Checkpoints:
         Raises:
             InputError: A file cannot be read or does not fit.
         """
-        state = self._state(step)
         load_weights(model, self._path(step) / "weights.safetensors")
         try:
-            rest = load_file(self._path(step) / "state.safetensors")
+            state = codec.load(self._path(step))
             if optimizer is not None and state["optimizer"] is not None:
-                optimizer.load_state_dict(unpack(state["optimizer"], rest))
-            _set_random_states(unpack(state["random"], rest))
+                optimizer.load_state_dict(state["optimizer"])
+            _set_random_states(state["random"])
             training = set(state["training"])
             record = dict(state["record"])
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"the state of the step cannot be read: {error}",
                 where=str(self._path(step)),
@@ -165,51 +143,6 @@ class Checkpoints:
         for name, module in model.named_modules():
             module.training = name in training
         return record
-
-
-def pack(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """A tree of numbers and tensors as JSON; the tensors go into a dictionary of their own.
-
-    Args:
-        tree: Dictionaries, lists, tuples, numbers, strings, None and tensors.
-        tensors: Where to put them.
-
-    Raises:
-        InputError: Something else is in it.
-    """
-    if isinstance(tree, torch.Tensor):
-        name = str(len(tensors))
-        tensors[name] = tree.detach().cpu().contiguous().clone()
-        return _TENSOR + name
-    if isinstance(tree, dict):
-        return {"dict": [[pack(k, tensors), pack(v, tensors)] for k, v in tree.items()]}
-    if isinstance(tree, list | tuple):
-        return {type(tree).__name__: [pack(v, tensors) for v in tree]}
-    if isinstance(tree, int | float | str | bool | None):
-        return tree
-    raise InputError(
-        f"a {type(tree).__name__} in the optimizer's state cannot be saved as JSON",
-        where="optimizer=",
-        remedy='pass optimizer_state="reset", or no checkpoint=',
-    )
-
-
-def unpack(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """What `pack` was given.
-
-    Args:
-        tree: What it returned.
-        tensors: The dictionary that it filled.
-    """
-    if isinstance(tree, str) and tree.startswith(_TENSOR):
-        return tensors[tree.removeprefix(_TENSOR)]
-    if isinstance(tree, dict):
-        [(kind, items)] = tree.items()
-        if kind == "dict":
-            return {unpack(k, tensors): unpack(v, tensors) for k, v in items}
-        made = [unpack(v, tensors) for v in items]
-        return tuple(made) if kind == "tuple" else made
-    return tree
 
 
 def _random_states() -> list[torch.Tensor]:

@@ -17,10 +17,10 @@ from depcut.capture.inputs import Inputs
 from depcut.errors import InputError, PlanError, listed
 from depcut.plan import cost
 from depcut.rewrite.generated import GeneratedModule
+from depcut.support.torch_private import RESET_METHODS
 
 Init = Callable[[nn.Module], object]
 
-_RESETS = ("reset_parameters", "_reset_parameters")  # of layers; of nn.MultiheadAttention
 _LONGEST = 2.0
 
 
@@ -100,7 +100,7 @@ def fresh(
 def _reset(module: nn.Module, dense: object) -> None:
     """Have a module draw its own parameters, in the way of the class it is or stands for."""
     kind = type(dense) if isinstance(module, GeneratedModule) else type(module)
-    draw = next(filter(callable, (getattr(kind, name, None) for name in _RESETS)), None)
+    draw = next(filter(callable, (getattr(kind, name, None) for name in RESET_METHODS)), None)
     if draw is None:
         return
     if not parametrize.is_parametrized(module):

@@ -31,6 +31,7 @@ from depcut.plan.cost import COSTS
 from depcut.plan.data import make_plan
 from depcut.plan.keep import Keep
 from depcut.plan.units import others
+from depcut.support.checks import check_integer, check_number
 from depcut.support.keywords import settled, takes_options
 from depcut.training.masks import Masks
 from depcut.training.places import find_places
@@ -111,7 +112,7 @@ class Gradual:
         **given: Unpack[GradualKeywords],
     ) -> None:
         chosen = settled(Options, options, given, GradualKeywords, "Gradual")
-        _check(ratio, start, end, every, chosen.of, initial)
+        start, end, every = _check(ratio, start, end, every, chosen.of, initial)
         self.model, self.ratio, self.initial, self.of = model, ratio, initial, chosen.of
         self.start, self.every = start, every
         self.end = start + (end - start) // every * every
@@ -321,15 +322,15 @@ class Gradual:
         )
 
 
-def _check(ratio: Any, start: Any, end: Any, every: Any, of: str, initial: Any) -> None:
+def _check(
+    ratio: Any, start: Any, end: Any, every: Any, of: str, initial: Any
+) -> tuple[int, int, int]:
+    """The first and the last step of the masks and the steps between, if all options fit."""
     check_ratio(ratio, "ratio=")
-    for name, value, least in (("start", start, 0), ("end", end, 1), ("every", every, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise InputError(
-                f"{name} is {value!r}",
-                where=f"{name}=",
-                remedy=f"pass a number of optimizer steps, at least {least}",
-            )
+    steps = "pass a number of optimizer steps, at least {}".format
+    start = check_integer(start, "start", 0, remedy=steps(0))
+    end = check_integer(end, "end", 1, remedy=steps(1))
+    every = check_integer(every, "every", 1, remedy=steps(1))
     if end <= start or every > end - start:
         raise InputError(
             f"there is no mask step from {start} to {end}, one every {every} steps",
@@ -340,8 +341,5 @@ def _check(ratio: Any, start: Any, end: Any, every: Any, of: str, initial: Any) 
         raise InputError(
             f"masks have no {of!r} to measure", where="of=", remedy=f"use one of {', '.join(COSTS)}"
         )
-    number = isinstance(initial, int | float) and not isinstance(initial, bool)
-    if not number or not 0 <= initial < ratio:
-        raise InputError(
-            f"initial is {initial!r}", where="initial=", remedy="pass a ratio from 0 to below ratio"
-        )
+    check_number(initial, "initial", "pass a ratio from 0 to below ratio", least=0, below=ratio)
+    return start, end, every

@@ -13,8 +13,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import nn
 from typing_extensions import Unpack
 
@@ -31,9 +29,10 @@ from depcut.plan.fingerprint import fingerprint
 from depcut.repair.mend import wants_repair
 from depcut.rewrite.optimizer import check_optimizer
 from depcut.scores import score_name
+from depcut.support.checks import check_integer
 from depcut.support.keywords import settled, takes_options
 from depcut.training.compose import TensorIndices, composed
-from depcut.training.folders import Checkpoints
+from depcut.training.folders import RunFolder
 
 Retrain = Callable[..., nn.Module | None]
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
@@ -152,7 +151,7 @@ def iterate(
         "optimizer_state": chosen.optimizer_state if optimizer else None,
         "architecture": fingerprint(dense.coupling),
     }
-    disk = None if checkpoint is None else Checkpoints(checkpoint, request, chosen.resume)
+    disk = None if checkpoint is None else RunFolder(checkpoint, request, chosen.resume)
     turns = _Turns(dense, targets, retrain, optimizer, loss, items, disk, chosen)
     run = turns.run()
     settings = {
@@ -188,10 +187,13 @@ class _Turns:
     make: MakeOptimizer | None
     loss: Loss | None
     items: Any
-    disk: Checkpoints | None
+    disk: RunFolder | None
     options: Options
 
     def run(self) -> _Run:
+        from rich.console import Console
+        from rich.progress import Progress
+
         run = _Run(self.dense.model)
         done = self._resumed(run)
         console = Console(stderr=True)
@@ -300,11 +302,7 @@ def _targets(ratio: float | None, steps: Any) -> tuple[float, ...]:
     """The ratio of the dense quantity that is gone after each step."""
     if isinstance(steps, str) or not isinstance(steps, Iterable):
         check_ratio(ratio, "ratio=")
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise InputError(
-                f"steps is {steps!r}", where="steps=", remedy="pass an integer of at least 1"
-            )
-        return geometric(float(ratio or 0), steps)
+        return geometric(float(ratio or 0), check_integer(steps, "steps", 1))
     if ratio is not None:
         raise InputError(
             "a list of steps stands for the ratio too",

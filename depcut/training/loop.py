@@ -6,11 +6,9 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch import nn
 from typing_extensions import Unpack
 
@@ -18,6 +16,8 @@ from depcut.apply.plan import Plan
 from depcut.capture.inputs import device_of
 from depcut.errors import DepcutError, InputError, TrainingError
 from depcut.rewrite.copying import copied
+from depcut.support.accelerate_private import TRACES, reset_state
+from depcut.support.checks import check_integer
 from depcut.support.keywords import settled, takes_options
 from depcut.training.batches import Loader, open_loader
 from depcut.training.checkpoint import Checkpoints, digest
@@ -28,8 +28,8 @@ from depcut.training.rates import Start, peak_rate, schedule_of
 from depcut.training.streams import preserved
 from depcut.training.trainer import Loss, Metric, Record, Settings, Trainer
 
-# Attributes that accelerate leaves on a model; a second training would take it for prepared.
-_TRACES = ("forward", "_original_forward", "_is_accelerate_prepared")
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def _result(
 ) -> Retrained:
     course = trainer.course
     accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    for name in _TRACES:
+    for name in TRACES:
         if name not in vars(model):
             vars(trainer.net).pop(name, None)
     net = trainer.net.to(device_of(model))
@@ -201,12 +201,8 @@ def _course(
     epochs: Any, loss: Loss | None, metric: Metric | None, chosen: TrainingOptions
 ) -> Settings:
     """What the loop needs to know."""
-    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
-        raise InputError(
-            f"epochs is {epochs!r}", where="epochs=", remedy="pass an integer of at least 1"
-        )
     return Settings(
-        epochs=epochs,
+        epochs=check_integer(epochs, "epochs", 1),
         loss=loss,
         metric=metric,
         maximize=chosen.maximize,
@@ -258,7 +254,7 @@ def _check(
 def _accelerated(given: Any, mixed_precision: str | None) -> Iterator[Any]:
     """An Accelerator, whose precision does not stay behind for the next one."""
     try:
-        from accelerate import Accelerator, state  # noqa: PLC0415  (an optional dependency)
+        from accelerate import Accelerator, state
     except ImportError as error:
         raise DepcutError(
             "depcut.training.retrain runs on accelerate, which is not installed",
@@ -288,11 +284,14 @@ def _accelerated(given: Any, mixed_precision: str | None) -> Iterator[Any]:
         if given is None:
             found.free_memory()
         if not existed:
-            state.AcceleratorState._reset_state()
+            reset_state()
 
 
 def _bar(shown: bool) -> Progress:
     """A progress bar on standard error that vanishes when it is done."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
     console = Console(stderr=True)
     columns = (*Progress.get_default_columns()[:3], MofNCompleteColumn(), TimeRemainingColumn())
     visible = shown and (console.is_interactive or console.is_jupyter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypedDict
@@ -11,6 +12,7 @@ from torch import nn
 
 from depcut.errors import InputError
 from depcut.options import Common
+from depcut.support.checks import check_number
 from depcut.support.keywords import option
 from depcut.training.distillation import Distillation
 from depcut.training.schedules import OriginalSchedule
@@ -73,10 +75,8 @@ class TrainingOptions(Common):
                 remedy="pass the dense model, or leave it out",
             )
         norm = self.max_grad_norm
-        if norm is not None and not norm > 0:
-            raise InputError(
-                f"max_grad_norm is {norm}", where="max_grad_norm=", remedy="pass a positive number"
-            )
+        if norm is not None and norm != math.inf:  # infinity clips nothing
+            check_number(norm, "max_grad_norm", "pass a positive number", above=0)
 
 
 class RetrainKeywords(TypedDict, total=False):

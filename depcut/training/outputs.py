@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from depcut.calibration.data import Batch, moved
 from depcut.capture.capture import modes
 from depcut.capture.inputs import device_of
 from depcut.errors import InputError
+from depcut.support.torch_private import pytree
 from depcut.training.batches import open_loader
 from depcut.training.streams import DATA
 
@@ -46,6 +46,9 @@ def output_distance(
 
 def distance_over(dense: nn.Module, slim: nn.Module, batches: Iterable[Batch]) -> float:
     """The same, on batches that were read.
+
+    A measure of quality: other than in checks (`depcut.support.closeness`), squares are added up,
+    and the scale is how much the dense outputs vary, not how large they are.
 
     Args:
         dense: The dense model.

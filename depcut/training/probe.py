@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from depcut.coupling.groups import Coupling
 from depcut.plan.keep import Keep
 from depcut.reference.run import Reference, example, finished
 from depcut.reference.slices import take
+from depcut.support.closeness import relative_error
+from depcut.support.torch_private import pytree
 from depcut.training.places import Place, Places, tied_to
-from depcut.verify.observe import error
 from depcut.verify.verify import TOLERANCE
 
 Flags = NDArray[np.bool_]
@@ -142,5 +142,5 @@ class _Trial:
             masked = Reference(whole, self.model).steps(inputs, dtype, tensors=dense)
             wanted = finished(masked)
             sliced = Reference(keep, self.model, sliced=True).steps(inputs, dtype, tensors=narrow)
-            size, message = error(finished(sliced), wanted)
+            size, message = relative_error(finished(sliced), wanted)
         return math.inf if message or not math.isfinite(size) else size

@@ -12,6 +12,7 @@ from torch import nn
 
 from depcut.apply.plan import Plan
 from depcut.errors import InputError
+from depcut.support.checks import check_number
 from depcut.training.batches import Loader
 from depcut.training.distance import relative_distance
 from depcut.training.options import Schedule
@@ -78,9 +79,7 @@ def peak_rate(lr: float | None, original: OriginalSchedule | None, optimizer: An
             where="lr=",
             remedy="pass lr=, the largest rate of the dense training, or original=",
         )
-    if not 0 < lr < float("inf"):
-        raise InputError(f"lr is {lr}", where="lr=", remedy="pass a positive number")
-    return float(lr)
+    return check_number(lr, "lr", "pass a positive number", above=0)
 
 
 def schedule_of(

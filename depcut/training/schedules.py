@@ -21,6 +21,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from depcut.errors import InputError
+from depcut.support.checks import check_integer, check_number
+from depcut.support.torch_private import set_epoch
 
 Rates = Callable[[int], float] | Sequence[float]
 
@@ -88,11 +90,8 @@ class OriginalSchedule:
             InputError: It is no positive number.
         """
         peak = float(self.values.max()) if self.peak is None else self.peak
-        if not 0 < peak < math.inf:
-            raise InputError(
-                f"the peak rate is {peak}", where="original=", remedy="pass a positive number"
-            )
-        return float(peak)
+        what = f"the peak rate is {peak}"
+        return check_number(peak, "original", "pass a positive number", above=0, what=what)
 
 
 class RetrainingSchedule(LRScheduler, ABC):
@@ -203,14 +202,7 @@ class RetrainingSchedule(LRScheduler, ABC):
                     remedy="make the schedule with the arguments that it had",
                 )
         self.base_lrs = list(state_dict["base_lrs"])
-        self.last_epoch = int(state_dict["last_epoch"]) - 1
-        self._step_count = self.last_epoch + 1
-        self._is_initial = True
-        try:
-            self._update_lr()
-        finally:
-            self._is_initial = False
-        self._step_count = self.last_epoch + 1
+        set_epoch(self, int(state_dict["last_epoch"]))
 
 
 class FT(RetrainingSchedule):
@@ -349,8 +341,4 @@ def named(name: str) -> type[RetrainingSchedule]:
 
 
 def _whole(steps: Any, place: str) -> int:
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise InputError(
-            f"a schedule of {steps!r} steps", where=place, remedy="pass an integer of at least 1"
-        )
-    return steps
+    return check_integer(steps, "steps", 1, what=f"a schedule of {steps!r} steps", where=place)

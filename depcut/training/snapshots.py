@@ -18,9 +18,10 @@ from torch import nn
 
 from depcut.apply.plan import Plan
 from depcut.capture.inputs import Inputs
-from depcut.cli.loading import load_weights, save_weights
 from depcut.errors import InputError, listed
 from depcut.rewrite.copying import copied
+from depcut.support import files
+from depcut.support.weights import load_weights, save_weights
 from depcut.training.fresh import Init, fresh
 from depcut.training.streams import preserved
 
@@ -48,7 +49,7 @@ class Snapshots:
         self.folder = None if folder is None else Path(folder)
         self._held: dict[int, dict[str, torch.Tensor]] = {}
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            files.make_folder(self.folder, "folder=", InputError)
 
     def __call__(self, model: nn.Module, step: int) -> bool:
         """Take a snapshot if the step is one of those chosen; whether it was."""

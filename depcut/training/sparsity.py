@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +15,12 @@ from depcut.analysis import Analysis
 from depcut.apply.plan import Plan
 from depcut.errors import InputError, PlanError
 from depcut.plan.keep import Keep
+from depcut.support.checks import check_integer, check_number
 
 _TINY = 1e-12  # under the root, whose slope at 0 is infinite
+
+
+_POSITIVE = "pass a finite number above 0"
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +114,7 @@ class GroupLasso:
     """
 
     def __init__(self, analysis: Analysis, strength: float, *, ignore: Iterable[str] = ()) -> None:
-        _check_positive(strength, "strength")
+        check_number(strength, "strength", _POSITIVE, above=0)
         self.analysis, self.strength = analysis, strength
         patterns = [ignore] if isinstance(ignore, str) else list(ignore)
         spared = {i for p in patterns for i in matching(analysis.coupling, p, "ignore=")}
@@ -171,12 +173,9 @@ class GrowingRegularization:
         every: int = 10,
         ceiling: float = 1.0,
     ) -> None:
-        _check_positive(increment, "increment")
-        _check_positive(ceiling, "ceiling")
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise InputError(
-                f"every is {every!r}", where="every=", remedy="pass an integer of at least 1"
-            )
+        check_number(increment, "increment", _POSITIVE, above=0)
+        check_number(ceiling, "ceiling", _POSITIVE, above=0)
+        every = check_integer(every, "every", 1)
         keep = plan.keep(analysis.coupling)
         if not keep.units:
             raise PlanError(
@@ -225,11 +224,3 @@ def _removed(analysis: Analysis, keep: Keep) -> list[tuple[nn.Parameter, torch.T
                 (parameter, torch.from_numpy(gone).to(parameter)),
             )
     return list(found.values())
-
-
-def _check_positive(value: Any, name: str) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 < value < math.inf:
-        raise InputError(
-            f"{name} is {value!r}", where=f"{name}=", remedy="pass a finite number above 0"
-        )

@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.progress import Progress, TaskID
 from torch import nn
 
 from depcut.calibration.data import Batch, moved
@@ -22,6 +21,9 @@ from depcut.training.checkpoint import Checkpoints, load_tensors, model_tensors
 from depcut.training.distillation import Distillation
 from depcut.training.optimizers import load_named_state, named_state, names_of
 from depcut.training.streams import DATA, STEP, VALID, seed_everything
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 Loss = Callable[[Any, Any], torch.Tensor]
 Metric = Callable[[Any, Any], Any]

@@ -1,21 +1,20 @@
-"""Run a smaller model, look at what its modules return, and measure differences."""
+"""Run a smaller model and look at what its modules return."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from depcut.axes import Dims
 from depcut.capture.capture import modes
 from depcut.capture.program import ModuleCall
 from depcut.plan.keep import Keep
 from depcut.reference.run import example
+from depcut.support.torch_private import pytree
 
 
 @dataclass
@@ -101,36 +100,3 @@ def _as_predicted(leaf: torch.Tensor, node: fx.Node, dims: Dims, keep: Keep) -> 
         for size, term, was in zip(leaf.shape, dims, dense, strict=True)
         if isinstance(was, int)
     )
-
-
-def error(expected: list[Any], got: list[Any]) -> tuple[float, str]:
-    """Largest difference relative to the output's scale, and what is wrong besides."""
-    worst = 0.0
-    tensors = [(e, g) for e, g in zip(expected, got, strict=False) if isinstance(e, torch.Tensor)]
-    if len(expected) != len(got):
-        return float("inf"), f"{len(got)} outputs instead of {len(expected)}"
-    for want, have in tensors:
-        difference, message = _difference(want, have)
-        if message:
-            return float("inf"), message
-        worst = max(worst, difference)
-    return worst, ""
-
-
-def _difference(want: torch.Tensor, have: Any) -> tuple[float, str]:
-    if not isinstance(have, torch.Tensor) or want.shape != have.shape:
-        got = tuple(getattr(have, "shape", ()))
-        return 0.0, f"an output of shape {got} instead of {tuple(want.shape)}"
-    if want.is_meta or not want.numel() or not (want.is_floating_point() or want.is_complex()):
-        return 0.0, ""
-    difference = float((want - have).abs().max())
-    if not math.isfinite(difference):
-        finite = torch.isfinite(want)
-        odd_want, odd_have = want[~finite], have[~finite]
-        alike = (odd_want == odd_have) | (odd_want.isnan() & odd_have.isnan())
-        if not bool((finite == torch.isfinite(have)).all() and alike.all()):
-            return 0.0, "an output that is not finite where the dense model's is"
-        want, have = want[finite], have[finite]
-        difference = float((want - have).abs().max()) if want.numel() else 0.0
-    scale = float(want.abs().max()) if want.numel() else 1.0
-    return difference / (scale or 1.0), ""

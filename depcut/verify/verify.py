@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from depcut.capture.capture import held_tensors, modes
 from depcut.capture.program import parent_of, stack_entries, where
@@ -19,7 +18,9 @@ from depcut.plan.keep import Keep
 from depcut.reference.run import Reference, Watched, example, kept_part, masked_outputs
 from depcut.reference.slices import take
 from depcut.rewrite.build import Slim
-from depcut.verify.observe import Trial, error, observe
+from depcut.support.closeness import relative_error
+from depcut.support.torch_private import pytree
+from depcut.verify.observe import Trial, observe
 
 __all__ = ["masked_outputs", "verify", "verify_equal"]
 
@@ -57,7 +58,9 @@ def _compare(slim: Slim, expected: tuple[list[Any], Watched], trial: Trial) -> t
     outputs, watched = expected
     nodes = [n for n in seen.values if isinstance(watched.get(n), torch.Tensor)]
     inner = [kept_part(watched[n], keep, keep.coupling.env[n]) for n in nodes]
-    size, message = error([*outputs, *inner], [*seen.outputs, *(seen.values[n] for n in nodes)])
+    size, message = relative_error(
+        [*outputs, *inner], [*seen.outputs, *(seen.values[n] for n in nodes)]
+    )
     return size, message or seen.shape
 
 
@@ -147,7 +150,7 @@ def verify_equal(slim: nn.Module, keep: Keep, model: nn.Module) -> float:
     whole = Keep(keep.coupling, {})
 
     def difference(made: nn.Module, trial: Trial) -> tuple[float, str]:
-        return error(_expected(whole, model, trial)[0], observe(made, keep, trial).outputs)
+        return relative_error(_expected(whole, model, trial)[0], observe(made, keep, trial).outputs)
 
     size, message = difference(slim, Trial())
     if _is_random(keep) and not message:
@@ -193,7 +196,9 @@ def _try(slim: Slim, model: nn.Module, trial: Trial, limit: float) -> Attempt:
     try:
         # Hooks switch fast paths off, so run once as users do.
         with modes(slim.model, ()), torch.no_grad():
-            plain, message = error(expected[0], pytree.tree_leaves(slim.model(*args, **kwargs)))
+            plain, message = relative_error(
+                expected[0], pytree.tree_leaves(slim.model(*args, **kwargs))
+            )
     except _RUNTIME_ERRORS as problem:
         return Attempt(math.inf, str(problem)[:300], problem, beside=True)
     failed = bool(message) or plain > limit
@@ -323,7 +328,7 @@ def _watchers(
     def matches(leaves: Any, tree: Any) -> bool:
         pairs = zip(leaves, pytree.tree_leaves(tree), strict=False)
         known = [(values[n], v) for n, v in pairs if isinstance(n, fx.Node) and n in values]
-        size, message = error([k for k, _ in known], [v for _, v in known])
+        size, message = relative_error([k for k, _ in known], [v for _, v in known])
         return not message and size <= limit
 
     def before(_module: nn.Module, args: Any, kwargs: Any) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from depcut.deploy.runtime import batch_size, bind_inputs, evaluating, first_line, resized
 from depcut.errors import InputError
+from depcut.support.torch_private import compile_settings, pytree
 from depcut.timing.backends import Candidate, Setup, gpu_name, runtime
 from depcut.timing.clock import Call, Stopwatch, host_seconds
 from depcut.timing.memory import cuda_memory
@@ -193,14 +193,13 @@ def no_fallback() -> AbstractContextManager[None]:
     Returns:
         Something to enter; the settings are the former ones afterwards.
     """
-    settings: AbstractContextManager[None] = torch._dynamo.config.patch(
+    return compile_settings(
         recompile_limit=_SPECIALISATIONS,
         accumulated_recompile_limit=_SPECIALISATIONS,
         fail_on_recompile_limit_hit=True,
         suppress_errors=False,
         disable=False,
     )
-    return settings
 
 
 def _forward(model: Any, arguments: inspect.BoundArguments) -> Call:

@@ -6,11 +6,8 @@ import contextlib
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import onnx
-import onnxruntime as ort
-from onnxruntime import InferenceSession, OrtValue
 from torch import nn
 
 from depcut.deploy.export import export
@@ -27,6 +24,9 @@ from depcut.errors import ExportError, InputError
 from depcut.timing.backends import Candidate, Setup, gpu_name, runtime
 from depcut.timing.clock import Call, Stopwatch, host_seconds
 from depcut.timing.memory import session_memory
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 # onnxruntime's names for its providers; nodes that one has no kernel for go to the next.
 CHAINS: Mapping[str, tuple[str, ...]] = {
@@ -45,6 +45,8 @@ class OnnxRuntime:
 
     def check(self, provider: str) -> None:
         """Raise InputError if the installed build has no such provider."""
+        import onnxruntime as ort
+
         wanted, available = CHAINS[provider][0], ort.get_available_providers()
         if wanted not in available:
             raise InputError(
@@ -55,6 +57,8 @@ class OnnxRuntime:
 
     def version(self) -> str:
         """Its name and version."""
+        import onnxruntime as ort
+
         return f"onnxruntime {ort.__version__}"
 
     def enter(self, stack: contextlib.ExitStack, threads: int) -> None:
@@ -158,6 +162,8 @@ class SessionRunner:
 
     def _on_device(self, feeds: Mapping[str, Array], device: str = "cuda") -> Call:
         """A call whose inputs and outputs lie where the session computes."""
+        from onnxruntime import OrtValue
+
         binding = self._session.io_binding()
         for name, array in feeds.items():
             binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(array, device, 0))
@@ -201,6 +207,8 @@ def _existing(path: Path, name: str) -> Path:
 
 def _file_bytes(path: Path) -> int:
     """Bytes on disk, external data included."""
+    import onnx
+
     graph = onnx.load(str(path), load_external_data=False).graph
     beside = {
         entry.value

@@ -1,0 +1,171 @@
+"""Every private name of torch that depcut uses, with why and the version in which it was read.
+
+All were read in torch 2.13; `tests/test_private_apis.py` fails with the name of
+one that goes or changes. No other module spells a private name of a library; that is tested, too.
+
+| name | why |
+|---|---|
+| `torch.utils._pytree` | the specs of nested arguments in what torch.export returns are of it |
+| `torch._subclasses.fake_tensor.FakeTensorMode` | shapes of a forward without computing it |
+| `torch.amp.autocast_mode._enter_autocast`, `_exit_autocast` | what a graph holds for autocast |
+| `torch.fx.experimental.proxy_tensor` | the node that a tensor has during a capture |
+| `OpOverload._schema` | argument names, defaults and effects of an operator |
+| `SymInt.node.expr` | the expression of a symbolic size |
+| `nn.Module._modules`, `_parameters`, `_buffers` | members go without `__setattr__` of the user |
+| `nn.Module._forward_pre_hooks`, `BasePruningMethod._tensor_name` | masks of `nn.utils.prune` |
+| `nn.modules.conv._ConvNd`, `nn.modules.batchnorm._NormBase` | what all of these layers share |
+| `nn.MultiheadAttention._reset_parameters` | its initialisation has no public name |
+| `Tensor._make_subclass` | a parameter of the user's own class |
+| `torch._dynamo.config` | to make torch.compile raise where it would fall back |
+| `LRScheduler._update_lr`, `_is_initial`, `_step_count` | to set the rates of a restored schedule |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.amp.autocast_mode import _enter_autocast as enter_autocast
+from torch.amp.autocast_mode import _exit_autocast as exit_autocast
+from torch.fx.experimental import proxy_tensor
+from torch.nn.modules.batchnorm import _NormBase as NormBase
+from torch.nn.modules.conv import _ConvNd as ConvNd
+from torch.nn.utils import prune
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils import _pytree as pytree
+
+__all__ = [
+    "RESET_METHODS",
+    "ConvNd",
+    "FakeTensorMode",
+    "NormBase",
+    "buffers_of",
+    "children_of",
+    "compile_settings",
+    "enter_autocast",
+    "exit_autocast",
+    "is_operator",
+    "make_subclass",
+    "parameters_of",
+    "proxy_tensor",
+    "pruned_names",
+    "pytree",
+    "schema_of",
+    "set_epoch",
+    "size_expression",
+]
+
+# What draws the weights of a layer anew; the second is nn.MultiheadAttention's.
+RESET_METHODS = ("reset_parameters", "_reset_parameters")
+
+
+def schema_of(target: object) -> torch.FunctionSchema | None:
+    """Arguments and effects of an operator; None for other functions.
+
+    Args:
+        target: What a graph node calls.
+    """
+    return getattr(target, "_schema", None)
+
+
+def is_operator(target: object) -> bool:
+    """Whether a graph node calls an operator of torch, and not a Python function.
+
+    Args:
+        target: What it calls.
+    """
+    return schema_of(target) is not None
+
+
+def size_expression(size: int | torch.SymInt) -> Any:
+    """The sympy expression of a size.
+
+    Args:
+        size: A number, or a symbolic one of a captured graph.
+    """
+    if isinstance(size, torch.SymInt):
+        return size.node.expr
+    import sympy
+
+    return sympy.Integer(size)
+
+
+def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The modules that a module holds, by name, to be changed.
+
+    Args:
+        module: The module.
+    """
+    return module._modules
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The parameters that a module itself holds, by name, to be changed.
+
+    Args:
+        module: The module.
+    """
+    return module._parameters
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """The buffers that a module itself holds, by name, to be changed.
+
+    Args:
+        module: The module.
+    """
+    return module._buffers
+
+
+def pruned_names(module: nn.Module) -> Iterator[str]:
+    """Names of the parameters that `torch.nn.utils.prune` masks before each forward.
+
+    Args:
+        module: The module.
+    """
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, prune.BasePruningMethod):
+            yield hook._tensor_name
+
+
+def make_subclass(kind: type[nn.Parameter], data: Tensor, requires_grad: bool) -> Tensor:
+    """A parameter of a class of its own around some data.
+
+    Args:
+        kind: The class.
+        data: Its values, which it shares.
+        requires_grad: Whether it is trained.
+    """
+    made: Tensor = torch.Tensor._make_subclass(kind, data, requires_grad)
+    return made
+
+
+def compile_settings(**changes: Any) -> AbstractContextManager[None]:
+    """Settings of torch.compile for as long as a context lasts.
+
+    Args:
+        changes: By name, of torch._dynamo.config.
+    """
+    settings: AbstractContextManager[None] = torch._dynamo.config.patch(**changes)
+    return settings
+
+
+def set_epoch(schedule: LRScheduler, epoch: int) -> None:
+    """Set a schedule to an epoch, and the rates of its optimizer to what they are there.
+
+    Args:
+        schedule: The schedule.
+        epoch: Number of its steps that have been taken.
+    """
+    schedule.last_epoch = epoch - 1
+    schedule._step_count = epoch
+    schedule._is_initial = True
+    try:
+        schedule._update_lr()
+    finally:
+        schedule._is_initial = False
+    schedule._step_count = schedule.last_epoch + 1

@@ -1,0 +1,108 @@
+"""Tensors and models as safetensors files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from depcut.errors import DepcutError, InputError
+from depcut.support import files
+
+
+def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Fill the model from a safetensors file; every tensor must be there and fit.
+
+    Args:
+        model: The model to fill. Tensors that it shares are stored once.
+        path: The file.
+
+    Raises:
+        InputError: The file is missing or no safetensors file, or belongs to another model.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_model
+
+    try:
+        load_model(model, os.fspath(path), strict=True)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise InputError(
+            f"the weights cannot be loaded: {error}",
+            where=str(path),
+            remedy="pass a safetensors file that was saved from this very model",
+        ) from error
+
+
+def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write the model's state as safetensors; the file appears complete or not at all.
+
+    Args:
+        model: The model. Tensors that it shares are written once.
+        path: The file to write.
+
+    Raises:
+        DepcutError: The file cannot be written.
+    """
+    from safetensors.torch import save_model
+
+    with files.replacing(path, "weights") as draft, _storing():
+        save_model(model, os.fspath(draft))
+
+
+def write_tensors(
+    tensors: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    what: str = "tensors",
+    error: type[DepcutError] = DepcutError,
+    *,
+    flush: bool = False,
+) -> None:
+    """Write tensors by name; the file appears complete or not at all.
+
+    Args:
+        tensors: Contiguous, none sharing the memory of another.
+        path: The file to write.
+        what: What they are, for messages.
+        error: What to raise.
+        flush: See `files.replacing`.
+
+    Raises:
+        DepcutError: The file cannot be written; as `error`.
+    """
+    from safetensors.torch import save_file
+
+    with files.replacing(path, what, error, flush=flush) as draft, _storing():
+        save_file(dict(tensors), draft)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """What `write_tensors` wrote.
+
+    Args:
+        path: The file.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is no safetensors file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+
+
+@contextmanager
+def _storing() -> Iterator[None]:
+    """What safetensors raises for a full disk, as the OSError that it is."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(str(error)) from error

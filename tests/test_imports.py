@@ -1,0 +1,159 @@
+"""`import depcut` loads no heavy library, and what a file imports is declared in pyproject.toml."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import depcut
+from depcut.errors import TorchVersionError
+from depcut.support import torch_floor
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli")
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = Path(depcut.__file__).parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+# Libraries that take long to import: functions that use them import them.
+HEAVY = {
+    "accelerate", "lightning", "matplotlib", "networkx", "onnx", "onnx_ir", "onnxruntime",
+    "onnxscript", "platformdirs", "rich", "safetensors", "scipy", "sklearn", "sympy",
+    "torch._dynamo", "torch._inductor", "torch.onnx", "transformers",
+}  # fmt: skip
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml", "PIL": "pillow"}
+
+
+def test_importing_depcut_loads_no_heavy_library() -> None:
+    script = "import sys, torch; before = set(sys.modules); import depcut; " + (
+        "print(*sorted(set(sys.modules) - before))"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True, cwd=ROOT
+    )
+    loaded = set(ran.stdout.split())
+    assert "depcut.analysis" in loaded
+    assert loaded & HEAVY == set()
+
+
+def test_the_command_line_answers_without_the_runtimes() -> None:
+    script = "import sys; from depcut.cli import main; print(*sys.modules)"
+    ran = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True, cwd=ROOT
+    )
+    assert set(ran.stdout.split()) & (HEAVY - {"rich"}) == set()
+
+
+FAKED = """
+import sys, torch
+torch.__version__ = sys.argv[1]
+import depcut
+"""
+
+
+def with_torch(version: str) -> subprocess.CompletedProcess[str]:
+    """What importing depcut says if torch were of that version."""
+    return subprocess.run(
+        [sys.executable, "-c", FAKED, version],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+
+
+def test_a_torch_that_is_too_old_is_named_at_import() -> None:
+    ran = with_torch("2.8.0+cu128")
+    assert ran.returncode == 1
+    assert ran.stderr.endswith(
+        "depcut.errors.TorchVersionError: torch 2.8.0+cu128 is installed, depcut needs 2.13 or "
+        "newer\n  where: import depcut\n  to do: pip install 'torch>=2.13'\n"
+    )
+
+
+def test_the_check_of_torch_comes_first() -> None:
+    trace = with_torch("1.13.1").stderr
+    assert trace.count("depcut/__init__.py") == 1
+    assert "depcut/analysis.py" not in trace
+
+
+@pytest.mark.parametrize("version", ["2.13.0", "2.13.0a0+git1a2b3c", "2.14.1", "3.0", "10.2"])
+def test_a_newer_torch_is_accepted(version: str) -> None:
+    torch_floor.check_torch(version)
+
+
+@pytest.mark.parametrize("version", ["2.12.1", "2.9.1+cpu", "1.13.0"])
+def test_an_older_torch_is_refused(version: str) -> None:
+    with pytest.raises(TorchVersionError, match=re.escape(version)) as caught:
+        torch_floor.check_torch(version)
+    assert isinstance(caught.value, ImportError)
+    assert "pip install" in str(caught.value.remedy)
+
+
+def test_the_floor_is_the_declared_one() -> None:
+    floor = ".".join(map(str, torch_floor.TORCH_FLOOR))
+    assert f"torch>={floor}" in PROJECT["dependencies"]
+    assert f"Any torch from {floor} on" in (ROOT / "README.md").read_text()
+
+
+def imported(tree: ast.AST) -> Iterator[tuple[ast.stmt, str]]:
+    """Import statements with the top-level modules that they name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node, alias.name.partition(".")[0]) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node, str(node.module).partition(".")[0]
+
+
+def test_functions_import_heavy_libraries_and_nothing_else() -> None:
+    wrong = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+        local = {id(node) for function in functions for node, _ in imported(function)}
+        for node, module in imported(tree):
+            if id(node) in local and module not in {*HEAVY, "depcut"}:
+                wrong.append(f"{path.name}:{node.lineno}: {module} in a function")
+    assert wrong == []
+
+
+def names(requirements: list[str]) -> set[str]:
+    return {re.split(r"[^\w-]", entry, maxsplit=1)[0].replace("-", "_") for entry in requirements}
+
+
+def third_party(folder: Path) -> set[str]:
+    """Distributions that the files of a folder import."""
+    scripts = [*(ROOT / "tests").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    ours = {path.stem for path in scripts} | {"depcut", "my_models"}  # a test writes my_models.py
+    trees = [ast.parse(path.read_text()) for path in folder.rglob("*.py")]
+    modules = {module for tree in trees for _, module in imported(tree)}
+    found = modules - ours - set(sys.stdlib_module_names)
+    return {DISTRIBUTIONS.get(module, module).replace("-", "_") for module in found}
+
+
+def test_what_the_package_imports_is_declared_and_the_other_way_round() -> None:
+    extras = PROJECT["optional-dependencies"]
+    needed = names(PROJECT["dependencies"])
+    optional = names([*extras["train"], *extras["demo"]])
+    used = third_party(PACKAGE)
+    assert used - needed - optional == set()
+    assert (needed | optional) - used == {"onnxscript"}  # torch.onnx imports it
+
+
+@pytest.mark.parametrize(
+    ("folder", "extra"), [("tests", "test"), ("benchmarks", "bench"), ("examples", "test")]
+)
+def test_what_scripts_import_is_declared(folder: str, extra: str) -> None:
+    extras = PROJECT["optional-dependencies"]
+    declared = names([*PROJECT["dependencies"], *extras[extra], *extras["train"], *extras["test"]])
+    # Installed without their dependencies, which no requirement can say.
+    assert third_party(ROOT / folder) - declared - {"torchvision", "timm"} == set()

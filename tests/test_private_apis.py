@@ -1,0 +1,293 @@
+"""Private names of other libraries stand in one module each, and each still does what it did."""
+
+from __future__ import annotations
+
+import ast
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+import depcut
+from depcut.support import accelerate_private, torch_private
+
+PACKAGE = Path(depcut.__file__).parent
+HOMES = {"support/torch_private.py", "support/accelerate_private.py"}
+
+# Where private names are still spelled outside of these modules. Nothing is added here.
+LEFT = {
+    (line.split()[0], name)
+    for line in """
+calibration/readings.py _schema
+calibration/site.py _schema
+capture/capture.py _buffers _parameters
+capture/inline.py _enter_autocast _exit_autocast
+capture/refusals.py _packed_params
+graph/liveness.py _schema
+ops/registry.py _schema
+ops/taint.py _schema
+ops/taint_rules.py _schema
+reference/constants.py _schema
+rewrite/copying.py _ConvNd _make_subclass
+""".strip().splitlines()
+    for name in line.split()[1:]
+}
+
+
+# What each of them does ---------------------------------------------------------------------------
+
+
+def test_pytree() -> None:
+    pytree = torch_private.pytree
+    tree = {"a": [1, (2, None)], "b": 3}
+    leaves, spec = pytree.tree_flatten(tree)
+    assert leaves == pytree.tree_leaves(tree) == [1, 2, None, 3]
+    assert pytree.tree_unflatten(leaves, spec) == tree
+    assert pytree.tree_map(lambda leaf: leaf and -leaf, tree) == {"a": [-1, (-2, None)], "b": -3}
+    program = torch.export.export(nn.Linear(2, 2), (torch.zeros(1, 2),))
+    assert isinstance(program.call_spec.in_spec, pytree.TreeSpec)
+
+
+def test_fake_tensors_compute_shapes_only() -> None:
+    with torch_private.FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        x = fake.from_tensor(torch.zeros(2, 3))
+        assert (x @ torch.ones(3, 5)).shape == (2, 5)
+        assert type(x) is not torch.Tensor
+
+
+def test_autocast_is_entered_and_left() -> None:
+    token = torch_private.enter_autocast("cpu", torch.bfloat16, True, None)
+    try:
+        assert torch.is_autocast_enabled("cpu")
+    finally:
+        torch_private.exit_autocast(token)
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_autocast_in_a_graph_calls_these_very_functions() -> None:
+    class Net(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return x @ x
+
+    analysis = depcut.analyze(nn.Sequential(nn.Linear(3, 3), Net()), torch.zeros(3, 3))
+    targets = [node.target for node in analysis.coupling.program.graph.graph.nodes]
+    assert torch_private.enter_autocast in targets
+    assert torch_private.exit_autocast in targets
+
+
+def test_proxies_of_a_capture() -> None:
+    seen: list[Any] = []
+
+    class Net(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            mode = torch_private.proxy_tensor.get_proxy_mode()
+            assert mode is not None
+            y = x + 1
+            seen.append(torch_private.proxy_tensor.get_proxy_slot(y, mode.tracer, None))
+            return y
+
+    torch.export.export(Net(), (torch.zeros(2),), strict=False)
+    assert isinstance(seen[-1].proxy.node, torch.fx.Node)
+    assert torch_private.proxy_tensor.get_proxy_mode() is None
+
+
+def test_schemas_of_operators() -> None:
+    schema = torch_private.schema_of(torch.ops.aten.linear.default)
+    assert schema is not None
+    assert schema.name == "aten::linear"
+    assert not schema.is_mutable
+    arguments = [(a.name, a.has_default_value(), a.default_value) for a in schema.arguments]
+    assert arguments == [
+        ("input", False, None), ("weight", False, None), ("bias", True, None)
+    ]  # fmt: skip
+    assert torch_private.schema_of(torch.ops.aten.add_.Tensor).is_mutable
+    assert torch_private.is_operator(torch.ops.aten.add_.Tensor)
+    assert not torch_private.is_operator(len)
+
+
+def test_expressions_of_sizes() -> None:
+    dims = {0: torch.export.Dim.AUTO}
+    program = torch.export.export(
+        nn.Linear(3, 3), (torch.zeros(4, 3),), dynamic_shapes=(dims,), strict=False
+    )
+    (size, width) = (
+        next(n for n in program.graph.nodes if n.op == "output").args[0][0].meta["val"].shape
+    )
+    double = torch_private.size_expression(size * 2)
+    assert double / torch_private.size_expression(size) == 2
+    assert torch_private.size_expression(width) == 3
+    assert torch_private.size_expression(width).is_Integer
+
+
+def test_the_dictionaries_of_a_module() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    torch_private.children_of(net)["0"] = nn.Identity()
+    assert isinstance(net[0], nn.Identity)
+    del torch_private.parameters_of(net[1])["bias"]
+    assert [name for name, _ in net.named_parameters()] == ["1.weight"]
+    torch_private.buffers_of(net[1])["running_mean"] = torch.ones(2)
+    assert net[1].running_mean.tolist() == [1, 1]
+
+
+def test_names_that_are_pruned() -> None:
+    layer = prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5)
+    layer.register_forward_pre_hook(lambda *_: None)
+    assert list(torch_private.pruned_names(layer)) == ["weight"]
+
+
+def test_common_classes_of_layers() -> None:
+    for kind in (nn.Conv1d, nn.Conv3d, nn.ConvTranspose2d):
+        assert issubclass(kind, torch_private.ConvNd)
+    for kind in (nn.BatchNorm2d, nn.InstanceNorm1d, nn.SyncBatchNorm):
+        assert issubclass(kind, torch_private.NormBase)
+    assert not issubclass(nn.LayerNorm, torch_private.NormBase)
+
+
+def test_the_methods_that_draw_weights() -> None:
+    for layer in (nn.Linear(4, 4), nn.MultiheadAttention(4, 2), nn.LSTM(4, 4), nn.Conv2d(4, 4, 1)):
+        methods = [getattr(layer, n) for n in torch_private.RESET_METHODS if hasattr(layer, n)]
+        before = copy.deepcopy(layer.state_dict())
+        methods[0]()
+        assert any(not torch.equal(t, before[n]) for n, t in layer.state_dict().items())
+
+
+def test_parameters_of_a_class_of_their_own() -> None:
+    class Own(nn.Parameter):
+        pass
+
+    data = torch.zeros(2)
+    made = torch_private.make_subclass(Own, data, True)
+    assert type(made) is Own
+    assert made.requires_grad
+    assert made.data_ptr() == data.data_ptr()
+
+
+def test_settings_of_torch_compile() -> None:
+    config = torch._dynamo.config
+    before = config.recompile_limit, config.suppress_errors
+    settings = {
+        "recompile_limit": 77, "accumulated_recompile_limit": 77, "suppress_errors": not before[1],
+        "fail_on_recompile_limit_hit": True, "disable": False,
+    }  # fmt: skip
+    with torch_private.compile_settings(**settings):
+        assert {name: getattr(config, name) for name in settings} == settings
+    assert (config.recompile_limit, config.suppress_errors) == before
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 7])
+def test_a_schedule_set_to_an_epoch(epoch: int) -> None:
+    def made() -> tuple[torch.optim.SGD, torch.optim.lr_scheduler.LambdaLR]:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+
+    (plain, counted), (optimizer, schedule) = made(), made()
+    torch_private.set_epoch(schedule, epoch)
+    for _ in range(epoch):
+        plain.step()
+        counted.step()
+    for _ in range(2):
+        assert optimizer.param_groups[0]["lr"] == plain.param_groups[0]["lr"]
+        assert schedule.last_epoch == counted.last_epoch
+        for each, its in ((plain, counted), (optimizer, schedule)):
+            each.step()
+            its.step()
+
+
+def test_the_state_and_the_traces_of_accelerate() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    from accelerate import state
+
+    existed = state.is_initialized()
+    accelerator = accelerate.Accelerator(cpu=True)
+    try:
+        net = nn.Linear(2, 2)
+        before = set(vars(net))
+        prepared = accelerator.prepare_model(net, device_placement=False)
+        assert prepared is net
+        assert set(vars(net)) - before <= set(accelerate_private.TRACES)
+        assert "_is_accelerate_prepared" in vars(net)
+    finally:
+        if not existed:
+            accelerate_private.reset_state()
+    assert state.is_initialized() == existed
+
+
+# Where they are spelled ---------------------------------------------------------------------------
+
+
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name != "_"
+
+
+def own_names(trees: list[ast.Module]) -> set[str]:
+    """Private names that the package itself gives to attributes and methods."""
+    named: set[str] = set()
+    for tree in trees:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                for item in node.body:
+                    if isinstance(item, ast.FunctionDef):
+                        named.add(item.name)
+                    elif isinstance(item, ast.AnnAssign):
+                        named.add(ast.unparse(item.target))
+                    elif isinstance(item, ast.Assign):
+                        named |= {ast.unparse(target) for target in item.targets}
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                named.add(node.attr)
+            elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("__setattr__"):
+                named |= {a.value for a in node.args if isinstance(a, ast.Constant)}
+    return named
+
+
+def foreign_names(tree: ast.Module, own: set[str]) -> set[str]:
+    """Private names of other libraries in a file: attributes, imports, names in getattr."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and private(node.attr):
+            mine = node.attr in own and ast.unparse(node.value).partition(".")[0] != "torch"
+            found |= set() if mine else {node.attr}
+        elif isinstance(node, ast.Import):
+            found |= {part for a in node.names for part in a.name.split(".") if private(part)}
+        elif isinstance(node, ast.ImportFrom) and not str(node.module).startswith("depcut"):
+            names = [*str(node.module).split("."), *(a.name for a in node.names)]
+            found |= {name for name in names if private(name)}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr"):
+            name = node.args[1].value if isinstance(node.args[1], ast.Constant) else ""
+            found |= {name} if private(name) and name not in own else set()
+    return found
+
+
+def test_private_names_stand_in_one_module_a_library() -> None:
+    trees = {
+        path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text())
+        for path in PACKAGE.rglob("*.py")
+    }
+    own = own_names([tree for file, tree in trees.items() if file not in HOMES])
+    spelled = {
+        (file, name)
+        for file, tree in trees.items()
+        if file not in HOMES
+        for name in foreign_names(tree, own)
+    }
+    assert sorted(spelled - LEFT) == []
+    assert sorted(LEFT - spelled) == [], "these went: take them off the list"
+
+
+def test_the_search_for_private_names_finds_them() -> None:
+    text = """
+import torch._dynamo
+from torch._subclasses import fake_tensor
+from torch.utils import _pytree
+x = node.target._schema
+y = getattr(module, "_buffers", None) or hasattr(module, "_modules")
+z = self._mine + other._mine + torch._mine
+"""
+    assert foreign_names(ast.parse(text), {"_mine"}) == {
+        "_dynamo", "_subclasses", "_pytree", "_schema", "_buffers", "_modules", "_mine"
+    }  # fmt: skip
+    assert foreign_names(ast.parse("z = self._mine"), {"_mine"}) == set()
