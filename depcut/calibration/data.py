@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from depcut.capture.capture import is_symbolic, modes
+from depcut.capture.capture import is_symbolic
 from depcut.capture.inputs import Inputs, arguments, device_of
+from depcut.capture.modes import modes
 from depcut.capture.program import Program
 from depcut.errors import InputError
 

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from depcut.calibration.data import Batch, Calibration, checked_loss
 from depcut.calibration.progress import ticking
-from depcut.capture.capture import modes
+from depcut.capture.modes import modes
 from depcut.errors import InputError
 
 _STEP = 5e-3  # of the weights' length: about the cube root of single precision

@@ -34,7 +34,8 @@ from depcut.calibration.sites import (
 )
 from depcut.calibration.solve import solve
 from depcut.calibration.visits import check_finite
-from depcut.capture.capture import held_tensors, modes
+from depcut.capture.capture import held_tensors
+from depcut.capture.modes import modes
 from depcut.coupling.groups import layer_of
 from depcut.errors import VerificationError
 from depcut.plan.keep import Keep

@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from depcut.capture.capture import modes
+from depcut.capture.modes import modes
 from depcut.capture.program import Program, module_of
 
 _FUSED = torch.ops.aten.scaled_dot_product_attention.default

@@ -9,7 +9,6 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 from depcut.rewrite.copying import copied
-from depcut.rewrite.tensors import computed_tensors
 
 
 def without_masks(model: nn.Module) -> nn.Module:
@@ -22,7 +21,7 @@ def without_masks(model: nn.Module) -> nn.Module:
     """
     if not any(_pruned(module) or _masked(module) for module in model.modules()):
         return model
-    made: nn.Module = copied(model, computed_tensors(model))
+    made: nn.Module = copied(model, {})
     for module in list(made.modules()):
         for name in _pruned(module):
             prune.remove(module, name)

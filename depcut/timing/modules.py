@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from depcut.deploy.runtime import batch_size, bind_inputs, evaluating, first_line, resized
+from depcut.capture.clone import clone
+from depcut.deploy.runtime import batch_size, bind_inputs, first_line, resized
 from depcut.errors import InputError
 from depcut.timing.backends import Candidate, Provider, Runtime, gpu_name
 from depcut.timing.clock import Call, Stopwatch, host_seconds
@@ -23,7 +24,7 @@ _SPECIALISATIONS = 1024
 
 
 class ModuleRunner:
-    """A model in PyTorch, in evaluation mode until the stack closes, on the device where it is.
+    """A clone of a model in PyTorch, in evaluation mode, on the device where the model is.
 
     Args:
         name: The candidate's name.
@@ -31,7 +32,6 @@ class ModuleRunner:
         inputs: Its inputs, on any device.
         runtime: "torch" or "torch.compile".
         provider: Where the model must be; None for wherever it is.
-        stack: What ends with the measurement.
 
     Raises:
         InputError: The candidate is no model, or is on a device that cannot be timed.
@@ -45,7 +45,6 @@ class ModuleRunner:
         *,
         runtime: Runtime,
         provider: Provider | None,
-        stack: contextlib.ExitStack,
     ) -> None:
         if not isinstance(candidate, nn.Module):
             raise InputError(
@@ -53,14 +52,13 @@ class ModuleRunner:
                 where=f"candidate {name!r}",
                 remedy='use runtime="onnxruntime"',
             )
-        self._name, self._model = name, candidate
+        self._name, self._model = name, clone(candidate, buffers=True)
         self._device = _device(candidate, name, provider)
-        stack.enter_context(evaluating(candidate))
         self._arguments = _moved(bind_inputs(candidate, inputs), self._device)
         self._compiled: Any = None
         if runtime == "torch.compile":
             with _compiling(f"candidate {name!r}"):
-                self._compiled = torch.compile(candidate, dynamic=False)
+                self._compiled = torch.compile(self._model, dynamic=False)
         self.batch = batch_size(self._arguments)
         self.file_bytes: int | None = None
         self.device = "cpu"

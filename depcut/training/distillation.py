@@ -20,8 +20,8 @@ from torch.utils.hooks import RemovableHandle
 
 from depcut.axes import Dims
 from depcut.calibration.data import moved
-from depcut.capture.capture import modes
 from depcut.capture.inputs import device_of
+from depcut.capture.modes import modes
 from depcut.errors import InputError, listed
 from depcut.plan.plan import Plan
 from depcut.reference.run import kept_part

@@ -14,6 +14,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch import nn
 
 from depcut.capture.inputs import device_of
+from depcut.capture.random_state import preserved
 from depcut.errors import DepcutError, InputError, TrainingError
 from depcut.plan.plan import Plan
 from depcut.rewrite.copying import copied
@@ -23,7 +24,6 @@ from depcut.training.distillation import Distillation
 from depcut.training.optimizers import Build, optimizer_for
 from depcut.training.rates import Schedule, Start, peak_rate, schedule_of
 from depcut.training.schedules import OriginalSchedule
-from depcut.training.streams import preserved
 from depcut.training.trainer import Loss, Metric, Options, Record, Trainer
 
 # Attributes that accelerate leaves on a model; a second training would take it for prepared.

@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from depcut.calibration.data import Batch, moved
-from depcut.capture.capture import modes
 from depcut.capture.inputs import device_of
+from depcut.capture.modes import modes
 from depcut.errors import InputError
 from depcut.training.batches import open_loader
 from depcut.training.streams import DATA

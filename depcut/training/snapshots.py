@@ -17,12 +17,12 @@ import torch
 from torch import nn
 
 from depcut.capture.inputs import Inputs
+from depcut.capture.random_state import preserved
 from depcut.cli.loading import load_weights, save_weights
 from depcut.errors import InputError, listed
 from depcut.plan.plan import Plan
 from depcut.rewrite.copying import copied
 from depcut.training.fresh import Init, fresh
-from depcut.training.streams import preserved
 
 
 class Snapshots:

@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from depcut.axes import Dims
-from depcut.capture.capture import modes
+from depcut.capture.modes import modes
 from depcut.capture.program import ModuleCall
 from depcut.plan.keep import Keep
 from depcut.reference.run import example

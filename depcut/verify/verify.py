@@ -12,7 +12,8 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from depcut.capture.capture import held_tensors, modes
+from depcut.capture.capture import held_tensors
+from depcut.capture.modes import modes
 from depcut.capture.program import parent_of, stack_entries, where
 from depcut.errors import VerificationError
 from depcut.plan.keep import Keep
