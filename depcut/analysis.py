@@ -25,6 +25,7 @@ from depcut.calibration.data import BATCHES, Calibration, Data, Loss, calibrate
 from depcut.capture.capture import capture
 from depcut.capture.inputs import Inputs
 from depcut.capture.program import Program
+from depcut.capture.random_state import preserved
 from depcut.coupling.groups import Coupling, Frozen, Group, layer_of
 from depcut.coupling.infer import infer
 from depcut.deploy.runtime import bind_inputs, resized
@@ -104,6 +105,7 @@ class Analysis:
                 graph.add_edge(*ends, tensor=member.tensor, dim=member.dim)
         return graph
 
+    @preserved()
     def plan(
         self,
         ratio: float | None = None,

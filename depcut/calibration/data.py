@@ -14,9 +14,10 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from depcut.capture.capture import is_symbolic
+from depcut.capture.clone import clone
 from depcut.capture.inputs import Inputs, arguments, device_of
-from depcut.capture.modes import modes
 from depcut.capture.program import Program
+from depcut.capture.random_state import preserved
 from depcut.errors import InputError
 
 Data = Iterable[Any]
@@ -329,12 +330,14 @@ def _shape(tree: Any) -> str:
     return f"{args or ''}{kwargs or ''}" or "nothing"
 
 
+@preserved()
 def _check_loss(calibration: Calibration, model: nn.Module) -> None:
     """Call the loss once, on the first batch."""
     batch = calibration.batches[0]
     args, kwargs = calibration.arguments(batch)
-    with modes(model, ()), torch.no_grad():
-        checked_loss(calibration, model(*args, **kwargs), batch)
+    with torch.no_grad():
+        output = clone(model, buffers=True)(*args, **kwargs)
+        checked_loss(calibration, output, batch)
 
 
 def checked_loss(calibration: Calibration, output: Any, batch: Batch) -> torch.Tensor:

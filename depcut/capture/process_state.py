@@ -10,11 +10,12 @@ either acts in the capturing thread alone, or does not alter a result:
     oneDNN, NNPACK, cuDNN         stay on; torch.export switches them off for all
     nn.Module.__call__            torch.export's tracer sees the calls of the capturing thread only
     logging, stderr, warnings     of the capturing thread are dropped
-    garbage collection            off during a conversion to ONNX
+    garbage collection            off during a conversion to ONNX, and while time is measured
+    attention kernels             the formula's in all threads, while second derivatives are taken
     random states                 as before afterwards
 
-One re-entrant lock is held meanwhile: torch.export replaces methods of classes, and two captures
-that overlap would leave them replaced.
+One re-entrant lock is held during a capture: torch.export replaces methods of classes, and two that
+overlap would leave them replaced. The last two states end when no thread needs them any more.
 """
 
 from __future__ import annotations
@@ -33,12 +34,40 @@ import torch
 from torch.export import _trace
 from torch.fx import _symbolic_trace
 from torch.fx.experimental import proxy_tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from depcut.capture.random_state import preserved
 
 _LOCK = threading.RLock()
-_collections = threading.Lock()
-_uncollected: list[bool] = []  # one entry a context; whether the collector was on before
+
+
+class _Shared:
+    """A state of the process that several threads may ask for: entered once, left by the last.
+
+    Contexts that overlap without being nested would otherwise restore each other's state.
+
+    Args:
+        context: Makes what sets and restores the state.
+    """
+
+    def __init__(self, context: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
+        self._context, self._lock, self._users = context, threading.Lock(), 0
+        self._stack = contextlib.ExitStack()
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        """The state, until nobody needs it any more."""
+        with self._lock:
+            if not self._users:
+                self._stack.enter_context(self._context())
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if not self._users:
+                    self._stack.close()
 
 
 class _Switch:
@@ -72,22 +101,20 @@ def converting() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def uncollected() -> Iterator[None]:
-    """Without garbage collection, until the last of such contexts is left, in any thread.
-
-    It would search the millions of objects of a conversion often, or fall into a measurement.
-    """
-    with _collections:
-        _uncollected.append(gc.isenabled())
-        gc.disable()
+def _uncollected() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.disable()
     try:
         yield
     finally:
-        with _collections:
-            if len(_uncollected) > 1:
-                _uncollected.pop()
-            elif _uncollected.pop():
-                gc.enable()
+        if enabled:
+            gc.enable()
+
+
+# A collection would search the millions of objects of a conversion often, or fall into a timing.
+uncollected = _Shared(_uncollected)
+# Fused kernels of attention cannot be differentiated twice, and the choice is the process's.
+formula_attention = _Shared(lambda: sdpa_kernel(SDPBackend.MATH))
 
 
 @contextlib.contextmanager
@@ -199,6 +226,7 @@ _INSTEAD: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
     (_trace, "_ignore_backend_decomps", contextlib.nullcontext),
     (_trace, "_compiling_state_context", _compiling),
 )
+REPLACED = (*_IN_THIS_THREAD, *_INSTEAD)
 
 
 @contextlib.contextmanager

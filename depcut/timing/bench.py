@@ -12,6 +12,7 @@ from typing import Any
 from rich.filesize import decimal
 from rich.table import Table
 
+from depcut.capture.random_state import preserved
 from depcut.errors import InputError
 from depcut.support.machine import processor
 from depcut.support.tables import rendered
@@ -224,6 +225,7 @@ def bench(
     _check(candidates, threads, rounds, warmup, batch_sizes)
     with contextlib.ExitStack() as stack:
         cpus = stack.enter_context(pinned(pin, threads))
+        stack.enter_context(preserved())
         if runtime != "onnxruntime":
             stack.enter_context(torch_threads(threads))
         if runtime == "torch.compile":
@@ -239,7 +241,7 @@ def bench(
                 )
             else:
                 runners[name] = ModuleRunner(
-                    name, candidate, inputs, runtime=runtime, provider=provider, stack=stack
+                    name, candidate, inputs, runtime=runtime, provider=provider
                 )
         measurements = _measured(runners, batch_sizes, memory, rounds, warmup)
     return BenchResult(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from depcut.capture.clone import clone
+from depcut.capture.clone import clone, cloned_arguments
 from depcut.deploy.runtime import batch_size, bind_inputs, first_line, resized
 from depcut.errors import InputError
 from depcut.timing.backends import Candidate, Provider, Runtime, gpu_name
@@ -190,7 +190,7 @@ def _moved(arguments: inspect.BoundArguments, device: torch.device) -> inspect.B
     def move(leaf: Any) -> Any:
         return leaf.to(device) if isinstance(leaf, Tensor) else leaf
 
-    values = pytree.tree_map(move, dict(arguments.arguments))
+    values = pytree.tree_map(move, cloned_arguments(dict(arguments.arguments)))
     return inspect.BoundArguments(arguments.signature, values)
 
 

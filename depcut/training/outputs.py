@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from depcut.calibration.data import Batch, moved
+from depcut.capture.clone import clone
 from depcut.capture.inputs import device_of
-from depcut.capture.modes import modes
 from depcut.errors import InputError
 from depcut.training.batches import open_loader
 from depcut.training.streams import DATA
@@ -79,8 +79,7 @@ def _outputs(model: nn.Module, batch: Batch, place: str) -> list[torch.Tensor]:
     """The outputs that are made of real numbers, one row an example."""
     args, kwargs = moved((batch.args, batch.kwargs), device_of(model))
     try:
-        with modes(model, ()):
-            leaves = pytree.tree_leaves(model(*args, **kwargs))
+        leaves = pytree.tree_leaves(clone(model, buffers=True)(*args, **kwargs))
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
         raise InputError(
             f"the model fails on the training data: {type(error).__name__}: {error}",
