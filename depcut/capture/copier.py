@@ -303,7 +303,8 @@ class Copier:
                 made.__setstate__(state)
         else:
             plain, slots = state if isinstance(state, tuple) else (state, None)
-            vars(made).update({k: self._made(v) for k, v in (plain or {}).items()})
+            if plain:
+                vars(made).update({k: self._made(v) for k, v in plain.items()})
             for name, item in (slots or {}).items():
                 setattr(made, name, self._made(item))
         for item in items:
