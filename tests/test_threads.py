@@ -121,10 +121,16 @@ class Attention(nn.Module):
         return self.head(y.transpose(1, 2).flatten(2))
 
 
-class Fails(Caching):
+class Draws(Caching):
+    """Draws random numbers, too, which nothing depends on."""
+
     def forward(self, x: Tensor) -> Tensor:
-        random.random()
-        np.random.rand()  # noqa: NPY002
+        self.drawn = random.random(), np.random.rand(), torch.rand(2)  # noqa: NPY002
+        return super().forward(x)
+
+
+class Fails(Draws):
+    def forward(self, x: Tensor) -> Tensor:
         warnings.warn("of the model", stacklevel=1)
         raise ValueError(str(super().forward(x).shape))
 
@@ -135,11 +141,12 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "attention": (Attention, (2, 16, 8)),
     "caches": (Caching, (2, 8)),
 }
+DRAWS = {"caches and draws": (Draws, (2, 8))}
 
 
 def made(name: str) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
-    kind, shape = MODELS[name]
+    kind, shape = {**MODELS, **DRAWS}[name]
     return kind().eval(), torch.randn(shape)
 
 
@@ -229,6 +236,7 @@ USES: dict[str, Callable[[nn.Module, Tensor, Path], Any]] = {
     ),
     "export": lambda model, x, folder: depcut.export(model, folder / "model.onnx", x),
     "bench": bench,
+    "compact": lambda model, x, _: depcut.compaction(model, x),
     "compare": lambda model, x, _: depcut.compare(model, model, x, runtime=None),
     "distance": lambda model, x, _: depcut.output_distance(model, model, [x]),
     "inference of inputs": lambda model, x, _: infer(model),
@@ -237,7 +245,7 @@ USES: dict[str, Callable[[nn.Module, Tensor, Path], Any]] = {
 
 @pytest.mark.parametrize("use", USES)
 def test_a_model_that_caches_is_untouched(use: str, tmp_path: Path) -> None:
-    model, x = made("caches")
+    model, x = made("caches and draws")
     model.train()
     model.first.eval()
     model.first.weight.grad = torch.ones_like(model.first.weight)

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from depcut.calibration.data import Batch, moved
 from depcut.capture.clone import clone
 from depcut.capture.inputs import device_of
+from depcut.capture.random_state import preserved
 from depcut.errors import InputError
 from depcut.training.batches import open_loader
 from depcut.training.streams import DATA
@@ -44,6 +45,7 @@ def output_distance(
     return distance_over(dense, slim, islice(loader.read(0, DATA, 0), batches))
 
 
+@preserved()
 def distance_over(dense: nn.Module, slim: nn.Module, batches: Iterable[Batch]) -> float:
     """The same, on batches that were read.
 
