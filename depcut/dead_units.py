@@ -12,6 +12,7 @@ from torch import nn
 
 from depcut.analysis import analyze
 from depcut.capture.inputs import Inputs
+from depcut.capture.random_state import preserved
 from depcut.errors import InputError, listed
 from depcut.plan.plan import Plan, make_plan
 from depcut.repair.dead import Stuck, find_dead
@@ -74,6 +75,7 @@ class Compaction:
         return "\n".join(lines)
 
 
+@preserved()
 def compaction(model: nn.Module, inputs: Inputs = None) -> Compaction:
     """Find the units that are dead already; the model is only read.
 
