@@ -30,6 +30,7 @@ from depcut.calibration.data import Calibration, Data, Loss, calibrate
 from depcut.capture.capture import capture
 from depcut.capture.inputs import Inputs
 from depcut.capture.program import Program
+from depcut.capture.random_state import preserved
 from depcut.coupling.groups import Coupling, Frozen, Group, layer_of
 from depcut.coupling.infer import infer
 from depcut.deploy.runtime import bind_inputs, resized
@@ -116,6 +117,7 @@ class Analysis:
         return graph
 
     @takes_options(Options, PlanKeywords)
+    @preserved()
     def plan(
         self,
         ratio: float | None = None,

@@ -14,6 +14,7 @@ from depcut.analysis import analyze
 from depcut.apply.plan import Plan, planned
 from depcut.apply.report import amend
 from depcut.capture.inputs import Inputs
+from depcut.capture.random_state import preserved
 from depcut.errors import InputError, listed
 from depcut.repair.dead import Stuck, find_dead
 from depcut.repair.folding import contributions, fold_constants
@@ -75,6 +76,7 @@ class Compaction:
         return "\n".join(lines)
 
 
+@preserved()
 def compaction(model: nn.Module, inputs: Inputs = None) -> Compaction:
     """Find the units that are dead already; the model is only read.
 

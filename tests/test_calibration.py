@@ -225,9 +225,9 @@ def test_a_loss_that_does_not_depend_on_the_weights_is_refused(loss: Any) -> Non
     found = read([(normal(2, 6), TARGET)], loss=loss)
     with (
         pytest.raises(InputError, match="does not depend on the model's weights"),
-        trainable(MODEL),
+        trainable(MODEL) as live,
     ):
-        list(gradients(MODEL, found))
+        list(gradients(live, found))
 
 
 # Gradients ---------------------------------------------------------------------------------------
@@ -241,8 +241,8 @@ def pairs(batches: int = 2) -> Calibration:
 
 def test_gradients_are_those_of_autograd() -> None:
     found = pairs()
-    with trainable(MODEL):
-        ours = list(gradients(MODEL, found))
+    with trainable(MODEL) as live:
+        ours = list(gradients(live, found))
     model = Small().eval()
     for batch, gradient in zip(found.batches, ours, strict=True):
         model.zero_grad()
@@ -255,9 +255,9 @@ def test_gradients_are_those_of_autograd() -> None:
 def test_curvatures_are_hessian_vector_products(of_gradient: bool) -> None:
     found = pairs(1)
     [batch] = found.batches
-    with trainable(MODEL):
-        [gradient] = gradients(MODEL, found)
-        [curved] = curvatures(MODEL, found, of_gradient=of_gradient)
+    with trainable(MODEL) as live:
+        [gradient] = gradients(live, found)
+        [curved] = curvatures(live, found, of_gradient=of_gradient)
     names = dict(MODEL.named_parameters())
     sizes = [p.numel() for p in names.values()]
 
@@ -299,8 +299,8 @@ def test_where_torch_has_no_second_derivative_a_difference_stands_in(of_gradient
         program = depcut.analyze(model, x).program
         data = read([(x, y)], model, program, loss=F.cross_entropy)
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
-        with trainable(model):
-            found += curvatures(model, data, of_gradient=of_gradient)
+        with trainable(model) as live:
+            found += curvatures(live, data, of_gradient=of_gradient)
         assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     for name, exact in found[1].items():
         scale = float(exact.abs().max())
@@ -315,18 +315,22 @@ def test_gradients_modes_and_flags_are_as_before_even_after_an_error() -> None:
     model.last.weight.grad = torch.ones_like(model.last.weight)
     state = {n: p.detach().clone() for n, p in model.named_parameters()}
     modes = [m.training for m in model.modules()]
-    calls = []
+    calls, running = [], []
 
     def loss(output: Tensor, target: Tensor) -> Tensor:
-        calls.append(model.training or model.drop.training)
+        calls.append(any(m.training for live in running for m in live.modules()))
+        assert [m.training for m in model.modules()] == modes, "the model is served meanwhile"
         if len(calls) > 2:
             raise ValueError("late")
         return F.cross_entropy(output, target)
 
     data = read([(normal(2, 6), TARGET)] * 3, model, loss=loss)
-    with pytest.raises(InputError, match="it failed: ValueError: late"), trainable(model) as held:
-        list(gradients(model, data))
-    assert list(held) == list(state)
+    with trainable(model) as live:
+        running.append(live)
+        assert all(p.requires_grad for p in live.parameters())
+        with pytest.raises(InputError, match="it failed: ValueError: late"):
+            list(gradients(live, data))
+    assert [n for n, _ in live.named_parameters()] == list(state)
     assert calls == [False] * 3
     assert [m.training for m in model.modules()] == modes
     assert [p.requires_grad for p in model.parameters()] == [False, True, True, True]
@@ -337,6 +341,6 @@ def test_gradients_modes_and_flags_are_as_before_even_after_an_error() -> None:
 
 def test_a_progress_bar_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
     data = calibrate(PROGRAM, MODEL, [(normal(2, 6), TARGET)], loss=F.cross_entropy, progress=True)
-    with trainable(MODEL):
-        list(gradients(MODEL, data))
+    with trainable(MODEL) as live:
+        list(gradients(live, data))
     assert re.sub(r"\s", "", capsys.readouterr().out) == ""

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from depcut.capture.capture import is_symbolic, modes
+from depcut.capture.capture import is_symbolic
+from depcut.capture.clone import clone
 from depcut.capture.inputs import Inputs, arguments, device_of
 from depcut.capture.program import Program
+from depcut.capture.random_state import preserved
 from depcut.errors import InputError
 from depcut.support.checks import check_integer
 from depcut.support.torch_private import pytree
@@ -326,12 +328,14 @@ def _shape(tree: Any) -> str:
     return f"{args or ''}{kwargs or ''}" or "nothing"
 
 
+@preserved()
 def _check_loss(calibration: Calibration, model: nn.Module) -> None:
     """Call the loss once, on the first batch."""
     batch = calibration.batches[0]
     args, kwargs = calibration.arguments(batch)
-    with modes(model, ()), torch.no_grad():
-        checked_loss(calibration, model(*args, **kwargs), batch)
+    with torch.no_grad():
+        output = clone(model, buffers=True)(*args, **kwargs)
+        checked_loss(calibration, output, batch)
 
 
 def checked_loss(calibration: Calibration, output: Any, batch: Batch) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Gradients of a user's loss; the caller's own gradients and mode are as before afterwards."""
+"""Gradients of a user's loss, taken of a clone: the model is only read."""
 
 from __future__ import annotations
 
@@ -8,37 +8,27 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from depcut.calibration.data import Batch, Calibration, checked_loss
 from depcut.calibration.progress import ticking
-from depcut.capture.capture import modes
+from depcut.capture.clone import clone
+from depcut.capture.process_state import formula_attention
 from depcut.errors import InputError
 
 _STEP = 5e-3  # of the weights' length: about the cube root of single precision
 
 
 @contextmanager
-def trainable(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-    """Every floating-point parameter by name (shared ones once), differentiable for a while.
+def trainable(model: nn.Module) -> Iterator[nn.Module]:
+    """A clone in eval mode whose floating-point parameters are differentiable, for a while.
 
-    Eval mode; `requires_grad`, gradients and modes are restored, also after an error.
+    They share the model's memory; its flags, gradients, modes and buffers are left alone.
 
     Args:
-        model: Whose parameters.
+        model: The model.
     """
-    held = {n: p for n, p in model.named_parameters() if p.is_floating_point()}
-    saved = [(p, p.requires_grad, p.grad) for p in held.values()]
-    try:
-        with modes(model, ()), torch.enable_grad():
-            for parameter, _, _ in saved:
-                parameter.requires_grad_(True)
-                parameter.grad = None
-            yield dict(held)
-    finally:
-        for parameter, required, gradient in saved:
-            parameter.requires_grad_(required)
-            parameter.grad = gradient
+    with torch.enable_grad():
+        yield clone(model, buffers=True, requires_grad=True)
 
 
 def gradients(
@@ -46,7 +36,8 @@ def gradients(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Gradient of the loss on each batch, by parameter name; zeros where it does not reach.
 
-    Use inside `trainable`. The batches' losses are taken as they are: means, if the loss is one.
+    Use inside `trainable`, with its clone. The batches' losses are taken as they are: means, if the
+    loss is one.
 
     Args:
         model: The model.
@@ -75,8 +66,8 @@ def curvatures(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Hessian of the loss on each batch times a vector, by parameter name.
 
-    Use inside `trainable`. One more backward pass a batch, through the graph of the gradient; where
-    an operator has no second derivative, the central difference of two gradients.
+    Use inside `trainable`, with its clone. One more backward pass a batch, through the graph of the
+    gradient; where an operator has no second derivative, the central difference of two gradients.
 
     Args:
         model: The model.
@@ -88,7 +79,7 @@ def curvatures(
     """
     held = {n: p for n, p in model.named_parameters() if p.requires_grad}
     # The fused kernels for attention cannot be differentiated twice.
-    with sdpa_kernel(SDPBackend.MATH):
+    with formula_attention():
         found = gradients(model, calibration, create_graph=True)
         for batch, gradient in zip(calibration.batches, found, strict=True):
             fixed = {n: v.detach() for n, v in (gradient if of_gradient else held).items()}

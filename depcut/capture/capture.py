@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import inspect
 import traceback as tb
-import warnings
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,8 +13,10 @@ from torch.export.graph_signature import InputKind
 from torch.fx import traceback
 
 from depcut.capture import provenance
+from depcut.capture.clone import clone, cloned_arguments
 from depcut.capture.inline import inline_wrappers
-from depcut.capture.inputs import Inputs, normalize, quiet
+from depcut.capture.inputs import Inputs, normalize
+from depcut.capture.process_state import capturing
 from depcut.capture.program import ModuleCall, Program
 from depcut.capture.refusals import check_inputs, check_model
 from depcut.errors import CaptureError
@@ -25,7 +24,7 @@ from depcut.support.torch_private import pytree
 
 
 def capture(model: nn.Module, inputs: Inputs = None) -> Program:
-    """Capture what a model computes; the model is left as it was.
+    """Capture what a model computes, on a clone: the model is only read.
 
     Args:
         model: Any module that torch.export can capture.
@@ -66,56 +65,8 @@ def _gates(model: nn.Module, unused: frozenset[str]) -> frozenset[str]:
     return frozenset(n for n in names if any(True for _ in model.get_submodule(n).children()))
 
 
-@contextmanager
-def modes(model: nn.Module, training: Collection[str]) -> Iterator[None]:
-    """Eval mode for the time of the context, but for the modules named in `training`."""
-    saved = [(m, m.training) for m in model.modules()]
-    chosen = {m for name, m in model.named_modules() if name in training}
-    try:
-        for module, _ in saved:
-            module.training = module in chosen
-        yield
-    finally:
-        for module, flag in saved:
-            module.training = flag
-
-
-@contextmanager
-def _fast_paths_off() -> Iterator[None]:
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
-
-
-@contextmanager
-def _caches_kept(model: nn.Module) -> Iterator[None]:
-    """Dictionaries in which a forward remembers results hold afterwards what they held before.
-
-    What the export leaves in them has no values, and the model would go on with that.
-    """
-    caches = [
-        (value, dict(value))
-        for module in model.modules()
-        for name, value in vars(module).items()
-        if type(value) is dict and not name.startswith("_")
-    ]
-    try:
-        yield
-    finally:
-        for cache, before in caches:
-            if any(before.get(key) is not value for key, value in cache.items()):
-                cache.clear()
-                cache.update(before)
-
-
-@contextmanager
-def _recorded_calls(
-    model: nn.Module, marks: list[fx.Node], calls: list[ModuleCall]
-) -> Iterator[None]:
-    """Hooks that note for every module call which nodes are its arguments and results."""
+def _record_calls(model: nn.Module, marks: list[fx.Node], calls: list[ModuleCall]) -> None:
+    """Note for every module call which nodes are its arguments and results, by hooks that stay."""
     open_calls: list[tuple[tuple[Any, ...], pytree.TreeSpec]] = []
 
     def reference(leaf: Any) -> Any:
@@ -126,7 +77,7 @@ def _recorded_calls(
         leaves, spec = pytree.tree_flatten(tree)
         return tuple(map(reference, leaves)), spec
 
-    def hooks(name: str, module: nn.Module) -> list[Any]:
+    def listen(name: str, module: nn.Module) -> None:
         def before(_: nn.Module, args: Any, kwargs: Any) -> None:
             open_calls.append(flat((args, kwargs)))
 
@@ -134,17 +85,12 @@ def _recorded_calls(
             leaves, spec = open_calls.pop()
             calls.append(ModuleCall(name, leaves, spec, *flat(result)))
 
-        return [
-            module.register_forward_pre_hook(before, with_kwargs=True),
-            module.register_forward_hook(after, with_kwargs=True),
-        ]
+        module.register_forward_pre_hook(before, with_kwargs=True)
+        module.register_forward_hook(after, with_kwargs=True)
 
-    handles = [h for name, module in model.named_modules() if name for h in hooks(name, module)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    for name, module in model.named_modules():
+        if name:
+            listen(name, module)
 
 
 class _Mark(int):
@@ -167,10 +113,9 @@ def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> torch.export.ExportedProgram:
     try:
-        with quiet():
-            return torch.export.export(
-                model, args, kwargs, dynamic_shapes=_dynamic(model, args, kwargs), strict=False
-            )
+        return torch.export.export(
+            model, args, kwargs, dynamic_shapes=_dynamic(model, args, kwargs), strict=False
+        )
     except (KeyboardInterrupt, MemoryError):
         raise
     except Exception as error:
@@ -208,19 +153,15 @@ def _capture(
     training: frozenset[str],
 ) -> Program:
     calls: list[ModuleCall] = []
+    seen = clone(model, training=training)
+    provenance.trace_attributes(seen)
+    _record_calls(seen, marks, calls)
     with (
-        _caches_kept(model),
-        warnings.catch_warnings(),
-        modes(model, training),
-        _fast_paths_off(),
-        provenance.traced_attributes(model),
-        provenance.traced_roots(),
-        _recorded_calls(model, marks, calls),
+        capturing(root=provenance.root),
         provenance.ProvenanceMode(marks),
         traceback.preserve_node_meta(),
     ):
-        warnings.simplefilter("ignore")
-        exported = _export(model, args, kwargs)
+        exported = _export(seen, *cloned_arguments((args, kwargs)))
     return _program(model, exported, calls, args, kwargs)
 
 

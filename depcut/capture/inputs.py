@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from depcut.capture.clone import clone
+from depcut.capture.process_state import capturing
 from depcut.errors import InputError
 from depcut.support.torch_private import FakeTensorMode, pytree
 
@@ -130,35 +129,17 @@ def _candidates(first: nn.Module) -> list[tuple[int, ...]]:
     return [(2, first.in_channels, *([size] * rank)) for size in sizes]
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Nothing is logged or printed: torch reports failed exports and fake runs at length."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.disable(before)
-
-
 def _runs(model: nn.Module, example: torch.Tensor) -> bool:
-    modes = {m: m.training for m in model.modules()}
+    seen = clone(model)
     try:
-        for module in modes:
-            module.training = False
-        fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with quiet(), fake as mode, torch.no_grad():
+        with capturing(), FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
             parameters: dict[str, torch.Tensor] = {
-                n: mode.from_tensor(t) for n, t in _tensors(model)
+                n: fake.from_tensor(t) for n, t in _tensors(seen)
             }
-            torch.func.functional_call(model, parameters, (mode.from_tensor(example),))
+            torch.func.functional_call(seen, parameters, (fake.from_tensor(example),))
         return True
     except Exception:  # noqa: BLE001  any failure of the user's forward means: not this size
         return False
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:

@@ -1,6 +1,6 @@
 """Where integer literals of a captured graph come from: module attributes and tensor sizes.
 
-While a model is captured, every plain int attribute of its modules is replaced by an int that
+In the clone that is captured, every plain int attribute of a module is replaced by an int that
 remembers its name and survives arithmetic, and every tensor size read by the model's code becomes
 one too. A torch-function mode sees the calls that receive such ints and annotates the nodes they
 create, so that the rewrite knows which attribute supplies each size, e.g. `("attr", "attn",
@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -123,21 +122,14 @@ for _symbol, _name in _METHODS.items():
         setattr(_kind, f"__r{_name}__", _traced_operator(_symbol, True))
 
 
-@contextmanager
-def traced_roots() -> Iterator[None]:
-    """Within the context `math.sqrt` of a traced number is traced."""
-    plain = math.sqrt
+_plain_root = math.sqrt
 
-    def sqrt(value: Any, /) -> float:
-        root = plain(value)
-        expr = getattr(value, "expr", None)
-        return root if expr is None else TracedFloat(root, ("**", expr, 0.5))
 
-    math.sqrt = sqrt
-    try:
-        yield
-    finally:
-        math.sqrt = plain
+def root(value: Any, /) -> float:
+    """`math.sqrt`; the root of a traced number is traced."""
+    plain = _plain_root(value)
+    expr = value.expr if isinstance(value, Traced | TracedFloat) else None
+    return plain if expr is None else TracedFloat(plain, ("**", expr, 0.5))
 
 
 def node_of(value: Any) -> fx.Node | None:
@@ -240,33 +232,16 @@ def _trace_value(value: Any, module: str, path: tuple[Any, ...]) -> Any:
     return value
 
 
-@contextmanager
-def traced_attributes(model: nn.Module) -> Iterator[None]:
-    """Within the context every int attribute of every module remembers its name."""
-    saved = [(m, {k: v for k, v in vars(m).items() if k not in _INTERNAL}) for m in model.modules()]
-    hooked = [
-        (value, dict(value))
-        for m in model.modules()
-        for key, value in vars(m).items()
-        if "hooks" in key and isinstance(value, dict)
-    ]
-    try:
-        for name, module in model.named_modules():
-            for attribute, value in list(vars(module).items()):
-                if attribute not in _INTERNAL:
-                    module.__dict__[attribute] = _trace_value(value, name, (attribute,))
-        yield
-    finally:
-        # Whatever forward has written into the model goes, too, also hooks it has installed.
-        for hooks, before in hooked:
-            if hooks != before:
-                hooks.clear()
-                hooks.update(before)
-        for module, attributes in saved:
-            for attribute in [k for k in vars(module) if k not in _INTERNAL]:
-                if attribute not in attributes:
-                    del module.__dict__[attribute]
-            module.__dict__.update(attributes)
+def trace_attributes(model: nn.Module) -> None:
+    """Make every int attribute of every module remember its name.
+
+    Args:
+        model: A clone, which is changed for good.
+    """
+    for name, module in model.named_modules():
+        for attribute, value in list(vars(module).items()):
+            if attribute not in _INTERNAL:
+                module.__dict__[attribute] = _trace_value(value, name, (attribute,))
 
 
 _INTERNAL = frozenset(vars(nn.Module()))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from depcut.api import shrink
+from depcut.capture.modes import modes
 from depcut.cli.demo_net import DigitNet
 from depcut.deploy.export import ExportReport, export
 from depcut.errors import DepcutError, InputError
@@ -192,15 +193,13 @@ def accuracy(model: nn.Module, digits: Digits) -> float:
     Returns:
         A number in [0, 1].
     """
-    was_training = model.training
-    model.eval()
-    right = sum(
-        int((model(images).argmax(1) == labels).sum())
-        for images, labels in zip(
-            digits.test_images.split(256), digits.test_labels.split(256), strict=True
+    with modes(model):
+        right = sum(
+            int((model(images).argmax(1) == labels).sum())
+            for images, labels in zip(
+                digits.test_images.split(256), digits.test_labels.split(256), strict=True
+            )
         )
-    )
-    model.train(was_training)
     return right / len(digits.test_labels)
 
 

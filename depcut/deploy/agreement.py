@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 from collections.abc import Mapping, Sequence
@@ -13,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 
+from depcut.capture.clone import clone, cloned_arguments
 from depcut.deploy.runtime import Array, first_line, resized, session_tensors
 from depcut.errors import ExportError
+from depcut.rewrite.copying import copied
 from depcut.support.closeness import Gap, gap
 from depcut.support.torch_private import pytree
 
@@ -48,7 +49,7 @@ def compare_outputs(
     """Largest absolute and relative error of the runtime at one batch size.
 
     Args:
-        model: What the graph was made from, in evaluation mode.
+        model: What the graph was made from; a clone of it runs, in evaluation mode.
         session: The graph in onnxruntime.
         arguments: What to feed both, up to the batch size.
         batch: The batch size.
@@ -161,7 +162,7 @@ def _rounding(
         if not all(map(torch.equal, again, expected)):
             return [0.0] * len(expected)  # it draws random numbers
         values = pytree.tree_map(_doubled, (arguments.args, arguments.kwargs))
-        exact = _outputs(copy.deepcopy(model).double(), values)
+        exact = _outputs(copied(model, {}).double(), values)
         gaps = [gap(_exact(a), _exact(b)).worst for a, b in zip(exact, expected, strict=True)]
     except Exception:  # noqa: BLE001  (code that insists on single precision has no second look)
         return [0.0] * len(expected)
@@ -169,8 +170,9 @@ def _rounding(
 
 
 def _outputs(model: nn.Module, values: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Tensor]:
+    args, kwargs = cloned_arguments(values)
     with torch.no_grad():
-        outputs = model(*values[0], **values[1])
+        outputs = clone(model, buffers=True)(*args, **kwargs)
     return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
 

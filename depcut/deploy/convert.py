@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import inspect
-import io
-import logging
 import os
 import secrets
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from depcut.apply.report import origin_of
-from depcut.deploy.runtime import batch_size, bind_inputs, evaluating, first_line, resized
+from depcut.capture.clone import clone, cloned_arguments
+from depcut.capture.process_state import converting
+from depcut.deploy.runtime import batch_size, bind_inputs, first_line, resized
 from depcut.errors import ExportError, InputError
 from depcut.support.checks import check_integer
 from depcut.support.torch_private import pytree
@@ -37,8 +34,6 @@ OPSETS = range(18, 26)
 
 # Protobuf stops at 2 GiB; the graph itself and its names need some of that.
 _EXTERNAL_DATA_FROM = 2**31 - 2**26
-
-_CHATTY = ("torch.onnx", "torch.export", "torch.fx", "onnxscript")
 
 # The exporter's notes quote source lines and the paths of the machine, up to a tenth of a file.
 _NOTES = ("pkg.", "namespace")
@@ -61,7 +56,7 @@ def draft(
     to three times as long.
 
     Args:
-        model: The model; its parameters and training mode are the same afterwards.
+        model: The model; it is only read.
         inputs: A tensor, a tuple of positional or a dict of keyword arguments; None infers them.
         path: The file to write.
         metadata: Entries for the file's metadata, beside depcut's version and the model's origin.
@@ -78,7 +73,7 @@ def draft(
     """
     version, entries = _checked_opset(opset), _checked_metadata(metadata)
     arguments = bind_inputs(model, inputs)
-    with evaluating(model), _plain_attention(), _quiet(), _uncollected():
+    with converting():
         arguments, program = _capture(model, arguments, free_batch=free_batch)
         origin = {"depcut_version": __version__, **origin_of(model)}
         _convert(program, Path(path), {**origin, **entries}, version)
@@ -121,11 +116,12 @@ def _capture(
         with contextlib.suppress(ExportError):
             return _capture(model, resized(arguments, 2))
     shapes = pytree.tree_map(_free_batch, dict(arguments.arguments)) if free_batch else None
+    # Kernels are chosen by what is to be differentiated: here and in the conversion, nothing.
+    seen = clone(model, requires_grad=False)
+    args, kwargs = cloned_arguments((arguments.args, arguments.kwargs))
     try:
         with torch.no_grad():
-            program = torch.export.export(
-                model, arguments.args, arguments.kwargs, dynamic_shapes=shapes, strict=False
-            )
+            program = torch.export.export(seen, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         raise ExportError(
             f"torch.export cannot capture the model: {first_line(error)}",
@@ -224,48 +220,3 @@ def _settle_sizes(values: Iterable[ir.Value | None]) -> None:
         for place, size in enumerate(value.shape):
             if isinstance(size, ir.SymbolicDim) and (size.value or "").isdecimal():
                 value.shape[place] = int(size.value or "")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's warnings and log lines from the user: failures raise all the same."""
-    loggers = [logging.getLogger(name) for name in _CHATTY]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        # torch.export prints the graph that it gave up on; the error raised says enough.
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Garbage collection off: it would search the millions of objects of a conversion often."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@contextlib.contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Attention by its formula: no fused kernel has an ONNX form.
-
-    nn.MultiheadAttention has an inference path of its own; and a graph that is captured with the
-    strides of a fused kernel holds views that those of the formula do not allow.
-    """
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from depcut.capture.random_state import preserved
 from depcut.deploy.agreement import TOLERANCES, compare_outputs
 from depcut.deploy.convert import OLDER_OPSET, draft
 from depcut.deploy.publish import publish
-from depcut.deploy.runtime import batch_size, evaluating, first_line, open_session
+from depcut.deploy.runtime import batch_size, first_line, open_session
 from depcut.errors import ExportError
 from depcut.support import files
 
@@ -88,7 +89,7 @@ def export(
     anew with opset 20.
 
     Args:
-        model: The model; its parameters and training mode are the same afterwards.
+        model: The model; it is only read.
         path: The file to write, in an existing folder.
         inputs: A tensor, a tuple of positional or a dict of keyword arguments; inferred from the
             first layer when left out. Dimension 0 of the tensors is the batch.
@@ -108,7 +109,7 @@ def export(
         InputError: `inputs` does not fit the model's forward, or an option is wrong.
     """
     started = time.perf_counter()
-    with files.workplace(path, "ONNX file", ExportError) as (target, folder), evaluating(model):
+    with files.workplace(path, "ONNX file", ExportError) as (target, folder), preserved():
         file = folder / target.name
         arguments, proto, session = _loaded(model, inputs, file, metadata, opset)
         sizes = _batch_sizes(proto, arguments)

@@ -33,7 +33,9 @@ from depcut.calibration.sites import (
 )
 from depcut.calibration.solve import solve
 from depcut.calibration.visits import check_finite
-from depcut.capture.capture import held_tensors, modes
+from depcut.capture.capture import held_tensors
+from depcut.capture.clone import clone
+from depcut.capture.random_state import preserved
 from depcut.coupling.groups import layer_of
 from depcut.errors import VerificationError
 from depcut.plan.keep import Keep
@@ -84,6 +86,7 @@ class Compensation:
         return "\n".join(lines)
 
 
+@preserved()
 def compensate(
     slim: nn.Module, model: nn.Module, keep: Keep, calibration: Calibration
 ) -> Compensation:
@@ -295,12 +298,7 @@ class _Repairer:
     def _verify(self, expected: list[Any]) -> None:
         """Refuse a model that gives other outputs than the graph that was repaired."""
         args, kwargs = self.calibration.arguments(self.calibration.batches[0])
-        written = {n: t.clone() for n, t in self.slim.named_buffers()}
-        with modes(self.slim, ()):
-            outputs = pytree.tree_leaves(self.slim(*args, **kwargs))
-        for name, buffer in self.slim.named_buffers():
-            if name in written and buffer.shape == written[name].shape:
-                buffer.copy_(written[name])
+        outputs = pytree.tree_leaves(clone(self.slim, buffers=True)(*args, **kwargs))
         size, message = relative_error(expected, outputs)
         if message or not size <= _TOLERANCE:
             raise VerificationError(

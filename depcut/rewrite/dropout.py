@@ -10,7 +10,8 @@ from torch import fx, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from depcut.capture.capture import modes
+from depcut.capture.clone import clone
+from depcut.capture.process_state import capturing
 from depcut.capture.program import Program, module_of
 from depcut.support.torch_private import FakeTensorMode, pytree
 
@@ -25,10 +26,10 @@ def when_training(training: bool, probability: float) -> float:
 def attention_dropout(model: nn.Module, program: Program) -> dict[fx.Node, float]:
     """Dropout probability in training of every fused attention of the graph.
 
-    The model runs once on fake tensors, with the modules that call attention in training mode.
+    A clone runs once on fake tensors, with the modules that call attention in training mode.
 
     Args:
-        model: The dense model; its modes are as before afterwards.
+        model: The dense model; it is only read.
         program: Its captured graph.
     """
     nodes = [n for n in program.graph.graph.nodes if n.target is _FUSED]
@@ -36,21 +37,18 @@ def attention_dropout(model: nn.Module, program: Program) -> dict[fx.Node, float
     if not any(_may_drop(model.get_submodule(name)) for name in callers):
         return {}
     recorder = _Recorder()
-    with (
-        modes(model, callers),
-        FakeTensorMode(allow_non_fake_inputs=True) as fake,
-        torch.no_grad(),
-    ):
+    seen = clone(model, training=callers)
+    with capturing(), FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
         args, kwargs = pytree.tree_map(
             lambda v: fake.from_tensor(v) if isinstance(v, torch.Tensor) else v,
             (program.args, program.kwargs),
         )
         held: dict[str, torch.Tensor] = {
-            n: fake.from_tensor(t) for n, t in (*model.named_parameters(), *model.named_buffers())
+            n: fake.from_tensor(t) for n, t in (*seen.named_parameters(), *seen.named_buffers())
         }
         try:
             with recorder:
-                torch.func.functional_call(model, held, tuple(args), kwargs)
+                torch.func.functional_call(seen, held, tuple(args), kwargs)
         except (RuntimeError, ValueError, TypeError):
             return {}  # training code that fake tensors cannot follow
     if len(recorder.found) != len(nodes):

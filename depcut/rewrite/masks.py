@@ -9,7 +9,6 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 from depcut.rewrite.copying import copied
-from depcut.rewrite.tensors import computed_tensors
 from depcut.support.torch_private import pruned_names
 
 
@@ -23,7 +22,7 @@ def without_masks(model: nn.Module) -> nn.Module:
     """
     if not any([*pruned_names(m), *_masked(m)] for m in model.modules()):
         return model
-    made: nn.Module = copied(model, computed_tensors(model))
+    made: nn.Module = copied(model, {})
     for module in list(made.modules()):
         for name in list(pruned_names(module)):
             prune.remove(module, name)

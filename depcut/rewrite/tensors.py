@@ -13,16 +13,6 @@ from depcut.reference.slices import take
 from depcut.rewrite.copying import copied, like
 
 
-def computed_tensors(model: nn.Module) -> dict[int, Any]:
-    """A memo for copying: results that pre-forward hooks compute anew, which deepcopy refuses."""
-    return {
-        id(value): value.detach().clone()
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, torch.Tensor) and not value.is_leaf
-    }
-
-
 def narrowed_copy(model: nn.Module, keep: Keep) -> nn.Module:
     """A deep copy of the model in which only the kept indices of every tensor exist.
 
@@ -32,7 +22,7 @@ def narrowed_copy(model: nn.Module, keep: Keep) -> nn.Module:
         model: The dense model.
         keep: What stays.
     """
-    memo = computed_tensors(model)
+    memo: dict[int, Any] = {}
     held = held_tensors(model)
     for name, picked in keep.tensors.items():
         old = held.get(name)

@@ -33,8 +33,8 @@ def _products(context: Context, gradient: Elements) -> dict[str, torch.Tensor]:
 
 def _averaged(context: Context, saliency: Callable[[dict[str, torch.Tensor]], Scores]) -> Scores:
     """Mean over the batches of what is made of g * w."""
-    with trainable(context.model):
-        found = gradients(context.model, context.data)
+    with trainable(context.model) as model:
+        found = gradients(model, context.data)
         return _mean(saliency(_products(context, gradient)) for gradient in found)
 
 
@@ -95,8 +95,8 @@ def snip(context: Context) -> Scores:
     ICLR 2019, eq. 5. Needs data and a loss.
     """
     summed: dict[str, torch.Tensor] = {}
-    with trainable(context.model):
-        for gradient in gradients(context.model, context.data):
+    with trainable(context.model) as model:
+        for gradient in gradients(model, context.data):
             for name, product in _products(context, gradient).items():
                 summed[name] = summed[name].add_(product) if name in summed else product
     count = len(context.data.batches)
@@ -109,8 +109,8 @@ def _curved(context: Context, of_gradient: bool) -> Scores:
 
     H g is not linear in the loss, so GraSP's mean is one over batches.
     """
-    with trainable(context.model):
-        found = curvatures(context.model, context.data, of_gradient=of_gradient)
+    with trainable(context.model) as model:
+        found = curvatures(model, context.data, of_gradient=of_gradient)
         return _mean(totals(context, by_element(_products(context, c)), rows=True) for c in found)
 
 

@@ -48,14 +48,12 @@ class Setup:
         provider: What computes, or None for the runtime's own choice.
         threads: Threads that one operator may use.
         folder: Where to write what is made of the candidate; empty.
-        stack: What ends with the measurement.
     """
 
     inputs: Any
     provider: str | None
     threads: int
     folder: Path
-    stack: contextlib.ExitStack
 
 
 class Runtime(Protocol):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from depcut.capture.random_state import preserved
 from depcut.errors import InputError
 from depcut.support.checks import check_integer
 from depcut.support.machine import processor
@@ -227,13 +228,14 @@ def bench(
     chosen = RUNTIMES[runtime]
     with contextlib.ExitStack() as stack:
         cpus = stack.enter_context(pinned(pin, threads))
+        stack.enter_context(preserved())
         chosen.enter(stack, threads)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="depcut-")))
         runners: dict[str, Runner] = {}
         for place, (name, candidate) in enumerate(candidates.items()):
             own = folder / str(place)
             own.mkdir()
-            setup = Setup(inputs, provider, threads, own, stack)
+            setup = Setup(inputs, provider, threads, own)
             runners[name] = chosen.runner(name, candidate, setup)
         measurements = _measured(runners, batch_sizes, memory, rounds, warmup)
     return BenchResult(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
+
+from depcut.capture.process_state import uncollected
 
 # What is timed, and what times it: the seconds that so many calls of a function take.
 Call: TypeAlias = Callable[[], object]
@@ -141,7 +142,8 @@ def interleave(
             call()
         repeats[name] = _calls_per_turn(call, stopwatch)
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    with _no_collection():
+    gc.collect()
+    with uncollected():
         for _ in range(rounds):
             for name, call in calls.items():
                 count = repeats[name]
@@ -183,16 +185,3 @@ def _calls_per_turn(call: Call, stopwatch: Stopwatch) -> int:
         count *= 2
         seconds = stopwatch(call, count)
     return math.ceil(count * _TURN_SECONDS / seconds)
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Keep the garbage collector out of the samples."""
-    was_enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

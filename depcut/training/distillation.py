@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from depcut.apply.plan import Plan
 from depcut.axes import Dims
 from depcut.calibration.data import moved
-from depcut.capture.capture import modes
+from depcut.capture.clone import clone
 from depcut.capture.inputs import device_of
 from depcut.errors import InputError, listed
 from depcut.reference.run import kept_part
@@ -43,8 +43,8 @@ class Distillation:
 
     The loss is w_out * T^2 * KL(softmax(dense / T) || softmax(slim / T)), the mean over all
     examples, plus w_hid times the mean over layers of |slim - kept part of dense|^2, relative to
-    the mean square of that part. The dense model runs in eval mode without gradients; its mode and
-    hooks are restored each time.
+    the mean square of that part. A clone of the dense model runs in eval mode without gradients: it
+    shares the parameters, and is made anew if the model gets other tensors.
 
     Args:
         dense: The teacher.
@@ -84,6 +84,7 @@ class Distillation:
         check_number(temperature, "temperature", remedy, above=0)
         check_number(share, "share", remedy, least=0, most=1)
         self.dense, self.slim, self.share = dense, slim, share
+        self._teacher: tuple[list[Any], nn.Module] | None = None
         self.plan = bound(plan, dense)
         self.temperature, self.dim, self.logits = temperature, dim, logits
         self.output_weight, self.hidden_weight = output_weight, hidden_weight
@@ -195,10 +196,11 @@ class Distillation:
         mine, self._seen[:] = list(self._seen), []
         theirs: list[tuple[str, Any]] = []
         args, kwargs = moved((args, kwargs), device_of(self.dense))
-        handles = _listen(self.dense, self._places, theirs)
+        teacher = self._running()
+        handles = _listen(teacher, self._places, theirs)
         try:
-            with modes(self.dense, ()), torch.no_grad():
-                target = self.dense(*args, **kwargs)
+            with torch.no_grad():
+                target = teacher(*args, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()
@@ -208,6 +210,20 @@ class Distillation:
         if self._places and self.hidden_weight:
             losses.append(self.hidden_weight * self._hidden(mine, theirs))
         return torch.stack(losses).sum()
+
+    def _running(self) -> nn.Module:
+        """The clone of the dense model that runs."""
+        tensors = (*self.dense.parameters(), *self.dense.buffers())
+        now = [entry for tensor in tensors for entry in (tensor, tensor.device)]
+        before, made = self._teacher or ([], None)
+        same = len(now) == len(before) and all(
+            a is b if isinstance(a, torch.Tensor) else a == b
+            for a, b in zip(now, before, strict=True)
+        )
+        if made is None or not same:
+            made = clone(self.dense, buffers=True)
+            self._teacher = now, made
+        return made
 
     def _outputs(self, output: Any, target: Any) -> torch.Tensor:
         student, teacher = self._logits(output), self._logits(target)

@@ -14,6 +14,7 @@ from typing_extensions import Unpack
 
 from depcut.apply.plan import Plan
 from depcut.capture.inputs import device_of
+from depcut.capture.random_state import preserved
 from depcut.errors import DepcutError, InputError, TrainingError
 from depcut.rewrite.copying import copied
 from depcut.support.accelerate_private import TRACES, reset_state
@@ -25,7 +26,6 @@ from depcut.training.distillation import Distillation
 from depcut.training.optimizers import Build, optimizer_for
 from depcut.training.options import RetrainKeywords, TrainingOptions
 from depcut.training.rates import Start, peak_rate, schedule_of
-from depcut.training.streams import preserved
 from depcut.training.trainer import Loss, Metric, Record, Settings, Trainer
 
 if TYPE_CHECKING:

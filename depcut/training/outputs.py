@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from depcut.calibration.data import Batch, moved
-from depcut.capture.capture import modes
+from depcut.capture.clone import clone
 from depcut.capture.inputs import device_of
+from depcut.capture.random_state import preserved
 from depcut.errors import InputError
 from depcut.support.torch_private import pytree
 from depcut.training.batches import open_loader
@@ -44,6 +45,7 @@ def output_distance(
     return distance_over(dense, slim, islice(loader.read(0, DATA, 0), batches))
 
 
+@preserved()
 def distance_over(dense: nn.Module, slim: nn.Module, batches: Iterable[Batch]) -> float:
     """The same, on batches that were read.
 
@@ -82,8 +84,7 @@ def _outputs(model: nn.Module, batch: Batch, place: str) -> list[torch.Tensor]:
     """The outputs that are made of real numbers, one row an example."""
     args, kwargs = moved((batch.args, batch.kwargs), device_of(model))
     try:
-        with modes(model, ()):
-            leaves = pytree.tree_leaves(model(*args, **kwargs))
+        leaves = pytree.tree_leaves(clone(model, buffers=True)(*args, **kwargs))
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
         raise InputError(
             f"the model fails on the training data: {type(error).__name__}: {error}",

@@ -18,12 +18,12 @@ from torch import nn
 
 from depcut.apply.plan import Plan
 from depcut.capture.inputs import Inputs
+from depcut.capture.random_state import preserved
 from depcut.errors import InputError, listed
 from depcut.rewrite.copying import copied
 from depcut.support import files
 from depcut.support.weights import load_weights, save_weights
 from depcut.training.fresh import Init, fresh
-from depcut.training.streams import preserved
 
 
 class Snapshots:

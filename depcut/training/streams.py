@@ -9,10 +9,11 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
+
+from depcut.capture.random_state import random_states, restore
 
 DATA, STEP, VALID = 1, 2, 3  # what a seed is for
 
@@ -34,27 +35,6 @@ def seed_of(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def _states() -> tuple[Any, ...]:
-    return torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
-
-
-def _restore(states: tuple[Any, ...]) -> None:
-    torch.set_rng_state(states[0])
-    random.setstate(states[1])
-    np.random.set_state(states[2])  # noqa: NPY002
-
-
-@contextmanager
-def preserved() -> Iterator[None]:
-    """The caller's random states are as before afterwards."""
-    states = _states()
-    try:
-        with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
-            yield
-    finally:
-        _restore(states)
-
-
 class Stream:
     """Random states of their own, beside the current ones.
 
@@ -63,18 +43,18 @@ class Stream:
     """
 
     def __init__(self, *numbers: int) -> None:
-        outside = _states()
+        outside = random_states()
         seed_everything(*numbers)
-        self.states = _states()
-        _restore(outside)
+        self.states = random_states()
+        restore(outside)
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Within the context, draws are this stream's."""
-        outside = _states()
-        _restore(self.states)
+        outside = random_states()
+        restore(self.states)
         try:
             yield
         finally:
-            self.states = _states()
-            _restore(outside)
+            self.states = random_states()
+            restore(outside)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from depcut.calibration.data import Batch, moved
-from depcut.capture.capture import modes
+from depcut.capture.modes import modes
 from depcut.errors import InputError, TrainingError
 from depcut.training.batches import Loader
 from depcut.training.checkpoint import Checkpoints, load_tensors, model_tensors

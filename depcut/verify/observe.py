@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from depcut.axes import Dims
-from depcut.capture.capture import modes
+from depcut.capture.clone import clone
 from depcut.capture.program import ModuleCall
 from depcut.plan.keep import Keep
 from depcut.reference.run import example
@@ -41,10 +41,21 @@ class Trial:
 
 
 def observe(slim: nn.Module, keep: Keep, trial: Trial) -> Observed:
-    """Run a smaller model on the example inputs, and look at what its modules return.
+    """Run a clone of a smaller model on the example inputs, and look at what its modules return.
 
     Args:
-        slim: The smaller model; its mode and hooks are as before afterwards.
+        slim: The smaller model; it is only read.
+        keep: What stays of the dense one.
+        trial: On which of the example inputs.
+    """
+    return observe_clone(clone(slim, buffers=True), keep, trial)
+
+
+def observe_clone(made: nn.Module, keep: Keep, trial: Trial) -> Observed:
+    """Run a model that is used for nothing else: `observe` for callers with hooks of their own.
+
+    Args:
+        made: The clone, in eval mode; hooks stay on it.
         keep: What stays of the dense one.
         trial: On which of the example inputs.
     """
@@ -57,17 +68,11 @@ def observe(slim: nn.Module, keep: Keep, trial: Trial) -> Observed:
         if results and keep.gone.nodes.issuperset(results):
             continue  # it is not called any more
         calls.setdefault(call.module, []).append(call)
-    handles = [
-        module.register_forward_hook(_look(name, calls[name], keep, seen))
-        for name, module in slim.named_modules()
-        if name in calls
-    ]
-    try:
-        with modes(slim, ()), torch.no_grad():
-            seen.outputs = list(pytree.tree_leaves(slim(*args, **kwargs)))
-    finally:
-        for handle in handles:
-            handle.remove()
+    for name, module in made.named_modules():
+        if name in calls:
+            module.register_forward_hook(_look(name, calls[name], keep, seen))
+    with torch.no_grad():
+        seen.outputs = list(pytree.tree_leaves(made(*args, **kwargs)))
     return seen
 
 

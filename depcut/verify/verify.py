@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,16 +10,19 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from depcut.capture.capture import held_tensors, modes
+from depcut.capture.capture import held_tensors
+from depcut.capture.clone import clone
 from depcut.capture.program import parent_of, stack_entries, where
+from depcut.capture.random_state import preserved
 from depcut.errors import VerificationError
 from depcut.plan.keep import Keep
 from depcut.reference.run import Reference, Watched, example, kept_part, masked_outputs
 from depcut.reference.slices import take
 from depcut.rewrite.build import Slim
+from depcut.rewrite.copying import copied
 from depcut.support.closeness import relative_error
 from depcut.support.torch_private import pytree
-from depcut.verify.observe import Trial, observe
+from depcut.verify.observe import Trial, observe, observe_clone
 
 __all__ = ["masked_outputs", "verify", "verify_equal"]
 
@@ -78,6 +80,7 @@ def _expected(keep: Keep, model: nn.Module, trial: Trial) -> tuple[list[Any], Wa
         return Reference(keep, model).run(inputs, trial.dtype, watch=top)
 
 
+@preserved()
 def verify(slim: Slim, model: nn.Module) -> float:
     """Check the smaller model, generating the modules that turn out not to express their sizes.
 
@@ -133,6 +136,7 @@ def verify(slim: Slim, model: nn.Module) -> float:
         slim.replace(culprit, found.message or "its code computes other values at the new sizes")
 
 
+@preserved()
 def verify_equal(slim: nn.Module, keep: Keep, model: nn.Module) -> float:
     """Check that a smaller model computes what the dense model does, with nothing zeroed.
 
@@ -157,7 +161,7 @@ def verify_equal(slim: nn.Module, keep: Keep, model: nn.Module) -> float:
         return 0.0
     if message or size > _tolerance(keep):
         double = Trial(dtype=torch.float64)
-        if message or difference(copy.deepcopy(slim).double(), double)[0] > _CERTAIN:
+        if message or difference(copied(slim, {}).double(), double)[0] > _CERTAIN:
             raise VerificationError(
                 message or f"outputs differ from the dense model's by {size:.3g} of their scale",
                 where="units that were taken to be dead",
@@ -195,10 +199,9 @@ def _try(slim: Slim, model: nn.Module, trial: Trial, limit: float) -> Attempt:
     args, kwargs = example(slim.keep, rows=trial.rows, dtype=trial.dtype)
     try:
         # Hooks switch fast paths off, so run once as users do.
-        with modes(slim.model, ()), torch.no_grad():
-            plain, message = relative_error(
-                expected[0], pytree.tree_leaves(slim.model(*args, **kwargs))
-            )
+        with torch.no_grad():
+            result = clone(slim.model, buffers=True)(*args, **kwargs)
+        plain, message = relative_error(expected[0], pytree.tree_leaves(result))
     except _RUNTIME_ERRORS as problem:
         return Attempt(math.inf, str(problem)[:300], problem, beside=True)
     failed = bool(message) or plain > limit
@@ -267,7 +270,7 @@ def _tolerance(keep: Keep) -> float:
 def _exact(slim: Slim, model: nn.Module) -> bool | None:
     """Whether the difference vanishes in double precision, i.e. was rounding; None: cannot tell."""
     try:
-        double = Slim(copy.deepcopy(slim.model).double(), slim.keep, model)
+        double = Slim(copied(slim.model, {}).double(), slim.keep, model)
         trial = Trial(dtype=torch.float64)
         return _compare(double, _expected(slim.keep, model, trial), trial)[0] < 1e-6
     except RuntimeError:
@@ -295,23 +298,17 @@ def _culprit(slim: Slim, model: nn.Module, limit: float) -> str:
         )
     wrong: list[str] = []
     running: list[str] = []
-    handles = []
-    for name, module in slim.model.named_modules():
-        if name not in calls:
-            continue
-        before, after = _watchers(name, calls[name], values, limit, wrong, running)
-        handles += [
-            module.register_forward_pre_hook(before, with_kwargs=True),
-            module.register_forward_hook(after),
-        ]
+    made = clone(slim.model, buffers=True)
+    for name, module in made.named_modules():
+        if name in calls:
+            before, after = _watchers(name, calls[name], values, limit, wrong, running)
+            module.register_forward_pre_hook(before, with_kwargs=True)
+            module.register_forward_hook(after)
     try:
-        observe(slim.model, keep, Trial())
+        observe_clone(made, keep, Trial())
     except Exception:  # noqa: BLE001  the innermost call still open is the one that raised
         raised = next((n for n in reversed(running) if n not in slim.generated), "")
         return wrong[0] if wrong else raised
-    finally:
-        for handle in handles:
-            handle.remove()
     return wrong[0] if wrong else ""
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from depcut.deploy.runtime import batch_size, bind_inputs, evaluating, first_line, resized
+from depcut.capture.clone import clone, cloned_arguments
+from depcut.deploy.runtime import batch_size, bind_inputs, first_line, resized
 from depcut.errors import InputError
 from depcut.support.torch_private import compile_settings, pytree
 from depcut.timing.backends import Candidate, Setup, gpu_name, runtime
@@ -55,7 +56,6 @@ class Eager:
             setup.inputs,
             compiled=self.compiled,
             provider=setup.provider,
-            stack=setup.stack,
         )
 
 
@@ -76,7 +76,7 @@ class Compiled(Eager):
 
 
 class ModuleRunner:
-    """A model in PyTorch, in evaluation mode until the stack closes, on the device where it is.
+    """A clone of a model in PyTorch, in evaluation mode, on the device where the model is.
 
     Args:
         name: The candidate's name.
@@ -84,7 +84,6 @@ class ModuleRunner:
         inputs: Its inputs, on any device.
         compiled: Whether to compile it, for each batch size.
         provider: Where the model must be; None for wherever it is.
-        stack: What ends with the measurement.
 
     Raises:
         InputError: The candidate is no model, or is on a device that cannot be timed.
@@ -98,7 +97,6 @@ class ModuleRunner:
         *,
         compiled: bool,
         provider: str | None,
-        stack: contextlib.ExitStack,
     ) -> None:
         if not isinstance(candidate, nn.Module):
             raise InputError(
@@ -106,14 +104,13 @@ class ModuleRunner:
                 where=f"candidate {name!r}",
                 remedy='use runtime="onnxruntime"',
             )
-        self._name, self._model = name, candidate
+        self._name, self._model = name, clone(candidate, buffers=True)
         self._device = _device(candidate, name, provider)
-        stack.enter_context(evaluating(candidate))
         self._arguments = _moved(bind_inputs(candidate, inputs), self._device)
         self._compiled: Any = None
         if compiled:
             with _compiling(f"candidate {name!r}"):
-                self._compiled = torch.compile(candidate, dynamic=False)
+                self._compiled = torch.compile(self._model, dynamic=False)
         self.batch = batch_size(self._arguments)
         self.file_bytes: int | None = None
         self.device = "cpu"
@@ -244,7 +241,7 @@ def _moved(arguments: inspect.BoundArguments, device: torch.device) -> inspect.B
     def move(leaf: Any) -> Any:
         return leaf.to(device) if isinstance(leaf, Tensor) else leaf
 
-    values = pytree.tree_map(move, dict(arguments.arguments))
+    values = pytree.tree_map(move, cloned_arguments(dict(arguments.arguments)))
     return inspect.BoundArguments(arguments.signature, values)
 
 

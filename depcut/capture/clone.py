@@ -1,0 +1,87 @@
+"""Structural clones: a module tree with its plain Python state copied and its tensors shared.
+
+What is captured, exported, timed or run for a check is a clone, so that whatever this leaves behind
+(fake parameters, filled caches, counters, hooks, modes) is left in an object that nobody else sees.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from depcut.capture.copier import Copier
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+class _Clones(Copier):
+    """Structure alone: tensors are shared, but for the values of buffers if they are written."""
+
+    def __init__(self, *, buffers: bool = False, requires_grad: bool | None = None) -> None:
+        super().__init__()
+        self._buffers, self._requires_grad = buffers, requires_grad
+
+    def tensor(self, value: torch.Tensor) -> torch.Tensor:
+        """The tensor itself, or the values of one that a forward may write to."""
+        if isinstance(value, nn.Parameter):
+            return value if self._requires_grad is None else self._stand_in(value)
+        if not self._buffers:
+            return value
+        if not value.is_leaf:
+            return value.detach().clone()
+        made: torch.Tensor = copy.deepcopy(value, self.memo)  # views of one storage stay that
+        return made
+
+    def _stand_in(self, value: nn.Parameter) -> torch.Tensor:
+        """A parameter with the memory of another, but with flag and gradient of its own."""
+        needed = bool(self._requires_grad) and value.is_floating_point()
+        made: torch.Tensor = torch.Tensor._make_subclass(type(value), value.detach(), needed)
+        made.__dict__.update(vars(value))
+        return made
+
+    def follows(self, value: Any) -> bool:  # noqa: ARG002
+        """All that may change."""
+        return True
+
+    def as_its_class_says(self, kind: type) -> bool:  # noqa: ARG002
+        """Never: what a class leaves out when it is stored, its code may need in a forward."""
+        return False
+
+
+def clone(
+    model: ModuleT,
+    *,
+    buffers: bool = False,
+    requires_grad: bool | None = None,
+    training: Collection[str] | None = (),
+) -> ModuleT:
+    """A module tree with its plain Python state copied and its tensors shared.
+
+    Args:
+        model: The model; it is only read.
+        buffers: Whether buffers and other tensors that are no parameters are copied by value, for
+            runs with values.
+        requires_grad: Of parameters that stand for the model's and share their memory: whether they
+            are to be differentiated (where they are floating-point); None: the model's own.
+        training: Names of the modules that are in training mode, all others in eval mode; None:
+            as they are.
+    """
+    made: ModuleT = _Clones(buffers=buffers, requires_grad=requires_grad)(model)
+    if training is not None:
+        chosen = {id(m) for name, m in made.named_modules() if name in training}
+        for module in made.modules():
+            module.training = id(module) in chosen
+    return made
+
+
+def cloned_arguments(arguments: Any) -> Any:
+    """Arguments of a forward, alike: what it writes into them is lost.
+
+    Args:
+        arguments: Anything; tensors are shared.
+    """
+    return _Clones()(arguments)

@@ -1,0 +1,351 @@
+"""The mechanism behind clones and copies of a module tree, which differ in what tensors become.
+
+Modules, containers and objects are made empty, remembered, and filled from a list of what is still
+to be done: the depth of the structure is no depth of recursion, and each object is visited once.
+"""
+
+from __future__ import annotations
+
+import copy
+import enum
+import functools
+import operator
+import sys
+import types
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+# Of exactly these types, nothing can change.
+_ATOMS = frozenset(
+    (
+        *(int, float, complex, bool, str, bytes, type(None), type(Ellipsis), range, slice, object),
+        *(torch.dtype, torch.device, torch.memory_format, torch.layout, torch.Size),
+        *(types.ModuleType, types.CodeType, type),
+    )
+)
+# A change of these would not be seen in the model, or they cannot exist twice.
+_SHARED = (type, enum.Enum, np.generic, np.dtype, np.memmap, fx.Graph, fx.Node)
+_REGISTRIES = frozenset(("_parameters", "_buffers", "_modules"))  # of a module, never caches
+_ATTEMPTS = 8  # at reading a container that another thread is writing to
+
+
+class Copier:
+    """Copies modules and what hangs from them; what cannot be copied is shared.
+
+    Locks, files, generators and the like cannot be copied, nor is what has a finalizer: it would
+    run twice. Bound methods, partial functions, weak references and the functions that close over
+    something copied are bound to the copies.
+
+    Args:
+        memo: Copies by the id of their original, as of `copy.deepcopy`; grows.
+    """
+
+    def __init__(self, memo: dict[int, Any] | None = None) -> None:
+        self.memo: dict[int, Any] = {} if memo is None else memo
+        self._alive: list[Any] = []  # an id stays one object's as long as that lives
+        self._open: list[tuple[Any, Any]] = []
+        self._inside: set[int] = set()
+
+    def tensor(self, value: torch.Tensor) -> torch.Tensor:
+        """What stands for a tensor."""
+        raise NotImplementedError
+
+    def follows(self, value: Any) -> bool:
+        """Whether a function gets a copy of its own of a value that it closes over."""
+        raise NotImplementedError
+
+    def as_its_class_says(self, kind: type) -> bool:
+        """Whether `__getstate__`, `__setstate__` and, for modules, `__deepcopy__` are heeded."""
+        raise NotImplementedError
+
+    def entries(self, value: dict[Any, Any]) -> dict[Any, Any]:
+        """The entries of a dictionary that are to be copied: a new dictionary."""
+        return value.copy()
+
+    def __call__(self, value: Any) -> Any:
+        """The copy of a value and all that hangs from it."""
+        if isinstance(value, nn.Module):
+            for module in value.modules():
+                self._inside.add(id(module))
+                self._inside.update(id(v) for v in vars(module).values() if isinstance(v, dict))
+        made = self._made(value)
+        self._fill()
+        return made
+
+    def _made(self, value: Any) -> Any:
+        """The copy of a value; if it holds others, they may still be missing."""
+        kind = type(value)
+        if kind in _ATOMS:
+            return value
+        found = self.memo.get(id(value))
+        if found is not None:
+            return found
+        self._alive.append(value)
+        make = _MAKERS.get(kind)
+        if make is not None:
+            made = make(self, value)
+        elif isinstance(value, torch.Tensor):
+            made = self.tensor(value)
+        elif isinstance(value, _SHARED):
+            made = value
+        elif isinstance(value, nn.Module):
+            made = self._module(value)
+        else:
+            made = self._object(value)
+        return self.memo.setdefault(id(value), made)
+
+    def _shell(self, value: Any, made: Any) -> Any:
+        """Remember an empty copy, to be filled later."""
+        self.memo[id(value)] = made
+        self._open.append((value, made))
+        return made
+
+    def _fill(self) -> None:
+        """Fill all that is empty, and what becomes known on the way."""
+        while self._open:
+            value, made = self._open.pop()
+            kind = type(value)
+            if kind is list:
+                made.extend(map(self._made, value[:]))
+            elif kind in (dict, OrderedDict):
+                for key, item in self.entries(value).items():
+                    made[self._key(key)] = self._made(item)
+            elif kind is set:
+                made.update(map(self._key, value.copy()))
+            else:
+                self._fill_object(value, made)
+
+    def _fill_object(self, value: Any, made: Any) -> None:
+        fields = made.__dict__ if hasattr(value, "__dict__") else {}
+        for key, item in dict(getattr(value, "__dict__", ())).items():
+            if key in _REGISTRIES and type(item) is dict and isinstance(value, nn.Module):
+                fields[key] = {name: self._made(held) for name, held in item.copy().items()}
+            else:
+                fields[key] = self._made(item)
+        for slot in _slots(cast(Any, type(value))):
+            try:
+                item = slot.__get__(value)
+            except AttributeError:
+                continue
+            slot.__set__(made, self._made(item))
+
+    def _key(self, value: Any) -> Any:
+        """What stands for a key or a member of a set: what has a hash by value never changes."""
+        if isinstance(value, tuple):
+            return self._made(value)
+        usual: tuple[Any, ...] = (object.__hash__, torch.Tensor.__hash__)
+        by_identity = type(value).__hash__ in usual
+        return self._made(value) if by_identity else value
+
+    def _list(self, value: list[Any]) -> Any:
+        return value[:] if _ATOMS.issuperset(map(type, value)) else self._shell(value, [])
+
+    def _dict(self, value: dict[Any, Any]) -> Any:
+        flat = _ATOMS.issuperset(map(type, value.copy().values()))
+        flat = flat and _ATOMS.issuperset(map(type, value.copy()))
+        return value.copy() if flat else self._shell(value, type(value)())
+
+    def _set(self, value: set[Any]) -> Any:
+        return self._shell(value, set())
+
+    def _tuple(self, value: tuple[Any, ...]) -> Any:
+        made = tuple(map(self._made, value))
+        return value if all(map(operator.is_, made, value)) else made
+
+    def _frozenset(self, value: frozenset[Any]) -> Any:
+        return frozenset(map(self._key, value))
+
+    def _method(self, value: types.MethodType) -> Any:
+        owner = self._made(value.__self__)
+        return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
+
+    def _builtin(self, value: types.BuiltinMethodType) -> Any:
+        owner = self._made(value.__self__)
+        return value if owner is value.__self__ else getattr(owner, value.__name__)
+
+    def _cached(self, value: Any) -> Any:
+        """A function with a cache of its own, if it is one of an object that is copied."""
+        wrapped = self._made(value.__wrapped__)
+        if wrapped is value.__wrapped__:
+            return value
+        return functools.lru_cache(**value.cache_parameters())(wrapped)
+
+    def _weak(self, value: weakref.ref[Any]) -> Any:
+        referent = value()
+        if id(referent) not in self._inside and id(referent) not in self.memo:
+            return value
+        made = self._made(referent)
+        return value if made is referent else weakref.ref(made)
+
+    def _generator(self, value: torch.Generator) -> Any:
+        return value.clone_state()
+
+    def _array(self, value: np.ndarray[Any, Any]) -> Any:
+        return value.copy() if value.dtype.kind != "O" else copy.deepcopy(value, self.memo)
+
+    def _function(self, value: types.FunctionType) -> Any:
+        if not value.__closure__ and not value.__defaults__ and not value.__dict__:
+            return value
+        cells = value.__closure__ or ()
+        new_cells = tuple(map(self._cell, cells))
+        defaults = value.__defaults__ and self._closed_over(value.__defaults__)
+        attributes = {k: self._closed_over(v) for k, v in value.__dict__.items()}
+        same = all(map(operator.is_, new_cells, cells)) and defaults is value.__defaults__
+        if same and all(map(operator.is_, attributes.values(), value.__dict__.values())):
+            return value
+        made = types.FunctionType(
+            value.__code__, value.__globals__, value.__name__, defaults, new_cells
+        )
+        given = value.__kwdefaults__
+        made.__kwdefaults__ = given and {k: self._closed_over(v) for k, v in given.items()}
+        made.__qualname__, made.__module__ = value.__qualname__, value.__module__
+        made.__doc__, made.__annotations__ = value.__doc__, value.__annotations__
+        made.__dict__.update(attributes)
+        return made
+
+    def _closed_over(self, value: Any) -> Any:
+        if type(value) is tuple:
+            made = tuple(map(self._closed_over, value))
+            return value if all(map(operator.is_, made, value)) else made
+        callable_ = isinstance(value, types.FunctionType | types.MethodType | functools.partial)
+        return self._made(value) if callable_ or self.follows(value) else value
+
+    def _cell(self, cell: types.CellType) -> types.CellType:
+        """A variable of an enclosing function: functions that share it share the copy."""
+        found = self.memo.get(id(cell))
+        if found is not None:
+            return found  # type: ignore[no-any-return]
+        self._alive.append(cell)
+        made = self.memo[id(cell)] = types.CellType()
+        try:
+            content = cell.cell_contents
+        except ValueError:  # not assigned yet
+            self.memo[id(cell)] = cell
+            return cell
+        made.cell_contents = self._closed_over(content)
+        if made.cell_contents is content and not self._may_change(content):
+            self.memo[id(cell)] = cell
+            return cell
+        return made
+
+    def _may_change(self, content: Any) -> bool:
+        """Whether code may give a variable another value where a copy must not see it."""
+        return type(content) in _ATOMS and self.follows(content)
+
+    def _module(self, module: nn.Module) -> Any:
+        if isinstance(module, torch.jit.ScriptModule) or self.as_its_class_says(type(module)):
+            self._meet_tensors(module)
+            return copy.deepcopy(module, self.memo)
+        return self._shell(module, object.__new__(type(module)))
+
+    def _object(self, value: Any) -> Any:
+        kind: Any = type(value)
+        if hasattr(kind, "__del__"):
+            return value
+        if hasattr(kind, "__deepcopy__"):
+            return self._by_protocol(value, kind.__deepcopy__)
+        own = kind.__reduce__ is not object.__reduce__
+        own = own or kind.__reduce_ex__ is not object.__reduce_ex__
+        if not own and not self.as_its_class_says(kind):
+            if _is_constant(value):
+                return value
+            try:
+                made = object.__new__(kind)
+            except TypeError:  # made in C
+                return self._by_protocol(value, self._reduced)
+            return self._shell(value, made)
+        return self._by_protocol(value, self._reduced)
+
+    def _by_protocol(self, value: Any, copied: Callable[[Any, dict[int, Any]], Any]) -> Any:
+        """A copy as the class of a value makes it; the value itself where that fails."""
+        self._meet_tensors(value)
+        for _ in range(_ATTEMPTS):
+            try:
+                return copied(value, self.memo)
+            except Exception as error:  # noqa: BLE001, PERF203  (whatever it is: not to be copied)
+                if "during iteration" not in str(error):
+                    break
+        self.memo[id(value)] = value
+        return value
+
+    def _meet_tensors(self, value: Any) -> None:
+        """Remember what stands for the tensors that `copy.deepcopy` is about to see."""
+        for holder in value.modules() if isinstance(value, nn.Module) else (value,):
+            fields = dict(getattr(holder, "__dict__", ()))
+            groups = [list(v.values()) for v in fields.values() if isinstance(v, dict)]
+            groups += [v for v in fields.values() if isinstance(v, list)]
+            for item in (item for group in (list(fields.values()), *groups) for item in group):
+                if isinstance(item, torch.Tensor):
+                    self._made(item)
+
+    def _reduced(self, value: Any, _: dict[int, Any]) -> Any:
+        """A copy from what pickle would store."""
+        recipe = value.__reduce_ex__(4)
+        if isinstance(recipe, str):
+            return value
+        function, args, state, items, pairs = (*recipe, None, None, None)[:5]
+        self._alive.append((args, state))
+        items, pairs = list(items or ()), list(pairs or ())
+        args = [self._made(a) for a in args]
+        self._fill()  # a constructor reads what it is given
+        made = function(*args)
+        self.memo[id(value)] = made
+        if hasattr(made, "__setstate__"):
+            if state is not None:
+                state = self._made(state)
+                self._fill()
+                made.__setstate__(state)
+        else:
+            plain, slots = state if isinstance(state, tuple) else (state, None)
+            if plain:
+                vars(made).update({k: self._made(v) for k, v in plain.items()})
+            for name, item in (slots or {}).items():
+                setattr(made, name, self._made(item))
+        for item in items:
+            made.append(self._made(item))
+        for key, item in pairs:
+            made[self._key(key)] = self._made(item)
+        return made
+
+
+_MAKERS: dict[type, Callable[[Any, Any], Any]] = {
+    list: Copier._list,
+    dict: Copier._dict,
+    OrderedDict: Copier._dict,
+    set: Copier._set,
+    tuple: Copier._tuple,
+    frozenset: Copier._frozenset,
+    types.MethodType: Copier._method,
+    types.BuiltinMethodType: Copier._builtin,
+    types.FunctionType: Copier._function,
+    weakref.ref: Copier._weak,
+    torch.Generator: Copier._generator,
+    np.ndarray: Copier._array,
+    functools._lru_cache_wrapper: Copier._cached,
+}
+
+
+@functools.cache
+def _slots(kind: Any) -> tuple[Any, ...]:
+    """Descriptors of the slots of a class."""
+    return tuple(
+        found
+        for base in kind.__mro__
+        if "__slots__" in vars(base)
+        for found in vars(base).values()
+        if isinstance(found, types.MemberDescriptorType)
+    )
+
+
+def _is_constant(value: Any) -> bool:
+    """Whether it has no state and is a global of its class's module: a name, compared by `is`."""
+    if getattr(value, "__dict__", None) or _slots(cast(Any, type(value))):
+        return False
+    names = vars(sys.modules.get(type(value).__module__, types))
+    return any(v is value for v in names.values())
