@@ -13,8 +13,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from depcut.coupling.groups import Coupling
+from depcut.graph.interpreter import finished
 from depcut.plan.keep import Keep
-from depcut.reference.run import Reference, example, finished
+from depcut.reference.run import Reference, example
 from depcut.reference.slices import take
 from depcut.training.places import Place, Places, tied_to
 from depcut.verify.observe import error
