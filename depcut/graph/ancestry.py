@@ -10,7 +10,8 @@ from torch import fx
 from depcut.capture.program import Program
 from depcut.graph.operators import is_aten
 
-_SWAPS = ("transpose", "swapaxes")
+_SWAPS = ("transpose", "swapaxes", "swapdims")
+_TURNS = ("t", "mT", "mH", "adjoint", "matrix_H")
 _COPIES = ("to", "contiguous", "clone", "alias", "detach")
 
 
@@ -104,9 +105,11 @@ def parameter_dimension(node: fx.Node, dim: int, program: Program) -> tuple[str,
             dim = swapped[1 - swapped.index(dim)] if dim in swapped else dim
         elif is_aten(node, "permute"):
             dim = args[1][dim] % rank
-        elif is_aten(node, "t", "mT"):
+        elif is_aten(node, "numpy_T"):
+            dim = rank - 1 - dim
+        elif is_aten(node, *_TURNS) and rank > 1:
             dim = {rank - 1: rank - 2, rank - 2: rank - 1}.get(dim, dim)
-        elif not is_aten(node, *_COPIES):
+        elif not is_aten(node, *_COPIES, *_TURNS):
             return None
         node = source
     return program.tensors[node], dim

@@ -59,7 +59,7 @@ def base_name(node: fx.Node) -> str:
 
 def is_aten(node: fx.Node, *names: str) -> bool:
     """Whether a node calls one of torch's own operators of these base names."""
-    return base_name(node) in names and str(node.target).startswith("aten.")
+    return base_name(node) in names and names_of(node.target)[0].startswith("aten.")
 
 
 def is_item(node: fx.Node) -> bool:

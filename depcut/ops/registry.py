@@ -1,4 +1,4 @@
-"""The table of operator rules, and the `Op` object that a rule receives.
+"""Tables of what is known of operators, the table of rules, and the `Op` that a rule receives.
 
 A rule is one function for one family of operators. It unifies the terms of the operator's
 dimensions, returns those of its outputs, and records beside them what else depends on widths:
@@ -81,7 +81,8 @@ def rule(*targets: str) -> Callable[[Rule], Rule]:
 
     Args:
         targets: Operator names as torch.export prints them; without the overload ("aten.linear")
-            the rule holds for every overload that has none of its own.
+            the rule holds for every overload that has none of its own, and for the operator that
+            works in place.
 
     Raises:
         RuleError: One of the targets has a rule already.
