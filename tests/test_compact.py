@@ -83,10 +83,10 @@ def test_what_is_not_tainted_is_the_same_for_other_inputs(name: str) -> None:
     coupling = depcut.analyze(model, net.inputs(2)).coupling
     known: dict[Any, tuple[Tensor, Tensor]] = {}
 
-    def look(visit: Any) -> None:
-        for node in visit.inputs:
-            if isinstance(visit.values[node], Tensor) and isinstance(visit.taints[node], Tensor):
-                known.setdefault(node, (visit.values[node].clone(), visit.taints[node].clone()))
+    def look(op: Any) -> None:
+        for node in op.inputs:
+            if isinstance(op.values[node], Tensor) and isinstance(op.taints[node], Tensor):
+                known.setdefault(node, (op.values[node].clone(), op.taints[node].clone()))
 
     interpret(coupling, model, look)
     changed = [

@@ -21,7 +21,7 @@ from depcut.errors import RuleError
 from depcut.ops.form import FORMS, Form, form
 from depcut.ops.registry import RULES, Table, rule_for, unregister
 from depcut.ops.site import SITES, ContractionOp, Site, site
-from depcut.ops.taint import TAINTS, Visit, multilinear, taints
+from depcut.ops.taint import TAINTS, TaintedOp, multilinear, taints
 from depcut.reference.constants import interpret
 
 # What a rule records, as its code has it ----------------------------------------------------------
@@ -181,12 +181,12 @@ def test_a_form_sums_what_the_operator_sums(name: str) -> None:
     coupling = depcut.analyze(model, x).coupling
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def look(visit: Visit) -> None:
-        find = FORMS.find(visit.node.target)
-        made = find(visit) if find is not None else None
+    def look(op: TaintedOp) -> None:
+        find = FORMS.find(op.node.target)
+        made = find(op) if find is not None else None
         if made is not None:
-            values = [visit.value(n) for n in made.operands]
-            seen.append((made.sum_to("", values), visit.run(visit.value).sum()))
+            values = [op.value(n) for n in made.operands]
+            seen.append((made.sum_to("", values), op.run(op.value).sum()))
 
     interpret(coupling, model, look)
     (found,) = seen
@@ -202,10 +202,10 @@ def test_a_product_with_zeros_is_not_tainted(name: str) -> None:
     def taint() -> Tensor:
         seen: list[Tensor] = []
 
-        def look(visit: Visit) -> None:
+        def look(op: TaintedOp) -> None:
             # The sum reads the product alone.
-            if str(visit.node.target) == "aten.sum.default":
-                seen.append(visit.taint(visit.node.args[0]).clone())
+            if str(op.node.target) == "aten.sum.default":
+                seen.append(op.taint(op.node.args[0]).clone())
 
         interpret(coupling, model, look)
         return seen[0]
@@ -259,12 +259,12 @@ def own_operator() -> Iterator[None]:
         return (*x[:-1], weight[0])
 
     @taints(MIX)
-    def taint(visit: Visit) -> Any:
-        return multilinear(visit, ("x", "weight"))
+    def taint(op: TaintedOp) -> Any:
+        return multilinear(op, ("x", "weight"))
 
     @form(MIX)
-    def product(visit: Visit) -> Form:
-        return Form((visit.arg("x"), visit.arg("weight")), (("b", "i"), ("o", "i")))
+    def product(op: TaintedOp) -> Form:
+        return Form((op.arg("x"), op.arg("weight")), (("b", "i"), ("o", "i")))
 
     @site(MIX)
     def sites(op: ContractionOp) -> list[Site]:

@@ -12,7 +12,7 @@ from depcut import axes
 from depcut.ops.form import Form, form, leading
 from depcut.ops.kinds import MATRIX_PRODUCTS
 from depcut.ops.registry import Op, Output, rule
-from depcut.ops.taint import Visit, taints, varying
+from depcut.ops.taint import TaintedOp, taints, varying
 
 _FUSED = "aten.scaled_dot_product_attention"
 
@@ -47,23 +47,23 @@ def sdpa(op: Op) -> Output:
 
 
 @taints(_FUSED)
-def sdpa_taint(visit: Visit) -> Any:
+def sdpa_taint(op: TaintedOp) -> Any:
     """Rows of attention sum to one: values that are the same at all positions pass."""
-    value, mask = visit.arg("value"), visit.arg("attn_mask")
-    if visit.arg("dropout_p"):
+    value, mask = op.arg("value"), op.arg("attn_mask")
+    if op.arg("dropout_p"):
         return None
-    out = visit.nonzero(value).amax(-2, keepdim=True) if mask is not None else varying(visit, value)
-    *batch, rows, _ = visit.value(visit.arg("query")).shape
-    if visit.arg("enable_gqa"):
+    out = op.nonzero(value).amax(-2, keepdim=True) if mask is not None else varying(op, value)
+    *batch, rows, _ = op.value(op.arg("query")).shape
+    if op.arg("enable_gqa"):
         out = out.repeat_interleave(batch[-1] // out.shape[-3], -3)
     return out.expand(*torch.broadcast_shapes(batch, out.shape[:-2]), rows, out.shape[-1])
 
 
 @form(_FUSED)
-def sdpa_form(visit: Visit) -> Form | None:
+def sdpa_form(op: TaintedOp) -> Form | None:
     """Queries times keys; heads that share keys are no letter of both."""
-    if visit.arg("enable_gqa"):
+    if op.arg("enable_gqa"):
         return None
-    q, k = visit.arg("query"), visit.arg("key")
-    labels = [(*leading(visit.value(n).ndim - 2), c, "e") for n, c in ((q, "l"), (k, "s"))]
+    q, k = op.arg("query"), op.arg("key")
+    labels = [(*leading(op.value(n).ndim - 2), c, "e") for n, c in ((q, "l"), (k, "s"))]
     return Form((q, k), tuple(labels))

@@ -16,7 +16,7 @@ from depcut.ops.form import Form, form, leading
 from depcut.ops.kinds import MATRIX_PRODUCTS, PRODUCTS
 from depcut.ops.registry import Op, Output, aten, rule
 from depcut.ops.site import ContractionOp, Site, site
-from depcut.ops.taint import Visit, multilinear, taints, varying
+from depcut.ops.taint import TaintedOp, multilinear, taints, varying
 
 _MATMULS = aten("matmul mm bmm mv dot vdot")
 _ADDED = aten("addmm baddbmm addmv")
@@ -75,20 +75,20 @@ def linear(op: Op) -> Output:
 
 
 @taints("aten.linear")
-def linear_taint(visit: Visit) -> Any:
+def linear_taint(op: TaintedOp) -> Any:
     """y = x W^T + b."""
-    out = multilinear(visit, ("input", "weight"), added="bias")
-    bias = visit.taint(visit.arg("bias"))
+    out = multilinear(op, ("input", "weight"), added="bias")
+    bias = op.taint(op.arg("bias"))
     return out if isinstance(bias, float) else torch.maximum(out, bias)
 
 
 @form("aten.linear")
-def linear_form(visit: Visit) -> Form | None:
+def linear_form(op: TaintedOp) -> Form | None:
     """Features of the input times rows of the weight."""
-    x, w = visit.arg("input"), visit.arg("weight")
-    if visit.value(w).ndim != 2:
+    x, w = op.arg("input"), op.arg("weight")
+    if op.value(w).ndim != 2:
         return None
-    return Form((x, w), ((*leading(visit.value(x).ndim - 1), "i"), ("o", "i")), out="o")
+    return Form((x, w), ((*leading(op.value(x).ndim - 1), "i"), ("o", "i")), out="o")
 
 
 @site("aten.linear")
@@ -165,27 +165,27 @@ def sums_to_one(node: Any) -> bool:
 
 
 @taints(*_MATMULS)
-def matmul_taint(visit: Visit) -> Any:
+def matmul_taint(op: TaintedOp) -> Any:
     """Averages by a softmax leave what is the same at all positions as it is."""
-    a, b = visit.node.args[:2]
-    names = list(schema(visit.node.target))
-    out = multilinear(visit, names[:2])
-    if sums_to_one(a) and visit.value(b).ndim > 1:
-        out = torch.minimum(out, varying(visit, b))
+    a, b = op.node.args[:2]
+    names = list(schema(op.node.target))
+    out = multilinear(op, names[:2])
+    if sums_to_one(a) and op.value(b).ndim > 1:
+        out = torch.minimum(out, varying(op, b))
     return out
 
 
 @form(*_MATMULS)
-def matmul_form(visit: Visit) -> Form | None:
+def matmul_form(op: TaintedOp) -> Form | None:
     """Columns of the first times rows of the second."""
-    first, second = visit.node.args[:2]
+    first, second = op.node.args[:2]
     assert isinstance(first, fx.Node)
     assert isinstance(second, fx.Node)
-    return _product_form(visit, first, second)
+    return _product_form(op, first, second)
 
 
-def _product_form(visit: Visit, a: fx.Node, b: fx.Node, out: str = "") -> Form:
-    ranks = visit.value(a).ndim, visit.value(b).ndim
+def _product_form(op: TaintedOp, a: fx.Node, b: fx.Node, out: str = "") -> Form:
+    ranks = op.value(a).ndim, op.value(b).ndim
     left = (*leading(ranks[0] - 2), *("m" * (ranks[0] > 1)), "k")
     right = (*leading(ranks[1] - 2), "k", *("n" * (ranks[1] > 1)))
     return Form((a, b), (left, right), out=out)
@@ -213,19 +213,19 @@ def inner(op: Op) -> Output:
 
 
 @taints("aten.inner")
-def inner_taint(visit: Visit) -> Any:
+def inner_taint(op: TaintedOp) -> Any:
     """As a product of matrices, the second turned."""
-    return multilinear(visit, ("self", "other"))
+    return multilinear(op, ("self", "other"))
 
 
 @form("aten.inner")
-def inner_form(visit: Visit) -> Form | None:
+def inner_form(op: TaintedOp) -> Form | None:
     """Rows of the first times rows of the second."""
-    a, b = visit.arg("self"), visit.arg("other")
-    if not visit.value(a).ndim or not visit.value(b).ndim:
+    a, b = op.arg("self"), op.arg("other")
+    if not op.value(a).ndim or not op.value(b).ndim:
         return None
-    rows = ascii_lowercase[: visit.value(b).ndim - 1]
-    return Form((a, b), ((*leading(visit.value(a).ndim - 1), "z"), (*rows, "z")))
+    rows = ascii_lowercase[: op.value(b).ndim - 1]
+    return Form((a, b), ((*leading(op.value(a).ndim - 1), "z"), (*rows, "z")))
 
 
 @site("aten.inner")
@@ -246,21 +246,21 @@ def addmm(op: Op) -> Output:
 
 
 @taints(*_ADDED)
-def addmm_taint(visit: Visit) -> Any:
+def addmm_taint(op: TaintedOp) -> Any:
     """bias + a @ b."""
-    bias, a, b = visit.node.args[:3]
-    first, second = visit.taint(a), visit.taint(b)
-    total = first @ visit.nonzero(b) + visit.nonzero(a) @ second
-    return torch.maximum((total > 0.5).float(), visit.taint(bias))
+    bias, a, b = op.node.args[:3]
+    first, second = op.taint(a), op.taint(b)
+    total = first @ op.nonzero(b) + op.nonzero(a) @ second
+    return torch.maximum((total > 0.5).float(), op.taint(bias))
 
 
 @form(*_ADDED)
-def addmm_form(visit: Visit) -> Form | None:
+def addmm_form(op: TaintedOp) -> Form | None:
     """The product alone; a vector that is added to it has the columns of the second."""
-    _, first, second = visit.node.args[:3]
+    _, first, second = op.node.args[:3]
     assert isinstance(first, fx.Node)
     assert isinstance(second, fx.Node)
-    return _product_form(visit, first, second, out="n" if base_name(visit.node) == "addmm" else "")
+    return _product_form(op, first, second, out="n" if base_name(op.node) == "addmm" else "")
 
 
 @site(*aten("addmm baddbmm"))
@@ -313,16 +313,16 @@ def bilinear(op: Op) -> Output:
 
 
 @taints("aten.bilinear")
-def bilinear_taint(visit: Visit) -> Any:
+def bilinear_taint(op: TaintedOp) -> Any:
     """A product of three."""
-    out = multilinear(visit, ("input1", "input2", "weight"), added="bias")
-    bias = visit.taint(visit.arg("bias"))
+    out = multilinear(op, ("input1", "input2", "weight"), added="bias")
+    bias = op.taint(op.arg("bias"))
     return out if isinstance(bias, float) else torch.maximum(out, bias)
 
 
 @form("aten.bilinear")
-def bilinear_form(visit: Visit) -> Form | None:
+def bilinear_form(op: TaintedOp) -> Form | None:
     """Features of both inputs times the weight."""
-    x, y, w = (visit.arg(name) for name in ("input1", "input2", "weight"))
-    batch = leading(visit.value(x).ndim - 1)
+    x, y, w = (op.arg(name) for name in ("input1", "input2", "weight"))
+    batch = leading(op.value(x).ndim - 1)
     return Form((x, y, w), ((*batch, "i"), (*batch, "j"), ("o", "i", "j")))

@@ -16,7 +16,7 @@ from depcut.graph.operators import base_name
 from depcut.ops.form import Form, form
 from depcut.ops.registry import Op, Output, aten, rule
 from depcut.ops.site import ContractionOp, Site, site
-from depcut.ops.taint import Visit, multilinear, tainted, taints
+from depcut.ops.taint import TaintedOp, multilinear, tainted, taints
 from depcut.ops.windows import is_padded, slid_over
 
 _CONV = aten("conv1d conv2d conv3d")
@@ -92,38 +92,38 @@ def conv_transpose(op: Op) -> Output:
 
 
 @taints(*_CONV, *_TRANSPOSED)
-def convolution_taint(visit: Visit) -> Any:
+def convolution_taint(op: TaintedOp) -> Any:
     """Only zeros stay constant across a border, or where kernels overlap unevenly."""
-    bare = is_padded(visit) or "transpose" in base_name(visit.node)
-    out = multilinear(visit, ("input", "weight"), added="bias", bare=bare)
-    return None if tainted(visit.taint(visit.arg("bias"))) else out
+    bare = is_padded(op) or "transpose" in base_name(op.node)
+    out = multilinear(op, ("input", "weight"), added="bias", bare=bare)
+    return None if tainted(op.taint(op.arg("bias"))) else out
 
 
 @form(*_CONV)
-def conv_form(visit: Visit) -> Form | None:
+def conv_form(op: TaintedOp) -> Form | None:
     """Patches times taps, group by group."""
-    (x, w), inputs, rank = _operands(visit)
-    shape, groups = visit.value(w).shape, int(visit.value(visit.arg("groups")))
+    (x, w), inputs, rank = _operands(op)
+    shape, groups = op.value(w).shape, int(op.value(op.arg("groups")))
     sizes = (("g", groups), ("i", int(shape[1])), ("o", int(shape[0]) // groups))
-    why = "it pads with zeros, so that the border differs" if is_padded(visit) else ""
+    why = "it pads with zeros, so that the border differs" if is_padded(op) else ""
     return Form((x, w), (inputs, ("go", "i", *"uvw"[:rank])), sizes, out="go", why=why)
 
 
 @form(*_TRANSPOSED)
-def conv_transpose_form(visit: Visit) -> Form | None:
+def conv_transpose_form(op: TaintedOp) -> Form | None:
     """Positions times taps, group by group."""
-    (x, w), inputs, rank = _operands(visit)
-    groups = int(visit.value(visit.arg("groups")))
-    sizes = (("g", groups), ("i", int(visit.value(w).shape[0]) // groups))
+    (x, w), inputs, rank = _operands(op)
+    groups = int(op.value(op.arg("groups")))
+    sizes = (("g", groups), ("i", int(op.value(w).shape[0]) // groups))
     why = "it is a transposed convolution, whose kernels overlap unevenly"
     return Form((x, w), (inputs, ("gi", "o", *"uvw"[:rank])), sizes, why=why)
 
 
-def _operands(visit: Visit) -> tuple[tuple[Any, Any], tuple[str, ...], int]:
+def _operands(op: TaintedOp) -> tuple[tuple[Any, Any], tuple[str, ...], int]:
     """(input and weight, letters of the input, number of spatial dimensions)."""
-    x, w = visit.arg("input"), visit.arg("weight")
-    rank = visit.value(w).ndim - 2
-    batch = visit.value(x).ndim - rank - 1
+    x, w = op.arg("input"), op.arg("weight")
+    rank = op.value(w).ndim - 2
+    batch = op.value(x).ndim - rank - 1
     return (x, w), (*"B"[:batch], "gi", *"pqr"[:rank]), rank
 
 

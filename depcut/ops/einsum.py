@@ -15,7 +15,7 @@ from depcut.ops.form import Form, form
 from depcut.ops.kinds import MATRIX_PRODUCTS, PRODUCTS
 from depcut.ops.registry import Op, Output, rule
 from depcut.ops.site import ContractionOp, Site, site
-from depcut.ops.taint import Visit, tainted, taints
+from depcut.ops.taint import TaintedOp, tainted, taints
 
 MATRIX_PRODUCTS.add("aten.einsum")
 PRODUCTS.add("aten.einsum")
@@ -70,24 +70,24 @@ def labels_of(spec: str, ndim: int) -> list[str]:
 
 
 @taints("aten.einsum")
-def einsum_taint(visit: Visit) -> Any:
+def einsum_taint(op: TaintedOp) -> Any:
     """Any product of tensors."""
-    nodes = visit.arg("tensors")
+    nodes = op.arg("tensors")
     total = torch.zeros(())
     for k, node in enumerate(nodes):
-        if tainted(visit.taint(node)):
-            operands = [visit.taint(n) if i == k else visit.nonzero(n) for i, n in enumerate(nodes)]
-            counted = visit.node.target(visit.arg("equation"), operands)  # type: ignore[operator]
+        if tainted(op.taint(node)):
+            operands = [op.taint(n) if i == k else op.nonzero(n) for i, n in enumerate(nodes)]
+            counted = op.node.target(op.arg("equation"), operands)  # type: ignore[operator]
             total = total.to(counted.device) + counted
     return (total > 0.5).float()
 
 
 @form("aten.einsum")
-def einsum_form(visit: Visit) -> Form | None:
+def einsum_form(op: TaintedOp) -> Form | None:
     """The operator's own notation, letters in place of numbers."""
-    nodes = list(visit.arg("tensors"))
-    specs = visit.arg("equation").replace(" ", "").partition("->")[0].split(",")
-    spelled = [labels_of(s, visit.value(n).ndim) for s, n in zip(specs, nodes, strict=True)]
+    nodes = list(op.arg("tensors"))
+    specs = op.arg("equation").replace(" ", "").partition("->")[0].split(",")
+    spelled = [labels_of(s, op.value(n).ndim) for s, n in zip(specs, nodes, strict=True)]
     letters = {c for spec in spelled for c in spec}
     free = iter(sorted(set(ascii_letters) - letters))
     renamed = {c: c if c.isalpha() else next(free) for c in sorted(letters)}

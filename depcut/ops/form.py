@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from depcut.ops.registry import Table
-from depcut.ops.taint import Visit
+from depcut.ops.taint import TaintedOp
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Form:
         return torch.einsum(f"{inputs}->{letters}", *views).reshape(-1)
 
 
-FormRule = Callable[[Visit], Form | None]
+FormRule = Callable[[TaintedOp], Form | None]
 
 FORMS: Table[FormRule] = Table("product form")
 

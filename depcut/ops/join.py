@@ -10,7 +10,7 @@ from torch import fx
 from depcut import axes
 from depcut.axes import Term
 from depcut.ops.registry import Op, Output, aten, dim_of, dims_of, rule
-from depcut.ops.taint import Visit, moved, taints
+from depcut.ops.taint import TaintedOp, moved, taints
 
 
 @rule("aten.cat", "aten.concat", "aten.concatenate")
@@ -247,6 +247,6 @@ taints(
 
 
 @taints("aten.pad", "aten.constant_pad_nd")
-def padded(visit: Visit) -> Any:
+def padded(op: TaintedOp) -> Any:
     """Elements move; what is put around them is a constant."""
-    return visit.run(visit.taint, {"value": 0})
+    return op.run(op.taint, {"value": 0})

@@ -13,7 +13,7 @@ from depcut.graph.arguments import argument
 from depcut.graph.operators import is_aten
 from depcut.ops.kinds import NORMS
 from depcut.ops.registry import Op, Output, aten, rule
-from depcut.ops.taint import Visit, tainted, taints
+from depcut.ops.taint import TaintedOp, tainted, taints
 
 _BY_CHANNEL = aten("batch_norm instance_norm _batch_norm_with_update")
 _TRAILING = aten("layer_norm rms_norm native_layer_norm _fused_rms_norm")
@@ -47,25 +47,25 @@ def batch_norm(op: Op) -> Output:
     return out
 
 
-def _scaled(visit: Visit, out: Any, dim: int) -> Any:
+def _scaled(op: TaintedOp, out: Any, dim: int) -> Any:
     """Taint of what is normalised already, times a weight and plus a bias along a dimension."""
     for name in ("weight", "bias"):
-        if tainted(visit.taint(visit.arg(name))):
+        if tainted(op.taint(op.arg(name))):
             return None
-    if visit.arg("weight") is None:
+    if op.arg("weight") is None:
         return out
-    used = (visit.value(visit.arg("weight")) != 0).float()
+    used = (op.value(op.arg("weight")) != 0).float()
     return out * (used if dim < 0 else used.reshape(-1, *[1] * (out.ndim - dim - 1)))
 
 
 @taints("aten.batch_norm")
-def batch_norm_taint(visit: Visit) -> Any:
+def batch_norm_taint(op: TaintedOp) -> Any:
     """An affine map a channel in eval mode."""
-    if visit.arg("training") or visit.arg("running_mean") is None:
+    if op.arg("training") or op.arg("running_mean") is None:
         return None
-    if any(tainted(visit.taint(visit.arg(n))) for n in ("running_mean", "running_var")):
+    if any(tainted(op.taint(op.arg(n))) for n in ("running_mean", "running_var")):
         return None
-    return _scaled(visit, visit.taint(visit.arg("input")), 1)
+    return _scaled(op, op.taint(op.arg("input")), 1)
 
 
 def is_batch_norm(node: fx.Node) -> bool:
@@ -106,11 +106,11 @@ def layer_norm(op: Op) -> Output:
 
 
 @taints("aten.layer_norm", "aten.rms_norm")
-def layer_norm_taint(visit: Visit) -> Any:
+def layer_norm_taint(op: TaintedOp) -> Any:
     """Statistics over the trailing dimensions."""
-    taint = visit.taint(visit.arg("input"))
-    dims = tuple(range(-len(visit.arg("normalized_shape")), 0))
-    return _scaled(visit, taint.amax(dims, keepdim=True).expand_as(taint), -1)
+    taint = op.taint(op.arg("input"))
+    dims = tuple(range(-len(op.arg("normalized_shape")), 0))
+    return _scaled(op, taint.amax(dims, keepdim=True).expand_as(taint), -1)
 
 
 @rule("aten.group_norm")
@@ -126,11 +126,11 @@ def group_norm(op: Op) -> Output:
 
 
 @taints("aten.group_norm")
-def group_norm_taint(visit: Visit) -> Any:
+def group_norm_taint(op: TaintedOp) -> Any:
     """Statistics over a group of channels and all positions."""
-    taint = visit.taint(visit.arg("input"))
-    rows = taint.reshape(taint.shape[0], visit.arg("num_groups"), -1)
-    return _scaled(visit, rows.amax(-1, keepdim=True).expand_as(rows).reshape(taint.shape), 1)
+    taint = op.taint(op.arg("input"))
+    rows = taint.reshape(taint.shape[0], op.arg("num_groups"), -1)
+    return _scaled(op, rows.amax(-1, keepdim=True).expand_as(rows).reshape(taint.shape), 1)
 
 
 @rule("aten._weight_norm", "aten._weight_norm_interface", "aten.norm_except_dim")

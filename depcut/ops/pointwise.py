@@ -12,7 +12,7 @@ from depcut import axes
 from depcut.axes import Dims
 from depcut.ops.kinds import PRODUCTS, SCALINGS
 from depcut.ops.registry import Op, Output, aten, rule
-from depcut.ops.taint import ALL, NOTHING, Visit, moved, tainted, taints
+from depcut.ops.taint import ALL, NOTHING, TaintedOp, moved, tainted, taints
 
 PRODUCTS.add("aten.mul")
 SCALINGS.add("aten.mul.Tensor", "aten.mul_.Tensor")
@@ -60,9 +60,9 @@ def fit(op: Op, out: Dims, sizes: tuple[int, ...]) -> Dims:
 
 
 @taints("pointwise")
-def pointwise_taint(visit: Visit) -> Any:
+def pointwise_taint(op: TaintedOp) -> Any:
     """Tainted where an operand is."""
-    found = [visit.taint(n) for n in visit.inputs]
+    found = [op.taint(n) for n in op.inputs]
     found = [t for t in found if tainted(t)]
     if not all(isinstance(t, Tensor) for t in found):
         return None
@@ -70,43 +70,43 @@ def pointwise_taint(visit: Visit) -> Any:
 
 
 @taints("aten.mul", "aten.multiply")
-def product_taint(visit: Visit) -> Any:
+def product_taint(op: TaintedOp) -> Any:
     """Not tainted where a factor is an untainted zero."""
-    out = pointwise_taint(visit)
-    for factor in visit.node.args[:2]:
-        out = None if out is None else out * visit.nonzero(factor)
+    out = pointwise_taint(op)
+    for factor in op.node.args[:2]:
+        out = None if out is None else out * op.nonzero(factor)
     return out
 
 
 @taints("aten.where")
-def where(visit: Visit) -> Any:
+def where(op: TaintedOp) -> Any:
     """A known condition says which operand counts."""
-    condition, *rest = visit.node.args
-    if len(rest) != 2 or tainted(visit.taint(condition)):
+    condition, *rest = op.node.args
+    if len(rest) != 2 or tainted(op.taint(condition)):
         return None
-    first, second = (torch.as_tensor(visit.taint(n), dtype=torch.float32) for n in rest)
-    return torch.where(visit.value(condition), *(t.to(first.device) for t in (first, second)))
+    first, second = (torch.as_tensor(op.taint(n), dtype=torch.float32) for n in rest)
+    return torch.where(op.value(condition), *(t.to(first.device) for t in (first, second)))
 
 
 @taints("aten.masked_fill")
-def masked_fill(visit: Visit) -> Any:
+def masked_fill(op: TaintedOp) -> Any:
     """A known mask takes taint away."""
-    source, mask, value = visit.node.args
-    if tainted(visit.taint(mask)) or tainted(visit.taint(value)):
+    source, mask, value = op.node.args
+    if tainted(op.taint(mask)) or tainted(op.taint(value)):
         return None
-    return visit.taint(source) * (~visit.value(mask)).float()
+    return op.taint(source) * (~op.value(mask)).float()
 
 
 @taints(*aten("dropout feature_dropout alpha_dropout feature_alpha_dropout"))
-def dropout(visit: Visit) -> Any:
+def dropout(op: TaintedOp) -> Any:
     """Nothing happens in eval mode."""
-    return None if visit.arg("train") else visit.taint(visit.node.args[0])
+    return None if op.arg("train") else op.taint(op.node.args[0])
 
 
 @taints("aten.copy")
-def copied(visit: Visit) -> Any:
+def copied(op: TaintedOp) -> Any:
     """The source overwrites."""
-    return visit.taint(visit.arg("src"))
+    return op.taint(op.arg("src"))
 
 
 taints(*aten("contiguous clone alias detach lift_fresh lift_fresh_copy"))(moved)
@@ -119,9 +119,9 @@ def like_another(op: Op) -> Output:
 
 
 @taints("aten.type_as", "aten.to")
-def cast(visit: Visit) -> Any:
+def cast(op: TaintedOp) -> Any:
     """Values stay."""
-    return visit.taint(visit.node.args[0])
+    return op.taint(op.node.args[0])
 
 
 @rule("aten.view_as_real", "aten.view_as_complex")
@@ -168,7 +168,7 @@ def number(op: Op) -> Output:
 
 
 @taints(*aten("sym_size sym_numel sym_stride"))
-def number_taint(_: Visit) -> Any:
+def number_taint(_: TaintedOp) -> Any:
     """Sizes follow those of the inputs."""
     return ALL
 
@@ -186,8 +186,8 @@ def glu(op: Op) -> Output:
 
 
 @taints("aten.glu")
-def glu_taint(visit: Visit) -> Any:
+def glu_taint(op: TaintedOp) -> Any:
     """First half times the sigmoid of the second."""
-    x, dim = visit.arg("self"), visit.arg("dim")
-    first, second = visit.taint(x).chunk(2, dim)
-    return torch.maximum(first, second) * visit.nonzero(x).chunk(2, dim)[0]
+    x, dim = op.arg("self"), op.arg("dim")
+    first, second = op.taint(x).chunk(2, dim)
+    return torch.maximum(first, second) * op.nonzero(x).chunk(2, dim)[0]

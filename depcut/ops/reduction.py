@@ -9,7 +9,7 @@ from depcut.axes import Term
 from depcut.graph.operators import base_name
 from depcut.ops.kinds import SOFTMAXES
 from depcut.ops.registry import Op, Output, aten, dim_of, dims_of, rule
-from depcut.ops.taint import Visit, moved, taints
+from depcut.ops.taint import TaintedOp, moved, taints
 
 _SOFTMAXES = aten("softmax log_softmax _softmax _log_softmax")
 
@@ -71,11 +71,11 @@ def statistic(op: Op) -> Output:
         norm count_nonzero"""
     )
 )
-def reduction_taint(visit: Visit) -> Any:
+def reduction_taint(op: TaintedOp) -> Any:
     """Tainted where anything reduced is."""
-    taint = visit.taint(visit.node.args[0])
-    dims = dims_of(visit.arg("dim"), taint.ndim)
-    return taint.amax(dims, keepdim=bool(visit.arg("keepdim"))) if dims else taint
+    taint = op.taint(op.node.args[0])
+    dims = dims_of(op.arg("dim"), taint.ndim)
+    return taint.amax(dims, keepdim=bool(op.arg("keepdim"))) if dims else taint
 
 
 @rule("aten.argmax", "aten.argmin")
@@ -118,11 +118,11 @@ def along(op: Op) -> Output:
 
 
 @taints(*_SOFTMAXES, *aten("cumsum sort argsort"))
-def along_taint(visit: Visit) -> Any:
+def along_taint(op: TaintedOp) -> Any:
     """Every value depends on all along the dimension."""
-    taint = visit.taint(visit.node.args[0])
-    out = taint.amax(visit.arg("dim"), keepdim=True).expand_as(taint)
-    return [out, out] if base_name(visit.node) == "sort" else out
+    taint = op.taint(op.node.args[0])
+    out = taint.amax(op.arg("dim"), keepdim=True).expand_as(taint)
+    return [out, out] if base_name(op.node) == "sort" else out
 
 
 taints("aten.flip", "aten.tril", "aten.triu")(moved)

@@ -20,7 +20,7 @@ from depcut.graph.arguments import argument, has_argument, with_changes
 from depcut.graph.operators import is_operator, may_draw
 from depcut.ops.registry import Table, is_pointwise_rule
 
-TaintRule = Callable[["Visit"], Any]
+TaintRule = Callable[["TaintedOp"], Any]
 
 TAINTS: Table[TaintRule] = Table("taint rule")
 
@@ -40,7 +40,7 @@ def taints(*targets: str) -> Callable[[TaintRule], TaintRule]:
     return TAINTS.register(*targets)
 
 
-class Visit:
+class TaintedOp:
     """One node as its taint rule sees it, before it is executed.
 
     Attributes:
@@ -91,9 +91,9 @@ def tainted(taint: Any) -> bool:
     return any(bool((torch.as_tensor(leaf) > 0).any()) for leaf in pytree.tree_leaves(taint))
 
 
-def derived(visit: Visit) -> Any:
+def derived(op: TaintedOp) -> Any:
     """Taint of an operator's result as its rule has it: None for all of it, 0.0 for nothing."""
-    node = visit.node
+    node = op.node
     rule = TAINTS.find(node.target)
     if rule is None and may_draw(node):
         return None
@@ -102,20 +102,20 @@ def derived(visit: Visit) -> Any:
     found = None
     if rule is not None:
         try:
-            found = rule(visit)
+            found = rule(op)
         except Exception:  # a form of the operator that the rule does not know
             if os.environ.get("DEPCUT_STRICT"):
                 raise
-    clean = not may_draw(node) and not any(tainted(visit.taint(n)) for n in visit.inputs)
+    clean = not may_draw(node) and not any(tainted(op.taint(n)) for n in op.inputs)
     return NOTHING if found is None and clean else found
 
 
 # What rules of several families share ----------------------------------------------------------
 
 
-def moved(visit: Visit) -> Any:
+def moved(op: TaintedOp) -> Any:
     """Every element of the result is an element of an operand, or a zero."""
-    return visit.run(visit.taint)
+    return op.run(op.taint)
 
 
 def is_moved(node: fx.Node) -> bool:
@@ -123,33 +123,33 @@ def is_moved(node: fx.Node) -> bool:
     return TAINTS.find(node.target) is moved
 
 
-def multilinear(visit: Visit, names: Sequence[str], *, added: str = "", bare: bool = False) -> Any:
+def multilinear(op: TaintedOp, names: Sequence[str], *, added: str = "", bare: bool = False) -> Any:
     """Count the tainted products of every sum by running the operator on ones and zeros.
 
     Args:
-        visit: An operator that sums products of operands.
+        op: An operator that sums products of operands.
         names: Those of the operands.
         added: Name of an argument that is added, and is left aside.
         bare: A constant operand is tainted, too, unless it is zero.
     """
-    operands = [visit.arg(name) for name in names]
-    filled = [visit.nonzero(operand) for operand in operands]
-    changes = {added: None} if added and visit.arg(added) is not None else {}
+    operands = [op.arg(name) for name in names]
+    filled = [op.nonzero(operand) for operand in operands]
+    changes = {added: None} if added and op.arg(added) is not None else {}
 
     def count(factors: Sequence[Any]) -> Any:
-        return visit.run(visit.taint, {**dict(zip(names, factors, strict=True)), **changes})
+        return op.run(op.taint, {**dict(zip(names, factors, strict=True)), **changes})
 
-    total = count(filled) if bare else count([visit.taint(operands[0]), *filled[1:]])
+    total = count(filled) if bare else count([op.taint(operands[0]), *filled[1:]])
     for i in range(1, 0 if bare else len(operands)):
-        if tainted(visit.taint(operands[i])):
-            total = total + count([*filled[:i], visit.taint(operands[i]), *filled[i + 1 :]])
+        if tainted(op.taint(operands[i])):
+            total = total + count([*filled[:i], op.taint(operands[i]), *filled[i + 1 :]])
     # The sums are whole numbers; fast algorithms of convolution return them rounded.
     return (total > 0.5).float()
 
 
-def varying(visit: Visit, node: Any) -> Any:
+def varying(op: TaintedOp, node: Any) -> Any:
     """1 where a column is tainted or differs from row to row; of one row for all of them."""
-    value, taint = visit.value(node), visit.taint(node)
+    value, taint = op.value(node), op.taint(node)
     same = torch.isclose(value, value[..., :1, :], rtol=resolution(value), atol=0)
     return torch.maximum(taint, (~same).float()).amax(-2, keepdim=True)
 

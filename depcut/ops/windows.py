@@ -10,7 +10,7 @@ from depcut import axes
 from depcut.axes import Dims
 from depcut.graph.operators import base_name
 from depcut.ops.registry import Op, Output, aten, rule
-from depcut.ops.taint import Visit, moved, taints
+from depcut.ops.taint import TaintedOp, moved, taints
 
 
 def slid_over(op: Op, x: Dims, pointwise: bool) -> Dims:
@@ -29,11 +29,11 @@ def slid_over(op: Op, x: Dims, pointwise: bool) -> Dims:
     return tuple(op.frozen(n, "spatial: positions of a sliding kernel") for n in sizes)
 
 
-def is_padded(visit: Visit) -> bool:
+def is_padded(op: TaintedOp) -> bool:
     """Whether a window operator reads zeros beyond the border, so that constants differ there."""
-    padding = visit.arg("padding")
+    padding = op.arg("padding")
     if isinstance(padding, str):
-        taps = visit.value(visit.arg("weight")).shape[2:]
+        taps = op.value(op.arg("weight")).shape[2:]
         return padding == "same" and any(n > 1 for n in taps)
     return any(padding) if isinstance(padding, list | tuple) else bool(padding)
 
@@ -117,10 +117,10 @@ taints(
         col2im"""
     )
 )
-def window(visit: Visit) -> Any:
+def window(op: TaintedOp) -> Any:
     """Averages of a window; with zeros at the border a constant is not one any more."""
-    bare = is_padded(visit) or base_name(visit.node) == "col2im"
-    return visit.run(visit.nonzero if bare else visit.taint)
+    bare = is_padded(op) or base_name(op.node) == "col2im"
+    return op.run(op.nonzero if bare else op.taint)
 
 
 @taints(
@@ -129,13 +129,13 @@ def window(visit: Visit) -> Any:
         adaptive_max_pool3d"""
     )
 )
-def extremum(visit: Visit) -> Any:
+def extremum(op: TaintedOp) -> Any:
     """The largest of a window; the border never is."""
-    return visit.run(visit.taint)
+    return op.run(op.taint)
 
 
 @taints(*aten("max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices"))
-def extremum_with_position(visit: Visit) -> Any:
+def extremum_with_position(op: TaintedOp) -> Any:
     """The largest of a window, and where it was, which says nothing of a constant."""
-    found, positions = visit.run(visit.taint)
+    found, positions = op.run(op.taint)
     return [found, torch.ones_like(positions, dtype=torch.float32)]

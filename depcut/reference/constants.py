@@ -20,13 +20,13 @@ from depcut.coupling.groups import Coupling
 from depcut.graph.arguments import written
 from depcut.graph.interpreter import Interpreter
 from depcut.graph.operators import is_item
-from depcut.ops.taint import Visit, derived, is_moved, tainted
+from depcut.ops.taint import TaintedOp, derived, is_moved, tainted
 from depcut.plan.keep import Keep
 from depcut.reference.run import example
 
 
 def interpret(
-    coupling: Coupling, model: nn.Module, look: Callable[[Visit], None]
+    coupling: Coupling, model: nn.Module, look: Callable[[TaintedOp], None]
 ) -> tuple[list[Any], list[Any]]:
     """Run the captured graph on its example inputs, with the taint of every value.
 
@@ -58,7 +58,7 @@ class _Run(Interpreter):
     """
 
     def __init__(
-        self, program: Program, held: Mapping[str, Tensor], look: Callable[[Visit], None]
+        self, program: Program, held: Mapping[str, Tensor], look: Callable[[TaintedOp], None]
     ) -> None:
         super().__init__(program)
         self.held, self.look = held, look
@@ -87,9 +87,9 @@ class _Run(Interpreter):
 
     def call(self, node: fx.Node) -> Any:
         """The value of an operator; its taint is derived beside it."""
-        visit = Visit(node, self.values, self.taints)
-        self.look(visit)
-        value, self.taints[node] = _executed(visit)
+        op = TaintedOp(node, self.values, self.taints)
+        self.look(op)
+        value, self.taints[node] = _executed(op)
         return value
 
     def made(self, node: fx.Node) -> None:
@@ -113,50 +113,50 @@ def _filled(value: Any, number: float) -> Any:
     return torch.empty_like(value, dtype=torch.float32).fill_(number)
 
 
-def _executed(visit: Visit) -> tuple[Any, Any]:
+def _executed(op: TaintedOp) -> tuple[Any, Any]:
     """The value of a node, and its taint."""
-    node = visit.node
+    node = op.node
     if is_item(node):
         source, index = node.args[0], cast(int, node.args[1])
         assert isinstance(source, fx.Node)
-        value, taint = visit.values[source][index], visit.taints[source]
+        value, taint = op.values[source][index], op.taints[source]
         return value, taint[index] if isinstance(taint, list | tuple) else taint
     # First of all, as the operator may overwrite its operands.
-    found = derived(visit)
-    value = visit.run(lambda n: visit.values[n])
+    found = derived(op)
+    value = op.run(lambda n: op.values[n])
     if isinstance(value, list | tuple):
         each = found if isinstance(found, list | tuple) else [found] * len(value)
         return value, [
-            _settled(visit, v, t) if isinstance(v, Tensor) else t
+            _settled(op, v, t) if isinstance(v, Tensor) else t
             for v, t in zip(value, each, strict=True)
         ]
     if not isinstance(value, Tensor):
         return value, 1.0 if found is None or tainted(found) else 0.0
-    return value, _settled(visit, value, found)
+    return value, _settled(op, value, found)
 
 
-def _settled(visit: Visit, value: Tensor, found: Any) -> Tensor:
+def _settled(op: TaintedOp, value: Tensor, found: Any) -> Tensor:
     """The derived taint as a tensor that shares memory with other taints just as the value does."""
     taint = _whole(value, found)
-    if not is_moved(visit.node):
+    if not is_moved(op.node):
         taint = torch.maximum(taint, value.isnan().float())
     elif any(
         _shared(mark, taint) and not _shared(old, value)
-        for source in visit.inputs
-        for old, mark in _pairs(visit, source)
+        for source in op.inputs
+        for old, mark in _pairs(op, source)
     ):
         taint = taint.clone()
-    overwritten = set(written(visit.node))
-    for source in visit.inputs:
-        for old, mark in _pairs(visit, source):
+    overwritten = set(written(op.node))
+    for source in op.inputs:
+        for old, mark in _pairs(op, source):
             if _same(old, value):
                 taint = mark.copy_(taint) if mark.shape == taint.shape else mark.fill_(1)
                 overwritten.discard(source)
-            elif _shared(old, value) and not (is_moved(visit.node) and _shared(mark, taint)):
+            elif _shared(old, value) and not (is_moved(op.node) and _shared(mark, taint)):
                 mark.fill_(1)
                 taint = torch.ones_like(taint)
     for source in overwritten:
-        for mark in _tensors(visit.taints[source]):
+        for mark in _tensors(op.taints[source]):
             mark.fill_(1)
     return taint
 
@@ -181,9 +181,9 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _pairs(visit: Visit, source: fx.Node) -> list[tuple[Tensor, Tensor]]:
+def _pairs(op: TaintedOp, source: fx.Node) -> list[tuple[Tensor, Tensor]]:
     """Values of an operand with their taints."""
-    both = _tensors(visit.values[source]), _tensors(visit.taints[source])
+    both = _tensors(op.values[source]), _tensors(op.taints[source])
     return list(zip(*both, strict=False))
 
 

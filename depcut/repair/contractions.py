@@ -20,7 +20,7 @@ from depcut.graph.arguments import argument
 from depcut.graph.operators import is_aten
 from depcut.ops.form import FORMS, Form
 from depcut.ops.normalization import is_batch_norm
-from depcut.ops.taint import Visit, resolution, tainted
+from depcut.ops.taint import TaintedOp, resolution, tainted
 from depcut.reference.constants import interpret
 
 
@@ -80,22 +80,22 @@ class _Collector:
         self.coupling = coupling
         self.found: list[Contraction] = []
 
-    def __call__(self, visit: Visit) -> None:
+    def __call__(self, op: TaintedOp) -> None:
         """Look at one operator before it is executed."""
-        effects = self.coupling.effects.get(visit.node)
+        effects = self.coupling.effects.get(op.node)
         if effects is None:
             return
         places = [p for p in dict.fromkeys(effects.contracts) if self._shrinks(self._term(p))]
         if not places:
             return
-        rule = FORMS.find(visit.node.target)
-        form = rule(visit) if rule is not None else None
+        rule = FORMS.find(op.node.target)
+        form = rule(op) if rule is not None else None
         if form is not None and {node for node, _ in places} <= set(form.operands):
-            self.found.append(self._contraction(visit, form, places))
+            self.found.append(self._contraction(op, form, places))
             return
         for node, dim in places:
-            alone = Form((node,), (tuple(string.ascii_letters[: visit.value(node).ndim]),))
-            self.found.append(self._contraction(visit, alone, [(node, dim)]))
+            alone = Form((node,), (tuple(string.ascii_letters[: op.value(node).ndim]),))
+            self.found.append(self._contraction(op, alone, [(node, dim)]))
 
     def _term(self, place: tuple[fx.Node, int]) -> axes.Term:
         dims = self.coupling.env[place[0]]
@@ -106,7 +106,7 @@ class _Collector:
         return any(leaf in self.coupling.group_of for leaf in axes.leaves(axes.resolve(term)))
 
     def _contraction(
-        self, visit: Visit, form: Form, places: list[tuple[fx.Node, int]]
+        self, op: TaintedOp, form: Form, places: list[tuple[fx.Node, int]]
     ) -> Contraction:
         at = tuple(
             (i, dim)
@@ -118,25 +118,25 @@ class _Collector:
         for i, node in enumerate(form.operands):
             dims = self.coupling.env[node]
             assert isinstance(dims, tuple)
-            value = visit.nonzero(node)
+            value = op.nonzero(node)
             fixed = [
                 d
                 for d, (term, letters) in enumerate(zip(dims, form.labels[i], strict=True))
                 if form.labels[i].count(letters) == len(letters) and not self._shrinks(term)
             ]
             live.append(value.amax(fixed, keepdim=True) if fixed else value.clone())
-        wild = not all(bool(visit.value(n).isfinite().all()) for n in form.operands)
-        made = Contraction(visit.node, module_of(visit.node), form, at, tuple(live), wild)
-        return self._with_constants(visit, made) if len(form.operands) == 2 else made
+        wild = not all(bool(op.value(n).isfinite().all()) for n in form.operands)
+        made = Contraction(op.node, module_of(op.node), form, at, tuple(live), wild)
+        return self._with_constants(op, made) if len(form.operands) == 2 else made
 
-    def _with_constants(self, visit: Visit, made: Contraction) -> Contraction:
+    def _with_constants(self, op: TaintedOp, made: Contraction) -> Contraction:
         """What is constant in the first operand, if the second is a weight."""
         x, w = made.form.operands
         if not made.form.out and not made.form.why:
             return made
-        if tainted(visit.taint(w)):
+        if tainted(op.taint(w)):
             return made
-        value, taint, dim = visit.value(x), visit.taint(x), made.form.channel
+        value, taint, dim = op.value(x), op.taint(x), made.form.channel
         rows = value.movedim(dim, 0).flatten(1)
         marks = taint.movedim(dim, 0).flatten(1).amax(1) > 0
         same = torch.isclose(rows, rows[:, :1], rtol=resolution(value), atol=0).all(1)
@@ -144,20 +144,20 @@ class _Collector:
         numbers = torch.where(fixed, rows[:, 0], 0).double()
         absorber, why = None, made.form.why
         if not why:
-            absorber, why = self._absorber(visit)
-        weight = visit.value(w).detach()
+            absorber, why = self._absorber(op)
+        weight = op.value(w).detach()
         return replace(
             made, fixed=fixed, numbers=numbers, weight=weight, absorber=absorber, why=why
         )
 
-    def _absorber(self, visit: Visit) -> tuple[Absorber | None, str]:
+    def _absorber(self, op: TaintedOp) -> tuple[Absorber | None, str]:
         """The tensor that can absorb a contribution, or why there is none."""
-        node = visit.node
-        bias = node.args[0] if is_aten(node, "addmm") else visit.arg("bias")
+        node = op.node
+        bias = node.args[0] if is_aten(node, "addmm") else op.arg("bias")
         if isinstance(bias, fx.Node):
             return self._owned(bias, 1, "its bias")
         users, rank = list(node.users), node.meta["val"].ndim
-        weight = visit.value(visit.arg("weight"))
+        weight = op.value(op.arg("weight"))
         channel = rank - 1 if is_aten(node, "linear") else rank - (weight.ndim - 1)
         if len(users) == 1 and is_batch_norm(users[0]) and channel == 1:
             after, mean = users[0], argument(users[0], "running_mean")
