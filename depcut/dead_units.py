@@ -16,9 +16,9 @@ from depcut.apply.report import amend
 from depcut.capture.inputs import Inputs
 from depcut.capture.random_state import preserved
 from depcut.errors import InputError, listed
+from depcut.repair.contractions import Contraction, find_contractions
 from depcut.repair.dead import Stuck, find_dead
 from depcut.repair.folding import contributions, fold_constants
-from depcut.repair.readings import Reading, read
 from depcut.rewrite.masks import without_masks
 from depcut.verify.verify import verify_equal
 
@@ -35,14 +35,14 @@ class Compaction:
             contributed as constants.
         stuck: Dead units that stay, each with the reason.
         model: The model with its masks applied.
-        readings: What reads the units.
+        contractions: What reads the units.
     """
 
     plan: Plan
     folded: tuple[str, ...]
     stuck: tuple[Stuck, ...]
     model: nn.Module
-    readings: tuple[Reading, ...]
+    contractions: tuple[Contraction, ...]
 
     @property
     def removed(self) -> Mapping[str, int]:
@@ -58,7 +58,7 @@ class Compaction:
         keep = self.plan.keep()
         slim = self.plan.apply(self.model, compensate=False)
         if self.folded:
-            fold_constants(keep, self.model, slim, self.readings)
+            fold_constants(keep, self.model, slim, self.contractions)
         amend(slim, error=verify_equal(slim, keep, self.model))
         return slim
 
@@ -102,15 +102,15 @@ def compaction(model: nn.Module, inputs: Inputs = None) -> Compaction:
             where="a model on the meta device",
             remedy="load its weights first: which units are dead is a matter of values",
         )
-    readings = read(coupling, plain)
-    dead = find_dead(coupling, readings)
+    contractions = find_contractions(coupling, plain)
+    dead = find_dead(coupling, contractions)
     kept = {
         coupling.groups[i].name: np.setdiff1d(np.arange(coupling.groups[i].size), units)
         for i, units in dead.units.items()
     }
     plan = planned(coupling, plain, kept, {"units": "dead ones removed"})
-    folded = tuple(contributions(plan.keep(), readings))
-    return Compaction(plan, folded, dead.stuck, plain, readings)
+    folded = tuple(contributions(plan.keep(), contractions))
+    return Compaction(plan, folded, dead.stuck, plain, contractions)
 
 
 def compact(model: ModelT, inputs: Inputs = None) -> ModelT:

@@ -16,11 +16,12 @@ from torch.nn.utils import parametrize, prune
 import depcut
 from depcut import axes
 from depcut.errors import InputError
+from depcut.plan.keep import Keep
 from depcut.reference.constants import interpret
 from depcut.reference.run import Reference
+from depcut.repair.contractions import find_contractions
 from depcut.repair.dead import find_dead
 from depcut.repair.folding import fold_constants
-from depcut.repair.readings import read
 from depcut.rewrite.build import rewrite
 
 STRUCTURES = """
@@ -82,10 +83,10 @@ def test_what_is_not_tainted_is_the_same_for_other_inputs(name: str) -> None:
     coupling = depcut.analyze(model, net.inputs(2)).coupling
     known: dict[Any, tuple[Tensor, Tensor]] = {}
 
-    def look(step: Any) -> None:
-        for node in step.inputs:
-            if isinstance(step.values[node], Tensor) and isinstance(step.taints[node], Tensor):
-                known.setdefault(node, (step.values[node].clone(), step.taints[node].clone()))
+    def look(op: Any) -> None:
+        for node in op.inputs:
+            if isinstance(op.values[node], Tensor) and isinstance(op.taints[node], Tensor):
+                known.setdefault(node, (op.values[node].clone(), op.taints[node].clone()))
 
     interpret(coupling, model, look)
     changed = [
@@ -93,7 +94,7 @@ def test_what_is_not_tainted_is_the_same_for_other_inputs(name: str) -> None:
         for t in torch.utils._pytree.tree_leaves(net.inputs(2))
     ]
     with torch.no_grad():
-        reference = Reference(depcut.keep.Keep(coupling, {}), model)
+        reference = Reference(Keep(coupling, {}), model)
         _, values = reference.run(changed, watch=set(known))
     for node, (value, taint) in known.items():
         fixed = taint == 0
@@ -309,6 +310,6 @@ def test_what_only_feeds_itself_is_dead() -> None:
         model.down.weight[:7, 0] = 0.0
     x = normal(4, 6)
     coupling = depcut.analyze(model, x).coupling
-    dead = find_dead(coupling, read(coupling, model))
+    dead = find_dead(coupling, find_contractions(coupling, model))
     assert sorted(map(list, dead.units.values())) == [[0], [7]]
     compacted(model, x)

@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 
 import depcut
 from depcut import axes
+from depcut.calibration.activations import find_activations
 from depcut.calibration.data import calibrate
-from depcut.calibration.readings import find_readings
 from depcut.errors import InputError
 from depcut.scores import CRITERIA, Score, score
 
@@ -652,14 +652,14 @@ def test_map_criteria_give_the_same_in_blocks(
 @pytest.mark.parametrize("name", BRUTE)
 def test_every_group_is_read_somewhere(name: str) -> None:
     analysis = analysis_of(name)
-    readings = find_readings(analysis.coupling)
-    assert {i for r in readings for i in r.groups} == set(range(len(analysis.groups)))
-    assert len({(r.source, r.dim) for r in readings}) == len(readings)
-    for reading in readings:
-        dims = analysis.coupling.env[reading.source]
-        leaves = set(axes.leaves(axes.resolve(dims[reading.dim])))
-        assert all(analysis.groups[i].axis in leaves for i in reading.groups)
-        assert reading.source in reading.reader.all_input_nodes
+    activations = find_activations(analysis.coupling)
+    assert {i for r in activations for i in r.groups} == set(range(len(analysis.groups)))
+    assert len({(r.source, r.dim) for r in activations}) == len(activations)
+    for activation in activations:
+        dims = analysis.coupling.env[activation.source]
+        leaves = set(axes.leaves(axes.resolve(dims[activation.dim])))
+        assert all(analysis.groups[i].axis in leaves for i in activation.groups)
+        assert activation.source in activation.reader.all_input_nodes
 
 
 def test_a_group_that_no_weight_reads_has_its_norm() -> None:

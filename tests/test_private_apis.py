@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +18,6 @@ from depcut.support import accelerate_private, torch_private
 
 PACKAGE = Path(depcut.__file__).parent
 HOMES = {"support/torch_private.py", "support/accelerate_private.py"}
-
-# Where private names are still spelled outside of these modules. Nothing is added here.
-LEFT = {
-    (line.split()[0], name)
-    for line in """
-calibration/readings.py _schema
-calibration/site.py _schema
-capture/capture.py _buffers _parameters
-capture/inline.py _enter_autocast _exit_autocast
-capture/refusals.py _packed_params
-graph/liveness.py _schema
-ops/registry.py _schema
-ops/taint.py _schema
-ops/taint_rules.py _schema
-reference/constants.py _schema
-rewrite/copying.py _ConvNd _make_subclass
-""".strip().splitlines()
-    for name in line.split()[1:]
-}
-
 
 # What each of them does ---------------------------------------------------------------------------
 
@@ -106,8 +87,8 @@ def test_schemas_of_operators() -> None:
         ("input", False, None), ("weight", False, None), ("bias", True, None)
     ]  # fmt: skip
     assert torch_private.schema_of(torch.ops.aten.add_.Tensor).is_mutable
-    assert torch_private.is_operator(torch.ops.aten.add_.Tensor)
-    assert not torch_private.is_operator(len)
+    assert torch_private.schema_of(torch.ops.aten.add_.Tensor) is not None
+    assert torch_private.schema_of(len) is None
 
 
 def test_expressions_of_sizes() -> None:
@@ -122,6 +103,25 @@ def test_expressions_of_sizes() -> None:
     assert double / torch_private.size_expression(size) == 2
     assert torch_private.size_expression(width) == 3
     assert torch_private.size_expression(width).is_Integer
+
+
+@pytest.mark.parametrize("what", ["call", "attribute", "autowrap", "backends", "compiling"])
+def test_what_export_replaces(what: str) -> None:
+    owner, name = torch_private.replaced_by_export()[what]
+    assert callable(getattr(owner, name, None)), f"torch has no {owner.__name__}.{name} any more"
+
+
+@pytest.mark.parametrize("name", torch_private.COMPILER_FLAGS)
+def test_flags_of_the_compiler(name: str) -> None:
+    assert getattr(torch.compiler, name) is False, f"torch.compiler has no {name} any more"
+
+
+def test_quantized_layers_are_told_by_their_packed_weights() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates them
+        layer = torch.ao.nn.quantized.Linear(2, 2)
+    assert torch_private.is_packed(layer)
+    assert not torch_private.is_packed(nn.Linear(2, 2))
 
 
 def test_the_dictionaries_of_a_module() -> None:
@@ -274,8 +274,7 @@ def test_private_names_stand_in_one_module_a_library() -> None:
         if file not in HOMES
         for name in foreign_names(tree, own)
     }
-    assert sorted(spelled - LEFT) == []
-    assert sorted(LEFT - spelled) == [], "these went: take them off the list"
+    assert sorted(spelled) == []
 
 
 def test_the_search_for_private_names_finds_them() -> None:

@@ -27,7 +27,7 @@ from depcut.capture.capture import capture
 from depcut.coupling.groups import Coupling
 from depcut.coupling.infer import infer
 from depcut.errors import RuleError
-from depcut.ops.registry import _RULES, Op, Output, rule_for, unregister
+from depcut.ops.registry import RULES, Op, Output, rule_for, unregister
 from depcut.plan.keep import Keep
 from depcut.reference.run import Reference
 
@@ -727,6 +727,13 @@ case("squeeze_dims", lambda x: x.squeeze((0, -1)), (1, 4, 6, 1), groups=(4, 6))
 case("unsqueeze", lambda x: x.unsqueeze(-1).unsqueeze(0), (4, 6), groups=(4, 6))
 case("new_axis", lambda x: x[:, None, ..., None], (4, 6), groups=(4, 6))
 case("expand", lambda x, y: x.expand(4, -1) * y, (1, 6), (4, 6), groups=(4, 6))
+case(
+    "expand_copy",
+    lambda x, y: torch.ops.aten.expand_copy(x, (4, 6)) * y,
+    (1, 6),
+    (4, 6),
+    groups=(4, 6),
+)
 case("expand_new", lambda x, y: x.expand(3, 4, 6) * y, (6,), (3, 4, 6), groups=(3, 4, 6))
 case("broadcast_to", lambda x, y: x.broadcast_to(4, 6) @ y, (4, 1), (6, 5), groups=(4, 5, 6))
 case("expand_as", lambda x, y: x.expand_as(y), (4, 1), (3, 4, 6), groups=(3, 4, 6))
@@ -1160,28 +1167,28 @@ def exists(target: str) -> bool:
 
 
 def test_every_rule_is_for_an_operator_that_exists() -> None:
-    targets = [t for t in _RULES if t.startswith("aten.")]
+    targets = [t for t in RULES if t.startswith("aten.")]
     assert not [t for t in targets if not exists(t)]
     # Operators that other libraries register when they are imported.
     others = {"pointwise", "transformers.grouped_mm_fallback"}
-    assert {t for t in _RULES if t not in targets} <= others
+    assert {t for t in RULES if t not in targets} <= others
 
 
 def test_a_second_rule_for_an_operator_is_refused() -> None:
-    before = dict(_RULES)
+    before = dict(RULES)
     with pytest.raises(RuleError) as caught:
         depcut.rule("aten.linear")(lambda op: None)
     assert str(caught.value) == (
         "aten.linear has a rule already: depcut.ops.contraction.linear\n"
         "  to do: change that rule, or register the new one for another overload"
     )
-    assert before == _RULES
+    assert before == RULES
 
 
 def test_a_rule_of_an_overload_goes_before_that_of_the_name() -> None:
-    assert rule_for(torch.ops.aten.split.sizes) is _RULES["aten.split.sizes"]
-    assert rule_for(torch.ops.aten.linear.default) is _RULES["aten.linear"]
-    assert rule_for(torch.ops.aten.sin.default) is _RULES["pointwise"]
+    assert rule_for(torch.ops.aten.split.sizes) is RULES["aten.split.sizes"]
+    assert rule_for(torch.ops.aten.linear.default) is RULES["aten.linear"]
+    assert rule_for(torch.ops.aten.sin.default) is RULES["pointwise"]
     assert rule_for(torch.ops.aten.cdist.default) is None
 
 

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import depcut
-from depcut.calibration.site import Call, Site, bound
-from depcut.calibration.sites import find_sites, parameters_behind
+from depcut.calibration.sites import find_sites
 from depcut.capture.program import Program
 from depcut.coupling.groups import Coupling
+from depcut.graph.ancestry import Weights
+from depcut.graph.arguments import Call, bound
+from depcut.ops.site import Site
 from depcut.plan.keep import Keep
 from depcut.reference.run import Reference, example
 
@@ -106,13 +108,13 @@ def test_sites_compute_what_their_nodes_compute(net: Net) -> None:
 def test_contractions_of_weights_without_a_site_are_known(net: Net) -> None:
     model = net.build()
     coupling = depcut.analyze(model, net.inputs(2)).coupling
-    found = {s.node for s in find_sites(coupling)}
+    found, weights = {s.node for s in find_sites(coupling)}, Weights(coupling.program)
     missing = {
         node
         for node, effects in coupling.effects.items()
         if node.graph is coupling.program.graph.graph and node not in found
         for source, _ in effects.contracts
-        if parameters_behind(source, coupling.program)
+        if weights.behind(source)
     }
     assert len(missing) == WITHOUT.get(net.name, 0), missing
 
@@ -202,6 +204,7 @@ def test_what_a_node_is_computed_from_is_found_in_one_pass() -> None:
     # Walked path by path, 60 blocks are 2^60 steps.
     program = depcut.analyze(Residual(60), torch.randn(2, 4)).program
     (linear,) = (n for n in program.graph.graph.nodes if str(n.target) == "aten.linear.default")
-    names = parameters_behind(linear.args[1], program)
+    weights = Weights(program)
+    names = weights.behind(linear.args[1])
     assert names == ("head.weight", *(f"scales.{i}" for i in range(60)))
-    assert parameters_behind(linear, program) == ()
+    assert weights.behind(linear) == ()

@@ -26,6 +26,7 @@ from depcut.capture import process_state
 from depcut.capture.capture import capture
 from depcut.capture.inputs import infer
 from depcut.errors import CaptureError, ExportError
+from depcut.support.torch_private import replaced_by_export
 
 # Models that leave things behind -----------------------------------------------------------------
 
@@ -193,7 +194,7 @@ def process() -> dict[str, Any]:
             torch.backends.cuda.math_sdp_enabled(),
         ),
         "module": (nn.Module.__call__, nn.Module.__getattr__),
-        "export": [getattr(o, n) for o, n, _ in process_state.REPLACED],
+        "export": [getattr(o, n) for o, n in replaced_by_export().values()],
         "logging": logging.root.manager.disable,
         "handlers": [(h, list(h.filters)) for h in logging.root.handlers],
         "warnings": list(warnings.filters),
@@ -422,12 +423,3 @@ def test_states_that_several_threads_ask_for_end_with_the_last() -> None:
         second.__exit__(None, None, None)
     assert torch.backends.cuda.flash_sdp_enabled() == enabled
     assert gc.isenabled()
-
-
-@pytest.mark.parametrize(
-    "name", [f"{getattr(o, '__name__', o)}.{n}" for o, n, _ in process_state.REPLACED]
-)
-def test_what_is_replaced_in_torch_is_there(name: str) -> None:
-    names = {f"{getattr(o, '__name__', o)}.{n}": (o, n) for o, n, _ in process_state.REPLACED}
-    owner, attribute = names[name]
-    assert callable(getattr(owner, attribute, None)), f"torch has no {name} any more"

@@ -49,7 +49,7 @@ def rule(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def replace(function: Any, *targets: str) -> None:
         for target in targets:
-            monkeypatch.setitem(registry._RULES, target, function)
+            monkeypatch.setitem(registry.RULES, target, function)
 
     return replace
 

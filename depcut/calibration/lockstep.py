@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from depcut.calibration.data import Batch, Calibration
+from depcut.graph.interpreter import Paused, Pausing, finished
 from depcut.plan.keep import Keep
-from depcut.reference.run import Reference, Step, finished
-
-_Run = Generator[Step, None, list[Any]]
+from depcut.reference.run import Reference
 
 
 class Lockstep:
@@ -44,10 +43,10 @@ class Lockstep:
         self.slim = Reference(keep, dense, sliced=True)
         self.shared = shared
         self.at = 0
-        self.runs: list[tuple[_Run, _Run]] = []
-        self.paused: list[tuple[Step, Step]] = []
+        self.runs: list[tuple[Pausing, Pausing]] = []
+        self.paused: list[tuple[Paused, Paused]] = []
 
-    def _start(self, batch: Batch, stops: list[fx.Node]) -> tuple[_Run, _Run]:
+    def _start(self, batch: Batch, stops: list[fx.Node]) -> tuple[Pausing, Pausing]:
         leaves, again = self.calibration.leaves(batch), self.calibration.leaves(batch)
         return (
             self.dense.steps(leaves, stops=set(stops)),
@@ -70,7 +69,7 @@ class Lockstep:
             self.paused.append((next(dense), next(slim)))
         self.at += 1
 
-    def steps(self) -> Iterator[tuple[Step, Step]]:
+    def steps(self) -> Iterator[tuple[Paused, Paused]]:
         """(dense, narrowed) of each batch at the current stop; can be asked for repeatedly."""
         if not self.calibration.low_memory:
             yield from self.paused

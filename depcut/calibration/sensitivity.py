@@ -94,9 +94,9 @@ class _Probe:
         with torch.enable_grad():
             try:
                 while True:
-                    step = next(steps)
-                    for node in self.readers[step.node]:
-                        self._watch(node, step.values, made)
+                    paused = next(steps)
+                    for node in self.readers[paused.node]:
+                        self._watch(node, paused.values, made)
             except StopIteration as end:
                 outputs = end.value
             for node, value in zip(self.program.outputs, outputs, strict=True):

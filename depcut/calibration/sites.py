@@ -1,29 +1,13 @@
-"""All sites of a captured model, by the families of operators that have a way to extract them."""
+"""All sites of a captured model, as the families of operators find them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
-from torch import fx
-
 from depcut import axes
-from depcut.calibration import cells, patches, products
-from depcut.calibration.site import Place, Site
-from depcut.capture.program import Program
 from depcut.coupling.groups import Coupling
-
-_FAMILIES: dict[str, Callable[[Place], list[Site]]] = {
-    "aten.linear": products.linear,
-    **dict.fromkeys(
-        [f"aten.{n}" for n in ("matmul", "mm", "bmm", "addmm", "addmm_", "baddbmm")],
-        products.matmul,
-    ),
-    "aten.einsum": products.einsum,
-    **{f"aten.conv{rank}d": patches.conv for rank in (1, 2, 3)},
-    **{f"aten.conv_transpose{rank}d": patches.conv_transpose for rank in (1, 2, 3)},
-    **{f"aten.{kind}": cells.recurrent for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu")},
-}
+from depcut.ops.normalization import is_batch_norm, shared_statistics
+from depcut.ops.site import SITES, ContractionOp, Site
 
 
 def find_sites(coupling: Coupling) -> list[Site]:
@@ -35,66 +19,22 @@ def find_sites(coupling: Coupling) -> list[Site]:
         coupling: The analysed model.
     """
     found: list[Site] = []
-    for node in coupling.program.graph.graph.nodes:
+    program = coupling.program
+    for node in program.graph.graph.nodes:
         effects = coupling.effects.get(node)
-        if effects is None or not effects.contracts:
-            continue
-        name = str(node.target)
-        build = _FAMILIES.get(name) or _FAMILIES.get(name.rpartition(".")[0])
-        if build is not None:
-            place = Place(coupling, node)
-            found += [replace(s, absorbed=_absorbed(s, place)) for s in build(place)]
+        find = SITES.find(node.target) if effects is not None and effects.contracts else None
+        if find is not None:
+            op = ContractionOp(node, coupling.env, program, coupling.dims)
+            found += [replace(s, absorbed=_absorbed(s, op)) for s in find(op)]
     return found
 
 
-def _absorbed(site: Site, place: Place) -> bool:
+def _absorbed(site: Site, op: ContractionOp) -> bool:
     """Whether batch norms over the site's own outputs are all that reads it."""
     rows = list(axes.leaves(axes.resolve(site.rows)))
     return bool(site.node.users) and all(
         is_batch_norm(user)
-        and shared_statistics(user, place.coupling) is None
-        and list(axes.leaves(place.dims(site.node)[1])) == rows
+        and shared_statistics(user, op.program) is None
+        and list(axes.leaves(op.dims(site.node)[1])) == rows
         for user in site.node.users
     )
-
-
-def is_batch_norm(node: fx.Node) -> bool:
-    """Whether a node is a batch norm of any rank."""
-    return str(node.target) == "aten.batch_norm.default"
-
-
-def shared_statistics(norm: fx.Node, coupling: Coupling) -> str | None:
-    """A running statistic of a batch norm that something else reads too, None if there is none.
-
-    Args:
-        norm: A batch norm.
-        coupling: The analysed model.
-    """
-    program = coupling.program
-    for source in norm.args[3:5]:
-        name = program.tensors.get(source) if isinstance(source, fx.Node) else None
-        if name is not None and is_shared(name, coupling):
-            return name
-    return None
-
-
-def is_shared(name: str, coupling: Coupling) -> bool:
-    """Whether a parameter or buffer is read in several places of the graph.
-
-    Args:
-        name: Its name.
-        coupling: The analysed model.
-    """
-    program = coupling.program
-    names = program.aliases.get(name, (name,))
-    return sum(len(n.users) for n, t in program.tensors.items() if t in names) > 1
-
-
-def parameters_behind(node: fx.Node, program: Program) -> tuple[str, ...]:
-    """Parameters that a node is computed from, if it is computed from nothing else.
-
-    Args:
-        node: A node of the captured graph.
-        program: The captured model.
-    """
-    return program.computed_from.get(node, ())

@@ -17,7 +17,7 @@ RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, float("inf"))
 
 
 @dataclass(frozen=True)
-class Solution:
+class LeastSquares:
     """Weights that reproduce the targets best.
 
     Attributes:
@@ -35,7 +35,7 @@ class Solution:
     after: float
 
 
-def solve(folds: list[Moments], weight: torch.Tensor, bias: torch.Tensor | None) -> Solution:
+def solve(folds: list[Moments], weight: torch.Tensor, bias: torch.Tensor | None) -> LeastSquares:
     """Minimise |y - W x - b|^2 + ridge |W - W0|^2.
 
     The ridge is the one of `RIDGES` whose solution on one fold has the least error on the other,
@@ -67,7 +67,7 @@ def solve(folds: list[Moments], weight: torch.Tensor, bias: torch.Tensor | None)
     made = _fitted(whole, start, best, free)
     before = sum(float(test.error(start, fixed).sum()) for _, test in pairs)
     scale = max(spread, 1e-30)
-    return Solution(
+    return LeastSquares(
         made, _intercept(whole, made, fixed, free), best, before / scale, missed(best) / scale
     )
 

@@ -9,10 +9,10 @@ from torch import fx, nn
 
 from depcut.calibration.data import Calibration
 from depcut.calibration.progress import ticking
-from depcut.calibration.site import Call, bound
 from depcut.capture.program import where
 from depcut.coupling.groups import Coupling
 from depcut.errors import InputError
+from depcut.graph.arguments import Call, bound
 from depcut.plan.keep import Keep
 from depcut.reference.run import Reference
 
@@ -40,12 +40,12 @@ def visits(
     stops = set(nodes)
     for number, batch in enumerate(ticking(calibration, label)):
         with torch.no_grad():
-            for step in reference.steps(calibration.leaves(batch), stops=stops):
-                call = bound(step.node, step.args, step.kwargs)
+            for paused in reference.steps(calibration.leaves(batch), stops=stops):
+                call = bound(paused.node, paused.args, paused.kwargs)
                 for value in call.values():
                     if isinstance(value, torch.Tensor) and value.is_floating_point():
-                        check_finite(value, number, step.node)
-                yield number, step.node, call
+                        check_finite(value, number, paused.node)
+                yield number, paused.node, call
 
 
 def check_finite(value: torch.Tensor, number: int, node: fx.Node) -> None:

@@ -20,7 +20,7 @@ from depcut.capture.process_state import capturing
 from depcut.capture.program import ModuleCall, Program
 from depcut.capture.refusals import check_inputs, check_model
 from depcut.errors import CaptureError
-from depcut.support.torch_private import pytree
+from depcut.support.torch_private import buffers_of, parameters_of, pytree
 
 
 def capture(model: nn.Module, inputs: Inputs = None) -> Program:
@@ -245,7 +245,7 @@ def held_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     out: dict[str, torch.Tensor] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         prefix = f"{name}." if name else ""
-        for held in (vars(module), module._parameters, module._buffers):
+        for held in (vars(module), parameters_of(module), buffers_of(module)):
             out.update({prefix + k: v for k, v in held.items() if isinstance(v, torch.Tensor)})
     return out
 

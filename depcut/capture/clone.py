@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from depcut.capture.copier import Copier
+from depcut.support.torch_private import make_subclass
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -39,7 +40,7 @@ class _Clones(Copier):
     def _stand_in(self, value: nn.Parameter) -> torch.Tensor:
         """A parameter with the memory of another, but with flag and gradient of its own."""
         needed = bool(self._requires_grad) and value.is_floating_point()
-        made: torch.Tensor = torch.Tensor._make_subclass(type(value), value.detach(), needed)
+        made: torch.Tensor = make_subclass(type(value), value.detach(), needed)
         made.__dict__.update(vars(value))
         return made
 

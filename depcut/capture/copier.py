@@ -327,7 +327,7 @@ _MAKERS: dict[type, Callable[[Any, Any], Any]] = {
     weakref.ref: Copier._weak,
     torch.Generator: Copier._generator,
     np.ndarray: Copier._array,
-    functools._lru_cache_wrapper: Copier._cached,
+    type(functools.lru_cache(len)): Copier._cached,
 }
 
 

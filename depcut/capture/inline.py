@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import fx
+
+from depcut.support.torch_private import enter_autocast, exit_autocast
 
 
 def inline_wrappers(graph_module: fx.GraphModule) -> None:
     """Replace wrap_with_autocast / wrap_with_set_grad_enabled by their bodies, in order."""
-    while True:
-        node = next((n for n in graph_module.graph.nodes if _is_wrapper(n)), None)
-        if node is None:
-            break
-        _inline_one(graph_module, node)
+    wrappers = [n for n in graph_module.graph.nodes if _is_wrapper(n)]
+    while wrappers:
+        wrappers += filter(_is_wrapper, _inline_one(graph_module, wrappers.pop()))
     graph_module.graph.lint()
 
 
@@ -22,7 +21,8 @@ def _is_wrapper(node: fx.Node) -> bool:
     return node.op == "call_function" and str(node.target).startswith("wrap_with")
 
 
-def _inline_one(graph_module: fx.GraphModule, node: fx.Node) -> None:
+def _inline_one(graph_module: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
+    """Put a wrapper's body in its place; what of it is in the graph now."""
     at = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr")
     body_node = node.args[at]
     assert isinstance(body_node, fx.Node)
@@ -31,11 +31,7 @@ def _inline_one(graph_module: fx.GraphModule, node: fx.Node) -> None:
     autocast = "autocast" in str(node.target)
     graph = graph_module.graph
     with graph.inserting_before(node):
-        token = (
-            graph.call_function(torch.amp.autocast_mode._enter_autocast, settings)
-            if autocast
-            else None
-        )
+        token = graph.call_function(enter_autocast, settings) if autocast else None
         if token is not None:
             token.meta["nn_module_stack"] = node.meta.get("nn_module_stack")
         holders = [n for n in body.graph.nodes if n.op == "placeholder"]
@@ -48,7 +44,7 @@ def _inline_one(graph_module: fx.GraphModule, node: fx.Node) -> None:
                 setattr(graph_module, name, getattr(body, str(inner.target)))
                 env[inner] = graph.get_attr(name)
         if token is not None:
-            graph.call_function(torch.amp.autocast_mode._exit_autocast, (token,))
+            graph.call_function(exit_autocast, (token,))
         results = next(n for n in body.graph.nodes if n.op == "output").args[0]
     results = results if isinstance(results, list | tuple) else (results,)
     for user in list(node.users):
@@ -57,3 +53,4 @@ def _inline_one(graph_module: fx.GraphModule, node: fx.Node) -> None:
     graph.erase_node(node)
     if not body_node.users:
         graph.erase_node(body_node)
+    return [env[inner] for inner in body.graph.nodes if inner.op == "call_function"]

@@ -31,12 +31,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.export import _trace
-from torch.fx import _symbolic_trace
-from torch.fx.experimental import proxy_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from depcut.capture.random_state import preserved
+from depcut.support.torch_private import COMPILER_FLAGS, replaced_by_export
 
 _LOCK = threading.RLock()
 
@@ -206,38 +204,29 @@ def _no_fast_paths() -> Iterator[None]:
 @contextlib.contextmanager
 def _compiling() -> Iterator[None]:
     """In place of torch.export's own: the flags are on in this thread."""
-    flags = ("_is_compiling_flag", "_is_exporting_flag")
     with contextlib.ExitStack() as stack:
-        for name in flags:
+        for name in COMPILER_FLAGS:
             switch = _Switch(True, getattr(torch.compiler, name))
             stack.enter_context(_patched(torch.compiler, name, switch))
         yield
 
 
-# Names of torch 2.13 that have no public counterpart: (owner, name, what other threads get, or what
-# stands for it in this one).
-_TRACER = proxy_tensor._ModuleStackTracer
-_IN_THIS_THREAD: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
-    (_TRACER, "call_module", lambda _tracer, _module, forward, args, kw: forward(*args, **kw)),
-    (_TRACER, "getattr", lambda _tracer, _name, value, _cache: value),
-    (_symbolic_trace, "_autowrap_check", lambda *_: None),
-)
-_INSTEAD: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
-    (_trace, "_ignore_backend_decomps", contextlib.nullcontext),
-    (_trace, "_compiling_state_context", _compiling),
-)
-REPLACED = (*_IN_THIS_THREAD, *_INSTEAD)
-
-
 @contextlib.contextmanager
 def _own_export() -> Iterator[None]:
     """torch.export without what it does to other threads."""
+    # What other threads get in place of what is replaced for this one.
+    elsewhere: dict[str, Callable[..., Any]] = {
+        "call": lambda _tracer, _module, forward, args, kw: forward(*args, **kw),
+        "attribute": lambda _tracer, _name, value, _cache: value,
+        "autowrap": lambda *_: None,
+    }
+    instead = {"backends": contextlib.nullcontext, "compiling": _compiling}
     with contextlib.ExitStack() as stack:
-        for owner, name, elsewhere in _IN_THIS_THREAD:
-            own = _by_thread(getattr(owner, name), elsewhere)
+        for what, (owner, name) in replaced_by_export().items():
+            own: Any = instead.get(what)
+            if own is None:
+                own = _by_thread(getattr(owner, name), elsewhere[what])
             stack.enter_context(_patched(owner, name, own))
-        for owner, name, instead in _INSTEAD:
-            stack.enter_context(_patched(owner, name, instead))
         yield
 
 

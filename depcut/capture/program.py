@@ -83,16 +83,11 @@ class Program:
         return [n for n in nodes if n.op == "placeholder" and n not in self.tensors]
 
     @cached_property
-    def computed_from(self) -> dict[fx.Node, tuple[str, ...]]:
-        """Parameters behind each node that is computed from parameters alone, in one pass."""
-        out: dict[fx.Node, tuple[str, ...]] = {}
-        for node in self.graph.graph.nodes:
-            if node.op == "call_function":
-                sources = [n for n in node.all_input_nodes if self.sizes.get(n) is not None]
-                if sources and all(n in out for n in sources):
-                    out[node] = tuple(dict.fromkeys(name for n in sources for name in out[n]))
-            elif self.tensors.get(node) in self.parameters:
-                out[node] = (self.tensors[node],)
+    def holders(self) -> dict[str, tuple[fx.Node, ...]]:
+        """The placeholders of each parameter, buffer or constant."""
+        out: dict[str, tuple[fx.Node, ...]] = {}
+        for node, name in self.tensors.items():
+            out[name] = (*out.get(name, ()), node)
         return out
 
     @property
@@ -114,6 +109,15 @@ def module_of(node: fx.Node) -> str:
 def parent_of(name: str) -> str:
     """The enclosing module's name."""
     return name.rpartition(".")[0]
+
+
+def layer_of(tensor: str) -> str:
+    """The layer that a parameter belongs to; a parametrization counts as its layer's weight."""
+    return (
+        tensor.partition(".parametrizations.")[0]
+        if ".parametrizations." in tensor
+        else (tensor.rpartition(".")[0] or tensor)
+    )
 
 
 def stack_entries(node: fx.Node) -> list[str]:

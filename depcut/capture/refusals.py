@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from depcut.errors import CaptureError, InputError, listed
+from depcut.support.torch_private import is_packed
 
 
 def check_model(model: object) -> None:
@@ -31,7 +32,7 @@ def check_model(model: object) -> None:
             remedy="pass the module itself",
         )
     for name, module in model.named_modules():
-        quantized = ".quantized" in type(module).__module__ and hasattr(module, "_packed_params")
+        quantized = ".quantized" in type(module).__module__ and is_packed(module)
         scripted = isinstance(module, torch.jit.ScriptModule)
         if quantized or scripted or ".quantized.modules" in type(module).__module__:
             kind = "scripted" if scripted else "quantized"

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from torch import fx
 
 from depcut import axes
 from depcut.axes import Axis, Concat, Dims, Product, Term
-from depcut.capture.program import Program, where
+from depcut.capture.program import Program, layer_of, where
 from depcut.ops.registry import Effects, Output
+
+__all__ = ["Coupling", "Frozen", "Group", "Member", "layer_of"]
 
 
 @dataclass(frozen=True)
@@ -121,36 +122,3 @@ class Coupling:
 def _is_inner(term: Term) -> bool:
     """A product with a free factor: its width can shrink, though one factor stays."""
     return isinstance(term, Product)
-
-
-def layer_of(tensor: str) -> str:
-    """The layer that a parameter belongs to; a parametrization counts as its layer's weight."""
-    return (
-        tensor.partition(".parametrizations.")[0]
-        if ".parametrizations." in tensor
-        else (tensor.rpartition(".")[0] or tensor)
-    )
-
-
-def origin(node: fx.Node, dim: int, program: Program) -> tuple[str, int] | None:
-    """The parameter dimension behind a contracted one, also through casts and transpositions."""
-    if program.training is not None and node in program.training.sizes:
-        program = program.training
-    while node not in program.tensors:
-        name = str(node.target).partition(".")[2].partition(".")[0]
-        args: Any = node.args
-        source = args[0] if args else None
-        if not isinstance(source, fx.Node) or program.sizes[source] is None:
-            return None
-        rank = len(program.sizes[source])
-        if name in ("transpose", "swapaxes"):
-            swapped = [d % rank for d in args[1:3]]
-            dim = swapped[1 - swapped.index(dim)] if dim in swapped else dim
-        elif name == "permute":
-            dim = args[1][dim] % rank
-        elif name in ("t", "mT"):
-            dim = {rank - 1: rank - 2, rank - 2: rank - 1}.get(dim, dim)
-        elif name not in ("to", "contiguous", "clone", "alias", "detach"):
-            return None
-        node = source
-    return program.tensors[node], dim

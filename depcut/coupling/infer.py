@@ -11,11 +11,12 @@ from torch import fx
 import depcut.ops  # noqa: F401  (fills the table of rules)
 from depcut import axes
 from depcut.axes import Axis, Concat, Dims, Product, Reason, Term
-from depcut.capture.program import Program, where
-from depcut.coupling.groups import Coupling, Group, Member, layer_of, origin
+from depcut.capture.program import Program, layer_of, where
+from depcut.coupling.groups import Coupling, Group, Member
 from depcut.coupling.outer import OUTPUT, find_outer
+from depcut.graph.ancestry import parameter_dimension
+from depcut.graph.operators import is_item, is_operator
 from depcut.ops.registry import Effects, Op, Output, rule_for
-from depcut.support.torch_private import is_operator
 
 
 def infer(program: Program) -> Coupling:
@@ -103,13 +104,13 @@ def _visit(
     effects: dict[fx.Node, Effects],
     unknown: dict[str, list[str]],
 ) -> Output:
-    if getattr(node.target, "__name__", "") == "getitem":
+    if is_item(node):
         source = env.get(node.args[0])  # type: ignore[arg-type]
         return source[node.args[1]] if isinstance(source, list) else None  # type: ignore
     sizes = program.sizes[node]
     if sizes is None and not any(env.get(n) for n in node.all_input_nodes):
         return None
-    if not is_operator(node.target):
+    if not is_operator(node):
         return None if sizes is None else _give_up(node, env, sizes, unknown, "no rule for {}")
     function = rule_for(node.target)
     if function is None:
@@ -215,7 +216,11 @@ def _groups(
     effects: dict[fx.Node, Effects],
     classes: dict[Axis, Axis],
 ) -> tuple[Group, ...]:
-    places = (origin(node, dim, program) for e in effects.values() for node, dim in e.contracts)
+    places = (
+        parameter_dimension(node, dim, program)
+        for e in effects.values()
+        for node, dim in e.contracts
+    )
     consumers = {place for place in places if place is not None}
     members: dict[Axis, list[Member]] = {}
     labels: dict[Axis, str] = {}

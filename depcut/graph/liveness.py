@@ -6,22 +6,21 @@ to); whatever only it read is dead, and so are the modules and tensors that only
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import fx
 
 from depcut.capture.program import Program, stack_entries
+from depcut.graph.arguments import sources_of_storage, written
+from depcut.graph.operators import base_name, is_item, is_size, returns_its_input
+
+__all__ = ["Bypass", "Gone", "gone", "is_size", "live_nodes", "returns_its_input"]
+__all__ += ["rewritten", "written"]
 
 Bypass = Mapping[fx.Node, fx.Node]
-
-_ARITHMETIC = (operator.mul, operator.add, operator.sub, operator.floordiv)
-_SIZE = (torch.ops.aten.sym_size.int, torch.ops.aten.sym_size.default)
-_CASTS = ("aten.to", "aten.contiguous", "aten.type_as")  # they may return the very tensor they got
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,16 +44,6 @@ class Gone:
     through: Bypass = field(default_factory=dict)
     fresh: frozenset[fx.Node] = frozenset()
     written: frozenset[fx.Node] = frozenset()
-
-
-def is_size(node: fx.Node) -> bool:
-    """Whether a node reads a size off a tensor or computes with such sizes.
-
-    Where the tensor is dead, the size can be had elsewhere.
-    """
-    if node.target in _SIZE:
-        return True
-    return node.target in _ARITHMETIC and isinstance(node.meta.get("val"), torch.SymInt | int)
 
 
 def live_nodes(program: Program, bypass: Bypass) -> set[fx.Node]:
@@ -160,19 +149,6 @@ def rewritten(program: Program, dead: Gone) -> dict[str, str]:
     return out
 
 
-def returns_its_input(node: fx.Node) -> bool:
-    """Whether a cast gives back the very tensor that it got."""
-    if node.op != "call_function" or not str(node.target).startswith(_CASTS):
-        return False
-    source = node.args[0]
-    was = source.meta.get("val") if isinstance(source, fx.Node) else None
-    now = node.meta.get("val")
-    if not isinstance(was, torch.Tensor) or not isinstance(now, torch.Tensor):
-        return False
-    same = (was.dtype, was.device, was.layout) == (now.dtype, now.device, now.layout)
-    return same and tuple(map(str, was.stride())) == tuple(map(str, now.stride()))
-
-
 def _calls(nodes: set[fx.Node]) -> set[str]:
     """Module calls in which some of the nodes do something that counts."""
     return {
@@ -220,38 +196,14 @@ def _tensors(
 # Storage ------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=4096)
-def _aliased(target: Any) -> tuple[tuple[int, str, bool], ...]:
-    """(position, name, whether it is written to) of arguments whose storage an operator uses."""
-    schema = getattr(target, "_schema", None)
-    return tuple(
-        (i, a.name, a.alias_info.is_write)
-        for i, a in enumerate(schema.arguments if schema is not None else ())
-        if a.alias_info is not None
-    )
-
-
-def _arguments(node: fx.Node) -> Iterator[tuple[bool, fx.Node]]:
-    """(whether it is written to, node) for arguments whose storage a node uses."""
-    for i, name, is_write in _aliased(node.target) if node.op == "call_function" else ():
-        value = node.args[i] if i < len(node.args) else node.kwargs.get(name)
-        if isinstance(value, fx.Node):
-            yield is_write, value
-
-
-def written(node: fx.Node) -> list[fx.Node]:
-    """Arguments that a node changes in place."""
-    return [value for is_write, value in _arguments(node) if is_write]
-
-
 def _shared(node: fx.Node) -> fx.Node | None:
     """The argument whose storage a node's result may share."""
     if node.op != "call_function":
         return None
-    if getattr(node.target, "__name__", "") == "getitem" or "dropout" in str(node.target):
+    if is_item(node) or "dropout" in base_name(node):
         source = node.args[0]
         return source if isinstance(source, fx.Node) else None
-    return next((value for _, value in _arguments(node)), None)
+    return next((source for _, source in sources_of_storage(node)), None)
 
 
 def _storage(node: fx.Node) -> fx.Node:

@@ -1,9 +1,13 @@
-"""Operator rules, one family a file; importing the package fills the table."""
+"""Operators, one family a file: axis rule, literals, MACs, taint, product form, calibration site.
 
-from depcut.ops import (  # noqa: F401  (imported for the rules they register)
+Importing the package fills the tables.
+"""
+
+from depcut.ops import (  # noqa: F401  (imported for what they register)
     attention,
     contraction,
     convolution,
+    einsum,
     indexing,
     join,
     normalization,
@@ -11,4 +15,5 @@ from depcut.ops import (  # noqa: F401  (imported for the rules they register)
     recurrent,
     reduction,
     shape,
+    windows,
 )

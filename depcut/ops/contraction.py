@@ -2,11 +2,63 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from string import ascii_lowercase
+from typing import Any
+
+import torch
 from torch import fx
 
-from depcut import axes
 from depcut.axes import Term
-from depcut.ops.registry import Op, Output, rule
+from depcut.graph.arguments import Call, schema
+from depcut.graph.operators import base_name
+from depcut.ops.form import Form, form, leading
+from depcut.ops.kinds import MATRIX_PRODUCTS, PRODUCTS
+from depcut.ops.registry import Op, Output, aten, rule
+from depcut.ops.site import ContractionOp, Site, site
+from depcut.ops.taint import TaintedOp, multilinear, taints, varying
+
+_MATMULS = aten("matmul mm bmm mv dot vdot")
+_ADDED = aten("addmm baddbmm addmv")
+
+MATRIX_PRODUCTS.add(*aten("matmul mm bmm baddbmm"))
+PRODUCTS.add(*aten("matmul mm bmm mv dot inner bilinear outer"))
+
+
+@dataclass(frozen=True)
+class MatrixProduct:
+    """x W^T, W a matrix that may be stored transposed.
+
+    Attributes:
+        source: Argument that holds the activations.
+        features: Its contracted dimension, from the end.
+        weight: Argument that holds the matrix.
+        dim: Its contracted dimension.
+    """
+
+    source: str
+    features: int
+    weight: str
+    dim: int
+
+    @property
+    def result(self) -> int:
+        """Where the vectors of the result lie."""
+        return self.features
+
+    def inputs(self, call: Call) -> torch.Tensor:
+        """Every vector of features, whatever dimensions lead to it."""
+        x: torch.Tensor = call[self.source]
+        return x.movedim(self.features, -1).reshape(1, -1, x.shape[self.features])
+
+    def matrix(self, call: Call) -> torch.Tensor:
+        """The parameter with its contracted dimension last."""
+        weight: torch.Tensor = call[self.weight]
+        return weight.movedim(self.dim, -1)[None]
+
+    def write(self, call: Call, matrix: torch.Tensor) -> None:
+        """Turned back."""
+        call[self.weight].movedim(self.dim, -1).copy_(matrix[0])
 
 
 @rule("aten.linear")
@@ -20,6 +72,54 @@ def linear(op: Op) -> Output:
         op.unify(op.dims("bias")[0], weight[0])
     op.macs(*out, weight[-1])
     return out
+
+
+@taints("aten.linear")
+def linear_taint(op: TaintedOp) -> Any:
+    """y = x W^T + b."""
+    out = multilinear(op, ("input", "weight"), added="bias")
+    bias = op.taint(op.arg("bias"))
+    return out if isinstance(bias, float) else torch.maximum(out, bias)
+
+
+@form("aten.linear")
+def linear_form(op: TaintedOp) -> Form | None:
+    """Features of the input times rows of the weight."""
+    x, w = op.arg("input"), op.arg("weight")
+    if op.value(w).ndim != 2:
+        return None
+    return Form((x, w), ((*leading(op.value(x).ndim - 1), "i"), ("o", "i")), out="o")
+
+
+@site("aten.linear")
+def linear_sites(op: ContractionOp) -> list[Site]:
+    """y = x W^T + b."""
+    return matrix_sites(op, "input", -1, ("weight", 1), op.biases(op.arg("bias")))
+
+
+def matrix_sites(
+    op: ContractionOp,
+    source: str,
+    features: int,
+    weight: tuple[str, int],
+    biases: tuple[str, ...] | None,
+) -> list[Site]:
+    """The site of a matrix product with a parameter; none where the matrix is something else.
+
+    Args:
+        op: The product.
+        source: Name of the argument that holds the activations.
+        features: Its contracted dimension, from the end.
+        weight: Name of the argument that holds the matrix, and its contracted dimension.
+        biases: What is added; None: what is no parameter.
+    """
+    found = op.matrix(op.arg(weight[0]), weight[1])
+    if found is None or biases is None or len(op.dims(source)) < 2:
+        return []
+    name, dim = found
+    dims = op.stored[name]
+    family = MatrixProduct(source, features, *weight)
+    return [Site(op.node, (name,), biases, ((dims[dim],),), dims[1 - dim], family)]
 
 
 def product_of(op: Op, a: fx.Node, b: fx.Node) -> tuple[Term, ...]:
@@ -36,13 +136,66 @@ def product_of(op: Op, a: fx.Node, b: fx.Node) -> tuple[Term, ...]:
     return out
 
 
-@rule("aten.matmul", "aten.mm", "aten.bmm", "aten.mv", "aten.dot", "aten.vdot")
+@rule(*_MATMULS)
 def matmul(op: Op) -> Output:
     """Product of matrices, vectors or batches of matrices."""
     a, b = op.node.args[:2]
     assert isinstance(a, fx.Node)
     assert isinstance(b, fx.Node)
     return product_of(op, a, b)
+
+
+def sums_to_one(node: Any) -> bool:
+    """Whether the last dimension of a node is the result of a softmax."""
+    while isinstance(node, fx.Node):
+        name = base_name(node)
+        source: Any = node.args[0] if node.args else None
+        if name in ("softmax", "_softmax"):
+            dim = node.args[1]
+            return bool(dim == -1 or dim == node.meta["val"].ndim - 1)
+        if name in ("view", "reshape", "_unsafe_view", "expand"):
+            if node.meta["val"].shape[-1] != source.meta["val"].shape[-1]:
+                return False
+        elif name not in ("to", "clone", "contiguous", "alias", "type_as") and not (
+            name == "dropout" and node.args[-1] is False
+        ):
+            return False
+        node = source
+    return False
+
+
+@taints(*_MATMULS)
+def matmul_taint(op: TaintedOp) -> Any:
+    """Averages by a softmax leave what is the same at all positions as it is."""
+    a, b = op.node.args[:2]
+    names = list(schema(op.node.target))
+    out = multilinear(op, names[:2])
+    if sums_to_one(a) and op.value(b).ndim > 1:
+        out = torch.minimum(out, varying(op, b))
+    return out
+
+
+@form(*_MATMULS)
+def matmul_form(op: TaintedOp) -> Form | None:
+    """Columns of the first times rows of the second."""
+    first, second = op.node.args[:2]
+    assert isinstance(first, fx.Node)
+    assert isinstance(second, fx.Node)
+    return _product_form(op, first, second)
+
+
+def _product_form(op: TaintedOp, a: fx.Node, b: fx.Node, out: str = "") -> Form:
+    ranks = op.value(a).ndim, op.value(b).ndim
+    left = (*leading(ranks[0] - 2), *("m" * (ranks[0] > 1)), "k")
+    right = (*leading(ranks[1] - 2), "k", *("n" * (ranks[1] > 1)))
+    return Form((a, b), (left, right), out=out)
+
+
+@site(*aten("matmul mm bmm"))
+def matmul_sites(op: ContractionOp) -> list[Site]:
+    """x @ W or W @ x."""
+    left, right = list(schema(op.node.target))[:2]
+    return matrix_sites(op, left, -1, (right, 0), ()) or matrix_sites(op, right, -2, (left, 1), ())
 
 
 @rule("aten.inner")
@@ -59,7 +212,29 @@ def inner(op: Op) -> Output:
     return out
 
 
-@rule("aten.addmm", "aten.baddbmm", "aten.addmv", "aten.addmm_", "aten.baddbmm_")
+@taints("aten.inner")
+def inner_taint(op: TaintedOp) -> Any:
+    """As a product of matrices, the second turned."""
+    return multilinear(op, ("self", "other"))
+
+
+@form("aten.inner")
+def inner_form(op: TaintedOp) -> Form | None:
+    """Rows of the first times rows of the second."""
+    a, b = op.arg("self"), op.arg("other")
+    if not op.value(a).ndim or not op.value(b).ndim:
+        return None
+    rows = ascii_lowercase[: op.value(b).ndim - 1]
+    return Form((a, b), ((*leading(op.value(a).ndim - 1), "z"), (*rows, "z")))
+
+
+@site("aten.inner")
+def inner_sites(op: ContractionOp) -> list[Site]:
+    """x W^T."""
+    return matrix_sites(op, "self", -1, ("other", 1), ())
+
+
+@rule(*_ADDED)
 def addmm(op: Op) -> Output:
     """bias + a @ b."""
     bias, a, b = op.node.args[:3]
@@ -68,6 +243,35 @@ def addmm(op: Op) -> Output:
     out = product_of(op, a, b)
     op.broadcast(out, op.dims(bias))
     return out
+
+
+@taints(*_ADDED)
+def addmm_taint(op: TaintedOp) -> Any:
+    """bias + a @ b."""
+    bias, a, b = op.node.args[:3]
+    first, second = op.taint(a), op.taint(b)
+    total = first @ op.nonzero(b) + op.nonzero(a) @ second
+    return torch.maximum((total > 0.5).float(), op.taint(bias))
+
+
+@form(*_ADDED)
+def addmm_form(op: TaintedOp) -> Form | None:
+    """The product alone; a vector that is added to it has the columns of the second."""
+    _, first, second = op.node.args[:3]
+    assert isinstance(first, fx.Node)
+    assert isinstance(second, fx.Node)
+    return _product_form(op, first, second, out="n" if base_name(op.node) == "addmm" else "")
+
+
+@site(*aten("addmm baddbmm"))
+def addmm_sites(op: ContractionOp) -> list[Site]:
+    """x @ W or W @ x, with a vector added."""
+    _, left, right = list(schema(op.node.target))[:3]
+    plain = op.arg("beta") == op.arg("alpha") == 1
+    biases = op.biases(op.arg("self")) if plain else None
+    # A vector that is added there runs along the columns of the result, not along its features:
+    # W @ x has no site.
+    return matrix_sites(op, left, -1, (right, 0), biases)
 
 
 @rule("aten._grouped_mm", "transformers.grouped_mm_fallback")
@@ -108,49 +312,17 @@ def bilinear(op: Op) -> Output:
     return out
 
 
-@rule("aten.einsum")
-def einsum(op: Op) -> Output:
-    """Any product of tensors in Einstein's notation: equal letters unify."""
-    equation = op.arg("equation").replace(" ", "")
-    operands = list(op.arg("tensors"))
-    inputs, arrow, output = equation.partition("->")
-    shapes = [op.dims(n) for n in operands]
-    labels = [labels_of(spec, len(s)) for spec, s in zip(inputs.split(","), shapes, strict=True)]
-    if not arrow:
-        flat = [c for spec in labels for c in spec]
-        output = "".join(sorted(c for c in set(flat) if flat.count(c) == 1 and c.isalpha()))
-        wanted = sorted({c for c in flat if not c.isalpha()}, reverse=True) + list(output)
-    else:
-        dots = max((sum(not c.isalpha() for c in spec) for spec in labels), default=0)
-        wanted = labels_of(output, len(output.replace("...", "")) + dots)
-    terms: dict[str, Term] = {}
-    for spec, shape in zip(labels, shapes, strict=True):
-        for label, term in zip(spec, shape, strict=True):
-            if label not in terms or terms[label].size == 1:
-                terms[label] = term
-            elif term.size != 1:
-                op.unify(terms[label], term)
-    for node, spec in zip(operands, labels, strict=True):
-        for i, label in enumerate(spec):
-            if label not in wanted:
-                op.contract(node, i)
-    flat = [label for spec in labels for label in spec] + wanted
-    # A label that no other operand and not the output has is summed beforehand.
-    shared = [[label for label in spec if flat.count(label) > 1] for spec in labels]
-    done = shared[0]
-    for i, spec in enumerate(shared[1:], 1):
-        # From left to right, two operands at a time; what nobody needs any more is summed.
-        both = list(dict.fromkeys([*done, *spec]))
-        op.macs(*(terms[label] for label in both))
-        needed = {c for later in shared[i + 1 :] for c in later} | set(wanted)
-        done = [label for label in both if label in needed]
-    return tuple(axes.resolve(terms[label]) for label in wanted)
+@taints("aten.bilinear")
+def bilinear_taint(op: TaintedOp) -> Any:
+    """A product of three."""
+    out = multilinear(op, ("input1", "input2", "weight"), added="bias")
+    bias = op.taint(op.arg("bias"))
+    return out if isinstance(bias, float) else torch.maximum(out, bias)
 
 
-def labels_of(spec: str, ndim: int) -> list[str]:
-    """The labels of an operand; the dimensions under "..." are numbered from the right."""
-    left, dots, right = spec.partition("...")
-    if not dots:
-        return list(spec)
-    hidden = ndim - len(left) - len(right)
-    return [*left, *(str(i) for i in range(hidden - 1, -1, -1)), *right]
+@form("aten.bilinear")
+def bilinear_form(op: TaintedOp) -> Form | None:
+    """Features of both inputs times the weight."""
+    x, y, w = (op.arg(name) for name in ("input1", "input2", "weight"))
+    batch = leading(op.value(x).ndim - 1)
+    return Form((x, y, w), ((*batch, "i"), (*batch, "j"), ("o", "i", "j")))

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
 from depcut import axes
-from depcut.axes import Dims, Term
-from depcut.ops.registry import Op, Output, rule
+from depcut.axes import Term
+from depcut.graph.arguments import Call
+from depcut.graph.operators import base_name
+from depcut.ops.form import Form, form
+from depcut.ops.registry import Op, Output, aten, rule
+from depcut.ops.site import ContractionOp, Site, site
+from depcut.ops.taint import TaintedOp, multilinear, tainted, taints
+from depcut.ops.windows import is_padded, slid_over
 
-
-def _spatial(op: Op, x: Dims, pointwise: bool) -> Dims:
-    """Sliding windows fix every index; a kernel of one tap lets each pass."""
-    sizes = op.out_sizes[len(op.out_sizes) - len(x) :] if x else ()
-    if pointwise and all(t.size == n for t, n in zip(x, sizes, strict=True)):
-        return x
-    for term in x:
-        op.freeze(term, "a kernel slides over it")
-    return tuple(op.frozen(n, "spatial: positions of a sliding kernel") for n in sizes)
+_CONV = aten("conv1d conv2d conv3d")
+_TRANSPOSED = aten("conv_transpose1d conv_transpose2d conv_transpose3d")
+_FUNCTIONS: dict[int, Callable[..., torch.Tensor]] = {
+    1: functional.conv1d,
+    2: functional.conv2d,
+    3: functional.conv3d,
+}
+_TRANSPOSED_FUNCTIONS: dict[int, Callable[..., torch.Tensor]] = {
+    1: functional.conv_transpose1d,
+    2: functional.conv_transpose2d,
+    3: functional.conv_transpose3d,
+}
+_PLANE = 2
 
 
 def _grouped(op: Op, groups: int) -> Term:
@@ -22,7 +39,7 @@ def _grouped(op: Op, groups: int) -> Term:
     return axes.axis(groups)
 
 
-@rule("aten.conv1d", "aten.conv2d", "aten.conv3d")
+@rule(*_CONV)
 def conv(op: Op) -> Output:
     """Weight (out, in / groups, *kernel); in = groups x i, out = groups x o."""
     x, weight, bias = op.dims("input"), op.dims("weight"), op.arg("bias")
@@ -39,7 +56,7 @@ def conv(op: Op) -> Output:
     for term in weight[2:]:
         op.freeze(term, "kernel: taps of a convolution")
     taps = all(t.size == 1 for t in weight[2:]) and _is_plain(op)
-    result = (*batch, weight[0], *_spatial(op, spatial, taps))
+    result = (*batch, weight[0], *slid_over(op, spatial, taps))
     op.macs(*result, *weight[1:])
     return result
 
@@ -53,7 +70,7 @@ def _is_plain(op: Op) -> bool:
     )
 
 
-@rule("aten.conv_transpose1d", "aten.conv_transpose2d", "aten.conv_transpose3d")
+@rule(*_TRANSPOSED)
 def conv_transpose(op: Op) -> Output:
     """Weight (in, out / groups, *kernel); in = groups x i, out = groups x o."""
     x, weight, bias = op.dims("input"), op.dims("weight"), op.arg("bias")
@@ -71,46 +88,139 @@ def conv_transpose(op: Op) -> Output:
     for term in weight[2:]:
         op.freeze(term, "kernel: taps of a convolution")
     op.macs(*batch, *x[-rank:], weight[0], *weight[1:])
-    return (*batch, axes.resolve(out), *_spatial(op, spatial, False))
+    return (*batch, axes.resolve(out), *slid_over(op, spatial, False))
 
 
-_POOLS = """
-aten.max_pool1d aten.max_pool2d aten.max_pool3d aten.avg_pool1d aten.avg_pool2d aten.avg_pool3d
-aten.adaptive_avg_pool1d aten.adaptive_avg_pool2d aten.adaptive_avg_pool3d
-aten.adaptive_max_pool1d aten.adaptive_max_pool2d aten.adaptive_max_pool3d
-aten.max_pool2d_with_indices aten.max_pool1d_with_indices aten.max_pool3d_with_indices
-aten.upsample_nearest1d aten.upsample_nearest2d aten.upsample_nearest3d
-aten._upsample_nearest_exact1d aten._upsample_nearest_exact2d
-aten.upsample_bilinear2d aten.upsample_bicubic2d aten.upsample_linear1d aten.upsample_trilinear3d
-aten._upsample_bilinear2d_aa aten._upsample_bicubic2d_aa
-aten.reflection_pad1d aten.reflection_pad2d aten.reflection_pad3d
-aten.replication_pad1d aten.replication_pad2d aten.replication_pad3d
-aten.fractional_max_pool2d aten.max_unpool2d
-""".split()
-
-_SPATIAL_RANK = {"1d": 1, "2d": 2, "3d": 3}
+@taints(*_CONV, *_TRANSPOSED)
+def convolution_taint(op: TaintedOp) -> Any:
+    """Only zeros stay constant across a border, or where kernels overlap unevenly."""
+    bare = is_padded(op) or "transpose" in base_name(op.node)
+    out = multilinear(op, ("input", "weight"), added="bias", bare=bare)
+    return None if tainted(op.taint(op.arg("bias"))) else out
 
 
-@rule(*_POOLS)
-def pool(op: Op) -> Output:
-    """Pooling and resampling: the trailing dimensions are positions, the others pass."""
-    name = str(op.node.target)
-    rank = next(r for key, r in _SPATIAL_RANK.items() if key in name)
-    x = op.dims(op.node.args[0])
-    sizes = op.sizes[op.node]
-    kept, spatial = x[:-rank], x[-rank:]
-    for other in op.tensors()[1:]:
-        # Indices of an unpooling, random samples of a fractional pooling: the same channels.
-        op.broadcast(kept, op.dims(other)[: len(kept)])
-    out = (*kept, *_spatial(op, spatial, False))
-    return [out] * len(sizes) if isinstance(sizes[0], tuple) else out
+@form(*_CONV)
+def conv_form(op: TaintedOp) -> Form | None:
+    """Patches times taps, group by group."""
+    (x, w), inputs, rank = _operands(op)
+    shape, groups = op.value(w).shape, int(op.value(op.arg("groups")))
+    sizes = (("g", groups), ("i", int(shape[1])), ("o", int(shape[0]) // groups))
+    why = "it pads with zeros, so that the border differs" if is_padded(op) else ""
+    return Form((x, w), (inputs, ("go", "i", *"uvw"[:rank])), sizes, out="go", why=why)
 
 
-@rule("aten.grid_sampler", "aten.grid_sampler_2d", "aten.grid_sampler_3d")
-def grid_sample(op: Op) -> Output:
-    """Samples positions; batch and channels pass."""
-    x, grid = op.dims("input"), op.dims("grid")
-    for term in (*x[2:], *grid[1:]):
-        op.freeze(term, "sampled by position")
-    op.broadcast(x[:1], grid[:1])
-    return (*x[:2], *_spatial(op, x[2:], False))
+@form(*_TRANSPOSED)
+def conv_transpose_form(op: TaintedOp) -> Form | None:
+    """Positions times taps, group by group."""
+    (x, w), inputs, rank = _operands(op)
+    groups = int(op.value(op.arg("groups")))
+    sizes = (("g", groups), ("i", int(op.value(w).shape[0]) // groups))
+    why = "it is a transposed convolution, whose kernels overlap unevenly"
+    return Form((x, w), (inputs, ("gi", "o", *"uvw"[:rank])), sizes, why=why)
+
+
+def _operands(op: TaintedOp) -> tuple[tuple[Any, Any], tuple[str, ...], int]:
+    """(input and weight, letters of the input, number of spatial dimensions)."""
+    x, w = op.arg("input"), op.arg("weight")
+    rank = op.value(w).ndim - 2
+    batch = op.value(x).ndim - rank - 1
+    return (x, w), (*"B"[:batch], "gi", *"pqr"[:rank]), rank
+
+
+@dataclass(frozen=True)
+class Patches:
+    """A convolution of any rank, or its transpose.
+
+    Attributes:
+        rank: Number of spatial dimensions.
+        transposed: Whether it is a transposed convolution, whose weight is (in, out / groups, ...).
+    """
+
+    rank: int
+    transposed: bool
+
+    @property
+    def result(self) -> int:
+        """The channels."""
+        return -self.rank - 1
+
+    def inputs(self, call: Call) -> torch.Tensor:
+        """(groups, batch * positions, in / groups * taps)."""
+        x: torch.Tensor = call["input"]
+        x = x if x.ndim == self.rank + 2 else x[None]
+        kernel = call["weight"].shape[2:]
+        groups, channels = call["groups"], x.shape[1]
+        if kernel.numel() == 1 and self._is_plain(call):
+            patches = x.flatten(2)
+        elif self.rank == _PLANE and not self.transposed and not isinstance(call["padding"], str):
+            options = {k: call[k] for k in ("dilation", "padding", "stride")}
+            patches = functional.unfold(x, tuple(kernel), **options)
+        else:
+            patches = self._spread(x, call, kernel)
+        columns = patches.reshape(len(x), groups, channels // groups * kernel.numel(), -1)
+        return columns.permute(1, 0, 3, 2).flatten(1, 2)
+
+    def _spread(self, x: torch.Tensor, call: Call, kernel: torch.Size) -> torch.Tensor:
+        """One output channel for each channel and tap, by kernels with a single one."""
+        taps = torch.eye(kernel.numel(), dtype=x.dtype, device=x.device)
+        channels = x.shape[1]
+        names = ["stride", "padding", "dilation"] + ["output_padding"] * self.transposed
+        options: dict[str, Any] = {k: call[k] for k in names}
+        if self.transposed:
+            weight = taps.reshape(1, -1, *kernel).repeat(channels, 1, *[1] * self.rank)
+            made = _TRANSPOSED_FUNCTIONS[self.rank](x, weight, groups=channels, **options)
+        else:
+            weight = taps.reshape(-1, 1, *kernel).repeat(channels, 1, *[1] * self.rank)
+            made = _FUNCTIONS[self.rank](x, weight, groups=channels, **options)
+        return made.flatten(2)
+
+    def _is_plain(self, call: Call) -> bool:
+        """One tap, no stride and no padding: the patches are the input itself."""
+        padding = call["padding"]
+        offsets = (
+            [] if isinstance(padding, str) else [padding] if isinstance(padding, int) else padding
+        )
+        strides = call["stride"]
+        strides = [strides] if isinstance(strides, int) else strides
+        return not any(offsets) and all(s == 1 for s in strides) and not self.transposed
+
+    def _grouped(self, call: Call) -> torch.Tensor:
+        """The weight as (groups, out, in / groups, taps), a view where there is one."""
+        weight, groups = call["weight"], call["groups"]
+        if self.transposed:
+            return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(3)  # type: ignore[no-any-return]
+        return weight.unflatten(0, (groups, -1)).flatten(3)  # type: ignore[no-any-return]
+
+    def matrix(self, call: Call) -> torch.Tensor:
+        """(groups, out, in / groups * taps)."""
+        return self._grouped(call).flatten(2)
+
+    def write(self, call: Call, matrix: torch.Tensor) -> None:
+        """Turned back."""
+        blocks = self._grouped(call)
+        solved = matrix.reshape(blocks.shape)
+        if self.transposed:
+            solved = solved.transpose(1, 2)
+        call["weight"].copy_(solved.reshape(call["weight"].shape))
+
+
+@site(*_CONV)
+def conv_sites(op: ContractionOp) -> list[Site]:
+    """Weight (out, in / groups, *kernel)."""
+    name, biases = op.parameter(op.arg("weight")), op.biases(op.arg("bias"))
+    if name is None or biases is None:
+        return []
+    weight = op.dims("weight")
+    family = Patches(len(weight) - 2, transposed=False)
+    return [Site(op.node, (name,), biases, (tuple(weight[1:]),), weight[0], family)]
+
+
+@site(*_TRANSPOSED)
+def conv_transpose_sites(op: ContractionOp) -> list[Site]:
+    """Weight (in, out, *kernel); with groups, columns would be a part of the first dimension."""
+    name, biases = op.parameter(op.arg("weight")), op.biases(op.arg("bias"))
+    if name is None or biases is None or op.arg("groups") != 1:
+        return []
+    weight = op.dims("weight")
+    family = Patches(len(weight) - 2, transposed=True)
+    return [Site(op.node, (name,), biases, ((weight[0], *weight[2:]),), weight[1], family)]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
 from depcut import axes
 from depcut.axes import Term
-from depcut.ops.registry import Op, Output, dim_of, rule
+from depcut.graph.operators import base_name
+from depcut.ops.registry import Op, Output, aten, dim_of, rule
+from depcut.ops.taint import ALL, NOTHING, TaintedOp, tainted, taints
 
 
 @rule("aten.embedding")
@@ -156,3 +160,36 @@ def meshgrid(op: Op) -> Output:
             op.freeze(term, "coordinates of a grid")
     sizes = op.sizes[op.node]
     return [tuple(op.frozen(n, "coordinates of a grid") for n in s) for s in sizes]
+
+
+@taints(*aten("index _unsafe_index index_select gather take_along_dim embedding"))
+def looked_up(op: TaintedOp) -> Any:
+    """Elements move to known places; by unknown numbers one gets a constant only if all are."""
+    source = op.node.args[0]
+    if any(tainted(op.taint(n)) for n in op.inputs if n is not source):
+        if base_name(op.node) != "embedding":
+            return None
+        table = op.value(source)
+        column = op.taint(source).amax(0).maximum((table != table[0]).any(0).float())
+        shape = op.value(op.arg("indices")).shape
+        return column.expand(*shape, len(column)).clone()
+    return op.run(lambda n: op.taint(n) if n is source else op.values[n])
+
+
+@taints(*aten("new_full full_like fill"))
+def filled(op: TaintedOp) -> Any:
+    """What was there before does not matter."""
+    value = op.arg("value") if op.arg("value") is not None else op.arg("fill_value")
+    return None if tainted(op.taint(value)) else NOTHING
+
+
+@taints(*aten("zero_ zeros ones zeros_like ones_like new_zeros new_ones"))
+def constant_taint(_: TaintedOp) -> Any:
+    """The same number everywhere, however many there are."""
+    return NOTHING
+
+
+@taints(*aten("empty empty_like new_empty empty_strided"))
+def uninitialised(_: TaintedOp) -> Any:
+    """Whatever memory holds."""
+    return ALL

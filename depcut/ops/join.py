@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import fx
 
 from depcut import axes
 from depcut.axes import Term
-from depcut.ops.registry import Op, Output, dim_of, dims_of, rule
+from depcut.ops.registry import Op, Output, aten, dim_of, dims_of, rule
+from depcut.ops.taint import TaintedOp, moved, taints
 
 
 @rule("aten.cat", "aten.concat", "aten.concatenate")
@@ -32,9 +34,9 @@ def cat(op: Op) -> Output:
 def stacked_rows(op: Op) -> Output:
     """Concatenation along the first or second dimension; vectors count as rows of vstack."""
     shapes = [op.dims(n) for n in op.arg("tensors")]
-    if "hstack" not in str(op.node.target):
+    if op.name != "hstack":
         shapes = [s if len(s) > 1 else (axes.UNIT, *s) for s in shapes]
-    dim = 1 if "hstack" in str(op.node.target) and len(shapes[0]) > 1 else 0
+    dim = 1 if op.name == "hstack" and len(shapes[0]) > 1 else 0
     for shape in shapes[1:]:
         for i, (a, b) in enumerate(zip(shapes[0], shape, strict=True)):
             if i != dim:
@@ -137,7 +139,7 @@ def slice_(op: Op) -> Output:
     """A range of one dimension."""
     x = list(op.dims(op.node.args[0]))
     dim = dim_of(op.arg("dim"), len(x))
-    term, scatter = x[dim], "slice_scatter" in str(op.node.target)
+    term, scatter = x[dim], op.name == "slice_scatter"
     size = op.dims("src")[dim].size if scatter else op.out_sizes[dim]
     start = op.arg("start")
     end = op.arg("end") if op.has("end") else None
@@ -233,3 +235,18 @@ def roll(op: Op) -> Output:
         op.literal("shifts", i, term=head if negative else tail, sign=-1 if negative else 1)
         x[dim] = axes.concat(tail, head)
     return tuple(x)
+
+
+taints(
+    *aten(
+        """cat concat concatenate hstack vstack row_stack stack unbind split chunk unsafe_split
+        unsafe_chunk split_with_sizes unsafe_split_with_sizes tensor_split slice narrow select
+        slice_scatter select_scatter roll"""
+    )
+)(moved)
+
+
+@taints("aten.pad", "aten.constant_pad_nd")
+def padded(op: TaintedOp) -> Any:
+    """Elements move; what is put around them is a constant."""
+    return op.run(op.taint, {"value": 0})

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
 from depcut import axes
 from depcut.axes import Dims
-from depcut.ops.registry import Op, Output, rule
+from depcut.ops.kinds import PRODUCTS, SCALINGS
+from depcut.ops.registry import Op, Output, aten, rule
+from depcut.ops.taint import ALL, NOTHING, TaintedOp, moved, tainted, taints
+
+PRODUCTS.add("aten.mul")
+SCALINGS.add("aten.mul.Tensor", "aten.mul_.Tensor")
 
 # Pointwise in effect, but not tagged so by torch because they copy, cast, draw or return a view.
 _UNTAGGED = """
@@ -21,7 +32,7 @@ aten.relu6 aten.relu6_ aten.leaky_relu aten.leaky_relu_ aten.log_sigmoid aten.mi
 aten.softplus aten.rrelu aten.rrelu_ aten.hardshrink aten.softshrink aten.gelu aten.gelu_
 aten.elu aten.elu_ aten.clip aten.clip_ aten.square aten.square_ aten.divide aten.multiply
 aten.subtract aten.true_divide aten.floor_divide aten.nan_to_num aten.nan_to_num_ aten.uniform_
-aten.normal_ aten.requires_grad_ aten.pin_memory aten._to_copy aten.expand_copy aten.threshold
+aten.normal_ aten.requires_grad_ aten.pin_memory aten._to_copy aten.threshold
 aten.threshold_ aten.positive aten.negative aten.absolute aten.fix aten.isfinite aten.isinf
 aten.isnan aten.resolve_conj aten.resolve_neg aten.special_expit aten.exponential_ aten.random_
 aten.min.other aten.max.other aten.native_dropout
@@ -48,20 +59,82 @@ def fit(op: Op, out: Dims, sizes: tuple[int, ...]) -> Dims:
     return (axes.UNIT,) * (len(sizes) - len(out)) + tuple(map(axes.resolve, out))
 
 
+@taints("pointwise")
+def pointwise_taint(op: TaintedOp) -> Any:
+    """Tainted where an operand is."""
+    found = [op.taint(n) for n in op.inputs]
+    found = [t for t in found if tainted(t)]
+    if not all(isinstance(t, Tensor) for t in found):
+        return None
+    return reduce(torch.maximum, found) if found else NOTHING
+
+
+@taints("aten.mul", "aten.multiply")
+def product_taint(op: TaintedOp) -> Any:
+    """Not tainted where a factor is an untainted zero."""
+    out = pointwise_taint(op)
+    for factor in op.node.args[:2]:
+        out = None if out is None else out * op.nonzero(factor)
+    return out
+
+
+@taints("aten.where")
+def where(op: TaintedOp) -> Any:
+    """A known condition says which operand counts."""
+    condition, *rest = op.node.args
+    if len(rest) != 2 or tainted(op.taint(condition)):
+        return None
+    first, second = (torch.as_tensor(op.taint(n), dtype=torch.float32) for n in rest)
+    return torch.where(op.value(condition), *(t.to(first.device) for t in (first, second)))
+
+
+@taints("aten.masked_fill")
+def masked_fill(op: TaintedOp) -> Any:
+    """A known mask takes taint away."""
+    source, mask, value = op.node.args
+    if tainted(op.taint(mask)) or tainted(op.taint(value)):
+        return None
+    return op.taint(source) * (~op.value(mask)).float()
+
+
+@taints(*aten("dropout feature_dropout alpha_dropout feature_alpha_dropout"))
+def dropout(op: TaintedOp) -> Any:
+    """Nothing happens in eval mode."""
+    return None if op.arg("train") else op.taint(op.node.args[0])
+
+
+@taints("aten.copy")
+def copied(op: TaintedOp) -> Any:
+    """The source overwrites."""
+    return op.taint(op.arg("src"))
+
+
+taints(*aten("contiguous clone alias detach lift_fresh lift_fresh_copy"))(moved)
+
+
 @rule("aten.type_as", "aten.to.other")
 def like_another(op: Op) -> Output:
     """A cast to the type of another tensor, whose shape does not matter."""
     return op.dims("self")
 
 
+@taints("aten.type_as", "aten.to")
+def cast(op: TaintedOp) -> Any:
+    """Values stay."""
+    return op.taint(op.node.args[0])
+
+
 @rule("aten.view_as_real", "aten.view_as_complex")
 def complex_pairs(op: Op) -> Output:
     """The last dimension of size 2 is the real and the imaginary part."""
     x = op.dims("self")
-    if "view_as_real" in str(op.node.target):
+    if op.name == "view_as_real":
         return (*x, op.frozen(2, "real and imaginary part"))
     op.freeze(x[-1], "real and imaginary part")
     return x[:-1]
+
+
+taints("aten.view_as_real", "aten.view_as_complex")(moved)
 
 
 @rule("aten.prelu", "aten._prelu_kernel")
@@ -94,6 +167,12 @@ def number(op: Op) -> Output:
     return None
 
 
+@taints(*aten("sym_size sym_numel sym_stride"))
+def number_taint(_: TaintedOp) -> Any:
+    """Sizes follow those of the inputs."""
+    return ALL
+
+
 @rule("aten.glu")
 def glu(op: Op) -> Output:
     """First half times the gate of the second: the halves are one axis."""
@@ -104,3 +183,11 @@ def glu(op: Op) -> Output:
     op.unify(first, second)
     dims[dim] = axes.resolve(first)
     return tuple(dims)
+
+
+@taints("aten.glu")
+def glu_taint(op: TaintedOp) -> Any:
+    """First half times the sigmoid of the second."""
+    x, dim = op.arg("self"), op.arg("dim")
+    first, second = op.taint(x).chunk(2, dim)
+    return torch.maximum(first, second) * op.nonzero(x).chunk(2, dim)[0]

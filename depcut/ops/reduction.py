@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from depcut import axes
 from depcut.axes import Term
-from depcut.ops.registry import Op, Output, dim_of, dims_of, rule
+from depcut.graph.operators import base_name
+from depcut.ops.kinds import SOFTMAXES
+from depcut.ops.registry import Op, Output, aten, dim_of, dims_of, rule
+from depcut.ops.taint import TaintedOp, moved, taints
+
+_SOFTMAXES = aten("softmax log_softmax _softmax _log_softmax")
+
+SOFTMAXES.add(*_SOFTMAXES)
 
 
 def _reduce(op: Op) -> tuple[list[int], Output]:
@@ -49,11 +58,24 @@ def statistic(op: Op) -> Output:
     x = op.dims(op.node.args[0])
     returns_positions = isinstance(out, list)
     for dim in reduced:
-        if returns_positions and "mean" not in str(op.node.target):
+        if returns_positions and op.name not in ("var_mean", "std_mean"):
             op.freeze(x[dim], "its positions are returned by an extremum")
         else:
             op.statistic(x[dim])
     return out
+
+
+@taints(
+    *aten(
+        """sum nansum mean nanmean var std amax amin logsumexp prod any all linalg_vector_norm
+        norm count_nonzero"""
+    )
+)
+def reduction_taint(op: TaintedOp) -> Any:
+    """Tainted where anything reduced is."""
+    taint = op.taint(op.node.args[0])
+    dims = dims_of(op.arg("dim"), taint.ndim)
+    return taint.amax(dims, keepdim=bool(op.arg("keepdim"))) if dims else taint
 
 
 @rule("aten.argmax", "aten.argmin")
@@ -74,7 +96,7 @@ def position(op: Op) -> Output:
 )
 def along(op: Op) -> Output:
     """Operators along a dimension whose every value depends on all indices or on their order."""
-    name = str(op.node.target).split(".")[1].strip("_")
+    name = op.name.strip("_")
     source = op.node.args[0]
     x = list(op.dims(source))
     dims = op.arg("dims") if op.has("dims") else op.arg("dim")
@@ -93,6 +115,17 @@ def along(op: Op) -> Output:
             x[dim] = op.frozen(op.out_sizes[dim], f"{name} changes its length")
     x = [axes.resolve(t) for t in x]
     return [tuple(x)] * len(sizes) if isinstance(sizes[0], tuple) else tuple(x)
+
+
+@taints(*_SOFTMAXES, *aten("cumsum sort argsort"))
+def along_taint(op: TaintedOp) -> Any:
+    """Every value depends on all along the dimension."""
+    taint = op.taint(op.node.args[0])
+    out = taint.amax(op.arg("dim"), keepdim=True).expand_as(taint)
+    return [out, out] if base_name(op.node) == "sort" else out
+
+
+taints("aten.flip", "aten.tril", "aten.triu")(moved)
 
 
 @rule("aten.histc", "aten.bincount")

@@ -1,4 +1,4 @@
-"""The table of operator rules, and the `Op` object that a rule receives.
+"""Tables of what is known of operators, the table of rules, and the `Op` that a rule receives.
 
 A rule is one function for one family of operators. It unifies the terms of the operator's
 dimensions, returns those of its outputs, and records beside them what else depends on widths:
@@ -10,21 +10,70 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
 from torch import fx
 
 from depcut import axes
 from depcut.axes import Dims, Reason, Term
 from depcut.errors import RuleError
+from depcut.graph.arguments import Path, argument, has_argument, path_of
+from depcut.graph.operators import base_name, is_pointwise, names_of
 
 Output = Dims | Sequence[Dims | None] | None
-Path = tuple[int | str, ...]
 Rule = Callable[["Op"], Output]
+F = TypeVar("F", bound=Callable[..., Any])
 
-_RULES: dict[str, Rule] = {}
+
+class Table(dict[str, F]):
+    """Functions by operator name, for one aspect of operators.
+
+    Args:
+        aspect: What the functions are, in a message.
+    """
+
+    def __init__(self, aspect: str) -> None:
+        super().__init__()
+        self.aspect = aspect
+
+    def register(self, *targets: str) -> Callable[[F], F]:
+        """A decorator that enters a function for some operators.
+
+        Args:
+            targets: Operator names as torch.export prints them; without the overload
+                ("aten.linear") they stand for every overload that has none of its own, and for
+                the operator that works in place.
+
+        Raises:
+            RuleError: One of the targets has a function already.
+        """
+
+        def enter(function: F) -> F:
+            for target in targets:
+                if target in self:
+                    known = self[target]
+                    raise RuleError(
+                        f"{target} has a {self.aspect} already: {known.__module__}."
+                        f"{known.__name__}",
+                        remedy=f"change that {self.aspect}, or register the new one for another "
+                        "overload",
+                    )
+                self[target] = function
+            return function
+
+        return enter
+
+    def find(self, target: Any) -> F | None:
+        """The function of an operator: of its overload, of its name, or of what it works like."""
+        return next((self[name] for name in names_of(target) if name in self), None)
+
+
+RULES: Table[Rule] = Table("rule")
+
+
+def aten(names: str) -> list[str]:
+    """Names of torch's own operators, from words."""
+    return [f"aten.{name}" for name in names.split()]
 
 
 def rule(*targets: str) -> Callable[[Rule], Rule]:
@@ -32,39 +81,30 @@ def rule(*targets: str) -> Callable[[Rule], Rule]:
 
     Args:
         targets: Operator names as torch.export prints them; without the overload ("aten.linear")
-            the rule holds for every overload that has none of its own.
+            the rule holds for every overload that has none of its own, and for the operator that
+            works in place.
 
     Raises:
         RuleError: One of the targets has a rule already.
     """
-
-    def register(function: Rule) -> Rule:
-        for target in targets:
-            if target in _RULES:
-                raise RuleError(
-                    f"{target} has a rule already: {_RULES[target].__module__}."
-                    f"{_RULES[target].__name__}",
-                    remedy="change that rule, or register the new one for another overload",
-                )
-            _RULES[target] = function
-        return function
-
-    return register
+    return RULES.register(*targets)
 
 
 def unregister(*targets: str) -> None:
     """Take rules out of the table, so that others can be registered for the same targets."""
     for target in targets:
-        _RULES.pop(target, None)
+        RULES.pop(target, None)
 
 
 def rule_for(target: Any) -> Rule | None:
     """The rule of an operator: of its overload, of its name, or, by torch's tag, pointwise."""
-    name = str(target)
-    found = _RULES.get(name) or _RULES.get(name.rpartition(".")[0])
-    if found is None and torch.Tag.pointwise in getattr(target, "tags", ()):
-        return _RULES["pointwise"]
-    return found
+    found = RULES.find(target)
+    return RULES["pointwise"] if found is None and is_pointwise(target) else found
+
+
+def is_pointwise_rule(target: Any) -> bool:
+    """Whether an operator's dimensions unify one by one, and nothing else is known of it."""
+    return rule_for(target) is RULES["pointwise"]
 
 
 @dataclass(frozen=True)
@@ -92,15 +132,6 @@ class Effects:
     rescales: list[tuple[fx.Node, fx.Node, int]] = field(default_factory=list)
 
 
-@lru_cache(maxsize=4096)
-def _schema(target: Any) -> dict[str, tuple[int, Any]]:
-    arguments = target._schema.arguments
-    return {
-        a.name: (i, a.default_value if a.has_default_value() else None)
-        for i, a in enumerate(arguments)
-    }
-
-
 class Op:
     """One node as its rule sees it: arguments by schema name, dimensions as terms.
 
@@ -118,14 +149,11 @@ class Op:
 
     def arg(self, name: str) -> Any:
         """The argument of that name, or its default."""
-        position, default = _schema(self.node.target)[name]
-        if position < len(self.node.args):
-            return self.node.args[position]
-        return self.node.kwargs.get(name, default)
+        return argument(self.node, name)
 
     def has(self, name: str) -> bool:
         """Whether the operator's schema has an argument of that name."""
-        return name in _schema(self.node.target)
+        return has_argument(self.node, name)
 
     def dims(self, tensor: str | fx.Node | Any) -> Dims:
         """The resolved terms of a tensor argument, given by name or as a node."""
@@ -138,6 +166,11 @@ class Op:
     def tensors(self) -> list[fx.Node]:
         """All tensor nodes among the arguments."""
         return [n for n in self.node.all_input_nodes if isinstance(self.env.get(n), tuple)]
+
+    @property
+    def name(self) -> str:
+        """The operator's name without namespace, overload and the mark of working in place."""
+        return base_name(self.node)
 
     @property
     def out_sizes(self) -> tuple[int, ...]:
@@ -172,14 +205,9 @@ class Op:
 
     def literal(self, name: str, *sub: int, term: Term, sign: int = 1) -> None:
         """Record that an argument (or an item of it) is the size of `term`; no default is."""
-        position, _ = _schema(self.node.target)[name]
-        if position < len(self.node.args):
-            path: Path = (position, *sub)
-        elif name in self.node.kwargs:
-            path = (name, *sub)
-        else:
-            return
-        self.effects.literals.append(Literal(path, term, sign))
+        path = path_of(self.node, name, *sub)
+        if path is not None:
+            self.effects.literals.append(Literal(path, term, sign))
 
     def literals(self, name: str, terms: Sequence[Term]) -> None:
         """Record a list of sizes; a -1 adapts by itself."""

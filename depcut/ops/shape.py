@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from depcut import axes
 from depcut.axes import Term
-from depcut.ops.registry import Op, Output, dim_of, dims_of, rule
+from depcut.ops.registry import Op, Output, aten, dim_of, dims_of, rule
+from depcut.ops.taint import moved, taints
 
 
 def _regroup(op: Op, terms: Sequence[Term], sizes: Sequence[int]) -> list[Term]:
@@ -70,7 +71,7 @@ def transpose(op: Op) -> Output:
 def transposed(op: Op) -> Output:
     """Swap the last two dimensions, or reverse all."""
     x = op.dims(op.node.args[0])
-    if "numpy_T" in str(op.node.target) or len(x) < 2:
+    if op.name == "numpy_T" or len(x) < 2:
         return tuple(reversed(x))
     return (*x[:-2], x[-1], x[-2])
 
@@ -105,7 +106,7 @@ def unsqueeze(op: Op) -> Output:
     return (*x[:dim], axes.UNIT, *x[dim:])
 
 
-@rule("aten.expand", "aten.broadcast_to")
+@rule("aten.expand", "aten.expand_copy", "aten.broadcast_to")
 def expand(op: Op) -> Output:
     """Repeat dimensions of size 1 without copying: the new ones follow whatever they meet."""
     x, sizes = op.dims("self"), op.out_sizes
@@ -190,28 +191,6 @@ def channel_shuffle(op: Op) -> Output:
     return tuple(x)
 
 
-@rule("aten.im2col")
-def im2col(op: Op) -> Output:
-    """(..., C, H, W) to (..., C x taps, positions)."""
-    *batch, channels, height, width = op.dims("self")
-    for term in (height, width):
-        op.freeze(term, "a kernel slides over it")
-    taps = op.frozen(op.out_sizes[-2] // channels.size, "kernel: taps of an unfold")
-    return (*batch, axes.product(channels, taps), op.frozen(op.out_sizes[-1], "spatial: positions"))
-
-
-@rule("aten.col2im")
-def col2im(op: Op) -> Output:
-    """(..., C x taps, positions) to (..., C, H, W)."""
-    *batch, columns, positions = op.dims("self")
-    channels = axes.axis(op.out_sizes[-3])
-    taps = op.frozen(columns.size // channels.size, "kernel: taps of a fold")
-    op.unify(columns, axes.product(channels, taps))
-    op.freeze(positions, "spatial: positions")
-    spatial = (op.frozen(n, "spatial: positions") for n in op.out_sizes[-2:])
-    return (*batch, axes.resolve(channels), *spatial)
-
-
 @rule("aten.unfold")
 def unfold(op: Op) -> Output:
     """Sliding windows over one dimension, their content in a new last one."""
@@ -220,3 +199,14 @@ def unfold(op: Op) -> Output:
     op.freeze(x[dim], "a window slides over it")
     x[dim] = op.frozen(op.out_sizes[dim], "windows of an unfold")
     return (*x, op.frozen(op.out_sizes[-1], "content of a window"))
+
+
+taints(
+    "aten.view.default",
+    *aten(
+        """reshape _unsafe_view view_as reshape_as flatten ravel unflatten permute transpose
+        swapaxes swapdims t mT mH numpy_T adjoint matrix_H movedim moveaxis squeeze unsqueeze
+        expand expand_copy expand_as broadcast_to broadcast_tensors repeat tile repeat_interleave
+        pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle unfold diagonal"""
+    ),
+)(moved)

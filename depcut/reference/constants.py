@@ -7,23 +7,26 @@ of values, so that writes in place reach all who read.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
 from depcut.capture.capture import held_tensors
+from depcut.capture.program import Program
 from depcut.coupling.groups import Coupling
-from depcut.ops.taint import Step, tainted
-from depcut.ops.taint_rules import derived, is_view
+from depcut.graph.arguments import written
+from depcut.graph.interpreter import Interpreter
+from depcut.graph.operators import is_item
+from depcut.ops.taint import TaintedOp, derived, is_moved, tainted
 from depcut.plan.keep import Keep
-from depcut.reference.run import example, last_uses
+from depcut.reference.run import example
 from depcut.support.torch_private import pytree
 
 
 def interpret(
-    coupling: Coupling, model: nn.Module, look: Callable[[Step], None]
+    coupling: Coupling, model: nn.Module, look: Callable[[TaintedOp], None]
 ) -> tuple[list[Any], list[Any]]:
     """Run the captured graph on its example inputs, with the taint of every value.
 
@@ -35,42 +38,72 @@ def interpret(
     Returns:
         Flat outputs, and their taints.
     """
-    program = coupling.program
-    held = held_tensors(model)
-    given = iter(pytree.tree_leaves(example(Keep(coupling, {}))))
-    values: dict[fx.Node, Any] = {}
-    taints: dict[fx.Node, Any] = {}
-    last = last_uses(program)
-    outputs: list[fx.Node] = []
-    for node in program.graph.graph.nodes:
-        if node.op == "placeholder":
-            name = program.tensors.get(node)
-            if name is None:
-                values[node] = next(given)
-            else:
-                source = (program.constants if name in program.anonymous else held)[name].detach()
-                # Buffers may be written to in place.
-                values[node] = source if name in program.parameters else source.clone()
-            taints[node] = _filled(values[node], float(name is None))
-        elif node.op == "get_attr":
-            values[node] = getattr(program.graph, str(node.target))
-            taints[node] = _filled(values[node], 0.0)
-        elif node.op == "call_function":
-            step = Step(node, values, taints)
-            with torch.no_grad():
-                look(step)
-                values[node], taints[node] = _executed(step)
-        else:
-            outputs = list(node.args[0])
-        for done in last.get(node, ()):
-            if node.op != "output":
-                values.pop(done, None)
-                taints.pop(done, None)
-    nodes = [n if isinstance(n, fx.Node) else None for n in outputs]
-    return (
-        [values.get(n) if n is not None else o for n, o in zip(nodes, outputs, strict=True)],
-        [taints.get(n, 0.0) if n is not None else 0.0 for n in nodes],
-    )
+    run = _Run(coupling.program, held_tensors(model), look)
+    with torch.no_grad():
+        outputs = run.run(pytree.tree_leaves(example(Keep(coupling, {}))))
+    return outputs, run.marks
+
+
+class _Run(Interpreter):
+    """Values with their taints.
+
+    Args:
+        program: The captured graph.
+        held: Every tensor that the model holds, by name.
+        look: Is shown every operator before it is executed.
+
+    Attributes:
+        taints: Of the nodes that ran and are still needed.
+        marks: Taints of the flat outputs, once there are any.
+    """
+
+    def __init__(
+        self, program: Program, held: Mapping[str, Tensor], look: Callable[[TaintedOp], None]
+    ) -> None:
+        super().__init__(program)
+        self.held, self.look = held, look
+        self.taints: dict[fx.Node, Any] = {}
+        self.marks: list[Any] = []
+
+    def given(self, node: fx.Node, value: Any) -> Any:
+        """Inputs are tainted throughout."""
+        self.taints[node] = _filled(value, 1.0)
+        return value
+
+    def tensor(self, node: fx.Node, name: str) -> Any:
+        """The model's own tensor, which is not tainted."""
+        held = self.program.constants if name in self.program.anonymous else self.held
+        source = held[name].detach()
+        # Buffers may be written to in place.
+        value = source if name in self.program.parameters else source.clone()
+        self.taints[node] = _filled(value, 0.0)
+        return value
+
+    def constant(self, node: fx.Node) -> Any:
+        """Attributes of the graph are not tainted."""
+        value = super().constant(node)
+        self.taints[node] = _filled(value, 0.0)
+        return value
+
+    def call(self, node: fx.Node) -> Any:
+        """The value of an operator; its taint is derived beside it."""
+        op = TaintedOp(node, self.values, self.taints)
+        self.look(op)
+        value, self.taints[node] = _executed(op)
+        return value
+
+    def made(self, node: fx.Node) -> None:
+        """Note the taints of the outputs."""
+        if node.op == "output":
+            results: Any = node.args[0]
+            self.marks = [
+                self.taints.get(n, 0.0) if isinstance(n, fx.Node) else 0.0 for n in results
+            ]
+
+    def free(self, node: fx.Node) -> None:
+        """Taints live as long as values."""
+        super().free(node)
+        self.taints.pop(node, None)
 
 
 def _filled(value: Any, number: float) -> Any:
@@ -80,50 +113,50 @@ def _filled(value: Any, number: float) -> Any:
     return torch.empty_like(value, dtype=torch.float32).fill_(number)
 
 
-def _executed(step: Step) -> tuple[Any, Any]:
+def _executed(op: TaintedOp) -> tuple[Any, Any]:
     """The value of a node, and its taint."""
-    node = step.node
-    if getattr(node.target, "__name__", "") == "getitem":
+    node = op.node
+    if is_item(node):
         source, index = node.args[0], cast(int, node.args[1])
         assert isinstance(source, fx.Node)
-        value, taint = step.values[source][index], step.taints[source]
+        value, taint = op.values[source][index], op.taints[source]
         return value, taint[index] if isinstance(taint, list | tuple) else taint
     # First of all, as the operator may overwrite its operands.
-    found = derived(step)
-    value = step.run(lambda n: step.values[n])
+    found = derived(op)
+    value = op.run(lambda n: op.values[n])
     if isinstance(value, list | tuple):
         each = found if isinstance(found, list | tuple) else [found] * len(value)
         return value, [
-            _settled(step, v, t) if isinstance(v, Tensor) else t
+            _settled(op, v, t) if isinstance(v, Tensor) else t
             for v, t in zip(value, each, strict=True)
         ]
     if not isinstance(value, Tensor):
         return value, 1.0 if found is None or tainted(found) else 0.0
-    return value, _settled(step, value, found)
+    return value, _settled(op, value, found)
 
 
-def _settled(step: Step, value: Tensor, found: Any) -> Tensor:
+def _settled(op: TaintedOp, value: Tensor, found: Any) -> Tensor:
     """The derived taint as a tensor that shares memory with other taints just as the value does."""
     taint = _whole(value, found)
-    if not is_view(step.node):
+    if not is_moved(op.node):
         taint = torch.maximum(taint, value.isnan().float())
     elif any(
         _shared(mark, taint) and not _shared(old, value)
-        for source in step.inputs
-        for old, mark in _pairs(step, source)
+        for source in op.inputs
+        for old, mark in _pairs(op, source)
     ):
         taint = taint.clone()
-    written = _written(step)
-    for source in step.inputs:
-        for old, mark in _pairs(step, source):
+    overwritten = set(written(op.node))
+    for source in op.inputs:
+        for old, mark in _pairs(op, source):
             if _same(old, value):
                 taint = mark.copy_(taint) if mark.shape == taint.shape else mark.fill_(1)
-                written.discard(source)
-            elif _shared(old, value) and not (is_view(step.node) and _shared(mark, taint)):
+                overwritten.discard(source)
+            elif _shared(old, value) and not (is_moved(op.node) and _shared(mark, taint)):
                 mark.fill_(1)
                 taint = torch.ones_like(taint)
-    for source in written:
-        for mark in _tensors(step.taints[source]):
+    for source in overwritten:
+        for mark in _tensors(op.taints[source]):
             mark.fill_(1)
     return taint
 
@@ -148,19 +181,10 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _pairs(step: Step, source: fx.Node) -> list[tuple[Tensor, Tensor]]:
+def _pairs(op: TaintedOp, source: fx.Node) -> list[tuple[Tensor, Tensor]]:
     """Values of an operand with their taints."""
-    both = _tensors(step.values[source]), _tensors(step.taints[source])
+    both = _tensors(op.values[source]), _tensors(op.taints[source])
     return list(zip(*both, strict=False))
-
-
-def _written(step: Step) -> set[fx.Node]:
-    """Operands that the operator overwrites."""
-    schema = getattr(step.node.target, "_schema", None)
-    if schema is None or not schema.is_mutable:
-        return set()
-    places = [step.arg(a.name) for a in schema.arguments if a.alias_info and a.alias_info.is_write]
-    return {n for n in pytree.tree_leaves(places) if isinstance(n, fx.Node)}
 
 
 def _shared(a: Tensor, b: Tensor) -> bool:

@@ -7,9 +7,8 @@ the kept indices only. Zeroing producers instead would be wrong: a bias of Batch
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import ChainMap
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,12 +18,13 @@ from depcut import axes
 from depcut.axes.rows import fitted
 from depcut.capture.capture import held_tensors, is_symbolic
 from depcut.capture.inputs import Inputs, normalize
-from depcut.capture.program import Program
-from depcut.graph.liveness import is_size
+from depcut.graph.arguments import replaced, values_of
+from depcut.graph.interpreter import Interpreter, Pausing, finished
+from depcut.graph.operators import is_size
 from depcut.ops.registry import Output
 from depcut.plan.keep import Keep
 from depcut.reference.slices import open_mesh, take
-from depcut.support.torch_private import enter_autocast, exit_autocast, pytree
+from depcut.support.torch_private import pytree
 
 Watched = dict[fx.Node, Any]
 
@@ -53,60 +53,6 @@ def _zeroed(tensor: torch.Tensor, keep: Keep, output: Output, dim: int) -> torch
     dims = fitted(tuple(map(axes.resolve, output)), tuple(tensor.shape))
     stays = torch.from_numpy(keep.stays(dims, dim)).to(tensor.device)
     return tensor.masked_fill(~stays, 0)
-
-
-@dataclass(frozen=True)
-class Step:
-    """A node about to run, with the values of its arguments and of all that is still needed."""
-
-    node: fx.Node
-    args: list[Any]
-    kwargs: dict[str, Any]
-    values: MutableMapping[fx.Node, Any]
-
-
-def finished(steps: Generator[Step, None, list[Any]]) -> list[Any]:
-    """Run to the end what may have paused; the flat outputs."""
-    try:
-        while True:
-            next(steps)
-    except StopIteration as end:
-        return list(end.value)
-
-
-class _Autocast:
-    """The autocast regions that a run is in: a state of the thread, not to be left to others."""
-
-    def __init__(self) -> None:
-        self.regions: list[torch.autocast] = []
-
-    def follow(self, node: fx.Node, env: dict[fx.Node, Any]) -> None:
-        """Note that a node has entered or left one."""
-        if node.target is enter_autocast:
-            self.regions.append(env[node])
-        elif node.target is exit_autocast:
-            self.regions.remove(env[node.all_input_nodes[0]])
-
-    @contextmanager
-    def left(self) -> Iterator[None]:
-        """Outside of all of them for the time of the context; for good if the run is given up."""
-        for region in reversed(self.regions):
-            region.__exit__(None, None, None)
-        yield
-        for region in self.regions:
-            region.__enter__()
-
-
-def last_uses(program: Program) -> dict[fx.Node, list[fx.Node]]:
-    """The nodes whose value nobody needs after a node."""
-    last: dict[fx.Node, fx.Node] = {}
-    for node in program.graph.graph.nodes:
-        for source in node.all_input_nodes:
-            last[source] = node
-    out: dict[fx.Node, list[fx.Node]] = {}
-    for source, node in last.items():
-        out.setdefault(node, []).append(source)
-    return out
 
 
 class Reference:
@@ -140,7 +86,7 @@ class Reference:
         tensors: Mapping[str, torch.Tensor] | None = None,
         watch: Collection[fx.Node] | None = None,
         watched: dict[fx.Node, Any] | None = None,
-    ) -> Generator[Step, None, list[Any]]:
+    ) -> Pausing:
         """Run node by node, pausing before some of them.
 
         Args:
@@ -154,65 +100,83 @@ class Reference:
         Returns:
             The flat outputs.
         """
-        env: dict[fx.Node, Any] = {}
-        last = last_uses(self.program)
-        given = iter(inputs)
-        outputs: list[Any] = []
-        gone, autocast = self.keep.gone, _Autocast()
-        for node in self.program.graph.graph.nodes:
-            if node.op == "placeholder":
-                name = self.program.tensors.get(node)
-                replaced = (tensors or {}).get(name or "")
-                own = self._tensor(node, dtype) if name and replaced is None else replaced
-                env[node] = next(given) if name is None else own
-            elif node in gone.nodes:
-                if is_size(node):
-                    env[node] = self._size(node, inputs)
-            elif node in gone.through:
-                value = env[gone.through[node]]
-                env[node] = value.clone() if node in gone.fresh else value
-            elif node.op == "get_attr":
-                env[node] = getattr(self.program.graph, str(node.target))
-            elif node.op == "call_function":
-                if node in stops:
-                    with autocast.left():
-                        yield Step(node, *self._arguments(node, env), env)
-                env[node] = self._call(node, env)
-                autocast.follow(node, env)
-            else:
-                outputs = [env[a] if isinstance(a, fx.Node) else a for a in node.args[0]]
-            if watch and watched is not None and node in watch:
-                value = env.get(node)
-                watched[node] = value.clone() if isinstance(value, torch.Tensor) else value
-            for done in last.get(node, ()):
-                env.pop(done, None)
-        return outputs
+        return _Run(self, dtype, tensors or {}, watch or (), watched).steps(inputs, stops)
 
-    def _arguments(
-        self, node: fx.Node, env: dict[fx.Node, Any]
-    ) -> tuple[list[Any], dict[str, Any]]:
+
+class _Run(Interpreter):
+    """One run of a reference.
+
+    Args:
+        reference: What stays, and the tensors to read.
+        dtype: Precision to compute in; None: the model's.
+        tensors: Tensors to use in place of the model's, by name.
+        watch: Nodes whose values to copy.
+        watched: Where to.
+    """
+
+    def __init__(
+        self,
+        reference: Reference,
+        dtype: torch.dtype | None,
+        tensors: Mapping[str, torch.Tensor],
+        watch: Collection[fx.Node],
+        watched: Watched | None,
+    ) -> None:
+        super().__init__(reference.program)
+        self.keep, self.held = reference.keep, reference.held
+        self.sliced, self.dtype, self.tensors = reference.sliced, dtype, tensors
+        self.watch, self.watched = watch, watched
+        self.inputs: Sequence[Any] = ()
+
+    def steps(self, inputs: Sequence[Any], stops: Collection[fx.Node] = ()) -> Pausing:
+        """Run node by node, pausing before some of them."""
+        self.inputs = inputs
+        return super().steps(inputs, stops)
+
+    def stands_aside(self, node: fx.Node) -> bool:
+        """What dropped branches leave without a use, and what stands in for them."""
+        gone = self.keep.gone
+        if node in gone.nodes:
+            if is_size(node):
+                self.values[node] = self._size(node)
+            return True
+        if node in gone.through:
+            value = self.values[gone.through[node]]
+            self.values[node] = value.clone() if node in gone.fresh else value
+            return True
+        return False
+
+    def made(self, node: fx.Node) -> None:
+        """Copy a value to watch."""
+        if self.watched is not None and node in self.watch:
+            value = self.values.get(node)
+            self.watched[node] = value.clone() if isinstance(value, torch.Tensor) else value
+
+    def arguments(self, node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments that a node is called with; of a dense run, before any zeros."""
-        args, kwargs = _arguments(node, env)
+        args, kwargs = values_of(node, self.values)
         if self.sliced and node in self.keep.coupling.effects:
-            return self._literals(node, args, kwargs, env)
+            return self._literals(node, args, kwargs)
         return args, kwargs
 
-    def _size(self, node: fx.Node, inputs: list[Any]) -> int:
+    def _size(self, node: fx.Node) -> int:
         """A size that was read off a tensor that is gone, computed from the sizes of the inputs."""
         value = node.meta["val"]
         if not isinstance(value, torch.SymInt):
             return int(value)
         known = {
             symbolic.node.expr: actual
-            for placeholder, given in zip(self.program.inputs, inputs, strict=True)
+            for placeholder, given in zip(self.program.inputs, self.inputs, strict=True)
             if isinstance(given, torch.Tensor)
             for symbolic, actual in zip(placeholder.meta["val"].shape, given.shape, strict=True)
             if isinstance(symbolic, torch.SymInt)
         }
         return int(value.node.expr.subs(known))
 
-    def _tensor(self, node: fx.Node, dtype: torch.dtype | None) -> torch.Tensor:
-        name = self.program.tensors[node]
+    def tensor(self, node: fx.Node, name: str) -> torch.Tensor:
+        """A tensor that was given, else the model's own or the kept part of it."""
+        if name in self.tensors:
+            return self.tensors[name]
         held = self.program.constants if name in self.program.anonymous else self.held
         tensor = held[name].detach()
         if self.sliced:
@@ -220,48 +184,48 @@ class Reference:
         if name not in self.program.parameters:
             # Buffers may be written to in place.
             tensor = tensor.clone()
-        if dtype is not None and tensor.is_floating_point():
-            tensor = tensor.to(dtype)
-        return tensor
+        made: torch.Tensor = cast(tensor, self.dtype)
+        return made
 
-    def _call(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+    def call(self, node: fx.Node) -> Any:
+        """The value of a node: on slices, on the kept indices, or with zeros."""
+        target: Any = node.target
         effects = self.keep.coupling.effects.get(node)
-        args, kwargs = _arguments(node, env)
-        if effects is None:
-            return node.target(*args, **kwargs)  # type: ignore[operator]
-        if self.sliced:
-            args, kwargs = self._literals(node, args, kwargs, env)
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+        if effects is None or self.sliced:
+            args, kwargs = self.arguments(node)
+            return target(*args, **kwargs)
         if any(self.keep.narrows(t) for t in effects.statistics):
-            return self._on_kept(node, env, effects.out)
+            return self._on_kept(node, effects.out)
         masked: dict[fx.Node, torch.Tensor] = {}
         for place in effects.contracts:
             if not self._narrows(*place):
                 continue
             source, dim = place
             other = effects.counterparts.get(place)
-            if other is not None and env[other[0]].numel() < env[source].numel():
+            if other is not None and self.values[other[0]].numel() < self.values[source].numel():
                 source, dim = other
             if self._narrows(source, dim):
-                dense, dims = masked.get(source, env[source]), self.keep.coupling.env[source]
+                dense, dims = (
+                    masked.get(source, self.values[source]),
+                    self.keep.coupling.env[source],
+                )
                 masked[source] = _zeroed(dense, self.keep, dims, dim)
-        if masked:
-            args, kwargs = _arguments(node, {**env, **masked})
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        args, kwargs = values_of(node, ChainMap(masked, self.values))
+        return target(*args, **kwargs)
 
     def _narrows(self, node: fx.Node, dim: int) -> bool:
         dims = self.keep.coupling.env[node]
         return isinstance(dims, tuple) and self.keep.narrows(dims[dim])
 
-    def _on_kept(self, node: fx.Node, env: dict[fx.Node, Any], output: Output) -> Any:
+    def _on_kept(self, node: fx.Node, output: Output) -> Any:
         """Statistics over the kept indices only: gather, compute, put back."""
         small = {
-            n: kept_part(env[n], self.keep, self.keep.coupling.env[n])
-            if isinstance(env[n], torch.Tensor)
-            else env[n]
+            n: kept_part(self.values[n], self.keep, self.keep.coupling.env[n])
+            if isinstance(self.values[n], torch.Tensor)
+            else self.values[n]
             for n in node.all_input_nodes
         }
-        args, kwargs = self._literals(node, *_arguments(node, small), env)
+        args, kwargs = self._literals(node, *values_of(node, small))
         result = node.target(*args, **kwargs)  # type: ignore[operator]
         if isinstance(result, tuple | list):
             assert isinstance(output, list)
@@ -269,33 +233,20 @@ class Reference:
         return _spread(result, self.keep, output)
 
     def _literals(
-        self, node: fx.Node, args: list[Any], kwargs: dict[str, Any], env: dict[fx.Node, Any]
-    ) -> tuple[list[Any], dict[str, Any]]:
+        self, node: fx.Node, given: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments with the new size literals in place."""
+        args, kwargs = list(given), dict(keywords)
         for literal, value, dense, count in self.keep.literals(node):
             new = literal.sign * count
             if isinstance(value, fx.Node):
-                new = env[value] * count // dense
+                new = self.values[value] * count // dense
             head, rest = literal.path[0], literal.path[1:]
             if isinstance(head, int):
-                args[head] = _with(args[head], rest, new)
+                args[head] = replaced(args[head], rest, new)
             else:
-                kwargs[head] = _with(kwargs[head], rest, new)
-        return args, {**kwargs, **self.keep.pins(node)}
-
-
-def _arguments(node: fx.Node, env: dict[fx.Node, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """The values of a node's arguments."""
-    args: Any = fx.map_arg(node.args, lambda n: env[n])
-    kwargs: Any = fx.map_arg(node.kwargs, lambda n: env[n])
-    return list(args), dict(kwargs)
-
-
-def _with(container: Any, path: tuple[Any, ...], value: Any) -> Any:
-    if not path:
-        return value
-    items = list(container)
-    items[path[0]] = _with(items[path[0]], path[1:], value)
-    return items
+                kwargs[head] = replaced(kwargs[head], rest, new)
+        return tuple(args), {**kwargs, **self.keep.pins(node)}
 
 
 def example(

@@ -21,25 +21,24 @@ from depcut.axes import Reason
 from depcut.calibration.data import Calibration
 from depcut.calibration.lockstep import Lockstep
 from depcut.calibration.moments import folded
-from depcut.calibration.products import Product
 from depcut.calibration.progress import bar
-from depcut.calibration.site import Call, Site, bound
-from depcut.calibration.sites import (
-    find_sites,
-    is_batch_norm,
-    is_shared,
-    parameters_behind,
-    shared_statistics,
-)
+from depcut.calibration.sites import find_sites
 from depcut.calibration.solve import solve
 from depcut.calibration.visits import check_finite
 from depcut.capture.capture import held_tensors
 from depcut.capture.clone import clone
+from depcut.capture.program import layer_of
 from depcut.capture.random_state import preserved
-from depcut.coupling.groups import layer_of
 from depcut.errors import VerificationError
+from depcut.graph.ancestry import Weights, is_shared
+from depcut.graph.arguments import Call, bound
+from depcut.graph.interpreter import Paused
+from depcut.graph.operators import base_name, is_aten
+from depcut.ops.contraction import MatrixProduct
+from depcut.ops.normalization import is_batch_norm, shared_statistics
+from depcut.ops.site import Site
 from depcut.plan.keep import Keep
-from depcut.reference.run import Step, kept_part
+from depcut.reference.run import kept_part
 from depcut.support.closeness import relative_error
 from depcut.support.torch_private import pytree
 
@@ -192,7 +191,7 @@ class _Repairer:
                 check_finite(value, number, site.node)
             yield number, given, target
 
-    def _along(self, site: Site, dense: Step) -> Call:
+    def _along(self, site: Site, dense: Paused) -> Call:
         """The dense call without vectors that the narrowed one has not (channels as positions)."""
         dims = self.keep.coupling.env
         own = {*axes.leaves(site.term), *axes.leaves(axes.resolve(site.rows))}
@@ -214,7 +213,7 @@ class _Repairer:
         kwargs = fx.map_arg(site.node.kwargs, values.__getitem__)
         return bound(site.node, args, kwargs)
 
-    def _drift(self, dense: Step, slim: Step, stream: fx.Node) -> torch.Tensor:
+    def _drift(self, dense: Paused, slim: Paused, stream: fx.Node) -> torch.Tensor:
         """What the stream that the result is added to has lost so far."""
         before, after = dense.values[stream], slim.values[stream]
         kept = kept_part(before, self.keep, self.keep.coupling.env[stream])
@@ -246,7 +245,7 @@ class _Repairer:
     def _obstacle(self, site: Site, call: Call) -> str:
         """Why the weights of a site cannot be changed, "" if they can."""
         for name in (*site.weights, *site.biases):
-            if is_shared(name, self.keep.coupling):
+            if is_shared(name, self.program):
                 return f"{name} is used more than once"
             if name not in self.tensors:
                 return f"{name} does not exist in the narrowed model"
@@ -260,13 +259,14 @@ class _Repairer:
     def _unread(self) -> dict[str, str]:
         """Layers with narrowed weights that no site can tell how to read."""
         found: dict[str, str] = {}
+        weights = Weights(self.program)
         for node, effects in self.keep.coupling.effects.items():
             if node.graph is not self.program.graph.graph or node in self.sites:
                 continue
             for source, dim in effects.contracts:
                 dims = self.keep.coupling.env[source]
                 narrowed = isinstance(dims, tuple) and self.keep.narrows(dims[dim])
-                name = next(iter(parameters_behind(source, self.program)), "")
+                name = next(iter(weights.behind(source)), "")
                 if narrowed and name:
                     found[layer_of(name)] = _COMPUTED
         return found
@@ -275,7 +275,7 @@ class _Repairer:
         """Names of a batch norm's running mean and variance, where they can be changed."""
         found = [self.program.tensors.get(n) for n in norm.args[3:5] if isinstance(n, fx.Node)]
         names = tuple(n for n in found if n is not None and n in self.tensors)
-        shared = shared_statistics(norm, self.keep.coupling)
+        shared = shared_statistics(norm, self.program)
         return names if len(names) == 2 and shared is None else ()
 
     def _norm(self, node: fx.Node, both: Lockstep) -> None:
@@ -307,24 +307,23 @@ class _Repairer:
                 remedy="pass compensate=False, and please report the model",
             )
 
-    def _call(self, step: Step) -> Call:
-        return bound(step.node, step.args, step.kwargs)
+    def _call(self, paused: Paused) -> Call:
+        return bound(paused.node, paused.args, paused.kwargs)
 
 
 def _stream(site: Site, sizes: Mapping[fx.Node, Any]) -> fx.Node | None:
     """The node that the result of a linear layer is added to, if it was computed before."""
-    if not isinstance(site.family, Product) or site.family.features != -1:
+    if not isinstance(site.family, MatrixProduct) or site.family.features != -1:
         return None
     node = site.node
     while len(node.users) == 1:
         (user,) = node.users
-        name = str(user.target)
-        if "dropout" in name:
+        if "dropout" in base_name(user):
             node = user
             continue
         others = [a for a in user.args if isinstance(a, fx.Node) and a is not node]
         plain = len(user.args) == 2 and not user.kwargs
-        if name.startswith(("aten.add.", "aten.add_.")) and plain and len(others) == 1:
+        if is_aten(user, "add") and plain and len(others) == 1:
             alike = others[0].op == "call_function" and sizes[others[0]] == sizes[site.node]
             return others[0] if alike and others[0] < site.node else None
         return None

@@ -19,7 +19,7 @@ from depcut import axes
 from depcut.axes import Axis, Indices
 from depcut.capture.program import module_of
 from depcut.coupling.groups import Coupling, Group
-from depcut.repair.readings import Reading
+from depcut.repair.contractions import Contraction
 
 Flags = NDArray[np.bool_]
 
@@ -55,8 +55,8 @@ class Dead:
 class _Liveness:
     """The fixpoint; `gone` holds what is dead so far."""
 
-    def __init__(self, coupling: Coupling, readings: Sequence[Reading]) -> None:
-        self.coupling, self.readings = coupling, tuple(readings)
+    def __init__(self, coupling: Coupling, contractions: Sequence[Contraction]) -> None:
+        self.coupling, self.contractions = coupling, tuple(contractions)
         self.gone: dict[Axis, Flags] = {g.axis: np.ones(g.size, bool) for g in coupling.groups}
         self.held: dict[Axis, str] = {}
         for node, effects in coupling.effects.items():
@@ -76,50 +76,52 @@ class _Liveness:
         changed = True
         while changed:
             changed = False
-            for reading in reversed(self.readings):
-                for axis, alive in self.alive(reading, constants=reading.absorber is not None):
+            for contraction in reversed(self.contractions):
+                for axis, alive in self.alive(
+                    contraction, constants=contraction.absorber is not None
+                ):
                     changed |= bool((self.gone[axis] & alive).any())
                     self.gone[axis] &= ~alive
 
-    def alive(self, reading: Reading, *, constants: bool) -> list[tuple[Axis, Flags]]:
-        """Units that a reading gets something of.
+    def alive(self, contraction: Contraction, *, constants: bool) -> list[tuple[Axis, Flags]]:
+        """Units of which a contraction gets something.
 
         Args:
-            reading: The reading.
+            contraction: The contraction.
             constants: Constants count as nothing.
         """
-        operands = self._operands(reading, constants)
+        operands = self._operands(contraction, constants)
         out = []
-        for operand, dim in reading.places:
-            letters = reading.form.labels[operand][dim]
-            counts = reading.form.sum_to(letters, operands).cpu().numpy()
-            alive = (counts > 0.5) | reading.wild
-            term = axes.resolve(self._dims(reading, operand)[dim])
+        for operand, dim in contraction.places:
+            letters = contraction.form.labels[operand][dim]
+            counts = contraction.form.sum_to(letters, operands).cpu().numpy()
+            alive = (counts > 0.5) | contraction.wild
+            term = axes.resolve(self._dims(contraction, operand)[dim])
             for axis, times in axes.project(term, alive.astype(np.float64)):
                 if axis in self.gone:
                     out.append((axis, times > 0))
         return out
 
-    def _dims(self, reading: Reading, operand: int) -> tuple[axes.Term, ...]:
-        dims = self.coupling.env[reading.form.operands[operand]]
+    def _dims(self, contraction: Contraction, operand: int) -> tuple[axes.Term, ...]:
+        dims = self.coupling.env[contraction.form.operands[operand]]
         assert isinstance(dims, tuple)
         return dims
 
-    def _operands(self, reading: Reading, constants: bool) -> list[Tensor]:
+    def _operands(self, contraction: Contraction, constants: bool) -> list[Tensor]:
         """What the operands hold, without the outputs that nobody reads."""
-        form = reading.form
-        summed = {c for i, dim in reading.places for c in form.labels[i][dim]}
+        form = contraction.form
+        summed = {c for i, dim in contraction.places for c in form.labels[i][dim]}
         out = []
-        for i, live in enumerate(reading.live):
+        for i, live in enumerate(contraction.live):
             used = live
-            for dim, term in enumerate(self._dims(reading, i)):
+            for dim, term in enumerate(self._dims(contraction, i)):
                 if live.shape[dim] == term.size > 1 and not summed & set(form.labels[i][dim]):
                     used = _only(used, dim, self.kept(term))
             out.append(used)
-        if constants and reading.fixed is not None:
+        if constants and contraction.fixed is not None:
             shape = [1] * out[0].ndim
             shape[form.channel] = -1
-            out[0] = out[0] * (~reading.fixed).reshape(shape)
+            out[0] = out[0] * (~contraction.fixed).reshape(shape)
         return out
 
 
@@ -132,14 +134,14 @@ def _layer(name: str) -> str:
     return repr(name) if name else "the model's forward"
 
 
-def find_dead(coupling: Coupling, readings: Sequence[Reading]) -> Dead:
+def find_dead(coupling: Coupling, contractions: Sequence[Contraction]) -> Dead:
     """The dead units.
 
     Args:
         coupling: The analysed architecture.
-        readings: What reads its groups.
+        contractions: What reads its groups.
     """
-    state = _Liveness(coupling, readings)
+    state = _Liveness(coupling, contractions)
     surplus: dict[tuple[int, str], list[int]] = {}
     while True:
         state.settle()
@@ -184,12 +186,12 @@ def _held(coupling: Coupling, state: _Liveness, known: set[tuple[int, int]]) -> 
     """Units that nothing is read of but constants, and what keeps them."""
     busy = {g.axis: np.zeros(g.size, bool) for g in coupling.groups}
     reasons: dict[Axis, dict[str, Flags]] = {g.axis: {} for g in coupling.groups}
-    for reading in state.readings:
-        for axis, alive in state.alive(reading, constants=True):
+    for contraction in state.contractions:
+        for axis, alive in state.alive(contraction, constants=True):
             busy[axis] |= alive
-        if reading.absorber is None and reading.fixed is not None:
-            why = f"{_layer(reading.layer)} reads a constant, and {reading.why}"
-            for axis, alive in state.alive(reading, constants=False):
+        if contraction.absorber is None and contraction.fixed is not None:
+            why = f"{_layer(contraction.layer)} reads a constant, and {contraction.why}"
+            for axis, alive in state.alive(contraction, constants=False):
                 found = reasons[axis].setdefault(why, np.zeros(len(alive), bool))
                 found |= alive
     for axis, why in state.held.items():

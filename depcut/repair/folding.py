@@ -10,41 +10,41 @@ from torch import Tensor, nn
 
 from depcut.capture.capture import held_tensors
 from depcut.plan.keep import Keep
-from depcut.repair.readings import Reading, read
+from depcut.repair.contractions import Contraction, find_contractions
 
 
-def contributions(keep: Keep, readings: Sequence[Reading]) -> dict[str, Tensor]:
+def contributions(keep: Keep, contractions: Sequence[Contraction]) -> dict[str, Tensor]:
     """What the removed units that are constant add to each bias (or take from a running mean).
 
     Args:
         keep: What stays.
-        readings: What reads the groups of the dense model.
+        contractions: What reads the groups of the dense model.
 
     Returns:
         By the name of the tensor, in its dense size and in double precision.
     """
     out: dict[str, Tensor] = {}
-    for reading in readings:
-        if reading.absorber is None or reading.fixed is None:
+    for contraction in contractions:
+        if contraction.absorber is None or contraction.fixed is None:
             continue
-        assert reading.numbers is not None
-        assert reading.weight is not None
-        form, x = reading.form, reading.form.operands[0]
+        assert contraction.numbers is not None
+        assert contraction.weight is not None
+        form, x = contraction.form, contraction.form.operands[0]
         dims = keep.coupling.env[x]
         assert isinstance(dims, tuple)
         kept = keep.indices(dims[form.channel])
         if kept is None:
             continue
-        gone = np.setdiff1d(np.arange(len(reading.numbers)), kept)
-        numbers = torch.zeros_like(reading.numbers)
+        gone = np.setdiff1d(np.arange(len(contraction.numbers)), kept)
+        numbers = torch.zeros_like(contraction.numbers)
         at = torch.from_numpy(gone).to(numbers.device)
-        numbers[at] = reading.numbers[at]
+        numbers[at] = contraction.numbers[at]
         if not bool(numbers.any()):
             continue
         shape = [1] * len(form.labels[0])
         shape[form.channel] = -1
-        added = form.sum_to(form.out, [numbers.reshape(shape), reading.weight.double()])
-        out[reading.absorber.tensor] = reading.absorber.sign * added
+        added = form.sum_to(form.out, [numbers.reshape(shape), contraction.weight.double()])
+        out[contraction.absorber.tensor] = contraction.absorber.sign * added
     return out
 
 
@@ -77,7 +77,7 @@ def may_fold(keep: Keep, model: nn.Module) -> bool:
 
 
 def fold_constants(
-    keep: Keep, model: nn.Module, slim: nn.Module, readings: Sequence[Reading] | None = None
+    keep: Keep, model: nn.Module, slim: nn.Module, contractions: Sequence[Contraction] | None = None
 ) -> tuple[str, ...]:
     """Add to the biases of a slim model what its removed units contributed as constants.
 
@@ -87,15 +87,15 @@ def fold_constants(
         keep: What stays of the dense model.
         model: The dense model.
         slim: The smaller model; its biases and running means change.
-        readings: What reads the groups, if that is known already.
+        contractions: What reads the groups, if that is known already.
 
     Returns:
         Names of the tensors that changed.
     """
-    if readings is None:
-        readings = read(keep.coupling, model)
+    if contractions is None:
+        contractions = find_contractions(keep.coupling, model)
     held, changed = held_tensors(slim), []
-    for name, dense in contributions(keep, readings).items():
+    for name, dense in contributions(keep, contractions).items():
         if name not in held:
             continue
         picked = keep.tensors.get(name, (None,))[0]

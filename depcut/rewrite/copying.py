@@ -10,10 +10,11 @@ from torch import nn
 
 from depcut.capture.copier import Copier
 from depcut.capture.provenance import is_result
+from depcut.support.torch_private import ConvNd, make_subclass
 
 _PROTOCOL = ("__deepcopy__", "__getstate__", "__setstate__", "__reduce__", "__reduce_ex__")
 # These only add attributes that checkpoints of old versions lack.
-_HARMLESS = (nn.modules.conv._ConvNd.__setstate__, nn.MultiheadAttention.__setstate__)
+_HARMLESS = (ConvNd.__setstate__, nn.MultiheadAttention.__setstate__)
 
 
 class _Deep(Copier):
@@ -60,7 +61,7 @@ def copied(value: Any, memo: dict[int, Any]) -> Any:
 def like(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     """New values with the class, the gradient flag and the attributes of an old tensor."""
     if isinstance(old, nn.Parameter):
-        out: torch.Tensor = torch.Tensor._make_subclass(type(old), new, old.requires_grad)
+        out: torch.Tensor = make_subclass(type(old), new, old.requires_grad)
     else:
         out = new.requires_grad_(old.requires_grad) if old.is_floating_point() else new
     for key, value in vars(old).items():

@@ -13,9 +13,8 @@ from torch.overrides import TorchFunctionMode
 from depcut.capture.clone import clone
 from depcut.capture.process_state import capturing
 from depcut.capture.program import Program, module_of
+from depcut.graph.operators import is_aten
 from depcut.support.torch_private import FakeTensorMode, pytree
-
-_FUSED = torch.ops.aten.scaled_dot_product_attention.default
 
 
 def when_training(training: bool, probability: float) -> float:
@@ -32,7 +31,7 @@ def attention_dropout(model: nn.Module, program: Program) -> dict[fx.Node, float
         model: The dense model; it is only read.
         program: Its captured graph.
     """
-    nodes = [n for n in program.graph.graph.nodes if n.target is _FUSED]
+    nodes = [n for n in program.graph.graph.nodes if is_aten(n, "scaled_dot_product_attention")]
     callers = {module_of(n) for n in nodes}
     if not any(_may_drop(model.get_submodule(name)) for name in callers):
         return {}

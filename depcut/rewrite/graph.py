@@ -15,17 +15,22 @@ import torch
 from torch import fx, nn
 
 from depcut.capture.program import ModuleCall, Program, parent_of, stack_entries
-from depcut.graph.liveness import is_size
+from depcut.graph.arguments import Path, replaced, schema
+from depcut.graph.operators import (
+    MODE_FLAGS,
+    enters_autocast,
+    is_arithmetic,
+    is_mutating,
+    is_operator,
+    is_size,
+    leaves_autocast,
+)
 from depcut.plan.keep import Keep
 from depcut.rewrite.dropout import when_training
 from depcut.rewrite.generated import GeneratedModule
-from depcut.support.torch_private import pytree, schema_of, size_expression
+from depcut.support.torch_private import pytree, size_expression
 
-_MODE_FLAGS = ("train", "training")
 _PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.device)
-
-
-_ARITHMETIC = (operator.mul, operator.add, operator.sub, operator.floordiv)
 
 
 class CannotGenerateError(Exception):
@@ -250,8 +255,9 @@ class _Builder:
                     if times == 1:
                         return read
                     return self.graph.call_function(operator.floordiv, (read, int(times)))
-        if node.target in _ARITHMETIC:
-            return self.graph.call_function(node.target, tuple(map(self._value, node.args)))
+        if is_arithmetic(node):
+            target: Any = node.target
+            return self.graph.call_function(target, tuple(map(self._value, node.args)))
         raise CannotGenerateError(f"{self.name} uses the size {wanted}, which is not at hand")
 
     def _whole(self, source: fx.Node, dim: int) -> bool:
@@ -282,8 +288,7 @@ class _Builder:
 
     def _follow_mode(self, new: fx.Node, node: fx.Node) -> None:
         """Let train() and eval() of the owning module decide, not the mode of the capture."""
-        schema = schema_of(node.target)
-        if schema is None:
+        if not is_operator(node):
             return
         probability = self.dropouts.get(node)
         if probability is not None:
@@ -294,13 +299,14 @@ class _Builder:
             given = dict(zip(keywords, new.args[3:5], strict=False))
             new.args = (*new.args[:3],)
             new.kwargs = {**given, **new.kwargs, "dropout_p": active}
-        for i, argument in enumerate(schema.arguments):
-            if argument.name in _MODE_FLAGS and i < len(new.args):
-                if new.args[i] is not False:
+        for name in MODE_FLAGS:
+            known = schema(node.target).get(name)
+            if known is not None and known.position < len(new.args):
+                if new.args[known.position] is not False:
                     # True in an eval capture: the code insists (weight standardisation).
                     continue
                 with self.graph.inserting_before(new):
-                    new.update_arg(i, self._training_flag(node))
+                    new.update_arg(known.position, self._training_flag(node))
 
     def _training_flag(self, node: fx.Node) -> fx.Node:
         """The mode of the module whose code a node comes from."""
@@ -325,26 +331,19 @@ def set_literals(new: fx.Node, node: fx.Node, keep: Keep, graph: fx.Graph) -> No
         new.kwargs = {**new.kwargs, name: pinned}
 
 
-def _get(node: fx.Node, path: tuple[int | str, ...]) -> Any:
+def _get(node: fx.Node, path: Path) -> Any:
     value: Any = node.args[path[0]] if isinstance(path[0], int) else node.kwargs[path[0]]
     for step in path[1:]:
         value = value[step]
     return value
 
 
-def _set(node: fx.Node, path: tuple[int | str, ...], value: Any) -> None:
-    def replaced(container: Any, rest: tuple[int | str, ...]) -> Any:
-        if not rest:
-            return value
-        items = list(container)
-        items[rest[0]] = replaced(items[rest[0]], rest[1:])  # type: ignore[index]
-        return items
-
+def _set(node: fx.Node, path: Path, value: Any) -> None:
     head = path[0]
     if isinstance(head, int):
-        node.update_arg(head, replaced(node.args[head], path[1:]))
+        node.update_arg(head, replaced(node.args[head], path[1:], value))
     else:
-        node.update_kwarg(head, replaced(node.kwargs[head], path[1:]))
+        node.update_kwarg(head, replaced(node.kwargs[head], path[1:], value))
 
 
 def _paths(tree: Any, value: Any, graph: fx.Graph) -> Iterator[tuple[int, Any]]:
@@ -358,11 +357,6 @@ def _paths(tree: Any, value: Any, graph: fx.Graph) -> Iterator[tuple[int, Any]]:
 
 
 def _has_effect(node: fx.Node) -> bool:
-    if node.op in ("placeholder", "output"):
+    if node.op in ("placeholder", "output", "call_module"):
         return True
-    if node.op == "call_module":
-        return True
-    schema = schema_of(node.target)
-    return node.op == "call_function" and (
-        "autocast" in str(node.target) or (schema is not None and schema.is_mutable)
-    )
+    return enters_autocast(node) or leaves_autocast(node) or is_mutating(node)

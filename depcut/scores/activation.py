@@ -10,10 +10,10 @@ import torch
 from torch import fx
 
 from depcut import axes
-from depcut.calibration.readings import Reading, find_readings, shown
-from depcut.calibration.site import Site
+from depcut.calibration.activations import Activation, find_activations, shown
 from depcut.calibration.sites import find_sites
 from depcut.calibration.visits import visits
+from depcut.ops.site import Site
 from depcut.scores.aggregate import Values, compared, unit_sums
 from depcut.scores.context import Context, Scores, criterion
 from depcut.scores.magnitude import l2
@@ -137,7 +137,7 @@ def apoz(context: Context) -> Scores:
     def nonzero(slices: torch.Tensor, _: float) -> torch.Tensor:
         return (slices != 0).double().flatten(1).mean(1)
 
-    return _by_readings(context, nonzero)
+    return _by_activations(context, nonzero)
 
 
 @criterion("hrank", needs="data", aggregate="mean", members=None)
@@ -153,7 +153,7 @@ def hrank(context: Context) -> Scores:
     Source: Lin et al., HRank: Filter Pruning using High-Rank Feature Map, CVPR 2020, eq. 5.
     Needs data.
     """
-    return _by_readings(context, rank)
+    return _by_activations(context, rank)
 
 
 @criterion("chip", needs="data", aggregate="mean", members=None)
@@ -167,27 +167,29 @@ def chip(context: Context) -> Scores:
     Source: Sui et al., CHIP: CHannel Independence-based Pruning for Compact Neural Networks,
     NeurIPS 2021, eq. 3. Needs data.
     """
-    return _by_readings(context, independence)
+    return _by_activations(context, independence)
 
 
-def _by_readings(
+def _by_activations(
     context: Context, statistic: Callable[[torch.Tensor, float], torch.Tensor]
 ) -> Scores:
     """Mean over the batches of a statistic of (units, indices, examples, *positions)."""
     coupling = context.coupling
-    readings = find_readings(coupling)
-    sums: dict[tuple[Reading, int], Values] = {}
-    for reading, value in shown(coupling, context.model, context.data, readings, "activations"):
-        dims = coupling.env[reading.source]
+    activations = find_activations(coupling)
+    sums: dict[tuple[Activation, int], Values] = {}
+    for activation, value in shown(
+        coupling, context.model, context.data, activations, "activations"
+    ):
+        dims = coupling.env[activation.source]
         assert isinstance(dims, tuple)
-        term = axes.resolve(dims[reading.dim])
+        term = axes.resolve(dims[activation.dim])
         # A dimension 0 that holds the units leaves one example.
-        maps = value if reading.dim else value[:, None]
+        maps = value if activation.dim else value[:, None]
         precision = torch.finfo(value.dtype).eps
-        for number in sorted(reading.groups):
-            slices = unit_slices(maps, reading.dim, term, coupling.groups[number].axis)
+        for number in sorted(activation.groups):
+            slices = unit_slices(maps, activation.dim, term, coupling.groups[number].axis)
             part = statistic(slices, precision).cpu().numpy()
-            key = (reading, number)
+            key = (activation, number)
             sums[key] = sums[key] + part if key in sums else part
     found: list[list[Values]] = [[] for _ in coupling.groups]
     for (_, number), total in sums.items():

@@ -10,20 +10,20 @@ import torch
 from torch import fx
 
 from depcut.coupling.groups import Coupling
-from depcut.ops import normalization
-from depcut.ops.registry import Op, rule_for
+from depcut.graph.ancestry import reached
+from depcut.graph.interpreter import Interpreter
+from depcut.graph.operators import base_name, is_operator, is_pointwise
+from depcut.ops.kinds import NORMS, PRODUCTS, SOFTMAXES
+from depcut.ops.registry import Op
 from depcut.plan.keep import Keep
 from depcut.reference.run import example
-from depcut.support.torch_private import pytree, schema_of
+from depcut.support.torch_private import pytree
 
-_NORMS = (normalization.batch_norm, normalization.layer_norm, normalization.group_norm)
-_PRODUCTS = frozenset("mul matmul mm bmm mv dot inner einsum bilinear outer".split())
-_SOFTMAX = frozenset("softmax _softmax log_softmax _log_softmax".split())
 # Pointwise operators of one tensor that are linear already, or make no activation of it.
 _LINEAR = frozenset("mul div add clone alias contiguous detach masked_fill where".split())
 
 
-class Flow(fx.Interpreter):
+class Flow(Interpreter):
     """Runs a captured graph in double precision with everything but its linear paths taken out.
 
     Parameters are given (their absolute values, masked); floating-point inputs are ones, ids stay
@@ -40,13 +40,11 @@ class Flow(fx.Interpreter):
     """
 
     def __init__(self, coupling: Coupling, held: Mapping[str, torch.Tensor]) -> None:
-        super().__init__(coupling.program.graph)
-        self.coupling, self.held = coupling, held
         program = coupling.program
-        self.given: set[fx.Node] = set(program.inputs)
-        for node in program.graph.graph.nodes:
-            if not self.given.isdisjoint(node.all_input_nodes) and program.sizes[node] is not None:
-                self.given.add(node)
+        super().__init__(program)
+        self.coupling, self.held = coupling, held
+        self.parameters: Mapping[str, torch.Tensor] = {}
+        self.activations = reached(program, program.inputs, lambda n: program.sizes[n] is not None)
 
     def total(self, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The sum of all outputs for one example.
@@ -54,56 +52,55 @@ class Flow(fx.Interpreter):
         Args:
             parameters: By name, in double precision.
         """
-        program = self.coupling.program
-        leaves = pytree.tree_leaves(example(Keep(self.coupling, {}), rows=1))
-        inputs = iter(leaves)
-        values = []
-        for node in program.graph.graph.nodes:
-            if node.op != "placeholder":
-                continue
-            name = program.tensors.get(node)
-            if name is None:
-                value = next(inputs)
-                values.append(torch.ones_like(value) if _is_float(value) else value)
-            elif name in parameters:
-                values.append(parameters[name])
-            else:
-                held = program.constants if name in program.anonymous else self.held
-                values.append(held[name].detach().clone())
-        outputs = self.run(*map(_double, values), enable_io_processing=False)
+        self.parameters = parameters
+        outputs = self.run(pytree.tree_leaves(example(Keep(self.coupling, {}), rows=1)))
         return torch.stack([o.sum() for o in outputs if _is_float(o)]).sum()
 
-    def run_node(self, n: fx.Node) -> Any:
+    def given(self, _node: fx.Node, value: Any) -> Any:
+        """Ones; ids stay as they are."""
+        return _double(torch.ones_like(value) if _is_float(value) else value)
+
+    def tensor(self, _node: fx.Node, name: str) -> Any:
+        """A parameter as it was given, else the model's own tensor."""
+        if name in self.parameters:
+            return self.parameters[name]
+        held = self.program.constants if name in self.program.anonymous else self.held
+        return _double(held[name].detach().clone())
+
+    def constant(self, node: fx.Node) -> Any:
+        """An attribute of the graph."""
+        return _double(super().constant(node))
+
+    def call(self, n: fx.Node) -> Any:
         """The value of one node, floating-point tensors in double precision."""
-        schema = schema_of(n.target)
-        if n.op != "call_function" or schema is None:
-            return _double(super().run_node(n))
-        name = schema.name.partition("::")[2].rstrip("_")
+        if not is_operator(n):
+            return _double(super().call(n))
+        name = base_name(n)
         if name.startswith("_assert"):
             return None
-        first = self.env.get(n.args[0]) if n.args and isinstance(n.args[0], fx.Node) else None
-        if rule_for(n.target) in _NORMS and isinstance(self.coupling.program.sizes[n], tuple):
+        first = self.values.get(n.args[0]) if n.args and isinstance(n.args[0], fx.Node) else None
+        if n.target in NORMS and isinstance(self.coupling.program.sizes[n], tuple):
             return self._norm(Op(n, self.coupling.env, self.coupling.program.sizes))
         if name == "_weight_norm":
             op = Op(n, self.coupling.env, self.coupling.program.sizes)
             return _unit_length(self._value(op, "v"), self._value(op, "g"), int(op.arg("dim")))
         if name == "scaled_dot_product_attention":
             return self._attention(Op(n, self.coupling.env, self.coupling.program.sizes))
-        if name in _SOFTMAX:
+        if n.target in SOFTMAXES:
             dim = n.args[1]
             assert isinstance(dim, int)
             return _shares(first, dim)
-        tensors = [a for a in n.all_input_nodes if _is_float(self.env.get(a))]
+        tensors = [a for a in n.all_input_nodes if _is_float(self.values.get(a))]
         if name in ("sub", "rsub", "div") and len(tensors) == 2:
-            a, b = (self.env[t] for t in tensors)
+            a, b = (self.values[t] for t in tensors)
             if name == "div":
                 return (a / _size(b)).expand(torch.broadcast_shapes(a.shape, b.shape))
             return a + b
         if self._is_function(n, name) and _is_float(first):
             return first
-        result = _double(super().run_node(n))
-        factors = [self.env[t] for t in tensors if t in self.given]
-        if name in _PRODUCTS and len(factors) > 1:
+        result = _double(super().call(n))
+        factors = [self.values[t] for t in tensors if t in self.activations]
+        if n.target in PRODUCTS and len(factors) > 1:
             return result / math.prod(map(_size, factors)) ** (1 - 1 / len(factors))
         return result
 
@@ -114,13 +111,12 @@ class Flow(fx.Interpreter):
             return False
         if name in ("to", "_to_copy", "neg", "type_as", "float", "sub", "rsub"):
             return True
-        tensors = [a for a in node.all_input_nodes if isinstance(self.env.get(a), torch.Tensor)]
-        tags = node.target.tags  # type: ignore[union-attr]
-        return len(tensors) == 1 and torch.Tag.pointwise in tags
+        tensors = [a for a in node.all_input_nodes if isinstance(self.values.get(a), torch.Tensor)]
+        return len(tensors) == 1 and is_pointwise(node.target)
 
     def _value(self, op: Op, name: str) -> Any:
         found = op.arg(name) if op.has(name) else None
-        return self.env[found] if isinstance(found, fx.Node) else None
+        return self.values[found] if isinstance(found, fx.Node) else None
 
     def _norm(self, op: Op) -> torch.Tensor:
         x, weight, bias = (self._value(op, name) for name in ("input", "weight", "bias"))

@@ -15,10 +15,13 @@ from torch import fx
 from depcut import axes
 from depcut.axes import Indices
 from depcut.calibration.sensitivity import sensitivities
-from depcut.calibration.site import Call, Site
-from depcut.calibration.sites import find_sites, parameters_behind
+from depcut.calibration.sites import find_sites
 from depcut.calibration.visits import visits
 from depcut.coupling.groups import Coupling, Group
+from depcut.graph.ancestry import Weights
+from depcut.graph.arguments import Call, bound
+from depcut.ops.kinds import MATRIX_PRODUCTS
+from depcut.ops.site import Site
 from depcut.scores.aggregate import totals
 from depcut.scores.context import Context, Score, Scores, criterion
 from depcut.scores.elimination import Reads, Terms, Weight, eliminated
@@ -28,7 +31,6 @@ _DAMPING = 1e-2  # of the mean variance of the inputs
 _TINY = 1e-30
 _NOISE = 1e-12  # of the energy of what is read: what rounding leaves of a variance
 _MATRIX = 2
-_PRODUCTS = ("matmul", "mm", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention")
 
 
 @criterion("obs", needs="data", aggregate=None, members=None, normalize=None, additive=True)
@@ -89,7 +91,7 @@ def _shares(context: Context) -> Scores:
 
 
 @dataclass(frozen=True, eq=False)
-class _Product:
+class _ActivationProduct:
     """A node that sums over an axis of two activations.
 
     Attributes:
@@ -108,20 +110,21 @@ class _Product:
         return self.term is group.axis
 
 
-def _products(coupling: Coupling) -> list[_Product]:
+def _products(coupling: Coupling) -> list[_ActivationProduct]:
     """Products of two activations that sum over nothing but one axis."""
     out = []
+    weights = Weights(coupling.program)
     for node, effects in coupling.effects.items():
         if len(effects.contracts) != 2 or node.graph is not coupling.program.graph.graph:
             continue
         first, second = effects.contracts
         dims = coupling.env[first[0]]
         term = axes.resolve(dims[first[1]]) if isinstance(dims, tuple) else None
-        computed = not any(parameters_behind(n, coupling.program) for n, _ in effects.contracts)
+        computed = not any(weights.behind(n) for n, _ in effects.contracts)
         two = first[0] is not second[0] and len(node.all_input_nodes) >= 2
-        if computed and two and isinstance(term, axes.Axis) and _named(node) in _PRODUCTS:
+        if computed and two and isinstance(term, axes.Axis) and node.target in MATRIX_PRODUCTS:
             heads = _heads(coupling, (first[0], second[0]), term)
-            out.append(_Product(node, (first, second), term, heads))
+            out.append(_ActivationProduct(node, (first, second), term, heads))
     return out
 
 
@@ -139,10 +142,6 @@ def _heads(coupling: Coupling, operands: tuple[fx.Node, fx.Node], term: axes.Axi
     return group.outer.size
 
 
-def _named(node: fx.Node) -> str:
-    return str(node.target).removeprefix("aten.").partition(".")[0]
-
-
 @dataclass
 class _Gathered:
     """What one pass over the data collects.
@@ -155,11 +154,11 @@ class _Gathered:
 
     inputs: dict[Site, tuple[torch.Tensor, torch.Tensor, int]]
     weights: dict[Site, torch.Tensor]
-    products: dict[_Product, NDArray[np.float64]]
+    products: dict[_ActivationProduct, NDArray[np.float64]]
 
 
 def _gather(
-    context: Context, sites: list[Site], products: list[_Product], groups: Sequence[Group]
+    context: Context, sites: list[Site], products: list[_ActivationProduct], groups: Sequence[Group]
 ) -> _Gathered:
     """One pass over the data for what reads some groups."""
     coupling = context.coupling
@@ -167,8 +166,8 @@ def _gather(
     free = {group.axis for group in groups}
     needed = [s for s in sites if any(leaf in free for leaf in axes.leaves(s.term))]
     wanted = [p for p in products if p.term in free]
-    at: dict[fx.Node, list[Site | _Product]] = {}
-    items: list[Site | _Product] = [*needed, *wanted]
+    at: dict[fx.Node, list[Site | _ActivationProduct]] = {}
+    items: list[Site | _ActivationProduct] = [*needed, *wanted]
     for item in items:
         at.setdefault(item.node, []).append(item)
     for _, node, call in visits(coupling, context.model, context.data, list(at), "second moments"):
@@ -191,7 +190,7 @@ def _add_inputs(found: _Gathered, site: Site, call: Call) -> None:
     found.inputs[site] = xx, total, count
 
 
-def _add_terms(found: _Gathered, product: _Product, call: Call) -> None:
+def _add_terms(found: _Gathered, product: _ActivationProduct, call: Call) -> None:
     """Gram matrix of the rank-one terms a_d b_d^T of a product: (A^T A) * (B^T B) by element."""
     squares = [_squares(product, call, which) for which in (0, 1)]
     a, b = squares
@@ -207,10 +206,10 @@ def _add_terms(found: _Gathered, product: _Product, call: Call) -> None:
     found.products[product] = found.products.get(product, 0.0) + gram
 
 
-def _squares(product: _Product, call: Call, which: int) -> torch.Tensor:
+def _squares(product: _ActivationProduct, call: Call, which: int) -> torch.Tensor:
     """A^T A over all that only one of the two activations has, (batch..., units, units)."""
     source, dim = product.places[which]
-    given: Any = {**dict(zip(call, product.node.args, strict=False)), **product.node.kwargs}
+    given = bound(product.node, product.node.args, product.node.kwargs)
     name = next(n for n, v in given.items() if v is source or _lists(v, source))
     if given[name] is source:
         x = call[name].movedim(dim, -1).double()

@@ -6,15 +6,12 @@ from dataclasses import replace
 
 from torch import fx
 
-from depcut.ops import normalization
-from depcut.ops.registry import Op, rule_for
+from depcut.graph.arguments import argument, has_argument
+from depcut.graph.operators import is_operator
+from depcut.ops.kinds import NORMS, SCALINGS
 from depcut.scores.aggregate import by_element, compared, members, totals
 from depcut.scores.context import Context, Scores, criterion
 from depcut.scores.magnitude import l2
-from depcut.support.torch_private import is_operator
-
-_NORMS = (normalization.batch_norm, normalization.layer_norm, normalization.group_norm)
-_SCALINGS = ("aten.mul.Tensor", "aten.mul_.Tensor")
 
 
 def scales(context: Context) -> set[str]:
@@ -26,20 +23,18 @@ def scales(context: Context) -> set[str]:
     Args:
         context: The captured model.
     """
-    coupling = context.coupling
-    program = coupling.program
+    program = context.coupling.program
     found = set()
     for node in program.graph.graph.nodes:
-        if node.op != "call_function" or not is_operator(node.target):
+        if not is_operator(node):
             continue
-        if str(node.target) in _SCALINGS:
+        if node.target in SCALINGS:
             factors = [a for a in node.args if isinstance(a, fx.Node)]
             names = {program.tensors.get(a) for a in factors}
             # A parameter times a parameter is a weight in the making, not a scaled activation.
             named = names if None in names else set()
-        elif rule_for(node.target) in _NORMS:
-            op = Op(node, coupling.env, program.sizes)
-            weight = op.arg("weight") if op.has("weight") else None
+        elif node.target in NORMS:
+            weight = argument(node, "weight") if has_argument(node, "weight") else None
             named = {program.tensors.get(weight) if weight is not None else None}
         else:
             continue

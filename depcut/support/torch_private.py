@@ -8,7 +8,7 @@ one that goes or changes. No other module spells a private name of a library; th
 | `torch.utils._pytree` | the specs of nested arguments in what torch.export returns are of it |
 | `torch._subclasses.fake_tensor.FakeTensorMode` | shapes of a forward without computing it |
 | `torch.amp.autocast_mode._enter_autocast`, `_exit_autocast` | what a graph holds for autocast |
-| `torch.fx.experimental.proxy_tensor` | the node that a tensor has during a capture |
+| `torch.fx.experimental.proxy_tensor`, its `_ModuleStackTracer` | nodes of a capture |
 | `OpOverload._schema` | argument names, defaults and effects of an operator |
 | `SymInt.node.expr` | the expression of a symbolic size |
 | `nn.Module._modules`, `_parameters`, `_buffers` | members go without `__setattr__` of the user |
@@ -16,6 +16,9 @@ one that goes or changes. No other module spells a private name of a library; th
 | `nn.modules.conv._ConvNd`, `nn.modules.batchnorm._NormBase` | what all of these layers share |
 | `nn.MultiheadAttention._reset_parameters` | its initialisation has no public name |
 | `Tensor._make_subclass` | a parameter of the user's own class |
+| `torch.export._trace`, `torch.fx._symbolic_trace` | what torch.export changes for all threads |
+| `torch.compiler._is_compiling_flag`, `_is_exporting_flag` | they are to be on in one thread |
+| `_packed_params` | quantized layers have it |
 | `torch._dynamo.config` | to make torch.compile raise where it would fall back |
 | `LRScheduler._update_lr`, `_is_initial`, `_step_count` | to set the rates of a restored schedule |
 """
@@ -39,6 +42,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils import _pytree as pytree
 
 __all__ = [
+    "COMPILER_FLAGS",
     "RESET_METHODS",
     "ConvNd",
     "FakeTensorMode",
@@ -48,12 +52,13 @@ __all__ = [
     "compile_settings",
     "enter_autocast",
     "exit_autocast",
-    "is_operator",
+    "is_packed",
     "make_subclass",
     "parameters_of",
     "proxy_tensor",
     "pruned_names",
     "pytree",
+    "replaced_by_export",
     "schema_of",
     "set_epoch",
     "size_expression",
@@ -63,6 +68,34 @@ __all__ = [
 RESET_METHODS = ("reset_parameters", "_reset_parameters")
 
 
+def is_packed(module: nn.Module) -> bool:
+    """Whether a quantized layer keeps its weights in a format of its own.
+
+    Args:
+        module: The layer.
+    """
+    return hasattr(module, "_packed_params")
+
+
+def replaced_by_export() -> dict[str, tuple[Any, str]]:
+    """Functions of torch by which torch.export reaches into the whole process: (owner, name)."""
+    from torch.export import _trace
+    from torch.fx import _symbolic_trace
+
+    tracer = proxy_tensor._ModuleStackTracer
+    return {
+        "call": (tracer, "call_module"),
+        "attribute": (tracer, "getattr"),
+        "autowrap": (_symbolic_trace, "_autowrap_check"),
+        "backends": (_trace, "_ignore_backend_decomps"),
+        "compiling": (_trace, "_compiling_state_context"),
+    }
+
+
+# Of torch.compiler: whether a compilation, or an export, is under way.
+COMPILER_FLAGS = ("_is_compiling_flag", "_is_exporting_flag")
+
+
 def schema_of(target: object) -> torch.FunctionSchema | None:
     """Arguments and effects of an operator; None for other functions.
 
@@ -70,15 +103,6 @@ def schema_of(target: object) -> torch.FunctionSchema | None:
         target: What a graph node calls.
     """
     return getattr(target, "_schema", None)
-
-
-def is_operator(target: object) -> bool:
-    """Whether a graph node calls an operator of torch, and not a Python function.
-
-    Args:
-        target: What it calls.
-    """
-    return schema_of(target) is not None
 
 
 def size_expression(size: int | torch.SymInt) -> Any:

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from depcut.coupling.groups import Coupling
+from depcut.graph.interpreter import finished
 from depcut.plan.keep import Keep
-from depcut.reference.run import Reference, example, finished
+from depcut.reference.run import Reference, example
 from depcut.reference.slices import take
 from depcut.support.closeness import relative_error
 from depcut.support.torch_private import pytree

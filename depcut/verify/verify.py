@@ -15,6 +15,7 @@ from depcut.capture.clone import clone
 from depcut.capture.program import parent_of, stack_entries, where
 from depcut.capture.random_state import preserved
 from depcut.errors import VerificationError
+from depcut.graph.operators import is_random
 from depcut.plan.keep import Keep
 from depcut.reference.run import Reference, Watched, example, kept_part, masked_outputs
 from depcut.reference.slices import take
@@ -27,7 +28,6 @@ from depcut.verify.observe import Trial, observe, observe_clone
 __all__ = ["masked_outputs", "verify", "verify_equal"]
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-_RANDOM = ("rand", "bernoulli", "normal", "exponential", "uniform", "multinomial", "randperm")
 
 
 _ROUNDING = 0.05  # a relative difference that single precision may cause in a deep model
@@ -45,12 +45,7 @@ _RUNTIME_ERRORS = (
 
 def _is_random(keep: Keep) -> bool:
     """Whether the graph draws random numbers, so that two runs differ."""
-    return any(
-        any(word in str(n.target) for word in _RANDOM)
-        or ("dropout" in str(n.target) and True in n.args)
-        for n in keep.coupling.program.graph.graph.nodes
-        if n.op == "call_function"
-    )
+    return any(map(is_random, keep.coupling.program.graph.graph.nodes))
 
 
 def _compare(slim: Slim, expected: tuple[list[Any], Watched], trial: Trial) -> tuple[float, str]:

@@ -7,7 +7,7 @@ extracts them from the arguments of one node of the captured graph, dense or sli
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,11 +15,11 @@ import torch
 from torch import fx
 
 from depcut import axes
-from depcut.axes import Axis, Indices, Term
-from depcut.coupling.groups import Coupling, layer_of, origin
-from depcut.ops.registry import Op
-
-Call = Mapping[str, Any]  # an operator's arguments by schema name
+from depcut.axes import Axis, Dims, Indices, Term
+from depcut.capture.program import Program, layer_of
+from depcut.graph.ancestry import parameter_dimension
+from depcut.graph.arguments import Call
+from depcut.ops.registry import Op, Output, Table
 
 
 class Family(Protocol):
@@ -90,52 +90,60 @@ class Site:
         return axes.units(self.term, axis)
 
 
-class Place(Op):
+class ContractionOp(Op):
     """A node with a contraction: its arguments by name, their terms, the parameters behind them.
 
     Args:
-        coupling: The analysed model.
         node: The node.
+        env: Terms of every node.
+        program: The captured model.
+        stored: Resolved terms of every parameter, buffer and constant, by qualified name.
     """
 
-    def __init__(self, coupling: Coupling, node: fx.Node) -> None:
-        super().__init__(node, coupling.env, coupling.program.sizes)
-        self.coupling = coupling
+    def __init__(
+        self,
+        node: fx.Node,
+        env: dict[fx.Node, Output],
+        program: Program,
+        stored: Mapping[str, Dims],
+    ) -> None:
+        super().__init__(node, env, program.sizes)
+        self.program, self.stored = program, stored
 
     def parameter(self, node: Any) -> str | None:
         """The parameter that an argument is, if it is one."""
-        tensor = self.coupling.program.tensors.get(node) if isinstance(node, fx.Node) else None
-        return tensor if tensor in self.coupling.program.parameters else None
+        tensor = self.program.tensors.get(node) if isinstance(node, fx.Node) else None
+        return tensor if tensor in self.program.parameters else None
 
     def biases(self, node: Any) -> tuple[str, ...] | None:
         """A bias argument as parameter names; None where it is computed or no vector."""
         if node is None:
             return ()
         found = self.parameter(node)
-        return None if found is None or len(self.coupling.dims[found]) != 1 else (found,)
+        return None if found is None or len(self.stored[found]) != 1 else (found,)
 
     def matrix(self, node: Any, dim: int) -> tuple[str, int] | None:
         """The two-dimensional parameter and its dimension behind an argument's contracted one."""
         if not isinstance(node, fx.Node) or len(self.dims(node)) != 2:
             return None
-        found = origin(node, dim, self.coupling.program)
-        if found is None or found[0] not in self.coupling.program.parameters:
+        found = parameter_dimension(node, dim, self.program)
+        if found is None or found[0] not in self.program.parameters:
             return None
-        return found if len(self.coupling.dims[found[0]]) == 2 else None
+        return found if len(self.stored[found[0]]) == 2 else None
 
 
-def bound(node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-    """Values of a node's arguments by schema name, defaults included.
+SiteRule = Callable[[ContractionOp], list[Site]]
+
+SITES: Table[SiteRule] = Table("calibration site")
+
+
+def site(*targets: str) -> Callable[[SiteRule], SiteRule]:
+    """Register how to find the sites of operators.
 
     Args:
-        node: The node.
-        args: Values of its positional arguments.
-        kwargs: Values of its keyword arguments.
+        targets: Operator names as for `rule`.
+
+    Raises:
+        RuleError: One of the targets has such a function already.
     """
-    target: Any = node.target
-    schema = target._schema.arguments
-    given = {**dict(zip((a.name for a in schema), args, strict=False)), **kwargs}
-    return {
-        a.name: given.get(a.name, a.default_value if a.has_default_value() else None)
-        for a in schema
-    }
+    return SITES.register(*targets)

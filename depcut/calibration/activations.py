@@ -10,14 +10,16 @@ from torch import fx, nn
 
 from depcut import axes
 from depcut.calibration.data import Calibration
-from depcut.calibration.site import bound
 from depcut.calibration.visits import visits
 from depcut.coupling.groups import Coupling
+from depcut.graph.ancestry import reached
+from depcut.graph.arguments import bound
+from depcut.graph.operators import is_operator
 from depcut.support.torch_private import pytree
 
 
 @dataclass(frozen=True)
-class Reading:
+class Activation:
     """One dimension of one activation.
 
     Attributes:
@@ -33,7 +35,7 @@ class Reading:
     groups: frozenset[int]
 
 
-def find_readings(coupling: Coupling) -> list[Reading]:
+def find_activations(coupling: Coupling) -> list[Activation]:
     """Every activation dimension that an operator sums over, once, with the groups in it.
 
     Of a group that nothing sums over (the state of a recurrent layer that is only read within it),
@@ -44,24 +46,24 @@ def find_readings(coupling: Coupling) -> list[Reading]:
     """
     nodes = coupling.program.graph.graph.nodes
     made = _made_of_inputs(coupling)
-    found: dict[tuple[fx.Node, int], Reading] = {}
+    found: dict[tuple[fx.Node, int], Activation] = {}
     for node in nodes:
         effects = coupling.effects.get(node)
         for place in effects.contracts if effects else ():
             for source, dim in (place, effects.counterparts.get(place, place)) if effects else ():
                 groups = _groups(coupling, source, dim)
                 if source in made and groups and (source, dim) not in found:
-                    found[source, dim] = Reading(source, dim, node, groups)
+                    found[source, dim] = Activation(source, dim, node, groups)
     missing = {g.index for g in coupling.groups} - {i for r in found.values() for i in r.groups}
     for source in reversed(nodes):
-        reader = next((u for u in source.users if hasattr(u.target, "_schema")), None)
+        reader = next((u for u in source.users if is_operator(u)), None)
         dims = coupling.env.get(source)
         if not missing or source not in made or reader is None or not isinstance(dims, tuple):
             continue
         for dim in range(len(dims)):
             groups = _groups(coupling, source, dim) & missing
             if groups:
-                found[source, dim] = Reading(source, dim, reader, groups)
+                found[source, dim] = Activation(source, dim, reader, groups)
                 missing -= groups
     return list(found.values())
 
@@ -69,11 +71,7 @@ def find_readings(coupling: Coupling) -> list[Reading]:
 def _made_of_inputs(coupling: Coupling) -> set[fx.Node]:
     """Floating-point tensors that depend on an input of the model."""
     program = coupling.program
-    reached = set(program.inputs)
-    for node in program.graph.graph.nodes:
-        if not reached.isdisjoint(node.all_input_nodes):
-            reached.add(node)
-    values = {node: node.meta.get("val") for node in reached}
+    values = {n: n.meta.get("val") for n in reached(program, program.inputs)}
     return {n for n, v in values.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
 
 
@@ -90,23 +88,23 @@ def shown(
     coupling: Coupling,
     model: nn.Module,
     calibration: Calibration,
-    readings: list[Reading],
+    activations: list[Activation],
     label: str,
-) -> Iterator[tuple[Reading, torch.Tensor]]:
-    """(reading, activation) of every batch, in one pass over the data.
+) -> Iterator[tuple[Activation, torch.Tensor]]:
+    """(activation, its values) of every batch, in one pass over the data.
 
     Args:
         coupling: The analysed model.
         model: The model; it is only read.
         calibration: The batches.
-        readings: What to show.
+        activations: What to show.
         label: What the progress bar says.
     """
-    by_reader: dict[fx.Node, list[Reading]] = {}
-    for reading in readings:
-        by_reader.setdefault(reading.reader, []).append(reading)
+    by_reader: dict[fx.Node, list[Activation]] = {}
+    for activation in activations:
+        by_reader.setdefault(activation.reader, []).append(activation)
     for _, node, call in visits(coupling, model, calibration, list(by_reader), label):
         sources = pytree.tree_leaves(dict(bound(node, node.args, node.kwargs)))
         values = pytree.tree_leaves(dict(call))
-        for reading in by_reader[node]:
-            yield reading, values[sources.index(reading.source)]
+        for activation in by_reader[node]:
+            yield activation, values[sources.index(activation.source)]

@@ -1,0 +1,175 @@
+"""One run of a captured graph, node by node: what every run shares, whatever its values are."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Generator, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from depcut.capture.program import Program
+from depcut.graph.arguments import values_of
+from depcut.graph.operators import enters_autocast, leaves_autocast
+
+
+@dataclass(frozen=True)
+class Paused:
+    """A node about to run, with the values of its arguments and of all that is still needed."""
+
+    node: fx.Node
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    values: MutableMapping[fx.Node, Any]
+
+
+Pausing = Generator[Paused, None, list[Any]]  # a run that stops before some nodes: flat outputs
+
+
+def finished(run: Pausing) -> list[Any]:
+    """Run to the end what may have paused; the flat outputs."""
+    try:
+        while True:
+            next(run)
+    except StopIteration as end:
+        return list(end.value)
+
+
+def last_uses(program: Program) -> dict[fx.Node, list[fx.Node]]:
+    """The nodes whose value nobody needs after a node; itself, where nobody needs it at all."""
+    last: dict[fx.Node, fx.Node] = {}
+    for node in program.graph.graph.nodes:
+        last[node] = node
+        for source in node.all_input_nodes:
+            last[source] = node
+    out: dict[fx.Node, list[fx.Node]] = {}
+    for source, node in last.items():
+        out.setdefault(node, []).append(source)
+    return out
+
+
+class Interpreter:
+    """One run of a captured graph. A subclass says what the values are.
+
+    A value is freed when its last reader has run. While the run pauses, and once it has ended in
+    whatever way, the thread is outside of the graph's autocast regions.
+
+    Args:
+        program: The captured graph.
+
+    Attributes:
+        values: Of the nodes that ran and are still needed.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.values: dict[fx.Node, Any] = {}
+        self._regions: list[torch.autocast] = []
+
+    # What a subclass says ------------------------------------------------------------------------
+
+    def tensor(self, node: fx.Node, name: str) -> Any:
+        """The value of a parameter, buffer or constant.
+
+        Args:
+            node: Its placeholder.
+            name: Its qualified name.
+        """
+        raise NotImplementedError
+
+    def given(self, node: fx.Node, value: Any) -> Any:  # noqa: ARG002  (a hook)
+        """The value of an input, as the caller gave it."""
+        return value
+
+    def constant(self, node: fx.Node) -> Any:
+        """The value of an attribute of the graph."""
+        return getattr(self.program.graph, str(node.target))
+
+    def arguments(self, node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The (args, kwargs) that a paused run shows."""
+        return values_of(node, self.values)
+
+    def stands_aside(self, node: fx.Node) -> bool:  # noqa: ARG002  (a hook)
+        """Whether a node is not run; its value, if it needs one, has been set then."""
+        return False
+
+    def call(self, node: fx.Node) -> Any:
+        """The value of an operator's node."""
+        args, kwargs = values_of(node, self.values)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def made(self, node: fx.Node) -> None:
+        """Called when a node has its value, before what it was the last to read is freed."""
+
+    def free(self, node: fx.Node) -> None:
+        """Forget a value that nobody needs any more."""
+        self.values.pop(node, None)
+
+    # What all runs do ----------------------------------------------------------------------------
+
+    def run(self, inputs: Sequence[Any]) -> list[Any]:
+        """Flat outputs for flat inputs."""
+        return finished(self.steps(inputs))
+
+    def steps(self, inputs: Sequence[Any], stops: Collection[fx.Node] = ()) -> Pausing:
+        """Run node by node, pausing before some of them.
+
+        Args:
+            inputs: Flat inputs.
+            stops: Nodes to pause before; what their arguments are views of may be changed then.
+
+        Returns:
+            The flat outputs.
+        """
+        last, pending = last_uses(self.program), iter(inputs)
+        outputs: list[Any] = []
+        self.values.clear()
+        try:
+            for node in self.program.graph.graph.nodes:
+                if node.op == "placeholder":
+                    name = self.program.tensors.get(node)
+                    self.values[node] = (
+                        self.given(node, next(pending)) if name is None else self.tensor(node, name)
+                    )
+                elif node.op == "output":
+                    outputs = [
+                        self.values[a] if isinstance(a, fx.Node) else a for a in node.args[0]
+                    ]
+                elif self.stands_aside(node):
+                    pass
+                elif node.op == "get_attr":
+                    self.values[node] = self.constant(node)
+                else:
+                    if node in stops:
+                        with self._outside():
+                            yield Paused(node, *self.arguments(node), self.values)
+                    self.values[node] = self.call(node)
+                    self._follow(node)
+                self.made(node)
+                for done in last.get(node, ()):
+                    self.free(done)
+        finally:
+            for region in reversed(self._regions):
+                region.__exit__(None, None, None)
+            self._regions = []
+        return outputs
+
+    def _follow(self, node: fx.Node) -> None:
+        """Note that a node has entered or left an autocast region."""
+        if enters_autocast(node):
+            self._regions.append(self.values[node])
+        elif leaves_autocast(node):
+            self._regions.remove(self.values[node.all_input_nodes[0]])
+
+    @contextmanager
+    def _outside(self) -> Iterator[None]:
+        """Outside of all autocast regions for the time of the context; for good if given up."""
+        regions, self._regions = self._regions, []
+        for region in reversed(regions):
+            region.__exit__(None, None, None)
+        yield
+        for region in regions:
+            region.__enter__()
+        self._regions = regions

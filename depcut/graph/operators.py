@@ -1,0 +1,146 @@
+"""What an operator of a captured graph is called, and what torch's tags say of it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import fx
+
+from depcut.graph.arguments import argument, has_argument
+from depcut.support.torch_private import enter_autocast, exit_autocast, schema_of
+
+_ARITHMETIC = frozenset({operator.mul, operator.add, operator.sub, operator.floordiv})
+_SIZES = frozenset({torch.ops.aten.sym_size.int, torch.ops.aten.sym_size.default})
+_CASTS = frozenset({"to", "contiguous", "type_as"})  # they may return the very tensor they got
+MODE_FLAGS = ("train", "training")  # flags without which a dropout draws nothing
+_PROBABILITIES = ("p", "dropout", "dropout_p")
+
+
+def is_operator(node: fx.Node) -> bool:
+    """Whether a node calls an operator with a schema, no Python function."""
+    return node.op == "call_function" and schema_of(node.target) is not None
+
+
+@lru_cache(maxsize=4096)
+def names_of(target: Any) -> tuple[str, ...]:
+    """Names of an operator from the narrowest to the widest.
+
+    E.g. "aten.addmm_.default", "aten.addmm_" and, as it works in place of it, "aten.addmm".
+    """
+    full = str(target)
+    space, _, rest = full.partition(".")
+    name, _, overload = rest.partition(".")
+    wide = f"{space}.{name}"
+    plain = f"{space}.{_functional(name)}"
+    return tuple(dict.fromkeys([full, *([wide, plain] if overload else [])]))
+
+
+@lru_cache(maxsize=4096)
+def _base_name(target: Any) -> str:
+    return _functional(str(target).partition(".")[2].partition(".")[0])
+
+
+def _functional(name: str) -> str:
+    """A name without the mark of working in place."""
+    return name if name.startswith("__") else name.rstrip("_")
+
+
+def base_name(node: fx.Node) -> str:
+    """An operator's name without namespace, overload and the mark of working in place.
+
+    E.g. "add" of aten.add_.Tensor; "" of a Python function such as operator.getitem.
+    """
+    return _base_name(node.target) if node.op == "call_function" else ""
+
+
+def is_aten(node: fx.Node, *names: str) -> bool:
+    """Whether a node calls one of torch's own operators of these base names."""
+    return base_name(node) in names and names_of(node.target)[0].startswith("aten.")
+
+
+def is_item(node: fx.Node) -> bool:
+    """Whether a node takes one item of a list that an operator returned."""
+    return node.target is operator.getitem
+
+
+def is_arithmetic(node: fx.Node) -> bool:
+    """Whether a node is Python arithmetic, as that of dynamic sizes is."""
+    return node.target in _ARITHMETIC
+
+
+def is_size(node: fx.Node) -> bool:
+    """Whether a node reads a size off a tensor or computes with such sizes.
+
+    Where the tensor is dead, the size can be had elsewhere.
+    """
+    if node.target in _SIZES:
+        return True
+    return is_arithmetic(node) and isinstance(node.meta.get("val"), torch.SymInt | int)
+
+
+def is_mutating(node: fx.Node) -> bool:
+    """Whether a node writes to one of its arguments."""
+    found = schema_of(node.target)
+    return found is not None and found.is_mutable
+
+
+def enters_autocast(node: fx.Node) -> bool:
+    """Whether an autocast region begins at a node, which is its token then."""
+    return node.target is enter_autocast
+
+
+def leaves_autocast(node: fx.Node) -> bool:
+    """Whether the autocast region whose token is a node's first input ends there."""
+    return node.target is exit_autocast
+
+
+@lru_cache(maxsize=4096)
+def has_tag(target: Any, tag: torch.Tag) -> bool:
+    """Whether torch tags an operator so; functions without tags have none."""
+    return tag in getattr(target, "tags", ())
+
+
+def is_pointwise(target: Any) -> bool:
+    """Whether torch says that an operator works element by element."""
+    return has_tag(target, torch.Tag.pointwise)
+
+
+def may_draw(node: fx.Node) -> bool:
+    """Whether torch says that an operator draws random numbers, in some mode at least."""
+    return has_tag(node.target, torch.Tag.nondeterministic_seeded)
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether a node draws random numbers: dropouts do in training, with a probability."""
+    if not may_draw(node):
+        return False
+    flags = [argument(node, name) for name in MODE_FLAGS if has_argument(node, name)]
+    chances = [argument(node, name) for name in _PROBABILITIES if has_argument(node, name)]
+    return all(flags) and all(chances)
+
+
+def returns_its_input(node: fx.Node) -> bool:
+    """Whether a cast gives back the very tensor that it got."""
+    if not is_aten(node, *_CASTS):
+        return False
+    source = node.args[0]
+    was = source.meta.get("val") if isinstance(source, fx.Node) else None
+    now = node.meta.get("val")
+    if not isinstance(was, torch.Tensor) or not isinstance(now, torch.Tensor):
+        return False
+    same = (was.dtype, was.device, was.layout) == (now.dtype, now.device, now.layout)
+    return same and tuple(map(str, was.stride())) == tuple(map(str, now.stride()))
+
+
+def same_tensor(node: fx.Node) -> Iterator[fx.Node]:
+    """A node, and what it is the same tensor as, through casts that do nothing."""
+    yield node
+    while returns_its_input(node):
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        node = source
+        yield node
