@@ -373,6 +373,16 @@ def test_meta_tensors_are_copied_too() -> None:
     assert copied(model, {})[0].weight.is_meta
 
 
+def test_a_lazy_layer_of_a_clone_alone_gets_its_shape() -> None:
+    model = nn.Sequential(nn.LazyLinear(4))
+    made = clone(model)
+    assert made(torch.ones(2, 3)).shape == (2, 4)
+    assert type(made[0]) is nn.Linear
+    assert type(model[0]) is nn.LazyLinear
+    assert nn.parameter.is_lazy(model[0].weight)
+    assert len(model[0]._forward_pre_hooks) == 1
+
+
 def test_arguments_are_copied_alike() -> None:
     x, cache = torch.ones(2), Record([1])
     args, kwargs = cloned_arguments(((x,), {"cache": cache, "mask": [x]}))

@@ -28,9 +28,10 @@ class _Clones(Copier):
 
     def tensor(self, value: torch.Tensor) -> torch.Tensor:
         """The tensor itself, or the values of one that a forward may write to."""
-        if isinstance(value, nn.Parameter):
+        lazy = nn.parameter.is_lazy(value)  # a forward gives it a shape
+        if isinstance(value, nn.Parameter) and not lazy:
             return value if self._requires_grad is None else self._stand_in(value)
-        if not self._buffers:
+        if not (self._buffers or lazy):
             return value
         if not value.is_leaf:
             return value.detach().clone()
