@@ -281,7 +281,7 @@ def test_an_operator_of_ones_own_is_repaired_and_compacted(own_operator: None) -
     analysis = depcut.analyze(model, x)
     assert {s.name for s in find_sites(analysis.coupling)} == {"up", "weight", "out"}
     plan = analysis.plan(0.5, align=1)
-    plan.apply(model, data=[x, x])
+    slim = plan.apply(model, data=[x, x])
     repairs = {r.layer: r for r in depcut.report(slim).compensation.repairs}
     assert repairs["weight"].after < repairs["weight"].before
     with torch.no_grad():
