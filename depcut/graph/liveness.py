@@ -215,8 +215,12 @@ def gone(program: Program, bypass: Bypass) -> Gone:
     )
 
 
-def _enclosing(name: str) -> list[str]:
-    """Names of all modules around a tensor, or around a module."""
+def enclosing(name: str) -> list[str]:
+    """Names of all modules around a tensor, or around a module.
+
+    Args:
+        name: Qualified name of either.
+    """
     parts = name.split(".")
     return [".".join(parts[:i]) for i in range(1, len(parts))]
 
@@ -232,7 +236,7 @@ def rewritten(program: Program, dead: Gone) -> dict[str, str]:
     for node in dead.fresh | {n for n in dead.through if written(n)}:
         entries = [e for e in stack_entries(node) if e not in dead.calls]
         out.setdefault(_base(entries[-1]) if entries else "", "one of its branches is dropped")
-    holders = {module for name in program.parameters for module in _enclosing(name)}
+    holders = {module for name in program.parameters for module in enclosing(name)}
     for node in dead.nodes:
         if node.op != "call_function":
             continue
@@ -263,12 +267,15 @@ def returns_its_input(node: fx.Node) -> bool:
 
 def _calls(nodes: set[fx.Node]) -> set[str]:
     """Module calls in which some of the nodes do something that counts."""
-    return {
-        entry
-        for n in nodes
-        if n.op == "call_function" and n.users and not is_size(n) and not returns_its_input(n)
-        for entry in stack_entries(n)
-    }
+    return {entry for n in nodes for entry in calls_of(n)}
+
+
+def calls_of(node: fx.Node) -> list[str]:
+    """Module calls in which a node does something that counts, as entries of its module stack."""
+    counts = node.op == "call_function" and node.users
+    return (
+        stack_entries(node) if counts and not is_size(node) and not returns_its_input(node) else []
+    )
 
 
 def _base(entry: str) -> str:
@@ -301,7 +308,7 @@ def _tensors(
         for alias in program.aliases.get(name, (name,))
     }
     unread = {program.tensors[n] for n in dead if n in program.tensors}
-    held = {n for n in names if not modules.isdisjoint(_enclosing(n))}
+    held = {n for n in names if not modules.isdisjoint(enclosing(n))}
     return (unread | held) - alive
 
 
