@@ -85,9 +85,7 @@ def is_shared(name: str, coupling: Coupling) -> bool:
         name: Its name.
         coupling: The analysed model.
     """
-    program = coupling.program
-    names = program.aliases.get(name, (name,))
-    return sum(len(n.users) for n, t in program.tensors.items() if t in names) > 1
+    return coupling.program.reads(name) > 1
 
 
 def parameters_behind(node: fx.Node, program: Program) -> tuple[str, ...]:

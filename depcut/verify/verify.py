@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from depcut.capture.capture import held_tensors, modes
 from depcut.capture.program import parent_of, stack_entries, where
 from depcut.errors import VerificationError
+from depcut.graph.liveness import enclosing
 from depcut.plan.keep import Keep
 from depcut.reference.run import Reference, Watched, example, kept_part, masked_outputs
 from depcut.reference.slices import take
@@ -211,7 +212,7 @@ def _check_tensors(slim: Slim, model: nn.Module) -> None:
         for g, _, _ in e.rescales
     }
     for name, tensor in held_tensors(model).items():
-        inside = any(name.startswith(f"{module}.") or not module for module in slim.generated)
+        inside = any(module in slim.generated for module in ("", *enclosing(name)))
         if (
             name in changed
             or not inside
