@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from depcut.plan.keep import Keep
 from depcut.reference.run import Reference, Watched, example, kept_part, masked_outputs
 from depcut.reference.slices import take
 from depcut.rewrite.build import Slim
+from depcut.verify.culprit import RUNTIME_ERRORS, culprits
 from depcut.verify.observe import Trial, error, observe
 
 __all__ = ["masked_outputs", "verify", "verify_equal"]
@@ -30,15 +30,6 @@ _RANDOM = ("rand", "bernoulli", "normal", "exponential", "uniform", "multinomial
 
 _ROUNDING = 0.05  # a relative difference that single precision may cause in a deep model
 _CERTAIN = 3e-6  # a smaller one needs no second look in double precision
-_RUNTIME_ERRORS = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    AssertionError,
-    IndexError,
-    AttributeError,
-    KeyError,
-)
 
 
 def _is_random(keep: Keep) -> bool:
@@ -114,21 +105,29 @@ def verify(slim: Slim, model: nn.Module) -> float:
         if not found.message and limit < found.size < _ROUNDING and _exact(slim, model):
             return found.size
         try:
-            culprit = _culprit(slim, model, _CERTAIN if found.size <= limit else limit)
-        except _RUNTIME_ERRORS as problem:
+            wrong = culprits(slim, model, _CERTAIN if found.size <= limit else limit)
+        except RUNTIME_ERRORS as problem:
             raise VerificationError(
                 f"the captured graph cannot be narrowed: {problem}"[:300],
                 where=_place(keep, suspect or ""),
                 remedy="a rule is wrong: keep the layers concerned with keep=, and report it",
             ) from problem
-        suspect = culprit if suspect is None else suspect
+        suspect = wrong[0] if suspect is None else suspect
         if "" in slim.generated:
             raise VerificationError(
                 found.message or f"outputs differ by {found.size:.3g} of their scale",
                 where=_place(keep, suspect),
                 remedy="keep the layers concerned with keep=; please report the model",
             ) from found.problem
-        slim.replace(culprit, found.message or "its code computes other values at the new sizes")
+        _replace(slim, wrong, found.message or "its code computes other values at the new sizes")
+
+
+def _replace(slim: Slim, names: list[str], why: str) -> None:
+    """Generate modules; of the later ones only those that have not been dealt with on the way."""
+    slim.replace(names[0], why)
+    for name in names[1:]:
+        if name not in slim.generated and name not in slim.inlined:
+            slim.replace(name, why)
 
 
 def verify_equal(slim: nn.Module, keep: Keep, model: nn.Module) -> float:
@@ -186,7 +185,7 @@ def _try(slim: Slim, model: nn.Module, trial: Trial, limit: float) -> Attempt:
     try:
         expected = _expected(slim.keep, model, trial)
         size, message = _compare(slim, expected, trial)
-    except _RUNTIME_ERRORS as problem:
+    except RUNTIME_ERRORS as problem:
         return Attempt(math.inf, f"{type(problem).__name__}: {problem}"[:300], problem)
     if message or size > limit or not slim.generated:
         return Attempt(size, message)
@@ -195,7 +194,7 @@ def _try(slim: Slim, model: nn.Module, trial: Trial, limit: float) -> Attempt:
         # Hooks switch fast paths off, so run once as users do.
         with modes(slim.model, ()), torch.no_grad():
             plain, message = error(expected[0], pytree.tree_leaves(slim.model(*args, **kwargs)))
-    except _RUNTIME_ERRORS as problem:
+    except RUNTIME_ERRORS as problem:
         return Attempt(math.inf, str(problem)[:300], problem, beside=True)
     failed = bool(message) or plain > limit
     if not failed:
@@ -241,7 +240,7 @@ def _verify_shapes(slim: Slim, model: nn.Module) -> float:
     """
     try:
         observe(model, Keep(slim.keep.coupling, {}), Trial())
-    except _RUNTIME_ERRORS:
+    except RUNTIME_ERRORS:
         return math.nan
     seen = observe(slim.model, slim.keep, Trial())
     if seen.shape:
@@ -273,67 +272,3 @@ def _exact(slim: Slim, model: nn.Module) -> bool | None:
 def _place(keep: Keep, name: str) -> str:
     nodes = [n for n in keep.coupling.effects if name in stack_entries(n)]
     return where(nodes[0]) if nodes else "the whole model"
-
-
-def _culprit(slim: Slim, model: nn.Module, limit: float) -> str:
-    """The innermost module that raises or turns right inputs into wrong outputs."""
-    keep, program = slim.keep, slim.keep.coupling.program
-    calls = {c.module: c for c in program.calls}
-    watch = {
-        leaf
-        for c in calls.values()
-        for leaf in (*c.out_leaves, *c.leaves)
-        if isinstance(leaf, fx.Node)
-    }
-    with torch.no_grad():
-        _, values = Reference(keep, model, sliced=True).run(
-            pytree.tree_leaves(example(keep)), watch=watch
-        )
-    wrong: list[str] = []
-    running: list[str] = []
-    handles = []
-    for name, module in slim.model.named_modules():
-        if name not in calls:
-            continue
-        before, after = _watchers(name, calls[name], values, limit, wrong, running)
-        handles += [
-            module.register_forward_pre_hook(before, with_kwargs=True),
-            module.register_forward_hook(after),
-        ]
-    try:
-        observe(slim.model, keep, Trial())
-    except Exception:  # noqa: BLE001  the innermost call still open is the one that raised
-        raised = next((n for n in reversed(running) if n not in slim.generated), "")
-        return wrong[0] if wrong else raised
-    finally:
-        for handle in handles:
-            handle.remove()
-    return wrong[0] if wrong else ""
-
-
-def _watchers(
-    name: str,
-    call: Any,
-    values: dict[fx.Node, Any],
-    limit: float,
-    wrong: list[str],
-    running: list[str],
-) -> tuple[Callable[..., None], Callable[..., None]]:
-    good: list[bool] = []
-
-    def matches(leaves: Any, tree: Any) -> bool:
-        pairs = zip(leaves, pytree.tree_leaves(tree), strict=False)
-        known = [(values[n], v) for n, v in pairs if isinstance(n, fx.Node) and n in values]
-        size, message = error([k for k, _ in known], [v for _, v in known])
-        return not message and size <= limit
-
-    def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
-        running.append(name)
-        good.append(matches(call.leaves, (args, kwargs)))
-
-    def after(_module: nn.Module, _args: Any, result: Any) -> None:
-        running.pop()
-        if good.pop() and not matches(call.out_leaves, result):
-            wrong.append(name)
-
-    return before, after
