@@ -13,6 +13,7 @@ from depcut.ops.registry import rule_for
 from depcut.scores.flow import _NORMS, _PRODUCTS, _SOFTMAX, Flow
 
 _BITS = 128  # a tensor whose largest number is beyond 2^128, or below 2^-128, is rescaled
+_ADDED = 64  # of two summands that far apart in bits, the smaller one does not count
 
 
 class ScaledFlow(Flow):
@@ -43,9 +44,7 @@ class ScaledFlow(Flow):
         if name in _SOFTMAX or rule_for(n.target) in _NORMS:
             return self._bounded(n, super().run_node(n), 0.0)
         if name == "scaled_dot_product_attention":
-            value = n.args[2] if len(n.args) > 2 else n.kwargs["value"]
-            exponent = e.get(value, 0.0) if isinstance(value, fx.Node) else 0.0
-            return self._bounded(n, super().run_node(n), exponent)
+            return self._attended(n, e)
         if name == "div" and len(floats) == 2:
             return self._bounded(n, super().run_node(n), e[floats[0]] - e[floats[1]])
         if name in _PRODUCTS:
@@ -53,18 +52,31 @@ class ScaledFlow(Flow):
             return self._bounded(n, super().run_node(n), exponent)
         return self._summed(n, floats, given)
 
+    def _attended(self, n: fx.Node, e: Mapping[fx.Node, float]) -> Any:
+        """Attention: what the mask adds to the products must be as large as they are."""
+        names = ("query", "key", "value", "attn_mask")
+        given: dict[str, Any] = {**dict(zip(names, n.args, strict=False)), **n.kwargs}
+        product, mask = e[given["query"]] + e[given["key"]], given.get("attn_mask")
+        added = e.get(mask, product) if isinstance(mask, fx.Node) else product
+        largest = max(product, added)
+        near = min(max(largest, -_ADDED), _ADDED)
+        factors = {given["query"]: 2.0 ** (product - largest + near)}
+        if isinstance(mask, fx.Node) and mask in e:
+            factors[mask] = 2.0 ** (added - largest + near)
+        return self._bounded(n, self._with(n, factors), e[given["value"]])
+
     def _summed(self, n: fx.Node, floats: list[fx.Node], given: list[fx.Node]) -> Any:
-        """An operator that is linear in activations and may add parameters to them."""
-        alone = self._with(n, dict.fromkeys(given, 0.0)) if len(given) < len(floats) else None
-        adds = any(bool(t.detach().any()) for t in _tensors(alone))
-        own = [self.exponents.get(s, 0.0) for s in given] + [0.0] * adds
-        exponent = max(own, default=0.0)
-        value = self._with(n, {s: 2.0 ** (self.exponents.get(s, 0.0) - exponent) for s in given})
-        if adds and exponent:
-            # f(x) = A x + b is wanted of 2^e x, divided by 2^e: the share of b is too large.
-            share = 1 - 2.0**-exponent
-            value = _mapped(value, alone, lambda v, b: v - share * b)
-        return self._bounded(n, value, exponent)
+        """An operator that is linear in activations, and may add parameters or numbers to them."""
+        exponent = max((self.exponents.get(s, 0.0) for s in given), default=0.0)
+        if exponent < 0 and len(given) < len(floats):
+            alone = _tensors(self._with(n, dict.fromkeys(given, 0.0)))
+            exponent = 0.0 if any(bool(t.detach().any()) for t in alone) else exponent
+        # Far enough out, for what is added to count as little as it should.
+        near = min(max(exponent, -_ADDED), _ADDED)
+        value = self._with(
+            n, {s: 2.0 ** (self.exponents.get(s, 0.0) - exponent + near) for s in given}
+        )
+        return self._bounded(n, _times(value, 2.0**-near) if near else value, exponent)
 
     def _with(self, n: fx.Node, factors: Mapping[fx.Node, float]) -> Any:
         """The value of a node whose operands are multiplied by numbers."""
@@ -102,11 +114,6 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 
 def _times(value: Any, factor: float) -> Any:
-    return _mapped(value, value, lambda v, _: v * factor)
-
-
-def _mapped(value: Any, other: Any, function: Any) -> Any:
-    """A function of two values, tensor by tensor."""
     if isinstance(value, list | tuple):
-        return type(value)(_mapped(v, o, function) for v, o in zip(value, other, strict=True))
-    return function(value, other) if _tensors(value) else value
+        return type(value)(_times(v, factor) for v in value)
+    return value * factor if _tensors(value) else value
