@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from nets import normal, seeded
 from torch import Tensor, nn
 from torch.nn import functional
+
+import depcut
+from depcut.scores import CRITERIA
 
 
 class Feed(nn.Module):
@@ -64,24 +71,28 @@ class Deep(nn.Module):
 
 def mlp(blocks: int, size: int = 8) -> nn.Module:
     """`blocks` residual branches of two linear layers."""
-    make = lambda: Deep(nn.Linear(6, size), [Feed(size) for _ in range(blocks)], nn.Linear(size, 4))
-    return seeded(make, 0)
+    return _deep(lambda: [Feed(size) for _ in range(blocks)], size)
+
+
+def _deep(blocks: Callable[[], list[nn.Module]], size: int) -> nn.Module:
+    return seeded(lambda: Deep(nn.Linear(6, size), blocks(), nn.Linear(size, 4)), 0)
 
 
 def conv(blocks: int, size: int = 8) -> nn.Module:
     """`blocks` residual branches of two convolutions with batch norms."""
-    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(size, 4))
-    stem = nn.Conv2d(3, size, 3, padding=1)
-    return seeded(lambda: Deep(stem, [Convolutions(size) for _ in range(blocks)], head), 0)
+
+    def make() -> nn.Module:
+        head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(size, 4))
+        stem = nn.Conv2d(3, size, 3, padding=1)
+        return Deep(stem, [Convolutions(size) for _ in range(blocks)], head)
+
+    return seeded(make, 0)
 
 
 def attention(blocks: int, size: int = 8) -> nn.Module:
     """`blocks` residual branches, attention and MLP in turns."""
     kinds = (Attention, Feed)
-    make = lambda: Deep(
-        nn.Linear(6, size), [kinds[i % 2](size) for i in range(blocks)], nn.Linear(size, 4)
-    )
-    return seeded(make, 0)
+    return _deep(lambda: [kinds[i % 2](size) for i in range(blocks)], size)
 
 
 NETS: dict[str, tuple[Callable[..., nn.Module], Callable[[int], Tensor]]] = {
@@ -89,3 +100,144 @@ NETS: dict[str, tuple[Callable[..., nn.Module], Callable[[int], Tensor]]] = {
     "conv": (conv, lambda rows: normal(rows, 3, 6, 6)),
     "attention": (attention, lambda rows: normal(rows, 5, 6)),
 }
+
+
+# Entry points -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One net of one depth, analysed."""
+
+    net: str
+    model: nn.Module
+    analysis: depcut.Analysis
+
+    def inputs(self, rows: int = 2) -> Tensor:
+        return NETS[self.net][1](rows)
+
+    def data(self) -> list[Tensor]:
+        return [self.inputs(4), self.inputs(5)]
+
+    def plan(self, **options: Any) -> depcut.Plan:
+        return self.analysis.plan(0.4, **{"align": 1, "progress": False, **options})
+
+
+def subject(net: str, blocks: int) -> Subject:
+    model = NETS[net][0](blocks)
+    return Subject(net, model, depcut.analyze(model, NETS[net][1](2)))
+
+
+Call = Callable[[], Any]
+ENTRIES: dict[str, Callable[[Subject], Call]] = {}
+
+
+def entry(function: Callable[[Subject], Call]) -> Callable[[Subject], Call]:
+    """Register what prepares, and returns, a call of an entry point."""
+    ENTRIES[function.__name__.rstrip("_")] = function
+    return function
+
+
+def squares(output: Tensor, _: Any) -> Tensor:
+    return output.square().mean()
+
+
+def scored(name: str) -> Callable[[Subject], Call]:
+    """A plan by one criterion."""
+    needs = CRITERIA[name].needs
+
+    def prepare(it: Subject) -> Call:
+        given: dict[str, Any] = {"data": it.data()} if needs else {}
+        given |= {"loss": squares} if needs == "loss" else {}
+        return lambda: it.plan(score=name, **given)
+
+    return prepare
+
+
+@entry
+def analyze(it: Subject) -> Call:
+    return lambda: depcut.analyze(it.model, it.inputs())
+
+
+for _name in CRITERIA:
+    ENTRIES[f"plan, {_name}"] = scored(_name)
+
+
+@entry
+def plan_depth(it: Subject) -> Call:
+    fresh = depcut.Analysis(it.model, it.analysis.coupling, it.inputs())
+    return lambda: fresh.plan(0.4, depth=True, align=1)
+
+
+@entry
+def plan_depth_params(it: Subject) -> Call:
+    return lambda: it.plan(of="params", depth=True, data=it.data(), score="magnitude")
+
+
+@entry
+def apply(it: Subject) -> Call:
+    plan = it.plan()
+    return lambda: plan.apply(it.model)
+
+
+@entry
+def apply_depth(it: Subject) -> Call:
+    branches = [b.name for b in it.analysis.branches[::2]]
+    plan = it.analysis.plan_keeping({}, branches)
+    return lambda: plan.apply(it.model)
+
+
+@entry
+def compensate(it: Subject) -> Call:
+    plan = it.plan()
+    return lambda: plan.apply(it.model, data=it.data(), progress=False)
+
+
+@entry
+def compact(it: Subject) -> Call:
+    model = copy.deepcopy(it.model)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("up.weight", "first.weight")):
+                weight[0] = 0
+            if name.endswith(("up.bias", "norm1.weight", "norm1.bias")):
+                weight[0] = 0
+    return lambda: depcut.compact(model, it.inputs())
+
+
+@entry
+def gradual(it: Subject) -> Call:
+    model = copy.deepcopy(it.model)
+
+    def run() -> nn.Module:
+        masks = depcut.Gradual(model, it.inputs(), 0.4, 0, 4, 2, align=1)
+        for _ in range(6):
+            masks.step()
+        return masks.commit()
+
+    return run
+
+
+@entry
+def iterate(it: Subject) -> Call:
+    return lambda: depcut.iterate(
+        it.model, 0.4, 2, lambda model, step: None, it.inputs(), align=1, progress=False
+    )
+
+
+@entry
+def distillation(it: Subject) -> Call:
+    plan = it.plan()
+    slim, x = plan.apply(it.model), it.inputs(4)
+
+    def run() -> None:
+        with depcut.Distillation(it.model, slim, plan, hidden=("blocks.*",)) as distill:
+            distill(slim(x), x).backward()
+
+    return run
+
+
+@entry
+def export(it: Subject) -> Call:
+    folder = tempfile.mkdtemp()
+    return lambda: depcut.export(it.model, f"{folder}/deep.onnx", it.inputs())

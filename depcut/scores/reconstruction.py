@@ -44,6 +44,10 @@ def obs(context: Context) -> Scores:
     unit's score is the loss that its removal added. Units that neither reads have their share of
     the group's squared weights.
 
+    Reads every batch twice, at any depth: once forward for the second moments, and once forward
+    and backward for the sensitivities. With little memory, the moments of one group at a time are
+    held, and every batch is read once forward for each group.
+
     Source: Kurtic et al., ZipLM, NeurIPS 2023, eq. 3-5; Hassibi & Stork, NeurIPS 1992 (second-order
     removal); Martens & Grosse, K-FAC, ICML 2015 (rows weighted by squared derivatives). Needs data.
     """
