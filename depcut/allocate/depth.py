@@ -16,11 +16,12 @@ from depcut.allocate.influence import (
     output_change,
     outputs_of,
 )
+from depcut.allocate.savings import Savings
 from depcut.branches.branch import Block, Branch, Residuals, bypass
 from depcut.coupling.groups import Coupling
 from depcut.errors import BudgetError
 from depcut.graph.liveness import Gone, gone
-from depcut.plan.cost import COSTS, ITEMS, dense_total
+from depcut.plan.cost import COSTS, ITEMS, NOTHING, dense_total
 from depcut.plan.data import PlanData
 from depcut.plan.keep import Keep
 
@@ -52,7 +53,7 @@ def depth_and_width(
         BudgetError: No number of branches and no widths meet the budget.
     """
     coupling = chooser.coupling
-    dense = dense_total(ITEMS[of](coupling, Gone()))
+    dense = dense_total(ITEMS[of](coupling, NOTHING))
     target = dense * (1 - ratio)
 
     def without(names: Names) -> Gone:
@@ -68,10 +69,8 @@ def depth_and_width(
         plan = narrowed.plan(counts, {"ratio": float(ratio), "of": of, "depth": True})
         return replace(plan, dropped=tuple(sorted(names)))
 
-    def saved(names: Names) -> float:
-        return dense - dense_total(ITEMS[of](coupling, without(names)))
-
     allowed = found.sparing(chooser.spares)
+    saved = Savings(coupling, allowed, of)
     return plan_with_depth(coupling, chooser.model, allowed, saved, plan_for, batches)
 
 
@@ -129,24 +128,45 @@ def plan_with_depth(
     return min(made, key=lambda result: result[:2])[2]
 
 
+class _Chain:
+    """Growing sets of branches: the first d candidates of an order, for d = 0, 1, ...
+
+    Args:
+        candidates: Branches or blocks, in the order in which they go.
+    """
+
+    def __init__(self, candidates: Sequence[Branch | Block]) -> None:
+        self.names: list[str] = []
+        self.ends = [0]
+        known: set[str] = set()
+        for candidate in candidates:
+            fresh = [n for n in _branches(candidate) if n not in known]
+            known.update(fresh)
+            self.names += fresh
+            self.ends.append(len(self.names))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, length: int) -> Names:
+        return tuple(self.names[: self.ends[length]])
+
+
 def _chains(
     coupling: Coupling,
     model: nn.Module,
     found: Residuals,
     saved: Callable[[Names], float],
     batches: Sequence[Batch],
-) -> list[list[Names]]:
+) -> list[_Chain]:
     """Growing sets of branches: one by one, and block by block."""
-    out: list[list[Names]] = []
+    out: list[_Chain] = []
     kinds: list[Sequence[Branch | Block]] = [found.branches, found.blocks]
     for kind in kinds:
         # Scored apart, as a block may have the name of a branch of its.
         scores = influence(coupling, model, kind, batches) if kind else {}
         gains = {c.name: saved(_branches(c)) for c in kind}
-        chain: list[Names] = [()]
-        for candidate in cheapest_first(kind, scores, gains):
-            chain.append(tuple(dict.fromkeys((*chain[-1], *_branches(candidate)))))
-        out.append(chain)
+        out.append(_Chain(cheapest_first(kind, scores, gains)))
     return out
 
 
@@ -154,9 +174,7 @@ def _branches(candidate: Branch | Block) -> Names:
     return candidate.branches if isinstance(candidate, Block) else (candidate.name,)
 
 
-def _search(
-    chain: list[Names], judge: Callable[[Names], tuple[float, int, PlanData] | None]
-) -> None:
+def _search(chain: _Chain, judge: Callable[[Names], tuple[float, int, PlanData] | None]) -> None:
     """Judge some prefixes of a chain: spread out at first, then closer to the best."""
     last = len(chain) - 1
     tried = sorted({round(i * last / (_FIRST - 1)) for i in range(_FIRST)})

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+import heapq
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -19,7 +20,9 @@ class Branch:
     Attributes:
         name: The innermost module that contains its layers; "#2" tells branches of one apart.
         operand: What it adds to the stream.
-        path: Additions from its own to that of the whole sum.
+        add: Its own addition.
+        total: The whole sum: the stream once all summands are added.
+        within: For each addition inside of that sum, the one that it is a summand of.
         skip: The other operand of its own addition.
         nodes: What only it needs.
         parameters: Names of parameters that only it uses.
@@ -28,21 +31,13 @@ class Branch:
 
     name: str
     operand: fx.Node
-    path: tuple[fx.Node, ...]
+    add: fx.Node
+    total: fx.Node
+    within: Mapping[fx.Node, fx.Node]
     skip: fx.Node
     nodes: frozenset[fx.Node]
     parameters: tuple[str, ...]
     macs: float
-
-    @property
-    def add(self) -> fx.Node:
-        """Its own addition."""
-        return self.path[0]
-
-    @property
-    def total(self) -> fx.Node:
-        """The whole sum: the stream once all summands are added."""
-        return self.path[-1]
 
 
 @dataclass(frozen=True)
@@ -107,10 +102,10 @@ class Residuals:
         wanted = [names] if isinstance(names, str) else list(names)
         own = {b.name for b in self.branches}
         blocks = {b.name: b.branches for b in self.blocks if b.name not in own}
-        known = sorted({*own, *blocks})
-        unknown = [n for n in wanted if n not in known]
+        unknown = [n for n in wanted if n not in own and n not in blocks]
         if unknown:
             why = next((f.reason for f in self.refused if f.name == unknown[0]), "")
+            known = sorted({*own, *blocks})
             close = difflib.get_close_matches(unknown[0], known, 3, 0.4)
             named = f"did you mean {', '.join(close)}?" if close else f"branches: {listed(known)}"
             raise PlanError(
@@ -131,22 +126,26 @@ def bypass(branches: Iterable[Branch]) -> dict[fx.Node, fx.Node]:
         branches: To be dropped.
     """
     lost: dict[fx.Node, set[fx.Node]] = {}
-    parent: dict[fx.Node, fx.Node] = {}
+    within: dict[fx.Node, Mapping[fx.Node, fx.Node]] = {}
     for branch in branches:
         lost.setdefault(branch.add, set()).add(branch.operand)
-        parent.update(zip(branch.path, branch.path[1:], strict=False))
+        within[branch.add] = branch.within
     out: dict[fx.Node, fx.Node] = {}
-    waiting = sorted(lost)
+    waiting = sorted(lost)  # a heap, in the order of the graph
     while waiting:
-        add = waiting.pop(0)
+        add = heapq.heappop(waiting)
         left = [n for n in operands(add) if n not in lost[add]]
         if left:
             out[add] = left[0]
             continue
         # Nothing is left to add: this sum is itself a summand that goes.
         out.pop(add, None)
-        lost.setdefault(parent[add], set()).add(add)
-        waiting = sorted({*waiting, parent[add]})
+        outer = within[add][add]
+        within[outer] = within[add]
+        if outer not in lost:
+            lost[outer] = set()
+            heapq.heappush(waiting, outer)
+        lost[outer].add(add)
     return out
 
 

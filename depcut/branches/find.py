@@ -8,9 +8,8 @@ the graph alone: which summand the others are computed from, and what only a sum
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -18,9 +17,11 @@ from torch import fx
 
 from depcut import axes
 from depcut.branches.branch import Block, Branch, Refused, Residuals, bypass, operands
+from depcut.branches.streams import first_streams, origins
 from depcut.capture.program import Program, module_of, parent_of, stack_entries, where
 from depcut.coupling.groups import Coupling, layer_of
-from depcut.graph.liveness import is_size, live_nodes, returns_its_input, written
+from depcut.graph.liveness import Losses, is_size, returns_its_input
+from depcut.graph.reach import Ancestry, Ways
 
 _ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 
@@ -57,28 +58,10 @@ class _Finder:
     def __init__(self, coupling: Coupling) -> None:
         self.coupling, self.program = coupling, coupling.program
         self.nodes = list(self.program.graph.graph.nodes)
-        self.dense = live_nodes(self.program, {})
+        self.losses = Losses(self.program)
+        self.ancestry = Ancestry(self.nodes)
+        self.ways = Ways(self.nodes)
         self.adds = {n for n in self.nodes if self._is_plain(n)}
-
-    @cached_property
-    def ancestors(self) -> dict[fx.Node, int]:
-        """Bit sets, by node number, of all that a node is computed from, itself included."""
-        out: dict[fx.Node, int] = {}
-        for i, node in enumerate(self.nodes):
-            bits = 1 << i
-            for source in () if is_size(node) else node.all_input_nodes:
-                bits |= out[source]
-            out[node] = bits
-        return out
-
-    @cached_property
-    def number(self) -> dict[fx.Node, int]:
-        """Position of each node."""
-        return {n: i for i, n in enumerate(self.nodes)}
-
-    def stems_from(self, node: fx.Node, source: fx.Node) -> bool:
-        """Whether a node is computed from another one."""
-        return bool(self.ancestors[node] >> self.number[source] & 1)
 
     def _is_plain(self, node: fx.Node) -> bool:
         """An addition of two tensors of the very same dimensions."""
@@ -105,46 +88,37 @@ class _Finder:
 
     def branches(self, total: fx.Node) -> list[Branch | Refused]:
         """The summands of a sum that can be dropped, or look as if they could."""
-        leaves = list(self._summands(total, (total,)))
+        leaves, within = self._summands(total)
+        streams = first_streams(self.ancestry, [leaf for leaf, _ in leaves])
         found: list[Branch | Refused] = []
-        for leaf, path in leaves:
-            streams = [
-                source
-                for other, _ in leaves
-                if other is not leaf
-                for source in _origins(other)
-                if self.stems_from(leaf, source)
-            ]
-            if streams:
-                made = self._judge(leaf, path, streams[0])
+        for (leaf, add), stream in zip(leaves, streams, strict=True):
+            if stream is not None:
+                made = self._judge(leaf, add, total, within, stream)
                 found += [made] if made is not None else []
-        return found or self._projected(leaves)
+        return found or self._projected(leaves, total, within)
 
     def _summands(
-        self, node: fx.Node, path: tuple[fx.Node, ...]
-    ) -> Iterable[tuple[fx.Node, tuple[fx.Node, ...]]]:
-        a, b = operands(node)
-        for operand in (a, b) if a is not b else ():
-            if operand in self.adds and self._is_summand(operand):
-                yield from self._summands(operand, (operand, *path))
-            else:
-                yield operand, path
+        self, total: fx.Node
+    ) -> tuple[list[tuple[fx.Node, fx.Node]], dict[fx.Node, fx.Node]]:
+        """(summand, its addition) from left to right, and the addition around each inner one."""
+        leaves: list[tuple[fx.Node, fx.Node]] = []
+        within: dict[fx.Node, fx.Node] = {}
+        waiting = [(total, total)]
+        while waiting:
+            node, outer = waiting.pop()
+            if node is not total and not (node in self.adds and self._is_summand(node)):
+                leaves.append((node, outer))
+                continue
+            if node is not total:
+                within[node] = outer
+            a, b = operands(node)
+            waiting += [(b, node), (a, node)] if a is not b else []
+        return leaves, within
 
     def _alone(self, operand: fx.Node, add: fx.Node) -> set[fx.Node]:
         """Nodes that nothing needs once an operand is left out of its addition."""
-        alone: set[fx.Node] = set()
-        waiting = [operand]
-        while waiting:
-            node = waiting.pop()
-            kept = {u for u in node.users if (u.users or u.op == "output") and not is_size(u)}
-            if node in self.dense and kept - {add if node is operand else None} <= alone:
-                alone.add(node)
-                waiting += node.all_input_nodes
-        if any(map(written, alone)):
-            # What is changed in place may be seen under another name.
-            a, b = operands(add)
-            return self.dense - live_nodes(self.program, {add: b if operand is a else a})
-        return alone
+        a, b = operands(add)
+        return self.losses({add: b if operand is a else a})
 
     def _read(self, alone: set[fx.Node]) -> set[fx.Node]:
         """Activations that these nodes are computed from."""
@@ -157,10 +131,13 @@ class _Finder:
         return sum(sizes) / self.program.batch
 
     def _projected(
-        self, leaves: list[tuple[fx.Node, tuple[fx.Node, ...]]]
+        self,
+        leaves: list[tuple[fx.Node, fx.Node]],
+        total: fx.Node,
+        within: Mapping[fx.Node, fx.Node],
     ) -> list[Branch | Refused]:
         """Branches beside a shortcut that is itself computed, from the same activation."""
-        alone = [self._alone(leaf, path[0]) for leaf, path in leaves]
+        alone = [self._alone(leaf, add) for leaf, add in leaves]
         read = [self._read(nodes) for nodes in alone]
         costs = [self._macs(nodes) for nodes in alone]
         simple = [
@@ -171,18 +148,23 @@ class _Finder:
         short = min(simple, key=lambda i: costs[i])
         (stream,) = read[short]
         found = [
-            self._judge(*leaves[i], stream)
+            self._judge(*leaves[i], total, within, stream)
             for i in range(len(leaves))
             if i != short and stream in read[i] and costs[i] > costs[short]
         ]
         return [f for f in found if f is not None]
 
     def _judge(
-        self, operand: fx.Node, path: tuple[fx.Node, ...], stream: fx.Node
+        self,
+        operand: fx.Node,
+        add: fx.Node,
+        total: fx.Node,
+        within: Mapping[fx.Node, fx.Node],
+        stream: fx.Node,
     ) -> Branch | Refused | None:
         """A branch, the reason why it is none, or None where it has no parameters."""
-        alone = self._alone(operand, path[0])
-        a, b = operands(path[0])
+        alone = self._alone(operand, add)
+        a, b = operands(add)
         skip = b if operand is a else a
         tensors = self.program.tensors
         used = {
@@ -195,35 +177,34 @@ class _Finder:
             return None
         name = self._name(alone | {operand})
         if operand not in alone:
-            user = next(u for u in operand.users if u is not path[0])
+            user = next(u for u in operand.users if u is not add)
             return Refused(
                 self._way(operand, stream), "what it adds is used elsewhere, too", where(user)
             )
-        if skip.meta["val"].dtype != path[0].meta["val"].dtype:
-            return Refused(name, "without it, the sum would have another dtype", where(path[0]))
-        outside = self._without(path[-1])
-        same = set(_origins(stream))
+        if skip.meta["val"].dtype != add.meta["val"].dtype:
+            return Refused(name, "without it, the sum would have another dtype", where(add))
+        same = set(origins(stream))
         for source in sorted(self._read(alone) - same):
-            if source in outside and self.stems_from(source, stream):
+            if self.ways.avoid(source, total) and self.ancestry.stems_from(source, stream):
                 reason = "what it computes on its way is used elsewhere, too"
                 return Refused(self._way(operand, stream), reason, where(source))
         owned = {tensors[n] for n in alone if n in tensors} & self.program.parameters
         return Branch(
-            name, operand, path, skip, frozenset(alone), tuple(sorted(owned)), self._macs(alone)
+            name=name,
+            operand=operand,
+            add=add,
+            total=total,
+            within=within,
+            skip=skip,
+            nodes=frozenset(alone),
+            parameters=tuple(sorted(owned)),
+            macs=self._macs(alone),
         )
 
     def _way(self, operand: fx.Node, stream: fx.Node) -> str:
         """The innermost module with all layers between a stream and what is added to it."""
-        between = {n for n in self.dense if self.stems_from(operand, n)} - {stream}
-        return self._name({n for n in between if self.stems_from(n, stream)} | {operand})
-
-    def _without(self, total: fx.Node) -> set[fx.Node]:
-        """What the outputs need besides a sum."""
-        live: set[fx.Node] = set()
-        for node in reversed(self.nodes):
-            if node.op == "output" or (node in live and node is not total):
-                live.update(node.all_input_nodes)
-        return live
+        between = self.ancestry.between(operand, stream) & self.losses.live
+        return self._name((between - {stream}) | {operand})
 
     def _name(self, nodes: set[fx.Node]) -> str:
         """The innermost module that contains all layers that compute, else all with parameters."""
@@ -248,25 +229,19 @@ def _alike(a: axes.Term, b: axes.Term) -> bool:
     return a is b or stuck or list(axes.leaves(a)) == list(axes.leaves(b))
 
 
-def _origins(node: fx.Node) -> Iterable[fx.Node]:
-    """A node, and what it is the same tensor as."""
-    yield node
-    while returns_its_input(node):
-        node = cast(fx.Node, node.args[0])
-        yield node
-
-
 def _blocks(program: Program, branches: list[Branch]) -> Iterable[Block]:
     """Modules that return what they get once their branches are dropped."""
     times: dict[str, int] = {}
     for call in program.calls:
         times[call.module] = times.get(call.module, 0) + 1
+    inside: dict[str, list[Branch]] = {}
+    for branch in branches:
+        for module in dict.fromkeys(stack_entries(branch.add)):
+            inside.setdefault(module, []).append(branch)
     for call in program.calls:
-        inner = tuple(
-            b for b in branches if times[call.module] == 1 and call.module in stack_entries(b.add)
-        )
+        inner = inside.get(call.module, []) if times[call.module] == 1 else []
         results = [leaf for leaf in call.out_leaves if isinstance(leaf, fx.Node)]
-        given = {o for leaf in call.leaves if isinstance(leaf, fx.Node) for o in _origins(leaf)}
+        given = {o for leaf in call.leaves if isinstance(leaf, fx.Node) for o in origins(leaf)}
         if not inner or len(results) != 1:
             continue
         through = bypass(inner)

@@ -27,7 +27,8 @@ def sensitivities(
 
     With v of random signs and z the outputs, each scaled to unit variance, E[(d v^T z / dy)^2] is
     the sum over all outputs of (dz/dy)^2 (Hutchinson 1990), the diagonal of the Gauss-Newton matrix
-    of a squared loss between the outputs of two models. No targets are needed.
+    of a squared loss between the outputs of two models. No targets are needed. Every batch is read
+    once: one forward and one backward pass.
 
     Args:
         coupling: The analysed model.

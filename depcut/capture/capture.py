@@ -257,7 +257,8 @@ def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
         *model.named_buffers(remove_duplicate=False),
     ):
         names.setdefault(id(tensor), []).append(name)
-    return {name: tuple(group) for group in names.values() for name in group if len(group) > 1}
+    shared = [tuple(group) for group in names.values() if len(group) > 1]
+    return {name: group for group in shared for name in group}
 
 
 def is_symbolic(value: Any) -> bool:

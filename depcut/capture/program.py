@@ -76,7 +76,7 @@ class Program:
     training: Program | None = None
     unused: frozenset[str] = field(default_factory=frozenset)
 
-    @property
+    @cached_property
     def inputs(self) -> list[fx.Node]:
         """The placeholders that stand for user inputs."""
         nodes = self.graph.graph.nodes
@@ -88,6 +88,42 @@ class Program:
         out: dict[str, tuple[fx.Node, ...]] = {}
         for node, name in self.tensors.items():
             out[name] = (*out.get(name, ()), node)
+        return out
+
+    @cached_property
+    def inside(self) -> dict[str, list[fx.Node]]:
+        """Nodes in the order of the graph, by each entry of their module stacks."""
+        out: dict[str, list[fx.Node]] = {}
+        for node in self.graph.graph.nodes:
+            for entry in dict.fromkeys(stack_entries(node)):
+                out.setdefault(entry, []).append(node)
+        return out
+
+    @cached_property
+    def calls_of(self) -> dict[str, list[ModuleCall]]:
+        """Calls of each module."""
+        out: dict[str, list[ModuleCall]] = {}
+        for call in self.calls:
+            out.setdefault(call.module, []).append(call)
+        return out
+
+    @cached_property
+    def passing(self) -> dict[fx.Node, list[tuple[ModuleCall, str]]]:
+        """Calls that returned what they got, by that node, with the module that made the call.
+
+        In training they may do more (drop path).
+        """
+        entered = {entry.partition("@")[0] for entry in self.inside}
+        out: dict[fx.Node, list[tuple[ModuleCall, str]]] = {}
+        for call in self.calls:
+            if call.module in entered or len(call.leaves) != 1 or call.leaves != call.out_leaves:
+                continue
+            caller, leaf = parent_of(call.module), call.leaves[0]
+            while caller and caller not in self.calls_of:
+                caller = parent_of(caller)
+            # Of several readers, it is not known which came after the call.
+            if isinstance(leaf, fx.Node) and len(leaf.users) == 1:
+                out.setdefault(leaf, []).append((call, caller))
         return out
 
     @property

@@ -6,7 +6,7 @@ to); whatever only it read is dead, and so are the modules and tensors that only
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,19 +53,100 @@ def live_nodes(program: Program, bypass: Bypass) -> set[fx.Node]:
         program: The captured graph.
         bypass: Nodes that stand aside, with the one that takes their place.
     """
-    nodes = list(program.graph.graph.nodes)
-    roots: set[fx.Node] = {n for n in nodes if n.op == "output"}
-    while True:
-        live = set(roots)
+    writers = _writers(program.graph.graph.nodes)
+    live: set[fx.Node] = set()
+    waiting = [n for n in program.graph.graph.nodes if n.op == "output"]
+    while waiting:
+        node = waiting.pop()
+        if node not in live:
+            live.add(node)
+            waiting += _sources(node, bypass)
+            waiting += writers.get(node, ())
+    return live
+
+
+def _reads(user: fx.Node, node: fx.Node, bypass: Bypass) -> bool:
+    """Whether a user keeps a node alive."""
+    if user in bypass:
+        return bypass[user] is node
+    return is_size(node) or not is_size(user)
+
+
+class Losses:
+    """What nothing needs any more where nodes stand aside; asked for many times of one graph.
+
+    An answer is that of `live_nodes`, and costs as much as is lost.
+
+    Args:
+        program: The captured graph.
+    """
+
+    def __init__(self, program: Program) -> None:
+        nodes = list(program.graph.graph.nodes)
+        self.writers = _writers(nodes)
+        self.written = {w: roots for w, roots in _written_roots(nodes).items() if roots}
+        self.live = live_nodes(program, {})
+        self.read: set[fx.Node] = set()  # live without what is only written to
         for node in reversed(nodes):
-            if node in live:
-                live.update(_sources(node, bypass))
-        hidden = {
-            n for n in nodes if n not in live and any(_storage(w) in live for w in written(n))
-        }
-        if not hidden:
-            return live
-        roots |= hidden
+            if node.op == "output" or node in self.read:
+                self.read.add(node)
+                self.read.update(_sources(node, {}))
+        self.needs = dict.fromkeys(self.live, 0)
+        for node in self.live:
+            for source in self._counted(node, {}):
+                self.needs[source] += 1
+
+    def _counted(self, node: fx.Node, bypass: Bypass) -> list[fx.Node]:
+        """Sources that a node keeps alive, but for what it is only there to change."""
+        hidden = node not in self.read
+        return [s for s in _sources(node, bypass) if not (hidden and s in self.read)]
+
+    def __call__(self, bypass: Bypass) -> set[fx.Node]:
+        """Nodes that are live in the dense graph and are not any more.
+
+        Args:
+            bypass: Nodes that stand aside, with the one that takes their place.
+        """
+        lost: set[fx.Node] = set()
+        fewer: dict[fx.Node, int] = {}
+        waiting: list[fx.Node] = []
+
+        def drop(sources: Iterable[fx.Node]) -> None:
+            for source in sources:
+                fewer[source] = fewer.get(source, 0) + 1
+                waiting.append(source)
+
+        for node, other in bypass.items():
+            drop(s for s in self._counted(node, {}) if node in self.live and s is not other)
+        while waiting:
+            node = waiting.pop()
+            roots = self.written.get(node, ()) if node not in self.read else ()
+            if (
+                node in lost
+                or fewer.get(node, 0) < self.needs[node]
+                or any(r in self.live and r not in lost for r in roots)
+            ):
+                continue
+            lost.add(node)
+            drop(self._counted(node, bypass))
+            waiting += [w for w in self.writers.get(node, ()) if w not in self.read]
+        return self._without_kept(lost, bypass)
+
+    def _without_kept(self, lost: set[fx.Node], bypass: Bypass) -> set[fx.Node]:
+        """Of these, what changes nothing that stays, and is not needed for such a change."""
+        kept = [node for node in lost if self._is_kept(node, lost, bypass)]
+        while kept:
+            node = kept.pop()
+            if node in lost:
+                lost.remove(node)
+                kept += [n for n in _sources(node, bypass) if n in lost]
+                kept += [w for w in self.writers.get(node, ()) if w in lost]
+        return lost
+
+    def _is_kept(self, node: fx.Node, lost: set[fx.Node], bypass: Bypass) -> bool:
+        if any(r in self.live and r not in lost for r in self.written.get(node, ())):
+            return True
+        return any(u in self.live and u not in lost and _reads(u, node, bypass) for u in node.users)
 
 
 def _sources(node: fx.Node, bypass: Bypass) -> list[fx.Node]:
@@ -111,6 +192,7 @@ def gone(program: Program, bypass: Bypass) -> Gone:
     modules |= _passed_through(program, dead) - _bases(alive)
     fresh = {n for n in through if n not in casts and n.target is not torch.ops.aten.add_.Tensor}
     fresh |= {n for n in through if n not in casts and n.args[0] is not through[n]}
+    changed = _changed(nodes, through)
     return Gone(
         frozenset(dead),
         frozenset(calls),
@@ -118,8 +200,18 @@ def gone(program: Program, bypass: Bypass) -> Gone:
         frozenset(_tensors(program, dead, after, modules)),
         through,
         frozenset(fresh),
-        frozenset(n for n in fresh if _is_written(n, through)),
+        frozenset(fresh & changed),
     )
+
+
+def enclosing(name: str) -> list[str]:
+    """Names of all modules around a tensor, or around a module.
+
+    Args:
+        name: Qualified name of either.
+    """
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
 def rewritten(program: Program, dead: Gone) -> dict[str, str]:
@@ -133,14 +225,14 @@ def rewritten(program: Program, dead: Gone) -> dict[str, str]:
     for node in dead.fresh | {n for n in dead.through if written(n)}:
         entries = [e for e in stack_entries(node) if e not in dead.calls]
         out.setdefault(_base(entries[-1]) if entries else "", "one of its branches is dropped")
+    holders = {module for name in program.parameters for module in enclosing(name)}
     for node in dead.nodes:
         if node.op != "call_function":
             continue
         entries = stack_entries(node)
         depth = next((i for i, e in enumerate(entries) if e in dead.calls), len(entries))
         if depth < len(entries):
-            prefix = _base(entries[depth]) + "."
-            needed = any(name.startswith(prefix) for name in program.parameters)
+            needed = _base(entries[depth]) in holders
         else:
             names = {program.tensors.get(n) for n in node.all_input_nodes}
             needed = not names.isdisjoint(dead.tensors & program.parameters)
@@ -151,12 +243,15 @@ def rewritten(program: Program, dead: Gone) -> dict[str, str]:
 
 def _calls(nodes: set[fx.Node]) -> set[str]:
     """Module calls in which some of the nodes do something that counts."""
-    return {
-        entry
-        for n in nodes
-        if n.op == "call_function" and n.users and not is_size(n) and not returns_its_input(n)
-        for entry in stack_entries(n)
-    }
+    return {entry for n in nodes for entry in calls_of(n)}
+
+
+def calls_of(node: fx.Node) -> list[str]:
+    """Module calls in which a node does something that counts, as entries of its module stack."""
+    counts = node.op == "call_function" and node.users
+    return (
+        stack_entries(node) if counts and not is_size(node) and not returns_its_input(node) else []
+    )
 
 
 def _base(entry: str) -> str:
@@ -189,7 +284,7 @@ def _tensors(
         for alias in program.aliases.get(name, (name,))
     }
     unread = {program.tensors[n] for n in dead if n in program.tensors}
-    held = {n for n in names if any(n.startswith(f"{m}.") for m in modules)}
+    held = {n for n in names if not modules.isdisjoint(enclosing(n))}
     return (unread | held) - alive
 
 
@@ -206,26 +301,40 @@ def _shared(node: fx.Node) -> fx.Node | None:
     return next((source for _, source in sources_of_storage(node)), None)
 
 
-def _storage(node: fx.Node) -> fx.Node:
-    """The node that made the storage which a node's result may share."""
-    while (source := _shared(node)) is not None:
-        node = source
-    return node
+def _storages(nodes: Iterable[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """The node that made the storage which each node's result may share."""
+    out: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        source = _shared(node)
+        out[node] = node if source is None else out[source]
+    return out
 
 
-def _is_written(node: fx.Node, through: Bypass) -> bool:
-    """Whether what stands in for a node is changed in place later on."""
-    open_nodes, seen = [node], {node}
-    while open_nodes:
-        current = open_nodes.pop()
-        for user in current.users:
+def _written_roots(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """The nodes that made the storages which each node changes."""
+    made = _storages(nodes)
+    return {node: [made[w] for w in written(node)] for node in made}
+
+
+def _writers(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """Nodes that change a storage, by the node that made it."""
+    out: dict[fx.Node, list[fx.Node]] = {}
+    for node, roots in _written_roots(nodes).items():
+        for root in roots:
+            out.setdefault(root, []).append(node)
+    return out
+
+
+def _changed(nodes: list[fx.Node], through: Bypass) -> set[fx.Node]:
+    """Nodes of which the result, or what stands in for it, is changed in place later on."""
+    out: set[fx.Node] = set()
+    for node in reversed(nodes):
+        for user in node.users:
             if user in through:
-                follows = through[user] is current
-            elif current in written(user):
-                return True
+                changed = through[user] is node and user in out
             else:
-                follows = _shared(user) is current
-            if follows and user not in seen:
-                seen.add(user)
-                open_nodes.append(user)
-    return False
+                changed = node in written(user) or (_shared(user) is node and user in out)
+            if changed:
+                out.add(node)
+                break
+    return out

@@ -91,6 +91,10 @@ def compensate(
 ) -> Compensation:
     """Re-solve the weights of a narrowed model in place.
 
+    Every batch runs once through the dense and once through the narrowed graph, at any depth, and
+    the first one once more through the repaired model as a check. With little memory, where only
+    one batch is held, every layer has the batches run from their start again, a few times.
+
     Args:
         slim: The narrowed model, verified; its parameters and running statistics change.
         model: The dense model.

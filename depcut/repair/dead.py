@@ -68,8 +68,9 @@ class _Liveness:
 
     def kept(self, term: axes.Term) -> Indices:
         """Indices of a term that stay."""
-        found = {leaf: np.flatnonzero(~gone) for leaf, gone in self.gone.items()}
-        return axes.indices(axes.resolve(term), found)
+        term = axes.resolve(term)
+        held = {leaf for leaf in axes.leaves(term) if leaf in self.gone}
+        return axes.indices(term, {leaf: np.flatnonzero(~self.gone[leaf]) for leaf in held})
 
     def settle(self) -> None:
         """Bring back what is alive."""

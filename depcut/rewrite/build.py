@@ -51,9 +51,7 @@ class Slim:
             problem = "its generated code differs, too"
             if name not in self.generated:
                 try:
-                    module = generate(
-                        self.model, self.keep, name, set(self.inlined), self._dropouts
-                    )
+                    module = generate(self.model, self.keep, name, self.inlined, self._dropouts)
                     self._put(name, module)
                     self.generated[name] = why
                     return name

@@ -7,14 +7,14 @@ it calls as modules; only the original's own lines are replaced by the graph wit
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from depcut.capture.program import ModuleCall, Program, parent_of, stack_entries
+from depcut.capture.program import ModuleCall, Program, stack_entries
 from depcut.graph.arguments import Path, replaced, schema
 from depcut.graph.operators import (
     MODE_FLAGS,
@@ -46,7 +46,7 @@ class _OpaqueError(Exception):
 
 
 def generate(
-    slim: nn.Module, keep: Keep, name: str, inlined: set[str], dropouts: dict[fx.Node, float]
+    slim: nn.Module, keep: Keep, name: str, inlined: Container[str], dropouts: dict[fx.Node, float]
 ) -> GeneratedModule:
     """The module `name` of the slim model with its own lines generated from the graph.
 
@@ -61,13 +61,13 @@ def generate(
         CannotGenerateError: It uses values that are not among its arguments.
     """
     call = _call_of(keep.coupling.program, name)
-    inline = {id(c) for c in keep.coupling.program.calls if c.module in inlined}
+    leaks: set[int] = set()
     while True:
-        builder = _Builder(keep, name, call, inline, dropouts)
+        builder = _Builder(keep, name, call, inlined, leaks, dropouts)
         try:
             graph = builder.build()
         except _OpaqueError as leak:
-            inline.add(leak.child)
+            leaks.add(leak.child)
             continue
         return GeneratedModule(slim.get_submodule(name), graph, call, builder.constants)
 
@@ -82,7 +82,7 @@ def _call_of(program: Program, name: str) -> ModuleCall:
                 n if isinstance(v, torch.Tensor) else v for n, v in zip(nodes, given, strict=True)
             )
         return ModuleCall("", leaves, program.in_spec, tuple(program.outputs), program.out_spec)
-    calls = [c for c in program.calls if c.module == name]
+    calls = program.calls_of.get(name, [])
     if len(calls) != 1:
         raise CannotGenerateError(f"{name} is called {len(calls)} times")
     return calls[0]
@@ -95,7 +95,8 @@ class _Builder:
     keep: Keep
     name: str
     call: ModuleCall
-    inline: set[int]
+    inlined: Container[str]
+    leaks: set[int]
     dropouts: dict[fx.Node, float]
 
     def __post_init__(self) -> None:
@@ -112,9 +113,8 @@ class _Builder:
                 self.env.setdefault(leaf, placeholder)
         done: set[int] = set()
         self.children = self._children()
-        passing = self._passing()
-        for node in self.program.graph.graph.nodes:
-            if node in self.keep.gone.nodes or not self._is_inside(node):
+        for node in self._inside():
+            if node in self.keep.gone.nodes:
                 continue
             child = self.children.get(node)
             if node in self.env:
@@ -125,66 +125,52 @@ class _Builder:
                 done.add(id(child))
                 self._call_child(child)
             if node in self.env:
-                for call in passing.get(node, ()):
+                for call in self._passing(node):
                     self._call_child(call)
         self.graph.output([self._value(leaf) for leaf in self.call.out_leaves])
         self.graph.eliminate_dead_code(_has_effect)
         return self.graph
 
-    def _is_inside(self, node: fx.Node) -> bool:
-        if node.op not in ("call_function", "get_attr"):
-            return False
-        return not self.name or self.name in stack_entries(node)
+    def _inside(self) -> list[fx.Node]:
+        """Nodes of the module's forward, those of its children included."""
+        inside = self.program.inside.get(self.name, ())
+        nodes = inside if self.name else self.program.graph.graph.nodes
+        return [n for n in nodes if n.op in ("call_function", "get_attr")]
+
+    def _is_inlined(self, call: ModuleCall) -> bool:
+        return call.module in self.inlined or id(call) in self.leaks
 
     def _children(self) -> dict[fx.Node, ModuleCall]:
         """For each node of a child's forward, the outermost child call that can be kept."""
         prefix = f"{self.name}." if self.name else ""
-        by_entry: dict[str, list[ModuleCall]] = {}
-        for call in self.program.calls:
-            if call.module.startswith(prefix) and call.module != self.name:
-                by_entry.setdefault(call.module, []).append(call)
         out: dict[fx.Node, ModuleCall] = {}
-        for node in self.program.graph.graph.nodes:
-            if not self._is_inside(node):
-                continue
+        for node in self._inside():
             entries = stack_entries(node)
             at = entries.index(self.name) + 1 if self.name in entries else 0
             for entry in entries[at:]:
                 if entry in self.keep.gone.calls:
                     break
                 base, _, number = entry.partition("@")
-                calls = by_entry.get(base, [])
+                below = base.startswith(prefix) and base != self.name
+                calls = self._calls_of(base) if below else []
                 which = int(number) if number else 0
-                if which >= len(calls) or id(calls[which]) in self.inline:
+                if which >= len(calls) or self._is_inlined(calls[which]):
                     continue
                 if self._is_callable(calls[which]):
                     out[node] = calls[which]
                     break
         return out
 
-    def _passing(self) -> dict[fx.Node, list[ModuleCall]]:
-        """Calls, by the node, that returned what they got but may not in training (drop path)."""
-        inside = {self.name, *(c.module for c in self.program.calls if id(c) in self.inline)}
-        called = {"", *(c.module for c in self.program.calls)}
-        nodes = self.program.graph.graph.nodes
-        entered = {entry.partition("@")[0] for n in nodes for entry in stack_entries(n)}
-        out: dict[fx.Node, list[ModuleCall]] = {}
-        for call in self.program.calls:
-            if call.module in entered or len(call.leaves) != 1 or call.leaves != call.out_leaves:
-                continue
-            caller, leaf = parent_of(call.module), call.leaves[0]
-            while caller not in called:
-                caller = parent_of(caller)
-            given = any(leaf is g for g in self.call.leaves)
-            # Of several readers, it is not known which came after the call.
-            if (
-                caller in inside
-                and isinstance(leaf, fx.Node)
-                and not given
-                and len(leaf.users) == 1
-            ):
-                out.setdefault(leaf, []).append(call)
-        return out
+    def _passing(self, node: fx.Node) -> Iterator[ModuleCall]:
+        """Calls in the module's own lines that returned a node as they got it."""
+        if any(node is given for given in self.call.leaves):
+            return
+        for call, caller in self.program.passing.get(node, ()):
+            if caller == self.name or any(map(self._is_inlined, self._calls_of(caller))):
+                yield call
+
+    def _calls_of(self, module: str) -> list[ModuleCall]:
+        return self.program.calls_of.get(module, [])
 
     def _is_callable(self, call: ModuleCall) -> bool:
         leaves = (*call.leaves, *call.out_leaves)

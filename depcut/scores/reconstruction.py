@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from string import ascii_letters
@@ -46,6 +47,10 @@ def obs(context: Context) -> Scores:
     unit's score is the loss that its removal added. Units that neither reads have their share of
     the group's squared weights.
 
+    Reads every batch twice, at any depth: once forward for the second moments, and once forward
+    and backward for the sensitivities. With little memory, the moments of one group at a time are
+    held, and every batch is read once forward for each group.
+
     Source: Kurtic et al., ZipLM, NeurIPS 2023, eq. 3-5; Hassibi & Stork, NeurIPS 1992 (second-order
     removal); Martens & Grosse, K-FAC, ICML 2015 (rows weighted by squared derivatives). Needs data.
     """
@@ -62,18 +67,23 @@ def obs(context: Context) -> Scores:
         {**dict.fromkeys(p.node for p in products), **{s.node: s.family.result for s in sites}},
     )
     plain = _shares(context)
+    reading, summing = defaultdict[axes.Axis, list[Site]](list), defaultdict(list)
+    for site in sites:
+        for leaf in dict.fromkeys(axes.leaves(site.term)):
+            reading[leaf].append(site)
+    for product in products:
+        summing[product.term].append(product)
     out = []
     for group in coupling.groups:
         if gathered is None or context.data.low_memory:
             gathered = _gather(context, sites, products, [group])
-        found = [_reader(s, group, gathered, felt.get(s.node)) for s in sites]
+        found = [_reader(s, group, gathered, felt.get(s.node)) for s in reading[group.axis]]
         readers: list[Reads] = [r for r in found if r is not None]
         readers += [
             Terms.of(
                 gathered.products[p], float(felt.get(p.node, torch.ones(())).sum()), group.rows
             )
-            for p in products
-            if p.holds(group)
+            for p in summing[group.axis]
         ]
         if not readers:
             out.append(plain[group.index])
@@ -103,11 +113,8 @@ class _ActivationProduct:
 
     node: fx.Node
     places: tuple[tuple[fx.Node, int], tuple[fx.Node, int]]
-    term: axes.Term
+    term: axes.Axis
     heads: int | None
-
-    def holds(self, group: Group) -> bool:
-        return self.term is group.axis
 
 
 def _products(coupling: Coupling) -> list[_ActivationProduct]:

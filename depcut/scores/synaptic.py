@@ -14,9 +14,10 @@ from depcut.coupling.groups import Coupling
 from depcut.plan.keep import Keep
 from depcut.scores.aggregate import by_element, totals
 from depcut.scores.context import Context, Scores, criterion
-from depcut.scores.flow import Flow
+from depcut.scores.scaled_flow import ScaledFlow
 
 ROUNDS = 100  # as in the paper
+_HEADROOM = 700  # bits
 
 Alive = list[NDArray[np.bool_]]
 
@@ -85,7 +86,7 @@ def _weakest(coupling: Coupling, flows: Scores, alive: Alive, count: int) -> Ali
 class _Network:
     """The linear network, and the absolute values of its parameters by canonical name."""
 
-    flow: Flow
+    flow: ScaledFlow
     absolute: dict[str, torch.Tensor]
 
     @staticmethod
@@ -97,7 +98,7 @@ class _Network:
             for name in set(context.canonical.values())
             if held[name].is_floating_point()
         }
-        return _Network(Flow(context.coupling, held), absolute)
+        return _Network(ScaledFlow(context.coupling, held), absolute)
 
     def flows(self, context: Context, alive: Alive) -> Scores:
         """Flow through each unit, as a share (less than one) of the largest one."""
@@ -108,6 +109,8 @@ class _Network:
         names = context.canonical
         with torch.enable_grad():
             total = self.flow.total({n: masked[c] for n, c in names.items() if c in masked})
+            # Derivatives grow towards the inputs: a start far down leaves them the whole range.
+            total = total * 2.0**-_HEADROOM
             found = torch.autograd.grad(total, list(masked.values()), allow_unused=True)
         with torch.no_grad():
             elements = {

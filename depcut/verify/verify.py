@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from depcut.capture.clone import clone
 from depcut.capture.program import parent_of, stack_entries, where
 from depcut.capture.random_state import preserved
 from depcut.errors import VerificationError
+from depcut.graph.liveness import enclosing
 from depcut.graph.operators import is_random
 from depcut.plan.keep import Keep
 from depcut.reference.run import Reference, Watched, example, kept_part, masked_outputs
@@ -23,7 +23,8 @@ from depcut.rewrite.build import Slim
 from depcut.rewrite.copying import copied
 from depcut.support.closeness import relative_error
 from depcut.support.torch_private import pytree
-from depcut.verify.observe import Trial, observe, observe_clone
+from depcut.verify.culprit import RUNTIME_ERRORS, culprits
+from depcut.verify.observe import Trial, observe
 
 __all__ = ["masked_outputs", "verify", "verify_equal"]
 
@@ -32,15 +33,6 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torc
 
 _ROUNDING = 0.05  # a relative difference that single precision may cause in a deep model
 _CERTAIN = 3e-6  # a smaller one needs no second look in double precision
-_RUNTIME_ERRORS = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    AssertionError,
-    IndexError,
-    AttributeError,
-    KeyError,
-)
 
 
 def _is_random(keep: Keep) -> bool:
@@ -114,21 +106,29 @@ def verify(slim: Slim, model: nn.Module) -> float:
         if not found.message and limit < found.size < _ROUNDING and _exact(slim, model):
             return found.size
         try:
-            culprit = _culprit(slim, model, _CERTAIN if found.size <= limit else limit)
-        except _RUNTIME_ERRORS as problem:
+            wrong = culprits(slim, model, _CERTAIN if found.size <= limit else limit)
+        except RUNTIME_ERRORS as problem:
             raise VerificationError(
                 f"the captured graph cannot be narrowed: {problem}"[:300],
                 where=_place(keep, suspect or ""),
                 remedy="a rule is wrong: keep the layers concerned with ignore=, and report it",
             ) from problem
-        suspect = culprit if suspect is None else suspect
+        suspect = wrong[0] if suspect is None else suspect
         if "" in slim.generated:
             raise VerificationError(
                 found.message or f"outputs differ by {found.size:.3g} of their scale",
                 where=_place(keep, suspect),
                 remedy="keep the layers concerned with ignore=; please report the model",
             ) from found.problem
-        slim.replace(culprit, found.message or "its code computes other values at the new sizes")
+        _replace(slim, wrong, found.message or "its code computes other values at the new sizes")
+
+
+def _replace(slim: Slim, names: list[str], why: str) -> None:
+    """Generate modules; of the later ones only those that have not been dealt with on the way."""
+    slim.replace(names[0], why)
+    for name in names[1:]:
+        if name not in slim.generated and name not in slim.inlined:
+            slim.replace(name, why)
 
 
 @preserved()
@@ -187,7 +187,7 @@ def _try(slim: Slim, model: nn.Module, trial: Trial, limit: float) -> Attempt:
     try:
         expected = _expected(slim.keep, model, trial)
         size, message = _compare(slim, expected, trial)
-    except _RUNTIME_ERRORS as problem:
+    except RUNTIME_ERRORS as problem:
         return Attempt(math.inf, f"{type(problem).__name__}: {problem}"[:300], problem)
     if message or size > limit or not slim.generated:
         return Attempt(size, message)
@@ -197,7 +197,7 @@ def _try(slim: Slim, model: nn.Module, trial: Trial, limit: float) -> Attempt:
         with torch.no_grad():
             result = clone(slim.model, buffers=True)(*args, **kwargs)
         plain, message = relative_error(expected[0], pytree.tree_leaves(result))
-    except _RUNTIME_ERRORS as problem:
+    except RUNTIME_ERRORS as problem:
         return Attempt(math.inf, str(problem)[:300], problem, beside=True)
     failed = bool(message) or plain > limit
     if not failed:
@@ -214,7 +214,7 @@ def _check_tensors(slim: Slim, model: nn.Module) -> None:
         for g, _, _ in e.rescales
     }
     for name, tensor in held_tensors(model).items():
-        inside = any(name.startswith(f"{module}.") or not module for module in slim.generated)
+        inside = any(module in slim.generated for module in ("", *enclosing(name)))
         if (
             name in changed
             or not inside
@@ -243,7 +243,7 @@ def _verify_shapes(slim: Slim, model: nn.Module) -> float:
     """
     try:
         observe(model, Keep(slim.keep.coupling, {}), Trial())
-    except _RUNTIME_ERRORS:
+    except RUNTIME_ERRORS:
         return math.nan
     seen = observe(slim.model, slim.keep, Trial())
     if seen.shape:
@@ -275,61 +275,3 @@ def _exact(slim: Slim, model: nn.Module) -> bool | None:
 def _place(keep: Keep, name: str) -> str:
     nodes = [n for n in keep.coupling.effects if name in stack_entries(n)]
     return where(nodes[0]) if nodes else "the whole model"
-
-
-def _culprit(slim: Slim, model: nn.Module, limit: float) -> str:
-    """The innermost module that raises or turns right inputs into wrong outputs."""
-    keep, program = slim.keep, slim.keep.coupling.program
-    calls = {c.module: c for c in program.calls}
-    watch = {
-        leaf
-        for c in calls.values()
-        for leaf in (*c.out_leaves, *c.leaves)
-        if isinstance(leaf, fx.Node)
-    }
-    with torch.no_grad():
-        _, values = Reference(keep, model, sliced=True).run(
-            pytree.tree_leaves(example(keep)), watch=watch
-        )
-    wrong: list[str] = []
-    running: list[str] = []
-    made = clone(slim.model, buffers=True)
-    for name, module in made.named_modules():
-        if name in calls:
-            before, after = _watchers(name, calls[name], values, limit, wrong, running)
-            module.register_forward_pre_hook(before, with_kwargs=True)
-            module.register_forward_hook(after)
-    try:
-        observe_clone(made, keep, Trial())
-    except Exception:  # noqa: BLE001  the innermost call still open is the one that raised
-        raised = next((n for n in reversed(running) if n not in slim.generated), "")
-        return wrong[0] if wrong else raised
-    return wrong[0] if wrong else ""
-
-
-def _watchers(
-    name: str,
-    call: Any,
-    values: dict[fx.Node, Any],
-    limit: float,
-    wrong: list[str],
-    running: list[str],
-) -> tuple[Callable[..., None], Callable[..., None]]:
-    good: list[bool] = []
-
-    def matches(leaves: Any, tree: Any) -> bool:
-        pairs = zip(leaves, pytree.tree_leaves(tree), strict=False)
-        known = [(values[n], v) for n, v in pairs if isinstance(n, fx.Node) and n in values]
-        size, message = relative_error([k for k, _ in known], [v for _, v in known])
-        return not message and size <= limit
-
-    def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
-        running.append(name)
-        good.append(matches(call.leaves, (args, kwargs)))
-
-    def after(_module: nn.Module, _args: Any, result: Any) -> None:
-        running.pop()
-        if good.pop() and not matches(call.out_leaves, result):
-            wrong.append(name)
-
-    return before, after
