@@ -411,6 +411,33 @@ def test_only_the_capturing_thread_is_silent(
     assert heard == ["warned by another"]
 
 
+def test_flags_of_one_thread_are_bools_in_expressions() -> None:
+    before = torch.compiler.is_exporting()
+    found: list[Any] = []
+
+    def read() -> None:
+        flags = torch.compiler.is_exporting(), torch.backends.mha.get_fastpath_enabled()
+        for flag in flags:
+            tracing = False
+            tracing |= flag  # as transformers does
+            results = (tracing, flag | False, flag & True, True ^ flag, flag == True, not flag)  # noqa: E712
+            assert all(type(r) is bool for r in results)
+            assert int(flag) == hash(flag) == [0, 1][flag]
+            found.append(tracing)
+
+    class Reads(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            read()
+            thread = threading.Thread(target=read)
+            thread.start()
+            thread.join()
+            return super().forward(x)
+
+    capture(nn.Sequential(Reads(3, 3), nn.Linear(3, 3)), torch.ones(2, 3))
+    fast = torch.backends.mha.get_fastpath_enabled()
+    assert found == [True, False, before, fast]
+
+
 def test_states_that_several_threads_ask_for_end_with_the_last() -> None:
     enabled = torch.backends.cuda.flash_sdp_enabled()
     first, second = process_state.formula_attention(), process_state.formula_attention()

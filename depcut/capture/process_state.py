@@ -69,13 +69,35 @@ class _Shared:
 
 
 class _Switch:
-    """A flag with another value in the thread that made it."""
+    """A flag with another value in the thread that made it; in expressions, a bool."""
 
     def __init__(self, here: bool, elsewhere: Any) -> None:
         self._thread, self._here, self._elsewhere = threading.get_ident(), here, elsewhere
 
     def __bool__(self) -> bool:
         return self._here if threading.get_ident() == self._thread else bool(self._elsewhere)
+
+    def __int__(self) -> int:
+        return int(bool(self))
+
+    __index__ = __int__
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self) == other
+
+    def __hash__(self) -> int:
+        return hash(bool(self))
+
+    def __or__(self, other: Any) -> Any:
+        return bool(self) | other
+
+    def __and__(self, other: Any) -> Any:
+        return bool(self) & other
+
+    def __xor__(self, other: Any) -> Any:
+        return bool(self) ^ other
+
+    __ror__, __rand__, __rxor__ = __or__, __and__, __xor__
 
 
 @contextlib.contextmanager

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from torch import fx
 
 from depcut import axes
-from depcut.capture.program import Program, where
+from depcut.capture.program import where
 from depcut.coupling.groups import Coupling, Group
+from depcut.graph.ancestry import ancestors, reached
 from depcut.ops.registry import Effects, Output
 
 Place = tuple[str, int]
@@ -104,26 +105,23 @@ class _Origins:
 
     def __init__(self, coupling: Coupling) -> None:
         self.coupling = coupling
-        self.behind: dict[fx.Node, frozenset[str] | None] = {}
+        self.tensors: dict[fx.Node, str] = {}
+        self.activations: set[fx.Node] = set()
         for program in (coupling.program, coupling.program.training):
             if program is not None:
-                self._visit(program)
+                self.tensors |= program.tensors
+                self.activations |= reached(program, program.inputs)
 
-    def _visit(self, program: Program) -> None:
-        for node in program.graph.graph.nodes:
-            if node.op == "placeholder":
-                name = program.tensors.get(node)
-                self.behind[node] = None if name is None else frozenset({name})
-            else:
-                found = [self.behind[n] for n in node.all_input_nodes]
-                names = [f for f in found if f is not None]
-                whole = len(names) == len(found)
-                self.behind[node] = frozenset().union(*names) if whole else None
+    def _names(self, node: fx.Node) -> set[str]:
+        """Names of all tensors that a node is computed from; none if an input reaches it."""
+        if node in self.activations:
+            return set()
+        return {self.tensors[n] for n in ancestors(node) if n in self.tensors}
 
     def read(self, place: tuple[fx.Node, int], effects: Effects, group: Group) -> set[Place]:
         """The parameter slices that one operand of a contraction reads a unit with."""
         for node, dim in filter(None, (place, effects.counterparts.get(place))):
-            names = self.behind[node] or frozenset()
+            names = self._names(node)
             if group in _groups_at(self.coupling, (node, dim)):
                 found = {p for p in _made(self.coupling, group) if p[0] in names}
                 if found:
