@@ -141,6 +141,7 @@ def test_costs_are_those_of_the_result(name: str) -> None:
     model = found.build()
     analysis = depcut.analyze(model, found.inputs(2))
     kept = random_keep(analysis, np.random.default_rng(3))
+    assert found.zeros
     for branch in found.zeros:
         plan = analysis.plan_keeping(kept, dropped=[branch])
         slim = plan.apply(model)
@@ -339,6 +340,7 @@ def test_influence_is_the_angle_of_the_stream() -> None:
     candidates = [*analysis.branches, *analysis.residuals.blocks]
     scores = influence(analysis.coupling, model, candidates, examples(analysis.coupling))
     x = model.stem(words(2))
+    assert len(model.blocks)
     for i, block in enumerate(model.blocks):
         middle = x + block.gamma * block.attn(block.norm1(x))
         result = middle + block.mlp(block.norm2(middle))

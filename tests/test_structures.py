@@ -12,8 +12,7 @@ import pytest
 import torch
 from nets import NETS
 from oracle import check, cut, outputs, random_keep
-
-import depcut
+from selection import analysis_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,11 +37,6 @@ def test_structure(name: str) -> None:
 
 
 # Who is coupled with whom -------------------------------------------------------------------------
-
-
-def analysis_of(name: str) -> Any:
-    net = NETS[name]
-    return depcut.analyze(net.build(), net.inputs(2))
 
 
 def members(analysis: Any, tensor: str, dim: int) -> set[tuple[str, int]]:
