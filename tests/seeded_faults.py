@@ -241,16 +241,21 @@ def uncovered() -> Iterator[str]:
 
 def outcome(fault: Fault, at: Path) -> str:
     """What the tests say of a copy with the fault."""
-    with tempfile.TemporaryDirectory() as name:
-        copy = Path(name) / "depcut"
-        shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
-        spoiled = copy / at.relative_to(PACKAGE)
-        spoiled.write_text(at.read_text().replace(fault.old, fault.new))
-        code = run(fault.tests, Path(name))
+    code = run(fault.tests, {at: at.read_text().replace(fault.old, fault.new)})
     return {0: "MISSED", 1: "caught"}.get(code, f"no verdict: pytest ended with {code}")
 
 
-def run(tests: str, path: Path) -> int:
+def run(tests: str, changed: dict[Path, str]) -> int:
+    """Exit code of the tests on a copy of the package in which some files say something else."""
+    with tempfile.TemporaryDirectory() as name:
+        copy = Path(name) / "depcut"
+        shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        for path, text in changed.items():
+            (copy / path.relative_to(PACKAGE)).write_text(text)
+        return in_a_child(tests, Path(name))
+
+
+def in_a_child(tests: str, path: Path) -> int:
     """Exit code of pytest with the package of a folder, in a child that has torch already."""
     files, _, expression = tests.partition(" -k ")
     arguments = ["-x", "-q", "-p", "no:cacheprovider", *files.split()]
@@ -281,6 +286,9 @@ def main() -> int:
     import torch  # for all children
 
     torch.set_num_threads(1)
+    if not options.check and run(f"{RULES} glu", {}):
+        print("without a fault, the tests fail as well")
+        return 1
     missing = list(uncovered())
     for name in missing:
         print(f"no fault in {name}")

@@ -335,7 +335,7 @@ def mean(values: list[list[np.ndarray]]) -> list[np.ndarray]:
     return [np.mean(parts, axis=0) for parts in zip(*values, strict=True)]
 
 
-@pytest.mark.parametrize("name", BRUTE)
+@pytest.mark.parametrize("name", sampled(BRUTE, ["concat_itself", "lstm", *FEW]))
 @pytest.mark.parametrize(
     "criterion", ["taylor", "taylor_gate", "fisher", "snip", "hessian", "grasp"]
 )

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nets import NETS, normal
 from oracle import all_tensors, assert_close, by_row, outputs, random_keep
-from selection import sampled
+from selection import analysis_of, sampled
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -276,8 +276,8 @@ def test_scores_see_the_values_of_masked_units() -> None:
 @given(st.lists(st.integers(0, 1000), min_size=1, max_size=5))
 @settings(max_examples=25, deadline=None)
 def test_any_sequence_of_masks_can_be_undone(seeds: list[int]) -> None:
-    model = NETS["attention_separate"].build()
-    analysis = depcut.analyze(model, NETS["attention_separate"].inputs(2))
+    analysis = analysis_of("attention_separate")
+    model = deepcopy(analysis.model)  # which is only read
     masks = Masks(model, find_places(analysis.coupling).zeros, analysis.program.aliases)
     before = {n: t.clone() for n, t in all_tensors(model).items()}
     for seed in seeds:

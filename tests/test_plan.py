@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -128,9 +129,15 @@ def test_a_fresh_process_replays_a_plan(tmp_path: Path) -> None:
     assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
 
 
+@functools.cache
+def residual_plan() -> Any:
+    """One plan for all that is only written to files."""
+    return planned("residual")[1]
+
+
 def written(tmp_path: Path, change: Any) -> Path:
     """A plan's file after `change` of its data, of its text, or of its bytes."""
-    _, plan = planned("residual")
+    plan = residual_plan()
     path = tmp_path / "plan.json"
     plan.save(path)
     if isinstance(change, bytes):

@@ -17,14 +17,27 @@ from selection import analysis_of
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", NETS)
+def test_structure_group_by_group(name: str) -> None:
+    net = NETS[name]
+    check(
+        net.build(),
+        net.inputs,
+        seeds=(1,),
+        alone=True,
+        independent=False,
+        same_class=net.same_class,
+        tolerance=net.tolerance,
+    )
+
+
 @pytest.mark.parametrize("name", NETS)
 def test_structure(name: str) -> None:
     net = NETS[name]
     analysis = check(
         net.build(),
         net.inputs,
-        seeds=(0, 1),
-        alone=True,
         held=net.held,
         same_class=net.same_class,
         tolerance=net.tolerance,
