@@ -305,7 +305,9 @@ def boundaries(factors: tuple[int, ...]) -> set[int]:
 @pytest.mark.parametrize("n", [4, 6, 8, 12, 16, 24, 30, 36])
 def test_products_refine_to_their_common_factors(n: int) -> None:
     """Exactly where every boundary of one divides the next of the other, and nothing freezes."""
-    for ours, theirs in itertools.product(factorizations(n), repeat=2):
+    pairs = list(itertools.product(factorizations(n), repeat=2))
+    assert pairs
+    for ours, theirs in pairs:
         a, b = (axes.product(*map(axes.axis, f)) for f in (ours, theirs))
         axes.unify(a, b)
         chain = sorted(boundaries(ours) | boundaries(theirs))
@@ -320,7 +322,9 @@ def test_products_refine_to_their_common_factors(n: int) -> None:
 
 @pytest.mark.parametrize("n", range(1, 8))
 def test_concats_refine_to_their_common_cuts(n: int) -> None:
-    for ours, theirs in itertools.product(compositions(n), repeat=2):
+    pairs = list(itertools.product(compositions(n), repeat=2))
+    assert pairs
+    for ours, theirs in pairs:
         a, b = (axes.concat(*map(axes.axis, parts)) for parts in (ours, theirs))
         axes.unify(a, b)
         ends = sorted({0, *itertools.accumulate(ours), *itertools.accumulate(theirs)})
@@ -466,7 +470,9 @@ def test_pieces_of_one_axis(parts: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize(("rows", "columns"), [(2, 3), (3, 2), (3, 4), (4, 3), (5, 2)])
 def test_every_cut_of_a_grid(rows: int, columns: int) -> None:
-    for at in range(rows * columns + 1):
+    places = range(rows * columns + 1)
+    assert places
+    for at in places:
         outer, inner = axes.axis(rows), axes.axis(columns)
         head, tail = axes.cut(axes.product(outer, inner), at)
         assert (head.size, tail.size) == (at, rows * columns - at)

@@ -244,6 +244,7 @@ def test_gradients_are_those_of_autograd() -> None:
     with trainable(MODEL) as live:
         ours = list(gradients(live, found))
     model = Small().eval()
+    assert ours
     for batch, gradient in zip(found.batches, ours, strict=True):
         model.zero_grad()
         F.cross_entropy(model(*batch.args), batch.target).backward()

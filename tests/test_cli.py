@@ -1,9 +1,13 @@
-"""The command line in real processes: files written, messages, exit codes."""
+"""The command line: files written, messages, exit codes."""
 
+import contextlib
+import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import onnx
 import pytest
@@ -78,7 +82,7 @@ def folder(tmp_path_factory):
     return path
 
 
-def depcut(folder, *arguments):
+def in_a_process(folder, *arguments):
     # The console script is a two-liner around this, and need not be installed for the tests.
     code = "import sys; from depcut.cli.main import main; sys.exit(main())"
     root = str(Path(__file__).parent.parent)
@@ -90,6 +94,21 @@ def depcut(folder, *arguments):
         text=True,
         check=False,
     )
+
+
+def depcut(folder, *arguments):
+    """The command in this process: one of its own spends its time on imports."""
+    path, here, out, err = sys.path.copy(), Path.cwd(), io.StringIO(), io.StringIO()
+    os.chdir(folder)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main([*map(str, arguments)])
+    except SystemExit as stopped:  # of argparse
+        code = stopped.code or 0
+    finally:
+        os.chdir(here)
+        sys.path[:] = path
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def succeeds(folder, *arguments):
@@ -115,6 +134,12 @@ def shrunk(folder):
         "--out", out, "--onnx",
     )  # fmt: skip
     return out, text
+
+
+def test_a_real_process(folder):
+    done = in_a_process(folder, "analyze", "my_models:net", "--input-shape", "2,3,16,16")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "conv1" in done.stdout
 
 
 def test_version_and_help(folder):
@@ -244,6 +269,9 @@ def test_bench_at_several_batch_sizes(folder, shrunk):
         assert part in text
 
 
+@pytest.mark.sweep
+@pytest.mark.filterwarnings("ignore:the widths explain:UserWarning")
+@pytest.mark.filterwarnings("ignore:the closest of:UserWarning")
 def test_shrink_to_a_share_of_the_time(folder, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     arguments = ["my_models:net", "--of", "latency", "--ratio", "0.3", "--out", "by_time"]
@@ -317,7 +345,10 @@ def test_mistakes_are_messages(folder, arguments, says, monkeypatch, capsys):
 
 
 def test_a_mistake_in_a_real_process(folder):
-    assert "to do: " in fails(folder, "analyze", "my_models:missing")
+    done = in_a_process(folder, "analyze", "my_models:missing")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "to do: " in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_compact_writes_what_the_plan_then_loads(folder):

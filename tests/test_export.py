@@ -294,7 +294,11 @@ def convolutions():
 
 @pytest.mark.parametrize(
     ("model", "shape"),
-    [(nn.Linear(8, 8), (2, 8)), (Attention(), (2, 5, 16)), (convolutions(), (2, 3, 8, 8))],
+    [
+        (nn.Linear(8, 8), (2, 8)),
+        pytest.param(Attention(), (2, 5, 16), marks=pytest.mark.sweep),
+        pytest.param(convolutions(), (2, 3, 8, 8), marks=pytest.mark.sweep),
+    ],
 )
 def test_half_precision(tmp_path, model, shape):
     report = export(model.half(), tmp_path / "net.onnx", torch.randn(shape).half())
@@ -327,8 +331,8 @@ def test_bfloat16_is_not_taken_for_equal(tmp_path, monkeypatch):
     [
         (nn.Linear(4, 4), (2, 4), "Gemm"),
         (nn.Conv2d(3, 4, 3), (2, 3, 8, 8), "Conv"),
-        (convolutions(), (2, 3, 8, 8), "Conv"),
-        (Attention(), (2, 5, 16), "MatMul"),
+        pytest.param(convolutions(), (2, 3, 8, 8), "Conv", marks=pytest.mark.sweep),
+        pytest.param(Attention(), (2, 5, 16), "MatMul", marks=pytest.mark.sweep),
     ],
 )
 def test_a_missing_kernel_is_named(tmp_path, model, shape, operator):
@@ -338,7 +342,9 @@ def test_a_missing_kernel_is_named(tmp_path, model, shape, operator):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("opset", [18, 20, 23, 25])
+@pytest.mark.parametrize(
+    "opset", [18, *(pytest.param(n, marks=pytest.mark.sweep) for n in (20, 25)), 23]
+)
 def test_the_operator_set_is_the_callers_to_choose(tmp_path, opset):
     report = export(Attention(), tmp_path / "net.onnx", torch.randn(2, 5, 16), opset=opset)
     assert report.opset == opset

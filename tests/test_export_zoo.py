@@ -15,7 +15,7 @@ from torch import nn
 
 import depcut
 
-FAST = ("tv/squeezenet1_1", "hf/bert", "hf/vit", "hf/llama")
+FAST = ("hf/bert",)
 
 # Of the dense file: bytes that the slim one may have lost more or less than the model's tensors.
 # The graph and tables made of image sizes stay as they are; batch norms are folded away.

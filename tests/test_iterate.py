@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from nets import NETS
 from oracle import all_tensors, assert_close, assert_untouched, by_row, outputs, snapshot
 from safetensors.torch import load_file
+from selection import sampled
 from torch import nn
 from torch.nn import functional
 
@@ -166,10 +167,7 @@ def test_data_is_read_once_and_bound_to_every_step() -> None:
 # Composition --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[pytest.mark.sweep] if i % 5 else []) for i, n in enumerate(NETS)],
-)
+@pytest.mark.parametrize("name", sampled([*NETS]))
 def test_two_plans_in_turn_are_one_plan(name: str) -> None:
     net = NETS[name]
     model = net.build()
@@ -334,6 +332,7 @@ def script(tmp_path: Path, stop: int) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.sweep
 def test_a_run_survives_kill_9(tmp_path: Path) -> None:
     with script(tmp_path, stop=2) as process:
         deadline = time.monotonic() + 120

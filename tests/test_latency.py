@@ -26,7 +26,7 @@ from depcut.latency import cache, model, target
 from depcut.latency.align import aligned, best_alignment
 from depcut.latency.designs import designs
 from depcut.latency.kernels import Kernel, kernels_of, profile
-from depcut.latency.measure import Beside
+from depcut.latency.measure import Bench, Beside
 from depcut.latency.model import LatencyModel
 from depcut.latency.samples import Sample, Samples
 from depcut.latency.sizes import Recogniser
@@ -132,7 +132,9 @@ def test_designs_begin_with_the_dense_model_and_cover_every_range(analysis: Anal
 def test_designs_can_be_planned(name: str) -> None:
     net = NETS[name]
     found = depcut.analyze(net.build(), net.inputs(2))
-    for row in designs(space(found.coupling, 1, set()), 8):
+    rows = designs(space(found.coupling, 1, set()), 8)
+    assert len(rows) == 8
+    for row in rows:
         counts = zip(found.groups, row, strict=True)
         plan = found.plan_keeping({g.name: np.arange(n) for g, n in counts})
         assert plan.keep().counts.tolist() == list(row)
@@ -380,7 +382,7 @@ def clockwork(analysis: Analysis, monkeypatch: pytest.MonkeyPatch) -> list[tuple
     """Time told by the made-up machine, a tenth slower than its model says; what was measured."""
     seen: list[tuple[int, ...]] = []
 
-    class Bench:
+    class Clock:
         path = None
 
         def __init__(self, dense: nn.Module, *_: Any) -> None:
@@ -398,7 +400,7 @@ def clockwork(analysis: Analysis, monkeypatch: pytest.MonkeyPatch) -> list[tuple
             found = measured([widths]).dense_seconds
             return Beside(1.0 if slim is None else 1.1 * found / dense, dense)
 
-    monkeypatch.setattr(target, "Bench", Bench)
+    monkeypatch.setattr(target, "Bench", Clock)
     monkeypatch.setattr(Analysis, "latency", lambda self, **_: fitted(self))
     return seen
 
@@ -485,6 +487,17 @@ def test_too_few_samples(analysis: Analysis) -> None:
 # The whole way -----------------------------------------------------------------------------------
 
 
+def test_what_is_on_disk_is_not_measured_again(
+    analysis: Analysis, monkeypatch: pytest.MonkeyPatch, own_cache: Path
+) -> None:
+    monkeypatch.setattr(model, "measure", lambda *arguments, **_: measured(arguments[3]))
+    first = analysis.latency(samples=6)
+    assert len(list(own_cache.iterdir())) == 1
+    monkeypatch.setattr(model, "measure", None)  # a second measurement would fail
+    assert analysis.latency(samples=6).dense_seconds == first.dense_seconds
+
+
+@pytest.mark.sweep
 @pytest.mark.filterwarnings(*BUSY)
 def test_a_real_model_is_measured_once_and_met(
     monkeypatch: pytest.MonkeyPatch, own_cache: Path, capfd: pytest.CaptureFixture[str]
@@ -537,6 +550,7 @@ def test_a_model_that_cannot_be_measured_says_why(monkeypatch: pytest.MonkeyPatc
         return (Kernel("Conv", (), (), 1e-6),)
 
     monkeypatch.setattr("depcut.latency.measure.profile", failing)
+    monkeypatch.setattr(Bench, "written", lambda self, _: self.path)
     found = depcut.analyze(seeded(Chain, 0), torch.zeros(1, 3, 8, 8))
     with pytest.raises(LatencyError, match="7 of 8 smaller models could not be measured") as info:
         found.latency(samples=6, progress=False)
@@ -548,6 +562,7 @@ def test_a_model_that_cannot_be_measured_says_why(monkeypatch: pytest.MonkeyPatc
 def test_a_few_that_cannot_be_measured_are_left_out_and_said(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Of the dense model's file in place of every other one."""
     calls = itertools.count()
 
     def failing_once(*arguments: Any) -> Any:
@@ -556,6 +571,7 @@ def test_a_few_that_cannot_be_measured_are_left_out_and_said(
         return profile(*arguments)
 
     monkeypatch.setattr("depcut.latency.measure.profile", failing_once)
+    monkeypatch.setattr(Bench, "written", lambda self, _: self.path)
     found = depcut.analyze(seeded(Chain, 0), torch.zeros(1, 3, 8, 8))
     with pytest.warns(UserWarning, match="1 of 8 smaller models could not be measured and are"):
         times = found.latency(samples=6, progress=False)

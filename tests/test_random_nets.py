@@ -1,4 +1,4 @@
-"""Random nets against the oracle: thirty by default, five hundred with `-m sweep`."""
+"""Random nets against the oracle: twelve by default, three hundred with `-m sweep`."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from random_nets import (
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 USUAL = settings(
-    max_examples=30,
+    max_examples=12,
     deadline=None,
     derandomize=True,
     database=None,
     suppress_health_check=list(HealthCheck),
 )
 SWEEP = settings(
-    max_examples=500,
+    max_examples=300,
     deadline=None,
     print_blob=True,
     verbosity=Verbosity.normal,

@@ -178,6 +178,7 @@ def test_it_is_the_plain_loop() -> None:
             loss(mine(x), y).backward()
             sgd.step()
             rates.step()
+    assert mine.state_dict().keys() == made.model.state_dict().keys()
     for name, tensor in mine.state_dict().items():
         torch.testing.assert_close(made.model.state_dict()[name], tensor, rtol=1e-4, atol=1e-6)
 
@@ -564,6 +565,7 @@ if state.num_processes > 1:
 """
 
 
+@pytest.mark.sweep
 def test_two_processes_train_as_one_with_batches_of_both(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 

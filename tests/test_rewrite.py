@@ -578,6 +578,7 @@ def test_no_dense_tensor_is_copied_on_the_way() -> None:
 def test_slim_tensors_own_exactly_their_memory() -> None:
     model, slim, _ = cut_at_random("vision_transformer")
     theirs = {t.untyped_storage().data_ptr() for t in model.state_dict().values()}
+    assert slim.state_dict().keys() == model.state_dict().keys()
     for name, tensor in slim.state_dict().items():
         storage = tensor.untyped_storage()
         assert storage.nbytes() == tensor.numel() * tensor.element_size(), name

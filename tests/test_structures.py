@@ -12,10 +12,24 @@ import pytest
 import torch
 from nets import NETS
 from oracle import check, cut, outputs, random_keep
-
-import depcut
+from selection import analysis_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", NETS)
+def test_structure_group_by_group(name: str) -> None:
+    net = NETS[name]
+    check(
+        net.build(),
+        net.inputs,
+        seeds=(1,),
+        alone=True,
+        independent=False,
+        same_class=net.same_class,
+        tolerance=net.tolerance,
+    )
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -24,8 +38,6 @@ def test_structure(name: str) -> None:
     analysis = check(
         net.build(),
         net.inputs,
-        seeds=(0, 1),
-        alone=True,
         held=net.held,
         same_class=net.same_class,
         tolerance=net.tolerance,
@@ -38,11 +50,6 @@ def test_structure(name: str) -> None:
 
 
 # Who is coupled with whom -------------------------------------------------------------------------
-
-
-def analysis_of(name: str) -> Any:
-    net = NETS[name]
-    return depcut.analyze(net.build(), net.inputs(2))
 
 
 def members(analysis: Any, tensor: str, dim: int) -> set[tuple[str, int]]:

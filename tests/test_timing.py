@@ -486,6 +486,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a
 
 
 @needs_compiler
+@pytest.mark.sweep  # compiles C++ for a minute where no cache has it
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_compiled_models_run():
     dense = net(32).train()

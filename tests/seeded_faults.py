@@ -1,0 +1,312 @@
+"""Does the default test set notice a fault? One is put into each rule file and each stage in turn.
+
+    python tests/seeded_faults.py              every fault: caught, MISSED, or no longer there
+    python tests/seeded_faults.py --only ops   those of one stage
+    python tests/seeded_faults.py --check      only look whether every place is still there
+
+A fault replaces one piece of text, which must occur exactly once in the modules of its stage, in a
+copy of the package; the tests named with it run against that copy up to the first failure. The exit
+code is 0 where every fault was caught.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "depcut"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One wrong line.
+
+    Attributes:
+        stage: Folder or root module of the package.
+        old: What stands there, exactly once in the stage.
+        new: What is put in its place.
+        tests: Arguments of pytest: files, and an expression after `-k`.
+    """
+
+    stage: str
+    old: str
+    new: str
+    tests: str
+
+
+RULES = "tests/test_rules.py -k"
+FAULTS = [
+    # Rules of operators, a fault in each file.
+    Fault("ops", "op.unify(q[-1], k[-1])", "pass", f"{RULES} sdpa"),
+    Fault("ops", "op.unify(x[-1], weight[-1])", "pass", f"{RULES} linear"),
+    Fault(
+        "ops",
+        "op.unify(channels, axes.product(groups, weight[1]))",
+        "op.unify(channels, axes.product(weight[1], groups))",
+        f"{RULES} conv2d",
+    ),
+    Fault("ops", 'op.freeze(x[i], "looked up by number")', "pass", f"{RULES} index"),
+    Fault("ops", "axes.concat(tail, head)", "axes.concat(head, tail)", f"{RULES} roll"),
+    Fault("ops", 'op.literals("normalized_shape", normalized)', "pass", f"{RULES} layer_norm"),
+    Fault("ops", "op.unify(first, second)", "pass", f"{RULES} glu"),
+    Fault(
+        "ops",
+        'axes.product(op.frozen(gates, "gates of a recurrent cell"), hidden)',
+        'axes.product(hidden, op.frozen(gates, "gates of a recurrent cell"))',
+        f"{RULES} recurrent",
+    ),
+    Fault(
+        "ops",
+        'op.freeze(op.dims("self")[dim], "positions along it are returned")',
+        "pass",
+        f"{RULES} argmax",
+    ),
+    Fault(
+        "ops",
+        "axes.product(axes.resolve(inner), axes.resolve(groups))",
+        "axes.product(axes.resolve(groups), axes.resolve(inner))",
+        f"{RULES} channel_shuffle",
+    ),
+    Fault("ops", "Literal(path, term, sign)", "Literal(path, term, 1)", f"{RULES} slice"),
+    Fault(
+        "ops",
+        "torch.maximum(self.taint(argument), (value != 0).float())",
+        "(value != 0).float()",
+        "tests/test_compact.py",
+    ),
+    Fault(
+        "ops",
+        ".maximum((table != table[0]).any(0).float())",
+        "",
+        "tests/test_compact.py -k decoder",
+    ),
+    # Stages, in the order of the folders.
+    Fault(
+        "support",
+        'return "\\n".join(line.rstrip()',
+        'return "".join(line.rstrip()',
+        "tests/test_cli.py -k bench",
+    ),
+    Fault(
+        "axes",
+        "(out[:, None] * factor.size + indices(factor, kept))",
+        "(out[:, None] + factor.size * indices(factor, kept))",
+        "tests/test_axes.py",
+    ),
+    Fault(
+        "capture",
+        "[(2, first.in_features), (2, 16, first.in_features)]",
+        "[(2, 16, first.in_features)]",
+        "tests/test_capture.py -k inputs",
+    ),
+    Fault("graph", "return [bypass[node]]", "return node.all_input_nodes", "tests/test_depth.py"),
+    Fault(
+        "coupling",
+        'role = "consumer" if (name, i) in consumers else "producer"',
+        'role = "producer"',
+        "tests/test_structures.py",
+    ),
+    Fault(
+        "branches",
+        "(t * math.prod(d.size for d in dims) for e",
+        "(t * sum(d.size for d in dims) for e",
+        "tests/test_depth.py -k measured",
+    ),
+    Fault(
+        "plan",
+        "np.add.reduceat(products, self.starts, axis=1)",
+        "np.maximum.reduceat(products, self.starts, axis=1)",
+        "tests/test_cost.py",
+    ),
+    Fault(
+        "reference",
+        "torch.from_numpy(kept).to(tensor.device))",
+        "torch.from_numpy(kept[::-1].copy()).to(tensor.device))",
+        "tests/test_structures.py",
+    ),
+    Fault(
+        "calibration",
+        "+ self.count * bias.square()",
+        "+ bias.square()",
+        "tests/test_compensate.py -k least_squares",
+    ),
+    Fault(
+        "scores",
+        "np.cumsum(ascending[..., ::-1], axis=-1)[..., ::-1]",
+        "np.cumsum(ascending, axis=-1)",
+        "tests/test_criteria.py -k lamp",
+    ),
+    Fault(
+        "allocate",
+        "change < 2 * abs(excess)",
+        "change < 0",
+        "tests/test_allocate.py tests/test_latency.py",
+    ),
+    Fault(
+        "rewrite",
+        "(after / before.clamp_min(1e-12))",
+        "(before / after.clamp_min(1e-12))",
+        "tests/test_structures.py -k weight_norm",
+    ),
+    Fault(
+        "verify",
+        "return Attempt(size, message)",
+        "return Attempt(0.0, message)",
+        "tests/test_verify.py -k wrong_number",
+    ),
+    Fault(
+        "repair",
+        "numbers[at] = reading.numbers[at]",
+        "numbers[at] = -reading.numbers[at]",
+        "tests/test_compact.py",
+    ),
+    Fault(
+        "apply",
+        "round(of(keep.coupling, keep.gone)(keep.counts))",
+        "round(of(keep.coupling).total)",
+        "tests/test_report.py tests/test_origin.py tests/test_iterate.py",
+    ),
+    Fault(
+        "deploy",
+        "return atol + rtol * scale",
+        "return atol + scale",
+        "tests/test_export.py -k disagreement",
+    ),
+    Fault(
+        "timing", "first = max(below - 1, 0)", "first = below", "tests/test_timing.py -k interval"
+    ),
+    Fault(
+        "latency",
+        "-(-exact // block) * block",
+        "exact // block * block",
+        "tests/test_latency.py -k recognised",
+    ),
+    Fault(
+        "analysis",
+        "reasons.setdefault(f.reason, []).append(f.tensor)",
+        "pass",
+        "tests/test_errors.py -k prunable",
+    ),
+    Fault(
+        "dead_units",
+        "np.setdiff1d(np.arange(coupling.groups[i].size), units)",
+        "units",
+        "tests/test_compact.py",
+    ),
+    Fault(
+        "training",
+        "return self.peak * step / self.ramp",
+        "return self.peak",
+        "tests/test_schedules.py",
+    ),
+    Fault(
+        "integrations",
+        "if state.is_world_process_zero and path.parent.is_dir():",
+        "if False:",
+        "tests/test_callbacks.py -k resumes",
+    ),
+    Fault("cli", 'found.plan.save(out / "plan.json")', "pass", "tests/test_cli.py -k compact"),
+]
+
+
+def modules(stage: str) -> list[Path]:
+    """Files of a stage: a folder's, or one root module."""
+    folder = PACKAGE / stage
+    return sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
+
+
+def place(fault: Fault) -> Path | None:
+    """The one file that holds the fault's text once; None where it is not to be found so."""
+    counts = {p: p.read_text().count(fault.old) for p in modules(fault.stage) if p.exists()}
+    return max(counts, key=lambda p: counts[p]) if sum(counts.values()) == 1 else None
+
+
+def uncovered() -> Iterator[str]:
+    """Rule files and stages without a fault."""
+    places = {place(fault) for fault in FAULTS}
+    for path in modules("ops"):
+        if path not in places and "\n@rule(" in path.read_text():
+            yield str(path.relative_to(ROOT))
+    stages = {p.name for p in PACKAGE.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
+    yield from sorted(f"depcut/{s}/" for s in stages - {fault.stage for fault in FAULTS})
+
+
+def outcome(fault: Fault, at: Path) -> str:
+    """What the tests say of a copy with the fault."""
+    code = run(fault.tests, {at: at.read_text().replace(fault.old, fault.new)})
+    return {0: "MISSED", 1: "caught"}.get(code, f"no verdict: pytest ended with {code}")
+
+
+def run(tests: str, changed: dict[Path, str]) -> int:
+    """Exit code of the tests on a copy of the package in which some files say something else."""
+    with tempfile.TemporaryDirectory() as name:
+        copy = Path(name) / "depcut"
+        shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        for path, text in changed.items():
+            (copy / path.relative_to(PACKAGE)).write_text(text)
+        return in_a_child(tests, Path(name))
+
+
+def in_a_child(tests: str, path: Path) -> int:
+    """Exit code of pytest with the package of a folder, in a child that has torch already."""
+    files, _, expression = tests.partition(" -k ")
+    arguments = ["-x", "-q", "-p", "no:cacheprovider", *files.split()]
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    code = 70
+    try:
+        with (path / "log").open("w") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        sys.path[:] = [str(path), *(p for p in sys.path if p and Path(p) != ROOT)]
+        os.environ["PYTHONPATH"] = str(path)
+        import pytest
+
+        code = int(pytest.main(arguments + (["-k", expression] if expression else [])))
+    finally:
+        os._exit(code)
+
+
+def main() -> int:
+    """Run the faults that were asked for and print a line for each."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", metavar="STAGE", help="the faults of one stage")
+    parser.add_argument("--check", action="store_true", help="look for the places only")
+    options = parser.parse_args()
+    os.chdir(ROOT)
+    import torch  # for all children
+
+    torch.set_num_threads(1)
+    if not options.check and run(f"{RULES} glu", {}):
+        print("without a fault, the tests fail as well")
+        return 1
+    missing = list(uncovered())
+    for name in missing:
+        print(f"no fault in {name}")
+    wrong = len(missing)
+    for fault in FAULTS:
+        if options.only not in (None, fault.stage):
+            continue
+        at, started = place(fault), time.monotonic()
+        if at is None:
+            text = "no longer matches: give it another place"
+        else:
+            text = "there" if options.check else outcome(fault, at)
+        wrong += text not in ("there", "caught")
+        where = at.relative_to(ROOT) if at else f"depcut/{fault.stage}"
+        print(f"{text:8} {where}: {fault.old!r} ({time.monotonic() - started:.0f} s)", flush=True)
+    print("every fault was caught" if not wrong and not options.check else f"{wrong} to look at")
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

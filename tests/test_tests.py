@@ -1,0 +1,116 @@
+"""Every test asserts something on every path: none passes because a list was empty."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+HELPERS = ("oracle.py", "selection.py", "depth_nets.py", "random_nets.py")
+# Calls and context managers that fail by themselves.
+FAIL = {"raises", "warns", "assert_close", "assert_allclose", "assert_array_equal", "fail"}
+
+
+def functions(tree: ast.AST) -> list[ast.FunctionDef]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+
+
+def called(node: ast.AST) -> set[str]:
+    """Names, without what they belong to, of all that is called below a node for certain."""
+    if isinstance(node, ast.comprehension | ast.ListComp | ast.GeneratorExp | ast.Lambda):
+        return set()
+    names = {name for child in ast.iter_child_nodes(node) for name in called(child)}
+    if isinstance(node, ast.Call):
+        names.add(getattr(node.func, "attr", getattr(node.func, "id", "")))
+    return names
+
+
+def surely_runs(iterated: ast.expr) -> bool:
+    """Whether a loop has a first turn for certain: it runs over what is written there."""
+    if isinstance(iterated, ast.Call):
+        name = getattr(iterated.func, "id", "")
+        if name == "range":
+            return all(isinstance(a, ast.Constant) for a in iterated.args)
+        return name in ("enumerate", "zip") and any(surely_runs(a) for a in iterated.args)
+    return bool(getattr(iterated, "elts", ()) or getattr(iterated, "keys", ()))
+
+
+def asserts(body: list[ast.stmt], failing: set[str]) -> bool:
+    """Whether these statements assert something whichever way they take."""
+    for statement in body:
+        match statement:
+            case ast.Assert():
+                return True
+            case ast.Return():
+                return bool(statement.value and called(statement.value) & failing)
+            case ast.With(items=items, body=inner):
+                if asserts(inner, failing) or any(called(item) & failing for item in items):
+                    return True
+            case ast.If(body=then, orelse=otherwise):
+                if leaves(then):
+                    return False
+                if asserts(then, failing) and asserts(otherwise, failing):
+                    return True
+            case ast.For(iter=iterated, body=inner):
+                if surely_runs(iterated) and asserts(inner, failing):
+                    return True
+            case ast.Try(body=inner, finalbody=last):
+                if asserts(inner, failing) or asserts(last, failing):
+                    return True
+            case ast.Expr() | ast.Assign() | ast.AnnAssign() if called(statement) & failing:
+                return True
+    return False
+
+
+def leaves(body: list[ast.stmt]) -> bool:
+    """Whether a branch ends the test in silence; a skip is reported."""
+    return any(isinstance(statement, ast.Return) for statement in body)
+
+
+def failing_functions(trees: list[ast.AST]) -> set[str]:
+    """Functions that fail by themselves, those that call one of them included."""
+    failing, known = set(FAIL), [f for tree in trees for f in functions(tree)]
+    while True:
+        more = {f.name for f in known if asserts(f.body, failing)} - failing
+        if not more:
+            return failing
+        failing |= more
+
+
+SHARED = [ast.parse((HERE / name).read_text()) for name in HELPERS]
+
+
+def silent(tree: ast.AST) -> list[str]:
+    """Tests of a module that may pass without having asserted anything."""
+    tests = [f for f in functions(tree) if f.name.startswith("test_")]
+    failing = failing_functions([*SHARED, tree]) - {f.name for f in tests}
+    return [f"{f.name}, line {f.lineno}" for f in tests if not asserts(f.body, failing)]
+
+
+def test_every_test_asserts_on_every_path() -> None:
+    files = sorted(HERE.glob("test_*.py"))
+    assert len(files) > 40
+    found = {f.name: silent(ast.parse(f.read_text())) for f in files}
+    assert {name: tests for name, tests in found.items() if tests} == {}
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["f()", "for x in found(): assert x", "if a: assert b", "if a: return\n  assert b",
+     "with opened(): pass", "try: f()\n  except ValueError: assert a", "[helper(x) for x in a]"],
+)  # fmt: skip
+def test_what_may_assert_nothing_is_found(body: str) -> None:
+    code = f"def helper(x):\n  assert x\ndef test_a():\n  {body}\n"
+    assert silent(ast.parse(code)) == ["test_a, line 3"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["assert a", "for x in (1, 2): assert x", "with pytest.raises(E): f()", "helper(1)",
+     "if a: assert b\n  else: assert c", "for i in range(3):\n    helper(i)"],
+)  # fmt: skip
+def test_what_asserts_is_not(body: str) -> None:
+    code = f"def helper(x):\n  assert x\ndef test_a():\n  {body}\n"
+    assert silent(ast.parse(code)) == []
