@@ -1,1 +1,1 @@
-"""The toolkit for captured graphs: arguments, operator names, one interpreter, ancestry, liveness."""
+"""The toolkit for captured graphs: arguments, operator names, interpreter, ancestry, liveness."""
