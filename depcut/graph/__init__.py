@@ -1,1 +1,1 @@
-"""The toolkit for captured graphs: arguments, names of operators, a run, ancestry, liveness."""
+"""The toolkit for captured graphs: arguments, operator names, interpreter, ancestry, liveness."""
