@@ -1,7 +1,8 @@
 """How many seconds does each entry point take on residual nets of 25, 50 and 100 blocks?
 
 The nets are those of the tests (an MLP, a convolution net, attention and MLP in turns; width 8), so
-that what is timed is depcut's own work. The work itself is counted in tests/test_depth_scaling.py.
+that what is timed is depcut's own work. Seconds are those of the processor in this process, which
+other jobs on the machine change little. The work itself is counted in tests/test_depth_scaling.py.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ def main() -> int:
             except Exception as error:  # noqa: BLE001  (the other entry points still run)
                 row["error"] = measure.first_line(error)
             rows.append(row)
+            measure.write(options.results, rows, summary(rows))
         console.print(measure.table(net, COLUMNS, [r for r in rows if r["net"] == net]))
-        measure.write(options.results, rows, summary(rows))
     for path in measure.write(options.results, rows, summary(rows)):
         console.print(f"written: {path}")
     return int(any("error" in row for row in rows))
@@ -52,12 +53,17 @@ def main() -> int:
 
 def seconds(call: Callable[[], object]) -> float:
     """Of one call, the median of several where they are cheap."""
-    start = time.perf_counter()
+    start = time.process_time()
     call()
-    first = time.perf_counter() - start
+    first = time.process_time() - start
     if first > CHEAP:
         return first
-    return median([first, *(measure.timed(call)[0] for _ in range(REPEAT - 1))])
+    samples = [first]
+    while len(samples) < REPEAT:
+        start = time.process_time()
+        call()
+        samples.append(time.process_time() - start)
+    return median(samples)
 
 
 def growth(row: Row) -> float:
@@ -67,6 +73,8 @@ def growth(row: Row) -> float:
 
 def summary(rows: list[Row]) -> Row:
     done = [r for r in rows if "error" not in r]
+    if not done:
+        return {}
     return {
         "SynFlow": f"{ROUNDS} of its rounds",
         "seconds at 100 / 50 blocks, median": round(median(map(growth, done)), 2),

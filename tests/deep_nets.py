@@ -210,7 +210,7 @@ def gradual(it: Subject) -> Call:
     model = copy.deepcopy(it.model)
 
     def run() -> nn.Module:
-        masks = depcut.Gradual(model, it.inputs(), 0.4, 0, 4, 2, align=1)
+        masks = depcut.training.Gradual(model, 0.4, it.inputs(), 0, 4, 2, align=1)
         for _ in range(6):
             masks.step()
         return masks.commit()
@@ -220,8 +220,14 @@ def gradual(it: Subject) -> Call:
 
 @entry
 def iterate(it: Subject) -> Call:
-    return lambda: depcut.iterate(
-        it.model, 0.4, 2, lambda model, step: None, it.inputs(), align=1, progress=False
+    return lambda: depcut.training.iterate(
+        it.model,
+        0.4,
+        it.inputs(),
+        steps=2,
+        retrain=lambda model, step: None,
+        align=1,
+        progress=False,
     )
 
 
@@ -231,7 +237,7 @@ def distillation(it: Subject) -> Call:
     slim, x = plan.apply(it.model), it.inputs(4)
 
     def run() -> None:
-        with depcut.Distillation(it.model, slim, plan, hidden=("blocks.*",)) as distill:
+        with depcut.training.Distillation(it.model, slim, plan, hidden=("blocks.*",)) as distill:
             distill(slim(x), x).backward()
 
     return run

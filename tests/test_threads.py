@@ -239,7 +239,7 @@ USES: dict[str, Callable[[nn.Module, Tensor, Path], Any]] = {
     "bench": bench,
     "compact": lambda model, x, _: depcut.compaction(model, x),
     "compare": lambda model, x, _: depcut.compare(model, model, x, runtime=None),
-    "distance": lambda model, x, _: depcut.output_distance(model, model, [x]),
+    "distance": lambda model, x, _: depcut.training.output_distance(model, model, [x]),
     "inference of inputs": lambda model, x, _: infer(model),
 }
 
@@ -279,10 +279,13 @@ def test_distillation_leaves_the_teacher_alone() -> None:
     model, x = made("caches")
     plan = depcut.analyze(model, x).plan(0.4, align=1)
     slim = plan.apply(model)
-    with nothing_changes(model), depcut.Distillation(model, slim, plan, hidden=("first",)) as loss:
+    with (
+        nothing_changes(model),
+        depcut.training.Distillation(model, slim, plan, hidden=("first",)) as loss,
+    ):
         first = loss(slim(x), x)
     assert torch.isfinite(first)
-    with depcut.Distillation(model, slim, plan) as loss, torch.no_grad():
+    with depcut.training.Distillation(model, slim, plan) as loss, torch.no_grad():
         before = loss(slim(x), x)
         model.head.weight.add_(1.0)  # the clone shares it
         after = loss(slim(x), x)

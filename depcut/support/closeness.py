@@ -1,7 +1,7 @@
 """How far apart two computations of the same values are: the largest difference, against the scale.
 
 This is the distance of checks, where one wrong element is an error. Distances that rank models add
-squares up instead: `depcut.allocate.influence.output_change`, `depcut.output_distance`.
+squares up instead: `depcut.allocate.influence.output_change`, `depcut.training.output_distance`.
 """
 
 from __future__ import annotations
