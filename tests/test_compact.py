@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize, prune
 import depcut
 from depcut import axes
 from depcut.errors import InputError
+from depcut.plan.keep import Keep
 from depcut.reference.constants import interpret
 from depcut.reference.run import Reference
 from depcut.repair.dead import find_dead
@@ -107,7 +108,7 @@ def test_what_is_not_tainted_is_the_same_for_other_inputs(name: str) -> None:
         for t in torch.utils._pytree.tree_leaves(net.inputs(2))
     ]
     with torch.no_grad():
-        reference = Reference(depcut.keep.Keep(coupling, {}), model)
+        reference = Reference(Keep(coupling, {}), model)
         _, values = reference.run(changed, watch=set(known))
     assert known
     for node, (value, taint) in known.items():
