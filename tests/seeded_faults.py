@@ -86,7 +86,7 @@ FAULTS = [
         "ops",
         ".maximum((table != table[0]).any(0).float())",
         "",
-        "tests/test_compact.py -k decoder",
+        "tests/test_compact.py -k column",
     ),
     # Stages, in the order of the folders.
     Fault(
