@@ -86,7 +86,7 @@ FAULTS = [
         "ops",
         ".maximum((table != table[0]).any(0).float())",
         "",
-        "tests/test_compact.py -k decoder",
+        "tests/test_compact.py -k column",
     ),
     # Stages, in the order of the folders.
     Fault(
@@ -112,7 +112,7 @@ FAULTS = [
         "coupling",
         'role = "consumer" if (name, i) in consumers else "producer"',
         'role = "producer"',
-        "tests/test_structures.py",
+        "tests/test_structures.py -k both_ends",
     ),
     Fault(
         "branches",
@@ -130,7 +130,7 @@ FAULTS = [
         "reference",
         "torch.from_numpy(kept).to(tensor.device))",
         "torch.from_numpy(kept[::-1].copy()).to(tensor.device))",
-        "tests/test_structures.py",
+        "tests/test_structures.py -k residual",
     ),
     Fault(
         "calibration",

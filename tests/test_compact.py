@@ -284,6 +284,15 @@ def test_a_head_of_constant_values_goes() -> None:
     assert type(slim) is type(model)
 
 
+def test_a_column_of_one_value_is_a_constant_and_no_other_is() -> None:
+    model = build(lambda: nn.Sequential(nn.Embedding(7, 8), nn.Linear(8, 5)))
+    with torch.no_grad():
+        model[0].weight[:, 3] = 0.5
+    _, found = compacted(model, torch.zeros(2, 2, dtype=torch.long))  # one row of the table
+    assert found.removed == {"0": 1}
+    assert found.folded == ("1.bias",)
+
+
 def test_weights_without_values_are_refused() -> None:
     with pytest.raises(InputError, match="weights without values") as caught:
         depcut.compaction(mlp(nn.ReLU()).to("meta"), torch.zeros(2, 6, device="meta"))
