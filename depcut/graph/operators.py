@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -134,13 +133,3 @@ def returns_its_input(node: fx.Node) -> bool:
         return False
     same = (was.dtype, was.device, was.layout) == (now.dtype, now.device, now.layout)
     return same and tuple(map(str, was.stride())) == tuple(map(str, now.stride()))
-
-
-def same_tensor(node: fx.Node) -> Iterator[fx.Node]:
-    """A node, and what it is the same tensor as, through casts that do nothing."""
-    yield node
-    while returns_its_input(node):
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        node = source
-        yield node

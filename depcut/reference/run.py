@@ -100,10 +100,10 @@ class Reference:
         Returns:
             The flat outputs.
         """
-        return _Run(self, dtype, tensors or {}, watch or (), watched).steps(inputs, stops)
+        return ReferenceRun(self, dtype, tensors or {}, watch or (), watched).steps(inputs, stops)
 
 
-class _Run(Interpreter):
+class ReferenceRun(Interpreter):
     """One run of a reference.
 
     Args:
