@@ -55,7 +55,9 @@ def test_a_library_that_is_missing_is_named(name: str, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("name", ["lightning", "transformers"])
 def test_what_is_no_gradual(name: str) -> None:
-    with pytest.raises(InputError, match=r"gradual is a Sequential(.|\n)*depcut\.Gradual"):
+    with pytest.raises(
+        InputError, match=r"gradual is a Sequential(.|\n)*depcut\.training\.Gradual"
+    ):
         getattr(depcut.integrations, f"{name}_callback")(mlp())
 
 

@@ -47,7 +47,7 @@ def test_the_scale_divides_unless_it_is_zero() -> None:
 @pytest.mark.parametrize(
     ("wanted", "got", "size", "words"),
     [
-        ([t(1, 2), t(10.0)], [t(1, 2.5), t(10.5)], 0.25, ""),
+        ([t(1.0, 2.0), t(10.0)], [t(1.0, 2.5), t(10.5)], 0.25, ""),
         ([t(1)], [t(1), t(2)], INF, "2 outputs instead of 1"),
         ([t(1, 2)], [t(1)], INF, r"shape \(1,\) instead of \(2,\)"),
         ([t(1, 2)], [None], INF, r"shape \(\) instead of \(2,\)"),

@@ -203,20 +203,28 @@ def test_whenever_an_export_is_killed_a_whole_pair_is_there(tmp_path, monkeypatc
     agrees(path, new if moved == 2 else old)
 
 
-@pytest.mark.parametrize("limit", [100, 2**30])
-@pytest.mark.parametrize("folder", [".", "other"])
-def test_a_link_stays_one_and_its_file_is_written(tmp_path, monkeypatch, folder, limit):
-    stored_beside(monkeypatch, limit)
+def linked(tmp_path, folder):
+    """(file, link to it) in two folders; neither file is there."""
     (tmp_path / folder).mkdir(exist_ok=True)
     real, link = tmp_path / folder / "real.onnx", tmp_path / "link.onnx"
     link.symlink_to(real)
+    return real, link
+
+
+def test_weights_that_a_link_would_not_find_are_refused(tmp_path, monkeypatch):
+    stored_beside(monkeypatch, 100)
+    real, link = linked(tmp_path, "other")
+    with pytest.raises(ExportError, match="not found through a link") as caught:
+        export(nn.Linear(64, 64).eval(), link, torch.randn(2, 64))
+    assert caught.value.remedy == f"export to {real}"
+    assert list((tmp_path / "other").iterdir()) == []
+
+
+@pytest.mark.parametrize(("folder", "limit"), [(".", 100), (".", 2**30), ("other", 2**30)])
+def test_a_link_stays_one_and_its_file_is_written(tmp_path, monkeypatch, folder, limit):
+    stored_beside(monkeypatch, limit)
+    real, link = linked(tmp_path, folder)
     model = nn.Linear(64, 64).eval()
-    if limit == 100 and folder == "other":
-        with pytest.raises(ExportError, match="not found through a link") as caught:
-            export(model, link, torch.randn(2, 64))
-        assert caught.value.remedy == f"export to {real}"
-        assert list((tmp_path / folder).iterdir()) == []
-        return
     report = export(model, link, torch.randn(2, 64))
     assert report.path == link
     assert link.is_symlink()

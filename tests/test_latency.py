@@ -469,7 +469,7 @@ def test_uniform_allocation_meets_a_time_too(
         ({"latency_ms": True}, "latency_ms is True"),
         ({"latency_ms": float("nan")}, "latency_ms is nan"),
         ({"ratio": 0.5, "of": "time"}, "use one of macs, params, channels, latency"),
-        ({"ratio": 0.5, "of": "latency", "threads": 0}, "threads=0"),
+        ({"ratio": 0.5, "of": "latency", "threads": 0}, "threads is 0"),
         ({"ratio": 0.5, "of": "latency", "allocation": "best"}, "unknown allocation 'best'"),
     ],
 )

@@ -264,9 +264,8 @@ def test_the_command_line_takes_the_same_options(tmp_path: Path) -> None:
 
 
 def test_type_hints_can_be_read() -> None:
-    for function, _ in FUNCTIONS:
-        plain = function.__init__ if inspect.isclass(function) else function
-        assert get_type_hints(plain)
+    plain = [f.__init__ if inspect.isclass(f) else f for f, _ in FUNCTIONS]
+    assert all(get_type_hints(function) for function in plain)
 
 
 def test_a_net_of_the_tests_takes_an_object() -> None:
