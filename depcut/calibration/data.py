@@ -127,7 +127,7 @@ def calibrate(
             remedy="pass a function of (output, target), e.g. torch.nn.functional.cross_entropy",
         )
     reader = _Reader(program, model, loss is not None)
-    items = read(data, batches)
+    items = read_items(data, batches)
     bound = tuple(reader.batch(item, f"data, item {i}") for i, item in enumerate(items))
     made = Calibration(program, bound, loss, device_of(model), low_memory, progress)
     if loss is not None:
@@ -135,7 +135,7 @@ def calibrate(
     return made
 
 
-def read(data: Data, batches: int = BATCHES) -> list[Any]:
+def read_items(data: Data, batches: int = BATCHES) -> list[Any]:
     """The first items of an iterable.
 
     Args:
@@ -192,7 +192,7 @@ def read_with_inputs(
     """
     if data is None:
         return None, inputs
-    items = read(data, batches)
+    items = read_items(data, batches)
     if inputs is None and isinstance(model, nn.Module):
         inputs = inputs_of(items[0], model, pairs)
     return items, inputs

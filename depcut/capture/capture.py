@@ -14,11 +14,11 @@ from torch.fx import traceback
 
 from depcut.capture import provenance
 from depcut.capture.clone import clone, cloned_arguments
-from depcut.capture.inline import inline_wrappers
 from depcut.capture.inputs import Inputs, normalize
 from depcut.capture.process_state import capturing
 from depcut.capture.program import ModuleCall, Program
 from depcut.capture.refusals import check_inputs, check_model
+from depcut.capture.wrappers import inline_wrappers
 from depcut.errors import CaptureError
 from depcut.support.torch_private import buffers_of, parameters_of, pytree
 

@@ -13,13 +13,13 @@ from depcut import axes
 from depcut.axes import Axis, Concat, Dims, Product, Reason, Term
 from depcut.capture.program import Program, layer_of, where
 from depcut.coupling.groups import Coupling, Group, Member
-from depcut.coupling.outer import OUTPUT, find_outer
+from depcut.coupling.row_axes import OUTPUT, find_row_axes
 from depcut.graph.ancestry import parameter_dimension
 from depcut.graph.operators import is_item, is_operator
 from depcut.ops.registry import Effects, Op, Output, rule_for
 
 
-def infer(program: Program) -> Coupling:
+def infer_coupling(program: Program) -> Coupling:
     """Infer which dimensions are coupled; never raises for an operator it does not know.
 
     Args:
@@ -35,8 +35,8 @@ def infer(program: Program) -> Coupling:
     classes = _settle_ties([tie for e in effects.values() for tie in e.ties])
     resolved = {name: tuple(map(axes.resolve, shape)) for name, shape in dims.items()}
     made = _groups(program, resolved, effects, classes)
-    outer = find_outer({g.axis: g.name for g in made}, resolved, env, effects, where)
-    groups = tuple(replace(g, outer=(o := outer[g.axis]).axis, alone=o.why) for g in made)
+    rows = find_row_axes({g.axis: g.name for g in made}, resolved, env, effects, where)
+    groups = tuple(replace(g, row_axis=(o := rows[g.axis]).axis, alone=o.why) for g in made)
     return Coupling(program, resolved, env, effects, groups, unknown)
 
 

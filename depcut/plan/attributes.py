@@ -67,7 +67,7 @@ def solve(keep: Keep, model: nn.Module) -> Solution:
     values, conflicts = _assign(demands, keep)
 
     def settled(attribute: Attribute) -> int | None:
-        return values.get(attribute, read(model, attribute))
+        return values.get(attribute, attribute_value(model, attribute))
 
     for demand in demands:
         if isinstance(demand.expr, tuple) and evaluate(demand.expr, keep, settled) != demand.target:
@@ -110,7 +110,7 @@ def _stuck(
     return stuck
 
 
-def read(model: nn.Module, attribute: Attribute) -> int | None:
+def attribute_value(model: nn.Module, attribute: Attribute) -> int | None:
     """The dense value of a module attribute."""
     module, path = attribute
     value: Any = vars(model.get_submodule(module)).get(path[0])

@@ -21,7 +21,7 @@ from depcut.axes import Axis, Dims, Term
 from depcut.capture.capture import capture
 from depcut.capture.inputs import Inputs
 from depcut.coupling.groups import Coupling
-from depcut.coupling.infer import infer
+from depcut.coupling.infer import infer_coupling
 from depcut.graph.liveness import Gone
 
 Counts = NDArray[np.float64]
@@ -297,7 +297,7 @@ def count_macs(model: nn.Module, inputs: Inputs = None) -> int:
         model: Any model that depcut can capture.
         inputs: Example inputs, as for `depcut.shrink`.
     """
-    return round(macs(infer(capture(model, inputs))).total)
+    return round(macs(infer_coupling(capture(model, inputs))).total)
 
 
 def count_params(model: nn.Module) -> int:

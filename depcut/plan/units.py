@@ -94,7 +94,7 @@ def check_rows(coupling: Coupling, units: Mapping[str, Indices]) -> None:
         kept = units.get(group.name)
         if kept is None or kept.ndim == 1:
             continue
-        if group.outer is None:
+        if group.row_axis is None:
             raise PlanError(
                 f"{len(kept)} rows of units are kept, and the group must keep the same units "
                 f"everywhere: {group.alone}",
@@ -112,7 +112,7 @@ def check_rows(coupling: Coupling, units: Mapping[str, Indices]) -> None:
 
 def _outer(coupling: Coupling, group: Group) -> str:
     """What the rows of a group are."""
-    outer = None if group.outer is None else coupling.group_of.get(group.outer)
+    outer = None if group.row_axis is None else coupling.group_of.get(group.row_axis)
     return f"the units of {outer.name!r}" if outer else "a dimension of the model's output"
 
 

@@ -70,7 +70,7 @@ def score(
         scores = [np.asarray(s, dtype=np.float64) for s in made]
     except (TypeError, ValueError):
         scores = []
-    shapes = [((g.size,), (g.rows, g.size) if g.outer else None) for g in coupling.groups]
+    shapes = [((g.size,), (g.rows, g.size) if g.row_axis else None) for g in coupling.groups]
     if len(scores) != len(shapes) or not all(
         s.shape in known for s, known in zip(scores, shapes, strict=True)
     ):
@@ -78,7 +78,7 @@ def score(
             "the criterion returned vectors that do not match the groups",
             where=f"score={label}",
             remedy="return one vector of length group.size for every group, in order, or an array "
-            "[group.rows, group.size] for one that has group.outer",
+            "[group.rows, group.size] for one that has group.row_axis",
         )
     for group, values in zip(coupling.groups, scores, strict=True):
         if not np.isfinite(values).all():

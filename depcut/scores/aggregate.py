@@ -79,7 +79,7 @@ def totals(
 def _by_row(context: Context, sums: Sums, name: str, dim: int, number: int) -> Values | None:
     """Sums of a member by row of a group's outer axis, None where it has none."""
     group = context.coupling.groups[number]
-    if group.outer is None:
+    if group.row_axis is None:
         return None
 
     def summed(kept: tuple[int, ...]) -> Values:

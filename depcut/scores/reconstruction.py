@@ -55,7 +55,7 @@ def obs(context: Context) -> Scores:
     removal); Martens & Grosse, K-FAC, ICML 2015 (rows weighted by squared derivatives). Needs data.
     """
     coupling = context.coupling
-    sites, products = find_sites(coupling), _products(coupling)
+    sites, products = find_sites(coupling), _activation_products(coupling)
     # All moments at once, or, with little memory, those of one group after the other.
     gathered = None
     if not context.data.low_memory:
@@ -89,7 +89,7 @@ def obs(context: Context) -> Scores:
             out.append(plain[group.index])
             continue
         scores = eliminated(readers, group.rows, group.size)
-        out.append(scores if group.outer is not None else scores[0])
+        out.append(scores if group.row_axis is not None else scores[0])
     return out
 
 
@@ -117,7 +117,7 @@ class _ActivationProduct:
     heads: int | None
 
 
-def _products(coupling: Coupling) -> list[_ActivationProduct]:
+def _activation_products(coupling: Coupling) -> list[_ActivationProduct]:
     """Products of two activations that sum over nothing but one axis."""
     out = []
     weights = Weights(coupling.program)
@@ -138,15 +138,15 @@ def _products(coupling: Coupling) -> list[_ActivationProduct]:
 def _heads(coupling: Coupling, operands: tuple[fx.Node, fx.Node], term: axes.Axis) -> int | None:
     """Size of the outer axis of a summed axis, where it is the third dimension from the end."""
     group = coupling.group_of.get(term)
-    if group is None or group.outer is None:
+    if group is None or group.row_axis is None:
         return None
     for node in operands:
         dims = coupling.env[node]
         if not isinstance(dims, tuple) or len(dims) <= _MATRIX:
             return None
-        if axes.resolve(dims[-3]) is not group.outer:
+        if axes.resolve(dims[-3]) is not group.row_axis:
             return None
-    return group.outer.size
+    return group.row_axis.size
 
 
 @dataclass
@@ -285,9 +285,9 @@ def _columns(
 
     None where the rows of the group are neither told apart by columns nor by blocks.
     """
-    inside = np.full_like(owners, -1) if group.outer is None else site.units(group.outer)
+    inside = np.full_like(owners, -1) if group.row_axis is None else site.units(group.row_axis)
     by_column = bool((inside >= 0).any())
-    blockwise = group.outer is not None and not by_column
+    blockwise = group.row_axis is not None and not by_column
     if blockwise and blocks != group.rows:
         return None
     key = np.where(owners >= 0, np.maximum(inside, 0) * group.size + owners, -1)

@@ -28,7 +28,7 @@ Tensors = Iterable[tuple[Label, Dims]]
 
 
 @dataclass(frozen=True)
-class Outer:
+class RowAxis:
     """The outer axis of a group.
 
     Attributes:
@@ -156,18 +156,18 @@ class _Search:
                         inner, outer, f"{label()} pairs the rows of {self.names.get(outer)!r}"
                     )
 
-    def result(self) -> dict[Axis, Outer]:
+    def result(self) -> dict[Axis, RowAxis]:
         """One outer axis for each group at most; what is an outer axis has none itself."""
         taken: set[Axis] = set()
-        out: dict[Axis, Outer] = {}
+        out: dict[Axis, RowAxis] = {}
         for inner in reversed(list(self.names)):
             candidates = self.left.get(inner, [])
-            usable = [a for a in candidates if out.get(a, Outer(None)).axis is None]
+            usable = [a for a in candidates if out.get(a, RowAxis(None)).axis is None]
             if usable and inner not in taken:
-                out[inner] = Outer(usable[0])
+                out[inner] = RowAxis(usable[0])
                 taken.add(usable[0])
             else:
-                out[inner] = Outer(None, self._why(inner, bool(candidates)))
+                out[inner] = RowAxis(None, self._why(inner, bool(candidates)))
         return out
 
     def _why(self, inner: Axis, spare: bool) -> str:
@@ -180,13 +180,13 @@ class _Search:
         return why or f"no other axis goes with it in {self.first.get(inner, 'any tensor')}"
 
 
-def find_outer(
+def find_row_axes(
     names: Mapping[Axis, str],
     tensors: Mapping[str, Dims],
     env: Mapping[fx.Node, Output],
     effects: Mapping[fx.Node, Effects],
     label: Callable[[fx.Node], str],
-) -> dict[Axis, Outer]:
+) -> dict[Axis, RowAxis]:
     """The outer axis of each group.
 
     Args:
