@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from depcut.analysis import Analysis, analyze
 from depcut.capture.capture import capture
+from depcut.coupling.infer import infer_coupling
 
 DEPTHS = (16, 32, 64, 128)
 WIDTHS = (256, 512, 1024, 2048, 4096)

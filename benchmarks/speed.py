@@ -37,6 +37,7 @@ from depcut.analysis import Analysis
 from depcut.capture.capture import capture
 from depcut.capture.program import Program
 from depcut.coupling.groups import layer_of
+from depcut.coupling.infer import infer_coupling
 
 COMPLETES = ("works", "prunes nothing", "forward fails", "wrong outputs")
 

@@ -28,6 +28,7 @@ import depcut
 from depcut import axes
 from depcut.analysis import Analysis
 from depcut.capture.capture import capture
+from depcut.coupling.infer import infer_coupling
 
 TOLERANCE = 0.01
 
