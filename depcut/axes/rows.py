@@ -126,10 +126,10 @@ def _open(term: Term, chosen: Selection) -> list[Axis]:
     if isinstance(term, Axis):
         return [term] if term in chosen.rows else []
     children = term.factors if isinstance(term, Product) else term.parts
-    found = list(dict.fromkeys(a for child in children for a in _open(child, chosen)))
+    separated = list(dict.fromkeys(a for child in children for a in _open(child, chosen)))
     if isinstance(term, Concat):
-        return found
-    return [a for a in found if not any(chosen.rows[a].outer is f for f in term.factors)]
+        return separated
+    return [a for a in separated if not any(chosen.rows[a].outer is f for f in term.factors)]
 
 
 def _place(dims: Dims, dim: int, outer: Axis) -> int:

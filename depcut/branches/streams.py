@@ -33,9 +33,9 @@ def first_streams(ancestry: Ancestry, leaves: Sequence[fx.Node]) -> list[fx.Node
         for k, origin in enumerate(origins(leaf)):
             of.setdefault(origin, []).append((i, k))
     search = _Search(ancestry, leaves, of)
-    found = search.run()
+    streams = search.run()
     back = {place: node for node, places in of.items() for place in places}
-    return [None if place is None else back[place] for place in found]
+    return [None if place is None else back[place] for place in streams]
 
 
 class _Search:

@@ -260,23 +260,23 @@ class _Reader:
         if len(args) == len(program.args) and kwargs.keys() == program.kwargs.keys():
             return args, {name: kwargs[name] for name in program.kwargs}
         try:
-            found = self.signature.bind_partial(*args, **kwargs).arguments
+            passed = self.signature.bind_partial(*args, **kwargs).arguments
         except TypeError as error:
             raise InputError(
                 f"the model does not take it: {error}",
                 where=place,
                 remedy=f"pass {_PAIRS}",
             ) from None
-        missing = [name for name in wanted if name not in found]
+        missing = [name for name in wanted if name not in passed]
         if missing or len(args) > len(wanted):
             raise InputError(
-                f"the model was captured with {', '.join(wanted)}, this has {', '.join(found)}",
+                f"the model was captured with {', '.join(wanted)}, this has {', '.join(passed)}",
                 where=place,
                 remedy="pass data of the structure of inputs=, or (input, target) pairs with loss=",
             )
         names = list(self.signature.parameters)
-        positional = tuple(found[n] for n in names[: len(program.args)])
-        return positional, {name: found[name] for name in program.kwargs}
+        positional = tuple(passed[n] for n in names[: len(program.args)])
+        return positional, {name: passed[name] for name in program.kwargs}
 
     def _check(self, number: int, leaf: Any, place: str) -> int:
         """Refuse a leaf that the graph does not take; its batch size, 0 for none."""

@@ -188,7 +188,7 @@ def _program(
             constant = exported.constants.get(spec.target)
             if id(constant) not in held and attribute(model, spec.target) is None:
                 anonymous.add(spec.target)
-    found = {n.meta[provenance.MARK]: n for n in graph.nodes if provenance.MARK in n.meta}
+    marks = {n.meta[provenance.MARK]: n for n in graph.nodes if provenance.MARK in n.meta}
     symbolic = [
         n
         for n in graph.nodes
@@ -203,8 +203,8 @@ def _program(
         parameters=frozenset(parameters),
         anonymous=frozenset(anonymous),
         sizes={n: _sizes(n.meta.get("val")) for n in graph.nodes},
-        marks=found,
-        calls=tuple(_resolved(call, found) for call in calls),
+        marks=marks,
+        calls=tuple(_resolved(call, marks) for call in calls),
         args=args,
         kwargs=kwargs,
         batch=batch,
@@ -217,9 +217,9 @@ def _program(
     )
 
 
-def _resolved(call: ModuleCall, found: dict[int, fx.Node]) -> ModuleCall:
+def _resolved(call: ModuleCall, marks: dict[int, fx.Node]) -> ModuleCall:
     def leaf(value: Any) -> Any:
-        return found.get(int(value)) if isinstance(value, _Mark) else value
+        return marks.get(int(value)) if isinstance(value, _Mark) else value
 
     return ModuleCall(
         call.module,

@@ -248,14 +248,14 @@ def _groups(
     }
     names: dict[str, int] = {}
     out: list[Group] = []
-    for leaf, found in members.items():
+    for leaf, occurrences in members.items():
         if leaf not in owned or leaf.size < 2:
             continue
-        label = labels.get(leaf) or f"{layer_of(found[0].tensor)}.in"
+        label = labels.get(leaf) or f"{layer_of(occurrences[0].tensor)}.in"
         names[label] = names.get(label, 0) + 1
         if names[label] > 1:
             label = f"{label}#{names[label]}"
-        ordered = tuple(sorted(found, key=lambda m: m.role == "consumer"))
+        ordered = tuple(sorted(occurrences, key=lambda m: m.role == "consumer"))
         tied = numbers.get(find(classes, leaf))
         floor = min(floors.get(leaf, 1), leaf.size)
         out.append(Group(label, leaf.size, ordered, leaf, tied, len(out), floor))

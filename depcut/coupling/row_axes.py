@@ -63,7 +63,7 @@ def occurrences(dims: Dims, wanted: Mapping[Axis, str]) -> list[Occurrence]:
     """
     counts = [Counter(axes.leaves(term)) for term in dims]
     direct = [_factors(term) for term in dims]
-    found: dict[tuple[Axis, int], Occurrence] = {}
+    by_place: dict[tuple[Axis, int], Occurrence] = {}
     for i, term in enumerate(dims):
         others = [j for j in range(len(dims)) if j != i]
         across = {
@@ -79,10 +79,10 @@ def occurrences(dims: Dims, wanted: Mapping[Axis, str]) -> list[Occurrence]:
             far = {a: False for a in across if not beside[a] and a is not inner}
             here = Occurrence(inner, near | far)
             # A dimension that holds the axis twice must hold it alike.
-            known = found.get((inner, i), here).partners
+            known = by_place.get((inner, i), here).partners
             alike = {a: own for a, own in here.partners.items() if known.get(a) is own}
-            found[inner, i] = Occurrence(inner, alike)
-    return list(found.values())
+            by_place[inner, i] = Occurrence(inner, alike)
+    return list(by_place.values())
 
 
 def _walk(

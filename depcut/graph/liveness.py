@@ -312,8 +312,8 @@ def _storages(nodes: Iterable[fx.Node]) -> dict[fx.Node, fx.Node]:
 
 def _written_roots(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     """The nodes that made the storages which each node changes."""
-    made = _storages(nodes)
-    return {node: [made[w] for w in written(node)] for node in made}
+    roots = _storages(nodes)
+    return {node: [roots[w] for w in written(node)] for node in roots}
 
 
 def _writers(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:

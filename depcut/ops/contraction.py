@@ -113,10 +113,10 @@ def matrix_sites(
         weight: Name of the argument that holds the matrix, and its contracted dimension.
         biases: What is added; None: what is no parameter.
     """
-    found = op.matrix(op.arg(weight[0]), weight[1])
-    if found is None or biases is None or len(op.dims(source)) < 2:
+    place = op.matrix(op.arg(weight[0]), weight[1])
+    if place is None or biases is None or len(op.dims(source)) < 2:
         return []
-    name, dim = found
+    name, dim = place
     dims = op.stored[name]
     family = MatrixProduct(source, features, *weight)
     return [Site(op.node, (name,), biases, ((dims[dim],),), dims[1 - dim], family)]

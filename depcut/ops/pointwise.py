@@ -62,11 +62,11 @@ def fit(op: Op, out: Dims, sizes: tuple[int, ...]) -> Dims:
 @taints("pointwise")
 def pointwise_taint(op: TaintedOp) -> Any:
     """Tainted where an operand is."""
-    found = [op.taint(n) for n in op.inputs]
-    found = [t for t in found if tainted(t)]
-    if not all(isinstance(t, Tensor) for t in found):
+    operand_taints = [op.taint(n) for n in op.inputs]
+    operand_taints = [t for t in operand_taints if tainted(t)]
+    if not all(isinstance(t, Tensor) for t in operand_taints):
         return None
-    return reduce(torch.maximum, found) if found else NOTHING
+    return reduce(torch.maximum, operand_taints) if operand_taints else NOTHING
 
 
 @taints("aten.mul", "aten.multiply")

@@ -99,15 +99,15 @@ def derived(op: TaintedOp) -> Any:
         return None
     if rule is None and is_operator(node) and is_pointwise_rule(node.target):
         rule = TAINTS["pointwise"]
-    found = None
+    taint = None
     if rule is not None:
         try:
-            found = rule(op)
+            taint = rule(op)
         except Exception:  # a form of the operator that the rule does not know
             if os.environ.get("DEPCUT_STRICT"):
                 raise
     clean = not may_draw(node) and not any(tainted(op.taint(n)) for n in op.inputs)
-    return NOTHING if found is None and clean else found
+    return NOTHING if taint is None and clean else taint
 
 
 # What rules of several families share ----------------------------------------------------------

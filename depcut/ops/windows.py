@@ -137,5 +137,5 @@ def extremum(op: TaintedOp) -> Any:
 @taints(*aten("max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices"))
 def extremum_with_position(op: TaintedOp) -> Any:
     """The largest of a window, and where it was, which says nothing of a constant."""
-    found, positions = op.run(op.taint)
-    return [found, torch.ones_like(positions, dtype=torch.float32)]
+    largest, positions = op.run(op.taint)
+    return [largest, torch.ones_like(positions, dtype=torch.float32)]

@@ -121,11 +121,11 @@ def attribute_value(model: nn.Module, attribute: Attribute) -> int | None:
 
 def _demands(keep: Keep) -> Iterator[_Demand]:
     for node in keep.coupling.effects:
-        found = list(keep.literals(node))
-        if not found:
+        literals = list(keep.literals(node))
+        if not literals:
             continue
         provenance = by_path(node)
-        for literal, value, _, new in found:
+        for literal, value, _, new in literals:
             if isinstance(value, int):
                 yield _Demand(node, provenance.get(literal.path), value, literal.sign * new)
 
@@ -221,10 +221,10 @@ def _derive(demand: _Demand, keep: Keep, values: dict[Attribute, int], lookup: L
     assert isinstance(demand.expr, tuple)
     if evaluate(demand.expr, keep, lookup) is not None:
         return False
-    found = _invert(demand.expr, demand.target, keep, lookup)
-    if found is None:
+    solution = _invert(demand.expr, demand.target, keep, lookup)
+    if solution is None:
         return False
-    attribute, value = found
+    attribute, value = solution
     if (
         evaluate(demand.expr, keep, lambda a: value if a == attribute else lookup(a))
         != demand.target

@@ -243,8 +243,8 @@ Items = list[tuple[float, Dims]]
 
 def _macs(coupling: Coupling, gone: Gone) -> Items:
     program = coupling.program
-    found = [e for n, e in coupling.effects.items() if n in program.sizes and n not in gone.nodes]
-    return [(t / program.batch, d) for e in found for t, d in e.macs]
+    effects = [e for n, e in coupling.effects.items() if n in program.sizes and n not in gone.nodes]
+    return [(t / program.batch, d) for e in effects for t, d in e.macs]
 
 
 def _params(coupling: Coupling, gone: Gone) -> Items:

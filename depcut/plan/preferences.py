@@ -56,11 +56,11 @@ def _same_number(coupling: Coupling) -> list[list[Term]]:
     sources: dict[Any, dict[int, Term]] = {}
     dense = Keep(coupling, {})
     for node in coupling.effects:
-        found = [
+        literals = [
             (lit, value) for lit, value, _, _ in dense.literals(node) if isinstance(value, int)
         ]
-        provenance = by_path(node) if found else {}
-        for literal, _ in found:
+        provenance = by_path(node) if literals else {}
+        for literal, _ in literals:
             expr = provenance.get(literal.path)
             if not isinstance(expr, tuple) or literal.sign < 0:
                 continue

@@ -126,12 +126,12 @@ def check_ties(coupling: Coupling, counts: Mapping[str, int]) -> None:
     Raises:
         PlanError: Tied groups keep different counts.
     """
-    found: dict[int, tuple[str, int]] = {}
+    tied: dict[int, tuple[str, int]] = {}
     for group in coupling.groups:
         if group.tied is None:
             continue
         count = counts[group.name]
-        name, expected = found.setdefault(group.tied, (group.name, count))
+        name, expected = tied.setdefault(group.tied, (group.name, count))
         if count != expected:
             raise PlanError(
                 f"{group.name!r} keeps {count} units and {name!r} keeps {expected}, but the model "

@@ -24,7 +24,7 @@ def scales(context: Context) -> set[str]:
         context: The captured model.
     """
     program = context.coupling.program
-    found = set()
+    scaling = set()
     for node in program.graph.graph.nodes:
         if not is_operator(node):
             continue
@@ -38,8 +38,8 @@ def scales(context: Context) -> set[str]:
             named = {program.tensors.get(weight) if weight is not None else None}
         else:
             continue
-        found |= {context.canonical[n] for n in named if n in context.canonical}
-    return found
+        scaling |= {context.canonical[n] for n in named if n in context.canonical}
+    return scaling
 
 
 @criterion("bn", aggregate="mean")
@@ -56,10 +56,10 @@ def bn(context: Context) -> Scores:
     """
     names = scales(context)
     gammas = by_element({n: w.abs() for n, w in context.weights.items() if n in names})
-    found = {n for groups in members(context, names).values() for n in groups}
+    covered = {n for groups in members(context, names).values() for n in groups}
     scaled = compared(context, totals(context, gammas, names))
     # The norms that scale a unit are a mean; all that it owns is a sum.
     whole = l2(replace(context, score=replace(context.score, aggregate="sum")))
     return [
-        scaled[g.index] if g.index in found else whole[g.index] for g in context.coupling.groups
+        scaled[g.index] if g.index in covered else whole[g.index] for g in context.coupling.groups
     ]

@@ -90,10 +90,10 @@ class ScaledFlow(Flow):
 
     def _bounded(self, n: fx.Node, value: Any, exponent: float) -> Any:
         """A value, rescaled where its numbers are out of bounds, and its exponent noted."""
-        found = _tensors(value)
-        if n.op != "call_function" or n not in self.activations or not found:
+        tensors = _tensors(value)
+        if n.op != "call_function" or n not in self.activations or not tensors:
             return value
-        largest = max((float(t.detach().abs().max()) for t in found if t.numel()), default=0.0)
+        largest = max((float(t.detach().abs().max()) for t in tensors if t.numel()), default=0.0)
         if largest and math.isfinite(largest) and abs(math.log2(largest)) > _BITS:
             shift = math.floor(math.log2(largest))
             value, exponent = _times(value, 2.0**-shift), exponent + shift

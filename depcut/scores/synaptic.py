@@ -111,11 +111,11 @@ class _Network:
             total = self.flow.total({n: masked[c] for n, c in names.items() if c in masked})
             # Derivatives grow towards the inputs: a start far down leaves them the whole range.
             total = total * 2.0**-_HEADROOM
-            found = torch.autograd.grad(total, list(masked.values()), allow_unused=True)
+            gradients = torch.autograd.grad(total, list(masked.values()), allow_unused=True)
         with torch.no_grad():
             elements = {
                 name: torch.zeros_like(tensor) if gradient is None else (tensor * gradient).abs()
-                for (name, tensor), gradient in zip(masked.items(), found, strict=True)
+                for (name, tensor), gradient in zip(masked.items(), gradients, strict=True)
             }
             flows = totals(context, by_element(elements))
         largest = max(float(f.max()) for f in flows)
