@@ -122,7 +122,7 @@ def indices_along(
 
 
 def _open(term: Term, chosen: Selection) -> list[Axis]:
-    """The axes of a term whose rows another dimension tells apart."""
+    """Axes of a term with kept rows whose outer axis lies in another dimension."""
     if isinstance(term, Axis):
         return [term] if term in chosen.rows else []
     children = term.factors if isinstance(term, Product) else term.parts

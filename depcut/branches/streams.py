@@ -67,7 +67,7 @@ class _Search:
         return self.best
 
     def _meets(self, places: list[tuple[int, int]], leads_to: int) -> bool:
-        """Note what stems from here; whether nothing better can be found from here on."""
+        """Note an origin's descendants; whether the rest of the walk cannot change the result."""
         for i, k in places:
             self.ahead[i] -= 1
             others = leads_to & ~self.own[self.leaves[i]]

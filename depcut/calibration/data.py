@@ -129,10 +129,10 @@ def calibrate(
     reader = _Reader(program, model, loss is not None)
     items = read_items(data, batches)
     bound = tuple(reader.batch(item, f"data, item {i}") for i, item in enumerate(items))
-    made = Calibration(program, bound, loss, device_of(model), low_memory, progress)
+    calibration = Calibration(program, bound, loss, device_of(model), low_memory, progress)
     if loss is not None:
-        _check_loss(made, model)
-    return made
+        _check_loss(calibration, model)
+    return calibration
 
 
 def read_items(data: Data, batches: int = BATCHES) -> list[Any]:

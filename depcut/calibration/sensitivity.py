@@ -1,4 +1,4 @@
-"""How much the model's outputs feel an error in what a node computes: Hutchinson's probes."""
+"""Squared derivatives of the outputs with respect to node results, by Hutchinson's estimator."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def capture(model: nn.Module, inputs: Inputs = None) -> Program:
 
 
 def _gates(model: nn.Module, unused: frozenset[str]) -> frozenset[str]:
-    """Containers that may leave these parameters out in eval mode: their owners, and around them.
+    """Modules whose mode may decide whether these parameters are used: their owners and ancestors.
 
     Everything else stays in eval mode, so that no batch norm or layer drop runs as in training.
     """

@@ -20,7 +20,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class _Clones(Copier):
-    """Structure alone: tensors are shared, but for the values of buffers if they are written."""
+    """Copies a module tree and shares its tensors; buffers are copied by value if asked for."""
 
     def __init__(self, *, buffers: bool = False, requires_grad: bool | None = None) -> None:
         super().__init__()
@@ -46,11 +46,11 @@ class _Clones(Copier):
         return parameter
 
     def follows(self, value: Any) -> bool:  # noqa: ARG002
-        """All that may change."""
+        """True: a function gets its own copy of every value that it closes over."""
         return True
 
     def as_its_class_says(self, kind: type) -> bool:  # noqa: ARG002
-        """Never: what a class leaves out when it is stored, its code may need in a forward."""
+        """False: a forward may need state that a class leaves out when it is pickled."""
         return False
 
 
@@ -81,7 +81,7 @@ def clone(
 
 
 def cloned_arguments(arguments: Any) -> Any:
-    """Arguments of a forward, alike: what it writes into them is lost.
+    """Structural copies of a forward's arguments: containers and objects that it may change.
 
     Args:
         arguments: Anything; tensors are shared.

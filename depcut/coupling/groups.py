@@ -32,7 +32,7 @@ class Group:
         name: Layer that produces it; a bracketed number tells the factors of one layer apart.
         size: Number of units.
         members: Where it occurs, producers first.
-        axis: The axis of the algebra that it is.
+        axis: Its axis in the terms.
         tied: Groups with the same number keep equally many units; None: free.
         index: Position in `Coupling.groups`.
         floor: Least number of units that must stay.
@@ -53,7 +53,7 @@ class Group:
 
     @property
     def rows(self) -> int:
-        """How many choices of units it makes."""
+        """Number of rows in which it chooses units; 1 without a row axis."""
         return 1 if self.row_axis is None else self.row_axis.size
 
     @property
@@ -76,7 +76,7 @@ class Frozen:
 
 @dataclass(frozen=True)
 class Coupling:
-    """What inference found out about a program.
+    """The result of inference over a program: groups, terms and effects.
 
     Attributes:
         program: The captured model.

@@ -34,9 +34,9 @@ def infer_coupling(program: Program) -> Coupling:
         unknown.update(more[2])
     classes = _settle_ties([tie for e in effects.values() for tie in e.ties])
     resolved = {name: tuple(map(axes.resolve, shape)) for name, shape in dims.items()}
-    made = _groups(program, resolved, effects, classes)
-    rows = find_row_axes({g.axis: g.name for g in made}, resolved, env, effects, where)
-    groups = tuple(replace(g, row_axis=(o := rows[g.axis]).axis, alone=o.why) for g in made)
+    coupled = _groups(program, resolved, effects, classes)
+    rows = find_row_axes({g.axis: g.name for g in coupled}, resolved, env, effects, where)
+    groups = tuple(replace(g, row_axis=(o := rows[g.axis]).axis, alone=o.why) for g in coupled)
     return Coupling(program, resolved, env, effects, groups, unknown)
 
 

@@ -200,8 +200,8 @@ def find_row_axes(
     seen: set[tuple[int, ...]] = set()
     nodes = {node: shapes_of(output) for node, output in env.items()}
     held = [(partial(str, name), dims) for name, dims in tensors.items()]
-    made = [(partial(label, node), d) for node, shapes in nodes.items() for d in shapes]
-    for name, dims in [*held, *made]:
+    results = [(partial(label, node), d) for node, shapes in nodes.items() for d in shapes]
+    for name, dims in [*held, *results]:
         key = tuple(map(id, dims))
         if key not in seen:
             seen.add(key)

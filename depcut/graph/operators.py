@@ -1,4 +1,4 @@
-"""What an operator of a captured graph is called, and what torch's tags say of it."""
+"""Names of the operators of a captured graph, and their properties by schema and tags."""
 
 from __future__ import annotations
 

@@ -178,7 +178,7 @@ def looked_up(op: TaintedOp) -> Any:
 
 @taints(*aten("new_full full_like fill"))
 def filled(op: TaintedOp) -> Any:
-    """What was there before does not matter."""
+    """Taint of the value that fills the tensor; what it replaces is dropped."""
     value = op.arg("value") if op.arg("value") is not None else op.arg("fill_value")
     return None if tainted(op.taint(value)) else NOTHING
 
@@ -191,5 +191,5 @@ def constant_taint(_: TaintedOp) -> Any:
 
 @taints(*aten("empty empty_like new_empty empty_strided"))
 def uninitialised(_: TaintedOp) -> Any:
-    """Whatever memory holds."""
+    """Tainted throughout: the values are whatever the memory holds."""
     return ALL

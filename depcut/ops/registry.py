@@ -118,7 +118,7 @@ class Literal:
 
 @dataclass
 class Effects:
-    """What a rule found out about one node, besides unifying."""
+    """What a rule records of one node, besides unifying its terms."""
 
     out: Output = None
     literals: list[Literal] = field(default_factory=list)

@@ -32,7 +32,7 @@ class Family(Protocol):
 
     @property
     def result(self) -> int | None:
-        """See above."""
+        """Dimension of blocks * out in the node's result, from the end, or None."""
 
     def inputs(self, call: Call) -> torch.Tensor:
         """X (blocks, vectors, in) from the values of the node's arguments."""

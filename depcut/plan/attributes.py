@@ -19,7 +19,7 @@ Lookup = Callable[[Attribute], int | None]
 
 @dataclass(frozen=True)
 class Solution:
-    """What the model's classes can express.
+    """Attribute values with which the model's own classes compute the new sizes.
 
     Attributes:
         values: New value of each attribute that has to change, by module and path.

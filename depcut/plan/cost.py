@@ -1,4 +1,4 @@
-"""MACs and parameters as polynomials in the kept counts: no re-tracing, microseconds a candidate.
+"""MACs and parameters as polynomials in the kept counts, evaluated without tracing the model.
 
 The count of a term is a sum of products of axis counts, and the cost of an operator a product of
 counts. Both are compiled once into integer arrays. Where a machine works in blocks, a count is
@@ -226,7 +226,7 @@ def compile_staircase(coupling: Coupling, items: Iterable[tuple[float, Blocked]]
         rows[signature] = rows.get(signature, 0.0) + times
     flat = [(m, c) for p, _ in polynomials for m, c in p.items()]
     sizes = [len(p) for p, _ in polynomials]
-    made = Cost(
+    cost = Cost(
         monomials=_padded([m for m, _ in flat], len(coupling.groups)),
         coefficients=np.array([c for _, c in flat]),
         starts=np.cumsum([0, *sizes[:-1]]),
@@ -235,7 +235,7 @@ def compile_staircase(coupling: Coupling, items: Iterable[tuple[float, Blocked]]
         times=np.array(list(rows.values()) or [0.0]),
         dense=np.array([g.size for g in coupling.groups], dtype=np.float64),
     )
-    return replace(made, total=made(made.dense))
+    return replace(cost, total=cost(cost.dense))
 
 
 Items = list[tuple[float, Dims]]

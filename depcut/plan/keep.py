@@ -36,7 +36,7 @@ class Keep:
 
     @cached_property
     def gone(self) -> Gone:
-        """What dropped branches leave without a use."""
+        """Nodes, modules and tensors that dropped branches leave unused."""
         return gone(self.coupling.program, self.bypass)
 
     @cached_property

@@ -70,7 +70,7 @@ def others(kept: Indices, size: int) -> Indices:
 
 
 def _uneven(name: str, kept: Any) -> PlanError:
-    """What is wrong with lists that make no array."""
+    """The error for rows that keep different numbers of units."""
     lengths = [len(row) if hasattr(row, "__len__") else 0 for row in kept]
     other = next((i for i, n in enumerate(lengths) if n != lengths[0]), 0)
     return PlanError(
@@ -111,7 +111,7 @@ def check_rows(coupling: Coupling, units: Mapping[str, Indices]) -> None:
 
 
 def _outer(coupling: Coupling, group: Group) -> str:
-    """What the rows of a group are."""
+    """What the rows of a group stand for, in words."""
     outer = None if group.row_axis is None else coupling.group_of.get(group.row_axis)
     return f"the units of {outer.name!r}" if outer else "a dimension of the model's output"
 

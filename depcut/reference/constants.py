@@ -45,7 +45,7 @@ def interpret(
 
 
 class _Run(Interpreter):
-    """Values with their taints.
+    """One run on the example inputs, which computes a taint beside every value.
 
     Args:
         program: The captured graph.
@@ -166,7 +166,7 @@ def _settled(op: TaintedOp, value: Tensor, derived_taint: Any) -> Tensor:
 
 
 def _whole(value: Tensor, taint: Tensor | float | None) -> Tensor:
-    """A derived taint in the shape of the value; all of it where there is none that fits."""
+    """A derived taint in the shape of the value; ones where it does not broadcast to it."""
     if isinstance(taint, Tensor) and not taint.is_complex() and _fits(taint, value):
         if taint.shape == value.shape:
             return taint

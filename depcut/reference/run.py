@@ -184,8 +184,8 @@ class _Run(Interpreter):
         if name not in self.program.parameters:
             # Buffers may be written to in place.
             tensor = tensor.clone()
-        made: torch.Tensor = cast(tensor, self.dtype)
-        return made
+        converted: torch.Tensor = cast(tensor, self.dtype)
+        return converted
 
     def call(self, node: fx.Node) -> Any:
         """The value of a node: on slices, on the kept indices, or with zeros."""
@@ -266,13 +266,13 @@ def example(
         len(nodes) == len(leaves) and is_symbolic(nodes[i].meta.get("val"))
         for i in range(len(leaves))
     ]
-    made = [
+    copies = [
         cast(leaf[:rows] if batch and rows else leaf, dtype).clone()
         if isinstance(leaf, torch.Tensor)
         else leaf
         for leaf, batch in zip(leaves, batched, strict=True)
     ]
-    args, kwargs = pytree.tree_unflatten(made, spec)
+    args, kwargs = pytree.tree_unflatten(copies, spec)
     return tuple(args), dict(kwargs)
 
 

@@ -1,4 +1,4 @@
-"""How much each unit matters: one vector a group, by name or by a user's own function."""
+"""Scores of units, one vector a group, by a criterion's name or a user's function."""
 
 from __future__ import annotations
 
@@ -60,14 +60,16 @@ def score(
     """
     if callable(criterion):
         label = repr(getattr(criterion, "__name__", criterion))
-        made = criterion(coupling, model, seed)
+        results = criterion(coupling, model, seed)
     else:
         check_criterion(criterion, calibration)
         wanted = Score(criterion) if isinstance(criterion, str) else criterion
         label, method = repr(wanted.name), CRITERIA[wanted.name]
-        made = method.function(Context(coupling, model, seed, method.settle(wanted), calibration))
+        results = method.function(
+            Context(coupling, model, seed, method.settle(wanted), calibration)
+        )
     try:
-        scores = [np.asarray(s, dtype=np.float64) for s in made]
+        scores = [np.asarray(s, dtype=np.float64) for s in results]
     except (TypeError, ValueError):
         scores = []
     shapes = [((g.size,), (g.rows, g.size) if g.row_axis else None) for g in coupling.groups]

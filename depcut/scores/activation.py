@@ -107,7 +107,7 @@ def _is_block(site: Site, blocks: int, axis: axes.Axis) -> bool:
 
 
 def _or_norm(context: Context, by_group: list[list[Values]]) -> Scores:
-    """Aggregated and compared; the L2 norm where nothing was found."""
+    """Parts of each group aggregated and normalised; the L2 norm for groups without any."""
     scores = [
         _aggregated(context, parts) if parts else np.zeros(g.size)
         for g, parts in zip(context.coupling.groups, by_group, strict=True)

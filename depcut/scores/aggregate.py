@@ -1,4 +1,4 @@
-"""From numbers of a tensor's elements to scores of units: slices, members, groups."""
+"""Element saliencies summed to scores of units: over slices, members and groups."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a criterion is told, and how it is looked up: small frozen records."""
+"""Frozen records: options of a criterion, what it reads, and how it is registered."""
 
 from __future__ import annotations
 

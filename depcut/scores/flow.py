@@ -1,4 +1,4 @@
-"""A captured model made linear and positive: what flows through it says how units connect."""
+"""A captured model made linear and positive, whose derivatives are synaptic flow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a unit lies among the others of its group: one close to all of them can be spared."""
+"""Criteria from the distances between a unit's weights and those of the others of its group."""
 
 from __future__ import annotations
 

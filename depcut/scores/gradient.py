@@ -32,7 +32,7 @@ def _products(context: Context, gradient: Elements) -> dict[str, torch.Tensor]:
 
 
 def _averaged(context: Context, saliency: Callable[[dict[str, torch.Tensor]], Scores]) -> Scores:
-    """Mean over the batches of what is made of g * w."""
+    """Mean over the batches of a saliency computed from g * w, element by element."""
     with trainable(context.model) as model:
         batch_gradients = gradients(model, context.data)
         return _mean(saliency(_products(context, gradient)) for gradient in batch_gradients)

@@ -1,4 +1,4 @@
-"""What the layers that read a unit lose with it, after the best repair: optimal brain surgery."""
+"""Reconstruction error of the layers that read a unit, re-solved without it (OBS)."""
 
 from __future__ import annotations
 

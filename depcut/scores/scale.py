@@ -1,4 +1,4 @@
-"""Scales that a network has learned for its own units."""
+"""Criteria from learned scales: |gamma| of norms and other per-channel factors."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def bn(context: Context) -> Scores:
     The norms are found in the graph: batch, layer, group and RMS norm, and parameters that an
     activation is multiplied with. A group without any has its L2 norm instead; with the default
     "mean" normalisation both have a mean of one.
-    In a transformer the norms scale the residual stream alone: they say how far it is stretched,
-    not what the layers that read it make of that.
+    In a transformer the norms scale the residual stream alone: the score leaves out the weights of
+    the layers that read it.
     Source: Liu et al., Learning Efficient Convolutional Networks through Network Slimming,
     ICCV 2017. Needs no data, but training with a penalty on |gamma| to mean much.
     """

@@ -1,4 +1,4 @@
-"""The flow of a network in numbers that neither overflow nor vanish at any depth."""
+"""`Flow` with a power of two beside each tensor: no overflow or underflow at any depth."""
 
 from __future__ import annotations
 

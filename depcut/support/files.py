@@ -149,7 +149,7 @@ def move(draft: Path, target: Path) -> None:
 def workplace(
     path: str | os.PathLike[str], what: str = "file", error: type[DepcutError] = DepcutError
 ) -> Iterator[tuple[Path, Path]]:
-    """A hidden folder beside a file that is to be made of several ones, gone afterwards.
+    """A hidden folder beside a file that is put together from several; removed afterwards.
 
     Args:
         path: The file to make or replace.

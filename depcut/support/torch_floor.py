@@ -1,6 +1,6 @@
 """The oldest torch that depcut runs on, checked before anything else of the package is imported.
 
-What an older torch lacks would otherwise fail one by one, each under a name of its own.
+An older torch would otherwise fail with an ImportError or AttributeError for a name that it lacks.
 """
 
 from __future__ import annotations
