@@ -1,4 +1,4 @@
-"""A user's data as batches that fit the captured graph; all mistakes in it are found here."""
+"""A user's data read and checked: batches that fit the captured graph."""
 
 from __future__ import annotations
 

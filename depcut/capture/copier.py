@@ -1,7 +1,7 @@
-"""The mechanism behind clones and copies of a module tree, which differ in what tensors become.
+"""Copies of a module tree; subclasses say whether tensors are shared or copied.
 
 Modules, containers and objects are made empty, remembered, and filled from a list of what is still
-to be done: the depth of the structure is no depth of recursion, and each object is visited once.
+to be done: deep structures need no deep recursion, and each object is visited once.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _ATTEMPTS = 8  # at reading a container that another thread is writing to
 
 
 class Copier:
-    """Copies modules and what hangs from them; what cannot be copied is shared.
+    """Copies modules and all that they refer to; what cannot be copied is shared.
 
     Locks, files, generators and the like cannot be copied, nor is what has a finalizer: it would
     run twice. Bound methods, partial functions, weak references and the functions that close over
@@ -53,7 +53,7 @@ class Copier:
         self._inside: set[int] = set()
 
     def tensor(self, value: torch.Tensor) -> torch.Tensor:
-        """What stands for a tensor."""
+        """The tensor that takes the place of one: itself, or a copy."""
         raise NotImplementedError
 
     def follows(self, value: Any) -> bool:
@@ -69,7 +69,7 @@ class Copier:
         return value.copy()
 
     def __call__(self, value: Any) -> Any:
-        """The copy of a value and all that hangs from it."""
+        """The copy of a value and all that it refers to."""
         if isinstance(value, nn.Module):
             for module in value.modules():
                 self._inside.add(id(module))
@@ -107,7 +107,7 @@ class Copier:
         return empty
 
     def _fill(self) -> None:
-        """Fill all that is empty, and what becomes known on the way."""
+        """Fill all empty copies, those that are added meanwhile included."""
         while self._open:
             value, copied = self._open.pop()
             kind = type(value)

@@ -137,7 +137,7 @@ def scatter(op: Op) -> Output:
     aten.new_full aten.new_empty aten.normal.float_float""".split()
 )
 def constant(op: Op) -> Output:
-    """The same value (or noise) everywhere: its dimensions follow whatever they meet."""
+    """The same value (or noise) everywhere: its dimensions are free axes, without a parameter."""
     out: list[Term] = [axes.axis(n) for n in op.out_sizes]
     op.literals("size", out)
     return tuple(out)

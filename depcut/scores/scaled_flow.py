@@ -54,7 +54,7 @@ class ScaledFlow(Flow):
         return self._summed(n, floats, given)
 
     def _attended(self, n: fx.Node, e: Mapping[fx.Node, float]) -> Any:
-        """Attention: what the mask adds to the products must be as large as they are."""
+        """Attention, with one power of two for the products and the mask that is added to them."""
         names = ("query", "key", "value", "attn_mask")
         given: dict[str, Any] = {**dict(zip(names, n.args, strict=False)), **n.kwargs}
         product, mask = e[given["query"]] + e[given["key"]], given.get("attn_mask")
