@@ -41,7 +41,7 @@ def obs(context: Context) -> Scores:
     For a weight W (out, in) that reads inputs of covariance H, removing the columns S and
     re-solving the others costs tr(W_S ((H^-1)_SS)^-1 W_S^T); W and H^-1 are then updated for the
     next removal. Rows of W are weighted by the outputs' mean squared derivative with respect to
-    them (`sensitivities`), so that losses of all layers are shares of the outputs' variance and add up.
+    them (`sensitivities`): losses of all layers are shares of the outputs' variance and add up.
     A product of two activations that sums over the units (head_dim of queries and keys) adds the
     energy of their terms in it, as nothing there can be re-solved. The cheapest units go first; a
     unit's score is the loss that its removal added. Units that neither reads have their share of
