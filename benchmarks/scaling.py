@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from depcut.analysis import Analysis, analyze
 from depcut.capture.capture import capture
-from depcut.coupling.infer import infer
+from depcut.coupling.infer import infer_coupling
 
 DEPTHS = (16, 32, 64, 128)
 WIDTHS = (256, 512, 1024, 2048, 4096)
@@ -108,19 +108,19 @@ def at_depth(blocks: int, repeat: int) -> Row:
     torch.manual_seed(0)
     model, x = ResidualMLP(256, blocks).eval(), torch.randn(4, 32)
     program = capture(model, x)
-    coupling = infer(program)
+    coupling = infer_coupling(program)
     plan = Analysis(model, coupling).plan(0.5, align=1)
     row = {
         "name": f"{blocks} blocks",
         "blocks": blocks,
         "groups": len(coupling.groups),
         "capture_s": measure.median_of(lambda: capture(model, x), min(repeat, 3)),
-        "infer_s": measure.median_of(lambda: infer(program), repeat),
+        "infer_s": measure.median_of(lambda: infer_coupling(program), repeat),
         "plan_s": measure.median_of(lambda: Analysis(model, coupling).plan(0.5, align=1), repeat),
         "apply_s": measure.median_of(lambda: plan.apply(model), repeat),
     }
     row["after_capture_s"] = measure.median_of(
-        lambda: Analysis(model, infer(program)).plan(0.5, align=1).apply(model), repeat
+        lambda: Analysis(model, infer_coupling(program)).plan(0.5, align=1).apply(model), repeat
     )
     return row
 
@@ -131,14 +131,14 @@ def at_width(width: int, repeat: int) -> Row:
     capture_s, program = measure.timed(lambda: capture(model, x))
 
     def planned(score: str) -> Any:
-        return Analysis(model, infer(program)).plan(0.5, align=1, score=score)
+        return Analysis(model, infer_coupling(program)).plan(0.5, align=1, score=score)
 
     return {
         "name": f"width {width}",
         "width": width,
         "params": measure.params_of(model),
         "capture_s": capture_s,
-        "infer_s": measure.median_of(lambda: infer(program), repeat),
+        "infer_s": measure.median_of(lambda: infer_coupling(program), repeat),
         "analysis_plan_random_s": measure.median_of(lambda: planned("random"), repeat),
         "analysis_plan_magnitude_s": measure.median_of(lambda: planned("magnitude"), 3),
     }

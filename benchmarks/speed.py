@@ -37,7 +37,7 @@ from depcut.analysis import Analysis
 from depcut.capture.capture import capture
 from depcut.capture.program import Program
 from depcut.coupling.groups import layer_of
-from depcut.coupling.infer import infer
+from depcut.coupling.infer import infer_coupling
 
 COMPLETES = ("works", "prunes nothing", "forward fails", "wrong outputs")
 
@@ -92,7 +92,7 @@ def compare(name: str, options: argparse.Namespace) -> Row:
     with counted_exports() as exports:
         whole, _ = measure.timed(lambda: depcut.shrink(model, 0.5, member.inputs(2), align=1))
     program = capture(model, member.inputs(2))
-    fixed = output_layers(Analysis(model, infer(program)))
+    fixed = output_layers(Analysis(model, infer_coupling(program)))
     stages = [staged(model, program) for _ in range(options.repeat + 1)][1:]
     row = {
         "name": name,
@@ -125,12 +125,12 @@ def compare(name: str, options: argparse.Namespace) -> Row:
 
 
 def after_capture(model: nn.Module, program: Program) -> nn.Module:
-    return Analysis(model, infer(program)).plan(0.5, align=1).apply(model)
+    return Analysis(model, infer_coupling(program)).plan(0.5, align=1).apply(model)
 
 
 def staged(model: nn.Module, program: Program) -> dict[str, float]:
     """Seconds of each stage after capture."""
-    infer_s, coupling = measure.timed(lambda: infer(program))
+    infer_s, coupling = measure.timed(lambda: infer_coupling(program))
     plan_s, plan = measure.timed(lambda: Analysis(model, coupling).plan(0.5, align=1))
     apply_s, _ = measure.timed(lambda: plan.apply(model))
     return {"infer": infer_s, "plan": plan_s, "apply": apply_s}

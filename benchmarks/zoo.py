@@ -28,7 +28,7 @@ import depcut
 from depcut import axes
 from depcut.analysis import Analysis
 from depcut.capture.capture import capture
-from depcut.coupling.infer import infer
+from depcut.coupling.infer import infer_coupling
 
 TOLERANCE = 0.01
 
@@ -104,8 +104,8 @@ def examine(name: str, ratio: float) -> Row:
     measure.outputs(model, member.inputs(2))  # some models install hooks at their first call
     before = snapshot(model)
     capture_s, program = measure.timed(lambda: capture(model, member.inputs(2)))
-    analysis_s = measure.median_of(lambda: infer(program), 5)
-    analysis = Analysis(model, infer(program))
+    analysis_s = measure.median_of(lambda: infer_coupling(program), 5)
+    analysis = Analysis(model, infer_coupling(program))
     plan_s, plan = measure.timed(lambda: analysis.plan(ratio, of="macs", align=1))
     apply_s, slim = measure.timed(lambda: plan.apply(model))
     assert_untouched(model, before)

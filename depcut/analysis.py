@@ -32,7 +32,7 @@ from depcut.capture.inputs import Inputs
 from depcut.capture.program import Program
 from depcut.capture.random_state import preserved
 from depcut.coupling.groups import Coupling, Frozen, Group, layer_of
-from depcut.coupling.infer import infer
+from depcut.coupling.infer import infer_coupling
 from depcut.deploy.runtime import bind_inputs, resized
 from depcut.errors import BudgetError, InputError, listed
 from depcut.latency.model import SAMPLES, LatencyModel, latency_model
@@ -327,7 +327,11 @@ class Analysis:
                     f"group {group.name!r}, {group.size} units"
                     + (f", with {listed(others, 6)}" if others else "")
                     + (f", as many as its tie {group.tied}" if group.tied is not None else "")
-                    + (f", chosen in each of {group.rows} rows" if group.outer is not None else "")
+                    + (
+                        f", chosen in each of {group.rows} rows"
+                        if group.row_axis is not None
+                        else ""
+                    )
                 )
         texts += [
             f"frozen: {frozen.reason} [{frozen.where}]"
@@ -391,4 +395,4 @@ def analyze(model: nn.Module, inputs: Inputs = None) -> Analysis:
         CaptureError: The model cannot be captured.
         InputError: The inputs are of the wrong kind, or cannot be inferred.
     """
-    return Analysis(model, infer(capture(model, inputs)), inputs)
+    return Analysis(model, infer_coupling(capture(model, inputs)), inputs)

@@ -13,7 +13,7 @@ from depcut.analysis import analyze
 from depcut.calibration.data import Data, Loss, read_with_inputs
 from depcut.capture.inputs import Inputs
 from depcut.options import Options, ShrinkKeywords
-from depcut.repair.mend import wants_repair
+from depcut.repair.after_rewrite import wants_repair
 from depcut.support.keywords import settled, takes_options
 
 ModelT = TypeVar("ModelT", bound=nn.Module)

@@ -460,11 +460,11 @@ class DenseBlock(nn.Module):
 class UNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.outer, self.inner = conv(3, 4), conv(4, 6)
+        self.row_axis, self.inner = conv(3, 4), conv(4, 6)
         self.decoder, self.head = conv(10, 5), nn.Conv2d(5, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        skip = self.outer(x)
+        skip = self.row_axis(x)
         y = self.inner(F.max_pool2d(skip, 2))
         y = F.interpolate(y, scale_factor=2.0, mode="bilinear", align_corners=False)
         return self.head(self.decoder(torch.cat([skip, y], 1)))

@@ -95,7 +95,7 @@ def by_row(analysis: Any, rng: np.random.Generator) -> dict[str, Any]:
     for family in families(analysis):
         count = random_count(family, rng)
         for group in family if count else []:
-            if group.outer is not None:
+            if group.row_axis is not None:
                 keep[group.name] = [some_units(group.size, count, rng) for _ in range(group.rows)]
             else:
                 keep[group.name] = some_units(group.size, count, rng)

@@ -40,13 +40,13 @@ class Tied(nn.Module):
         super().__init__()
         self.table = nn.Embedding(20, 32)
         self.inner = nn.Linear(32, 64)
-        self.outer = nn.Linear(64, 32)
+        self.row_axis = nn.Linear(64, 32)
         self.head = nn.Linear(32, 20, bias=False)
         self.head.weight = self.table.weight
 
     def forward(self, ids):
         h = self.table(ids)
-        return self.head(h + self.outer(self.inner(h).relu()))
+        return self.head(h + self.row_axis(self.inner(h).relu()))
 
 
 def net():

@@ -104,7 +104,7 @@ def sums(analysis: Any, elements: dict[str, Tensor], score: Score) -> list[np.nd
 
     return [
         np.array([one(group, unit, None) for unit in range(group.size)])
-        if group.outer is None
+        if group.row_axis is None
         else np.array(
             [[one(group, unit, row) for unit in range(group.size)] for row in range(group.rows)]
         )
@@ -117,7 +117,7 @@ def in_row(analysis: Any, group: Any, name: str, values: Tensor, row: int | None
     if row is None:
         return values
     for dim, term in enumerate(analysis.coupling.dims[name]):
-        rows = torch.from_numpy(axes.units(term, group.outer))
+        rows = torch.from_numpy(axes.units(term, group.row_axis))
         if (rows >= 0).any():
             shape = [-1 if d == dim else 1 for d in range(values.ndim)]
             return values * (rows == row).reshape(shape)

@@ -48,12 +48,12 @@ Digits = list[tuple[Axis, int]]
 def with_rows(analysis: Any) -> dict[str, str]:
     """The group that is the outer axis of each group that has one."""
     names = {g.axis: g.name for g in analysis.groups}
-    return {g.name: names.get(g.outer, "output") for g in analysis.groups if g.outer}
+    return {g.name: names.get(g.row_axis, "output") for g in analysis.groups if g.row_axis}
 
 
 def sizes(analysis: Any) -> list[tuple[int, int]]:
     """(size, rows) of each group that may choose row by row."""
-    return sorted((g.size, g.rows) for g in analysis.groups if g.outer)
+    return sorted((g.size, g.rows) for g in analysis.groups if g.row_axis)
 
 
 # The oracle ---------------------------------------------------------------------------------------
@@ -114,9 +114,9 @@ def relabelled(analysis: Any, model: nn.Module, keep: dict[str, Any]) -> nn.Modu
     """The dense model with the kept units of every row at the front."""
     model = deepcopy(model)
     order = {
-        g.axis: (g.outer, [[*row, *sorted({*range(g.size)} - {*row})] for row in keep[g.name]])
+        g.axis: (g.row_axis, [[*row, *sorted({*range(g.size)} - {*row})] for row in keep[g.name]])
         for g in analysis.groups
-        if g.outer is not None and g.name in keep
+        if g.row_axis is not None and g.name in keep
     }
     done: set[int] = set()
     for name, tensor in all_tensors(model).items():
@@ -190,8 +190,8 @@ def zeroed(analysis: Any, model: nn.Module, keep: dict[str, Any]) -> nn.Module:
             for at, places in elements(tensor, dims):
                 for axis, i in places[member.dim]:
                     if axis is group.axis:
-                        row = row_of(group.outer, member.dim, places) if group.outer else 0
-                        if i not in (kept[row] if group.outer else kept):
+                        row = row_of(group.row_axis, member.dim, places) if group.row_axis else 0
+                        if i not in (kept[row] if group.row_axis else kept):
                             tensor[at] = 0.0
     return model
 
@@ -238,7 +238,7 @@ def test_rows_of_attention_against_zeros(name: str) -> None:
     net = NETS[name]
     model = net.build()
     analysis = depcut.analyze(model, net.inputs(2))
-    whole = {g.name for g in analysis.groups if g.outer is None}  # read by the mean and the softmax
+    whole = {g.name for g in analysis.groups if g.row_axis is None}
     for seed in range(3):
         keep = by_row(analysis, np.random.default_rng(seed))
         keep = {n: k for n, k in keep.items() if n not in whole}
@@ -421,22 +421,22 @@ def group(analysis: Any, tensor: str, size: int) -> Group:
 def test_angles_of_all_heads_bind_queries_and_keys(name: str) -> None:
     analysis = depcut.analyze(NETS[name].build(), NETS[name].inputs(2))
     halves = group(analysis, "attention.q.weight", 3)
-    assert halves.outer is None
+    assert halves.row_axis is None
     assert "without 'attention.q[0]'" in halves.alone
 
 
 def test_a_scale_of_all_heads_binds_them() -> None:
     analysis = depcut.analyze(seeded(lambda: HeadNorm(True), 0), sequence()(2))
     inside = group(analysis, "q.weight", 4)
-    assert inside.outer is None
+    assert inside.row_axis is None
     assert inside.alone == "no other axis goes with it in scale"
-    assert group(analysis, "v.weight", 5).outer is not None
+    assert group(analysis, "v.weight", 5).row_axis is not None
 
 
 def test_a_mean_over_heads_binds_them() -> None:
     analysis = depcut.analyze(seeded(lambda: HeadNorm(False, "heads"), 0), sequence()(2))
     inside = group(analysis, "q.weight", 4)
-    assert inside.outer is None
+    assert inside.row_axis is None
     assert "holds it without 'scale'" in inside.alone  # the heads, which are named after it, too
     assert "mean" in inside.alone
 
@@ -480,7 +480,7 @@ def test_what_mixes_the_rows_binds_them(how: str) -> None:
     assert {g.size for g in analysis.groups} >= {4}
     for found in analysis.groups:
         if found.size == 4:
-            assert found.outer is None
+            assert found.row_axis is None
             assert found.alone
 
 
@@ -500,8 +500,8 @@ def test_shuffled_channels_and_gates_have_no_rows(name: str) -> None:
 def test_every_group_says_why_it_has_no_outer_axis() -> None:
     for name in ("plain", "dense_block", "attention_fused", "lstm", "grouped"):
         analysis = depcut.analyze(NETS[name].build(), NETS[name].inputs(2))
-        assert all(bool(g.alone) == (g.outer is None) for g in analysis.groups)
-        assert all(g.rows == (g.outer.size if g.outer else 1) for g in analysis.groups)
+        assert all(bool(g.alone) == (g.row_axis is None) for g in analysis.groups)
+        assert all(g.rows == (g.row_axis.size if g.row_axis else 1) for g in analysis.groups)
 
 
 # Plans as files and their mistakes ----------------------------------------------------------------
@@ -646,10 +646,10 @@ def test_sums_of_rows_against_loops(name: str) -> None:
                 for dim, place in enumerate(places):
                     for axis, i in place:
                         if axis is found.axis:
-                            row = row_of(found.outer, dim, places) if found.outer else 0
+                            row = row_of(found.row_axis, dim, places) if found.row_axis else 0
                             expected[row, i] += float(values[at])
             sums = unit_sums(values, dims, found)
-            assert sums.shape == (expected.shape if found.outer else (found.size,))
+            assert sums.shape == (expected.shape if found.row_axis else (found.size,))
             np.testing.assert_allclose(np.atleast_2d(sums), expected, rtol=1e-9, atol=1e-12)
 
 
@@ -670,8 +670,8 @@ def test_plans_keep_the_best_units_of_each_row(name: str, allocation: str) -> No
     plan = analysis.plan(0.5, of="params", align=1, allocation=allocation)
     seen = 0
     for found, values in zip(analysis.groups, scores, strict=True):
-        assert values.shape == ((found.rows, found.size) if found.outer else (found.size,))
-        if found.outer and found.name in plan.kept:
+        assert values.shape == ((found.rows, found.size) if found.row_axis else (found.size,))
+        if found.row_axis and found.name in plan.kept:
             kept, seen = plan.kept[found.name], seen + 1
             for row, units in zip(values, kept, strict=True):
                 gone = np.setdiff1d(np.arange(found.size), units)
@@ -689,7 +689,7 @@ def test_a_criterion_may_score_units_alike_in_all_rows() -> None:
 
 def test_rows_lose_less_of_the_score_than_one_choice_for_all() -> None:
     analysis, model, _ = fused()
-    inside = next(g for g in analysis.groups if g.outer)
+    inside = next(g for g in analysis.groups if g.row_axis)
     values = score("l1", analysis.coupling, model, 0)[inside.index]
     apart = values[np.arange(inside.rows)[:, None], best_units(values, 2)].sum()
     together = values[:, best_units(values.mean(axis=0), 2)].sum()

@@ -25,7 +25,7 @@ import depcut
 from depcut import axes
 from depcut.capture.capture import capture
 from depcut.coupling.groups import Coupling
-from depcut.coupling.infer import infer
+from depcut.coupling.infer import infer_coupling
 from depcut.errors import RuleError
 from depcut.ops.registry import RULES, Op, Output, rule_for, unregister
 from depcut.plan.keep import Keep
@@ -147,7 +147,7 @@ def compare(node: fx.Node, expected: Tensor, made: Tensor, keep: Keep, noise: bo
 def judge(case: Case) -> Coupling:
     """Infer the coupling of a case and check it for many kept sets."""
     model = Operands(case).eval()
-    coupling = infer(capture(model, BATCH))
+    coupling = infer_coupling(capture(model, BATCH))
     for keep in kept_sets(coupling):
         check(model, keep, case.noise)
     return coupling
@@ -1097,7 +1097,7 @@ def test_slicing_before_equals_slicing_after(name: str) -> None:
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 def test_recurrent_modules(kind: str, options: dict[str, Any], final: bool) -> None:
     model = Recurrent(kind, final, **options).eval()
-    coupling = infer(capture(model, BATCH))
+    coupling = infer_coupling(capture(model, BATCH))
     cells = options.get("num_layers", 1) * (1 + options.get("bidirectional", False))
     assert sizes_of(coupling) == (3, *[5] * (1 if final else cells), 6)
     assert len({g.tied for g in coupling.groups if g.size == 5}) == 1
@@ -1106,7 +1106,7 @@ def test_recurrent_modules(kind: str, options: dict[str, Any], final: bool) -> N
 
 
 def test_a_projected_recurrent_layer_is_frozen_with_a_reason() -> None:
-    coupling = infer(capture(Recurrent("LSTM", proj_size=2).eval(), BATCH))
+    coupling = infer_coupling(capture(Recurrent("LSTM", proj_size=2).eval(), BATCH))
     assert not coupling.groups
     reasons = {f.reason for f in coupling.frozen if f.tensor == "layer.weight_hr_l0"}
     assert reasons == {"a recurrent layer with proj_size"}

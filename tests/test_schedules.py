@@ -204,7 +204,7 @@ def _is_removed(keep: Any, dims: Any, place: tuple[int, ...], dim: int) -> bool:
         if kept.ndim == 1:
             row = kept
         else:
-            at = [axes.units(t, group.outer)[i] for t, i in zip(terms, place, strict=True)]
+            at = [axes.units(t, group.row_axis)[i] for t, i in zip(terms, place, strict=True)]
             row = kept[max(at)]
         if unit not in row:
             return True

@@ -24,7 +24,7 @@ from torch.nn import functional
 import depcut
 from depcut.capture import process_state
 from depcut.capture.capture import capture
-from depcut.capture.inputs import infer
+from depcut.capture.inputs import infer_inputs
 from depcut.errors import CaptureError, ExportError
 from depcut.support.torch_private import replaced_by_export
 
@@ -240,7 +240,7 @@ USES: dict[str, Callable[[nn.Module, Tensor, Path], Any]] = {
     "compact": lambda model, x, _: depcut.compaction(model, x),
     "compare": lambda model, x, _: depcut.compare(model, model, x, runtime=None),
     "distance": lambda model, x, _: depcut.training.output_distance(model, model, [x]),
-    "inference of inputs": lambda model, x, _: infer(model),
+    "inference of inputs": lambda model, x, _: infer_inputs(model),
 }
 
 

@@ -17,15 +17,15 @@ from depcut.calibration.data import Calibration, Data, calibrate
 from depcut.capture.capture import capture
 from depcut.capture.inputs import Inputs
 from depcut.coupling.groups import Coupling
-from depcut.coupling.infer import infer
+from depcut.coupling.infer import infer_coupling
 from depcut.errors import PlanError
 from depcut.options import ApplyKeywords, Options
 from depcut.plan import cost
 from depcut.plan.data import PlanData, make_plan
 from depcut.plan.fingerprint import example_of
 from depcut.plan.keep import Keep
+from depcut.repair.after_rewrite import repair, wants_repair
 from depcut.repair.compensate import Compensation
-from depcut.repair.mend import mend, wants_repair
 from depcut.rewrite.build import rewrite
 from depcut.rewrite.optimizer import check_optimizer, narrow_optimizer
 from depcut.support.keywords import settled, takes_options
@@ -101,7 +101,7 @@ class Plan(PlanData):
         coupling = self.coupling
         if coupling is None or model is not self.model or inputs is not None:
             self.check(model)
-            coupling = infer(
+            coupling = infer_coupling(
                 capture(model, inputs if inputs is not None else example_of(self.inputs, model))
             )
         keep = self.keep(coupling)
@@ -117,7 +117,7 @@ class Plan(PlanData):
             )
         slim = rewrite(model, keep)
         error = verify(slim, model)
-        compensation = mend(slim.model, model, keep, found) if chosen.compensate else None
+        compensation = repair(slim.model, model, keep, found) if chosen.compensate else None
         if optimizer is not None:
             narrow_optimizer(optimizer, model, slim.model, keep)
         record(slim.model, self._report(keep, slim.generated, error, compensation))
@@ -168,7 +168,7 @@ class Plan(PlanData):
         """The plan with the analysis of a model of its architecture attached."""
         self.check(model)
         example = inputs if inputs is not None else example_of(self.inputs, model)
-        coupling = infer(capture(model, example))
+        coupling = infer_coupling(capture(model, example))
         self.keep(coupling)
         return replace(self, coupling=coupling, model=model)
 

@@ -116,7 +116,7 @@ def report(model: nn.Module) -> Report:
     return Report(**data, compensation=done)
 
 
-def origin_of(model: nn.Module) -> dict[str, str]:
+def lineage_of(model: nn.Module) -> dict[str, str]:
     """The plan's digest and request, for the files made from a model; {} for a dense one.
 
     Args:

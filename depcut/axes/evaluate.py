@@ -26,8 +26,8 @@ def count(term: Term, kept: Callable[[Axis], int]) -> int:
 def indices(term: Term, kept: Mapping[Axis, Indices]) -> Indices:
     """The kept indices of a resolved term, ascending, given those of its axes (absent: all)."""
     if isinstance(term, Axis):
-        found = kept.get(term)
-        return np.arange(term.size, dtype=np.int64) if found is None else found
+        given = kept.get(term)
+        return np.arange(term.size, dtype=np.int64) if given is None else given
     if isinstance(term, Product):
         out = np.zeros(1, dtype=np.int64)
         for factor in term.factors:

@@ -3,7 +3,7 @@
 Where outer and inner axis are factors of one dimension, its kept indices are a list as ever. Where
 they are dimensions of their own (a grouped convolution's weight: groups x out, in), the indices
 along the inner one vary along the outer one: an array with the tensor's rank, of size 1 along all
-other dimensions, as numpy's open mesh.
+other dimensions, as numpy's `ix_` gives them.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Selection:
         return np.asarray((own[:, None] + np.stack(rows)).reshape(-1))
 
 
-def mesh(dims: Dims, chosen: Selection) -> tuple[Indices | None, ...]:
+def indices_by_dim(dims: Dims, chosen: Selection) -> tuple[Indices | None, ...]:
     """Kept indices of each dimension of a tensor.
 
     Args:
@@ -90,11 +90,13 @@ def mesh(dims: Dims, chosen: Selection) -> tuple[Indices | None, ...]:
         For each dimension None (all stay), a list, or an array with the tensor's rank that varies
         along other dimensions, too, counted in what stays of those.
     """
-    return tuple(along(dims, i, chosen) for i in range(len(dims)))
+    return tuple(indices_along(dims, i, chosen) for i in range(len(dims)))
 
 
-def along(dims: Dims, dim: int, chosen: Selection, *, dense: bool = False) -> Indices | None:
-    """Kept indices of one dimension of a tensor, see `mesh`.
+def indices_along(
+    dims: Dims, dim: int, chosen: Selection, *, dense: bool = False
+) -> Indices | None:
+    """Kept indices of one dimension of a tensor, see `indices_by_dim`.
 
     Args:
         dims: Resolved terms of its dimensions.
@@ -120,14 +122,14 @@ def along(dims: Dims, dim: int, chosen: Selection, *, dense: bool = False) -> In
 
 
 def _open(term: Term, chosen: Selection) -> list[Axis]:
-    """The axes of a term whose rows another dimension tells apart."""
+    """Axes of a term with kept rows whose outer axis lies in another dimension."""
     if isinstance(term, Axis):
         return [term] if term in chosen.rows else []
     children = term.factors if isinstance(term, Product) else term.parts
-    found = list(dict.fromkeys(a for child in children for a in _open(child, chosen)))
+    separated = list(dict.fromkeys(a for child in children for a in _open(child, chosen)))
     if isinstance(term, Concat):
-        return found
-    return [a for a in found if not any(chosen.rows[a].outer is f for f in term.factors)]
+        return separated
+    return [a for a in separated if not any(chosen.rows[a].outer is f for f in term.factors)]
 
 
 def _place(dims: Dims, dim: int, outer: Axis) -> int:
@@ -164,7 +166,7 @@ def _table(
     return np.stack([_table(term, rest, left, chosen.at(bound, int(r))) for r in distinct])[back]
 
 
-def opened(kept: Indices | None, size: int, dim: int, rank: int) -> Indices:
+def broadcastable(kept: Indices | None, size: int, dim: int, rank: int) -> Indices:
     """Kept indices of a dimension as an array of the tensor's rank.
 
     Args:

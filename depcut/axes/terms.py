@@ -6,7 +6,7 @@ A term denotes an ordered set of indices:
     Product(t, ...)  row-major factors: 768 = heads(12) x head_dim(64)
     Concat(t, ...)   terms laid end to end: 256 = a(64) ++ b(192)
 
-An axis is a cell: unification binds it to a term of its size, everywhere at once. Binding only ever
+An axis is a variable: unification binds it to a term of its size wherever it occurs. Binding only
 refines, so inference terminates (occurs check, plus a bound on the work of one unification).
 A frozen axis keeps all of its indices and knows why.
 """
@@ -31,7 +31,7 @@ class Reason:
 
 @dataclass(eq=False, slots=True)
 class Axis:
-    """A cell: `size` indices, perhaps frozen for a reason, perhaps bound to a finer term."""
+    """A variable of `size` indices; it may be frozen for a reason, or bound to a finer term."""
 
     size: int
     reason: Reason | None = None
@@ -175,7 +175,7 @@ def freeze(term: Term, reason: Reason) -> None:
 
 
 def reason_of(term: Term) -> Reason:
-    """The first reason found in a frozen term."""
+    """The first reason among the axes of a frozen term."""
     return next((leaf.reason for leaf in leaves(term) if leaf.reason), SINGLE)
 
 

@@ -123,7 +123,7 @@ def _align_factors(a: Product, b: Product, where: str | None) -> list[tuple[Term
 
 
 def _split(term: Term, outer: int) -> tuple[Term, Term, list[tuple[Term, Term]]]:
-    """Refine a factor to outer x inner; what is still owed is a unification with a concat."""
+    """Refine a factor to outer x inner; returns both, and pairs that remain to be unified."""
     reason = term.reason if isinstance(term, Axis) else None
     head, tail = axis(outer, reason), axis(term.size // outer, reason)
     if isinstance(term, Axis):

@@ -68,7 +68,7 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class Residuals:
-    """What was found.
+    """The residual branches of a captured model.
 
     Attributes:
         branches: Removable branches in the order of the graph.

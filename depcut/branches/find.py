@@ -37,13 +37,15 @@ def residuals(coupling: Coupling) -> Residuals:
     refused: list[Refused] = []
     times: dict[str, int] = {}
     for total in finder.totals():
-        for found in finder.branches(total):
-            if isinstance(found, Refused):
-                refused.append(found)
+        for candidate in finder.branches(total):
+            if isinstance(candidate, Refused):
+                refused.append(candidate)
                 continue
-            times[found.name] = times.get(found.name, 0) + 1
-            number = times[found.name]
-            branches.append(found if number == 1 else replace(found, name=f"{found.name}#{number}"))
+            times[candidate.name] = times.get(candidate.name, 0) + 1
+            number = times[candidate.name]
+            branches.append(
+                candidate if number == 1 else replace(candidate, name=f"{candidate.name}#{number}")
+            )
     return Residuals(tuple(branches), tuple(_blocks(coupling.program, branches)), tuple(refused))
 
 
@@ -90,12 +92,12 @@ class _Finder:
         """The summands of a sum that can be dropped, or look as if they could."""
         leaves, within = self._summands(total)
         streams = first_streams(self.ancestry, [leaf for leaf, _ in leaves])
-        found: list[Branch | Refused] = []
+        summands: list[Branch | Refused] = []
         for (leaf, add), stream in zip(leaves, streams, strict=True):
             if stream is not None:
-                made = self._judge(leaf, add, total, within, stream)
-                found += [made] if made is not None else []
-        return found or self._projected(leaves, total, within)
+                branch = self._judge(leaf, add, total, within, stream)
+                summands += [branch] if branch is not None else []
+        return summands or self._projected(leaves, total, within)
 
     def _summands(
         self, total: fx.Node
@@ -126,8 +128,8 @@ class _Finder:
         return {n for n in sources - alone if n not in self.program.tensors and not is_size(n)}
 
     def _macs(self, nodes: Iterable[fx.Node]) -> float:
-        found = [self.coupling.effects[n] for n in nodes if n in self.coupling.effects]
-        sizes = (t * math.prod(d.size for d in dims) for e in found for t, dims in e.macs)
+        effects = [self.coupling.effects[n] for n in nodes if n in self.coupling.effects]
+        sizes = (t * math.prod(d.size for d in dims) for e in effects for t, dims in e.macs)
         return sum(sizes) / self.program.batch
 
     def _projected(
@@ -147,12 +149,12 @@ class _Finder:
             return []
         short = min(simple, key=lambda i: costs[i])
         (stream,) = read[short]
-        found = [
+        branches = [
             self._judge(*leaves[i], total, within, stream)
             for i in range(len(leaves))
             if i != short and stream in read[i] and costs[i] > costs[short]
         ]
-        return [f for f in found if f is not None]
+        return [b for b in branches if b is not None]
 
     def _judge(
         self,

@@ -33,9 +33,9 @@ def first_streams(ancestry: Ancestry, leaves: Sequence[fx.Node]) -> list[fx.Node
         for k, origin in enumerate(origins(leaf)):
             of.setdefault(origin, []).append((i, k))
     search = _Search(ancestry, leaves, of)
-    found = search.run()
+    streams = search.run()
     back = {place: node for node, places in of.items() for place in places}
-    return [None if place is None else back[place] for place in found]
+    return [None if place is None else back[place] for place in streams]
 
 
 class _Search:
@@ -67,7 +67,7 @@ class _Search:
         return self.best
 
     def _meets(self, places: list[tuple[int, int]], leads_to: int) -> bool:
-        """Note what stems from here; whether nothing better can be found from here on."""
+        """Note an origin's descendants; whether the rest of the walk cannot change the result."""
         for i, k in places:
             self.ahead[i] -= 1
             others = leads_to & ~self.own[self.leaves[i]]

@@ -45,30 +45,32 @@ def find_activations(coupling: Coupling) -> list[Activation]:
         coupling: The analysed model.
     """
     nodes = coupling.program.graph.graph.nodes
-    made = _made_of_inputs(coupling)
-    found: dict[tuple[fx.Node, int], Activation] = {}
+    dependent = _dependent_on_inputs(coupling)
+    activations: dict[tuple[fx.Node, int], Activation] = {}
     for node in nodes:
         effects = coupling.effects.get(node)
         for place in effects.contracts if effects else ():
             for source, dim in (place, effects.counterparts.get(place, place)) if effects else ():
                 groups = _groups(coupling, source, dim)
-                if source in made and groups and (source, dim) not in found:
-                    found[source, dim] = Activation(source, dim, node, groups)
-    missing = {g.index for g in coupling.groups} - {i for r in found.values() for i in r.groups}
+                if source in dependent and groups and (source, dim) not in activations:
+                    activations[source, dim] = Activation(source, dim, node, groups)
+    missing = {g.index for g in coupling.groups} - {
+        i for r in activations.values() for i in r.groups
+    }
     for source in reversed(nodes):
         reader = next((u for u in source.users if is_operator(u)), None)
         dims = coupling.env.get(source)
-        if not missing or source not in made or reader is None or not isinstance(dims, tuple):
+        if not missing or source not in dependent or reader is None or not isinstance(dims, tuple):
             continue
         for dim in range(len(dims)):
             groups = _groups(coupling, source, dim) & missing
             if groups:
-                found[source, dim] = Activation(source, dim, reader, groups)
+                activations[source, dim] = Activation(source, dim, reader, groups)
                 missing -= groups
-    return list(found.values())
+    return list(activations.values())
 
 
-def _made_of_inputs(coupling: Coupling) -> set[fx.Node]:
+def _dependent_on_inputs(coupling: Coupling) -> set[fx.Node]:
     """Floating-point tensors that depend on an input of the model."""
     program = coupling.program
     values = {n: n.meta.get("val") for n in reached(program, program.inputs)}

@@ -1,4 +1,4 @@
-"""A user's data as batches that fit the captured graph; all mistakes in it are found here."""
+"""A user's data read and checked: batches that fit the captured graph."""
 
 from __future__ import annotations
 
@@ -127,15 +127,15 @@ def calibrate(
             remedy="pass a function of (output, target), e.g. torch.nn.functional.cross_entropy",
         )
     reader = _Reader(program, model, loss is not None)
-    items = read(data, batches)
+    items = read_items(data, batches)
     bound = tuple(reader.batch(item, f"data, item {i}") for i, item in enumerate(items))
-    made = Calibration(program, bound, loss, device_of(model), low_memory, progress)
+    calibration = Calibration(program, bound, loss, device_of(model), low_memory, progress)
     if loss is not None:
-        _check_loss(made, model)
-    return made
+        _check_loss(calibration, model)
+    return calibration
 
 
-def read(data: Data, batches: int = BATCHES) -> list[Any]:
+def read_items(data: Data, batches: int = BATCHES) -> list[Any]:
     """The first items of an iterable.
 
     Args:
@@ -192,7 +192,7 @@ def read_with_inputs(
     """
     if data is None:
         return None, inputs
-    items = read(data, batches)
+    items = read_items(data, batches)
     if inputs is None and isinstance(model, nn.Module):
         inputs = inputs_of(items[0], model, pairs)
     return items, inputs
@@ -260,23 +260,23 @@ class _Reader:
         if len(args) == len(program.args) and kwargs.keys() == program.kwargs.keys():
             return args, {name: kwargs[name] for name in program.kwargs}
         try:
-            found = self.signature.bind_partial(*args, **kwargs).arguments
+            passed = self.signature.bind_partial(*args, **kwargs).arguments
         except TypeError as error:
             raise InputError(
                 f"the model does not take it: {error}",
                 where=place,
                 remedy=f"pass {_PAIRS}",
             ) from None
-        missing = [name for name in wanted if name not in found]
+        missing = [name for name in wanted if name not in passed]
         if missing or len(args) > len(wanted):
             raise InputError(
-                f"the model was captured with {', '.join(wanted)}, this has {', '.join(found)}",
+                f"the model was captured with {', '.join(wanted)}, this has {', '.join(passed)}",
                 where=place,
                 remedy="pass data of the structure of inputs=, or (input, target) pairs with loss=",
             )
         names = list(self.signature.parameters)
-        positional = tuple(found[n] for n in names[: len(program.args)])
-        return positional, {name: found[name] for name in program.kwargs}
+        positional = tuple(passed[n] for n in names[: len(program.args)])
+        return positional, {name: passed[name] for name in program.kwargs}
 
     def _check(self, number: int, leaf: Any, place: str) -> int:
         """Refuse a leaf that the graph does not take; its batch size, 0 for none."""

@@ -51,14 +51,14 @@ def gradients(
     for batch in ticking(calibration, "gradients"):
         args, kwargs = calibration.arguments(batch)
         loss = checked_loss(calibration, model(*args, **kwargs), batch)
-        found = _derived(loss, held, create_graph) if loss.requires_grad else {}
-        if not found:
+        derivatives = _derived(loss, held, create_graph) if loss.requires_grad else {}
+        if not derivatives:
             raise InputError(
                 "the loss does not depend on the model's weights",
                 where="loss=",
                 remedy="compute it from the output it gets, without detach() or no_grad()",
             )
-        yield {name: found.get(name, torch.zeros_like(p)) for name, p in held.items()}
+        yield {name: derivatives.get(name, torch.zeros_like(p)) for name, p in held.items()}
 
 
 def curvatures(
@@ -80,8 +80,8 @@ def curvatures(
     held = {n: p for n, p in model.named_parameters() if p.requires_grad}
     # The fused kernels for attention cannot be differentiated twice.
     with formula_attention():
-        found = gradients(model, calibration, create_graph=True)
-        for batch, gradient in zip(calibration.batches, found, strict=True):
+        batch_gradients = gradients(model, calibration, create_graph=True)
+        for batch, gradient in zip(calibration.batches, batch_gradients, strict=True):
             fixed = {n: v.detach() for n, v in (gradient if of_gradient else held).items()}
             try:
                 terms = [(gradient[n] * v).sum() for n, v in fixed.items()]
@@ -117,7 +117,7 @@ def _derived(
     value: torch.Tensor, held: Mapping[str, torch.Tensor], create_graph: bool
 ) -> dict[str, torch.Tensor]:
     """Gradients of a scalar, for the parameters that it depends on."""
-    found = torch.autograd.grad(
+    derivatives = torch.autograd.grad(
         value, list(held.values()), create_graph=create_graph, allow_unused=True
     )
-    return {n: g for n, g in zip(held, found, strict=True) if g is not None}
+    return {n: g for n, g in zip(held, derivatives, strict=True) if g is not None}

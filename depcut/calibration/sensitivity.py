@@ -1,4 +1,4 @@
-"""How much the model's outputs feel an error in what a node computes: Hutchinson's probes."""
+"""Squared derivatives of the outputs with respect to node results, by Hutchinson's estimator."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class _Probe:
         self, batch: Batch, generator: torch.Generator
     ) -> dict[fx.Node, tuple[torch.Tensor, torch.Tensor]]:
         """(values, squared derivatives) of what each node computes."""
-        made: dict[fx.Node, torch.Tensor] = {}
+        watched: dict[fx.Node, torch.Tensor] = {}
         steps = self.reference.steps(
             self.calibration.leaves(batch), stops=set(self.readers), tensors=self.weights
         )
@@ -97,29 +97,32 @@ class _Probe:
                 while True:
                     paused = next(steps)
                     for node in self.readers[paused.node]:
-                        self._watch(node, paused.values, made)
+                        self._watch(node, paused.values, watched)
             except StopIteration as end:
                 outputs = end.value
             for node, value in zip(self.program.outputs, outputs, strict=True):
                 if isinstance(value, torch.Tensor) and value.requires_grad:
-                    made.setdefault(node, value)
+                    watched.setdefault(node, value)
             scalar = self._projection(outputs, generator)
-        wanted = {n: v for n, v in made.items() if v.requires_grad}
-        found = torch.autograd.grad(scalar, list(wanted.values()), allow_unused=True)
+        wanted = {n: v for n, v in watched.items() if v.requires_grad}
+        gradients = torch.autograd.grad(scalar, list(wanted.values()), allow_unused=True)
         return {
             node: (value.detach(), torch.zeros_like(value) if g is None else g.square())
-            for (node, value), g in zip(wanted.items(), found, strict=True)
+            for (node, value), g in zip(wanted.items(), gradients, strict=True)
         }
 
     def _watch(
-        self, node: fx.Node, values: MutableMapping[fx.Node, Any], made: dict[fx.Node, torch.Tensor]
+        self,
+        node: fx.Node,
+        values: MutableMapping[fx.Node, Any],
+        watched: dict[fx.Node, torch.Tensor],
     ) -> None:
         value = values[node]
         if isinstance(value, list | tuple):
-            made[node] = value[0]
+            watched[node] = value[0]
         else:
             # What follows may work in place, on the copy then.
-            made[node] = value
+            watched[node] = value
             values[node] = value.clone()
 
     def _projection(self, outputs: list[Any], generator: torch.Generator) -> torch.Tensor:

@@ -18,15 +18,15 @@ def find_sites(coupling: Coupling) -> list[Site]:
     Args:
         coupling: The analysed model.
     """
-    found: list[Site] = []
+    sites: list[Site] = []
     program = coupling.program
     for node in program.graph.graph.nodes:
         effects = coupling.effects.get(node)
         find = SITES.find(node.target) if effects is not None and effects.contracts else None
         if find is not None:
             op = ContractionOp(node, coupling.env, program, coupling.dims)
-            found += [replace(s, absorbed=_absorbed(s, op)) for s in find(op)]
-    return found
+            sites += [replace(s, absorbed=_absorbed(s, op)) for s in find(op)]
+    return sites
 
 
 def _absorbed(site: Site, op: ContractionOp) -> bool:

@@ -1,4 +1,4 @@
-"""Least squares from second moments, drawn towards the weights that are there."""
+"""Least squares from second moments, regularised towards the given weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, float("inf"))
 
 @dataclass(frozen=True)
 class LeastSquares:
-    """Weights that reproduce the targets best.
+    """Weights with the least squared error to the targets, and how they were chosen.
 
     Attributes:
         weight: (blocks, out, in).
@@ -64,11 +64,11 @@ def solve(folds: list[Moments], weight: torch.Tensor, bias: torch.Tensor | None)
         return total
 
     best = _descended(missed) if len(folds) > 1 else RIDGES[-1]
-    made = _fitted(whole, start, best, free)
+    solved = _fitted(whole, start, best, free)
     before = sum(float(test.error(start, fixed).sum()) for _, test in pairs)
     scale = max(spread, 1e-30)
     return LeastSquares(
-        made, _intercept(whole, made, fixed, free), best, before / scale, missed(best) / scale
+        solved, _intercept(whole, solved, fixed, free), best, before / scale, missed(best) / scale
     )
 
 

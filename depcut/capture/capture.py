@@ -14,11 +14,11 @@ from torch.fx import traceback
 
 from depcut.capture import provenance
 from depcut.capture.clone import clone, cloned_arguments
-from depcut.capture.inline import inline_wrappers
 from depcut.capture.inputs import Inputs, normalize
 from depcut.capture.process_state import capturing
 from depcut.capture.program import ModuleCall, Program
 from depcut.capture.refusals import check_inputs, check_model
+from depcut.capture.wrappers import inline_wrappers
 from depcut.errors import CaptureError
 from depcut.support.torch_private import buffers_of, parameters_of, pytree
 
@@ -54,7 +54,7 @@ def capture(model: nn.Module, inputs: Inputs = None) -> Program:
 
 
 def _gates(model: nn.Module, unused: frozenset[str]) -> frozenset[str]:
-    """Containers that may leave these parameters out in eval mode: their owners, and around them.
+    """Modules whose mode may decide whether these parameters are used: their owners and ancestors.
 
     Everything else stays in eval mode, so that no batch norm or layer drop runs as in training.
     """
@@ -188,7 +188,7 @@ def _program(
             constant = exported.constants.get(spec.target)
             if id(constant) not in held and attribute(model, spec.target) is None:
                 anonymous.add(spec.target)
-    found = {n.meta[provenance.MARK]: n for n in graph.nodes if provenance.MARK in n.meta}
+    marks = {n.meta[provenance.MARK]: n for n in graph.nodes if provenance.MARK in n.meta}
     symbolic = [
         n
         for n in graph.nodes
@@ -203,8 +203,8 @@ def _program(
         parameters=frozenset(parameters),
         anonymous=frozenset(anonymous),
         sizes={n: _sizes(n.meta.get("val")) for n in graph.nodes},
-        marks=found,
-        calls=tuple(_resolved(call, found) for call in calls),
+        marks=marks,
+        calls=tuple(_resolved(call, marks) for call in calls),
         args=args,
         kwargs=kwargs,
         batch=batch,
@@ -217,9 +217,9 @@ def _program(
     )
 
 
-def _resolved(call: ModuleCall, found: dict[int, fx.Node]) -> ModuleCall:
+def _resolved(call: ModuleCall, marks: dict[int, fx.Node]) -> ModuleCall:
     def leaf(value: Any) -> Any:
-        return found.get(int(value)) if isinstance(value, _Mark) else value
+        return marks.get(int(value)) if isinstance(value, _Mark) else value
 
     return ModuleCall(
         call.module,

@@ -20,7 +20,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class _Clones(Copier):
-    """Structure alone: tensors are shared, but for the values of buffers if they are written."""
+    """Copies a module tree and shares its tensors; buffers are copied by value if asked for."""
 
     def __init__(self, *, buffers: bool = False, requires_grad: bool | None = None) -> None:
         super().__init__()
@@ -35,22 +35,22 @@ class _Clones(Copier):
             return value
         if not value.is_leaf:
             return value.detach().clone()
-        made: torch.Tensor = copy.deepcopy(value, self.memo)  # views of one storage stay that
-        return made
+        copied: torch.Tensor = copy.deepcopy(value, self.memo)  # views of one storage stay that
+        return copied
 
     def _stand_in(self, value: nn.Parameter) -> torch.Tensor:
         """A parameter with the memory of another, but with flag and gradient of its own."""
         needed = bool(self._requires_grad) and value.is_floating_point()
-        made: torch.Tensor = make_subclass(type(value), value.detach(), needed)
-        made.__dict__.update(vars(value))
-        return made
+        parameter: torch.Tensor = make_subclass(type(value), value.detach(), needed)
+        parameter.__dict__.update(vars(value))
+        return parameter
 
     def follows(self, value: Any) -> bool:  # noqa: ARG002
-        """All that may change."""
+        """True: a function gets its own copy of every value that it closes over."""
         return True
 
     def as_its_class_says(self, kind: type) -> bool:  # noqa: ARG002
-        """Never: what a class leaves out when it is stored, its code may need in a forward."""
+        """False: a forward may need state that a class leaves out when it is pickled."""
         return False
 
 
@@ -72,16 +72,16 @@ def clone(
         training: Names of the modules that are in training mode, all others in eval mode; None:
             as they are.
     """
-    made: ModuleT = _Clones(buffers=buffers, requires_grad=requires_grad)(model)
+    cloned: ModuleT = _Clones(buffers=buffers, requires_grad=requires_grad)(model)
     if training is not None:
-        chosen = {id(m) for name, m in made.named_modules() if name in training}
-        for module in made.modules():
+        chosen = {id(m) for name, m in cloned.named_modules() if name in training}
+        for module in cloned.modules():
             module.training = id(module) in chosen
-    return made
+    return cloned
 
 
 def cloned_arguments(arguments: Any) -> Any:
-    """Arguments of a forward, alike: what it writes into them is lost.
+    """Structural copies of a forward's arguments: containers and objects that it may change.
 
     Args:
         arguments: Anything; tensors are shared.

@@ -1,7 +1,7 @@
-"""The mechanism behind clones and copies of a module tree, which differ in what tensors become.
+"""Copies of a module tree; subclasses say whether tensors are shared or copied.
 
 Modules, containers and objects are made empty, remembered, and filled from a list of what is still
-to be done: the depth of the structure is no depth of recursion, and each object is visited once.
+to be done: deep structures need no deep recursion, and each object is visited once.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _ATTEMPTS = 8  # at reading a container that another thread is writing to
 
 
 class Copier:
-    """Copies modules and what hangs from them; what cannot be copied is shared.
+    """Copies modules and all that they refer to; what cannot be copied is shared.
 
     Locks, files, generators and the like cannot be copied, nor is what has a finalizer: it would
     run twice. Bound methods, partial functions, weak references and the functions that close over
@@ -53,7 +53,7 @@ class Copier:
         self._inside: set[int] = set()
 
     def tensor(self, value: torch.Tensor) -> torch.Tensor:
-        """What stands for a tensor."""
+        """The tensor that takes the place of one: itself, or a copy."""
         raise NotImplementedError
 
     def follows(self, value: Any) -> bool:
@@ -69,79 +69,79 @@ class Copier:
         return value.copy()
 
     def __call__(self, value: Any) -> Any:
-        """The copy of a value and all that hangs from it."""
+        """The copy of a value and all that it refers to."""
         if isinstance(value, nn.Module):
             for module in value.modules():
                 self._inside.add(id(module))
                 self._inside.update(id(v) for v in vars(module).values() if isinstance(v, dict))
-        made = self._made(value)
+        copied = self._copy_of(value)
         self._fill()
-        return made
+        return copied
 
-    def _made(self, value: Any) -> Any:
+    def _copy_of(self, value: Any) -> Any:
         """The copy of a value; if it holds others, they may still be missing."""
         kind = type(value)
         if kind in _ATOMS:
             return value
-        found = self.memo.get(id(value))
-        if found is not None:
-            return found
+        known = self.memo.get(id(value))
+        if known is not None:
+            return known
         self._alive.append(value)
         make = _MAKERS.get(kind)
         if make is not None:
-            made = make(self, value)
+            copied = make(self, value)
         elif isinstance(value, torch.Tensor):
-            made = self.tensor(value)
+            copied = self.tensor(value)
         elif isinstance(value, _SHARED):
-            made = value
+            copied = value
         elif isinstance(value, nn.Module):
-            made = self._module(value)
+            copied = self._module(value)
         else:
-            made = self._object(value)
-        return self.memo.setdefault(id(value), made)
+            copied = self._object(value)
+        return self.memo.setdefault(id(value), copied)
 
-    def _shell(self, value: Any, made: Any) -> Any:
+    def _shell(self, value: Any, empty: Any) -> Any:
         """Remember an empty copy, to be filled later."""
-        self.memo[id(value)] = made
-        self._open.append((value, made))
-        return made
+        self.memo[id(value)] = empty
+        self._open.append((value, empty))
+        return empty
 
     def _fill(self) -> None:
-        """Fill all that is empty, and what becomes known on the way."""
+        """Fill all empty copies, those that are added meanwhile included."""
         while self._open:
-            value, made = self._open.pop()
+            value, copied = self._open.pop()
             kind = type(value)
             if kind is list:
-                made.extend(map(self._made, value[:]))
+                copied.extend(map(self._copy_of, value[:]))
             elif kind in (dict, OrderedDict):
                 for key, item in self.entries(value).items():
-                    made[self._key(key)] = self._made(item)
+                    copied[self._key(key)] = self._copy_of(item)
             elif kind is set:
-                made.update(map(self._key, value.copy()))
+                copied.update(map(self._key, value.copy()))
             else:
-                self._fill_object(value, made)
+                self._fill_object(value, copied)
 
-    def _fill_object(self, value: Any, made: Any) -> None:
-        fields = made.__dict__ if hasattr(value, "__dict__") else {}
+    def _fill_object(self, value: Any, copied: Any) -> None:
+        fields = copied.__dict__ if hasattr(value, "__dict__") else {}
         for key, item in dict(getattr(value, "__dict__", ())).items():
             if key in _REGISTRIES and type(item) is dict and isinstance(value, nn.Module):
-                fields[key] = {name: self._made(held) for name, held in item.copy().items()}
+                fields[key] = {name: self._copy_of(held) for name, held in item.copy().items()}
             else:
-                fields[key] = self._made(item)
+                fields[key] = self._copy_of(item)
         for slot in _slots(cast(Any, type(value))):
             try:
                 item = slot.__get__(value)
             except AttributeError:
                 continue
-            slot.__set__(made, self._made(item))
+            slot.__set__(copied, self._copy_of(item))
 
     def _key(self, value: Any) -> Any:
         """What stands for a key or a member of a set: what has a hash by value never changes."""
         if isinstance(value, tuple):
-            return self._made(value)
+            return self._copy_of(value)
         usual: tuple[Any, ...] = (object.__hash__, torch.Tensor.__hash__)
         by_identity = type(value).__hash__ in usual
-        return self._made(value) if by_identity else value
+        return self._copy_of(value) if by_identity else value
 
     def _list(self, value: list[Any]) -> Any:
         return value[:] if _ATOMS.issuperset(map(type, value)) else self._shell(value, [])
@@ -155,23 +155,23 @@ class Copier:
         return self._shell(value, set())
 
     def _tuple(self, value: tuple[Any, ...]) -> Any:
-        made = tuple(map(self._made, value))
-        return value if all(map(operator.is_, made, value)) else made
+        copies = tuple(map(self._copy_of, value))
+        return value if all(map(operator.is_, copies, value)) else copies
 
     def _frozenset(self, value: frozenset[Any]) -> Any:
         return frozenset(map(self._key, value))
 
     def _method(self, value: types.MethodType) -> Any:
-        owner = self._made(value.__self__)
+        owner = self._copy_of(value.__self__)
         return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
 
     def _builtin(self, value: types.BuiltinMethodType) -> Any:
-        owner = self._made(value.__self__)
+        owner = self._copy_of(value.__self__)
         return value if owner is value.__self__ else getattr(owner, value.__name__)
 
     def _cached(self, value: Any) -> Any:
         """A function with a cache of its own, if it is one of an object that is copied."""
-        wrapped = self._made(value.__wrapped__)
+        wrapped = self._copy_of(value.__wrapped__)
         if wrapped is value.__wrapped__:
             return value
         return functools.lru_cache(**value.cache_parameters())(wrapped)
@@ -180,8 +180,8 @@ class Copier:
         referent = value()
         if id(referent) not in self._inside and id(referent) not in self.memo:
             return value
-        made = self._made(referent)
-        return value if made is referent else weakref.ref(made)
+        copied = self._copy_of(referent)
+        return value if copied is referent else weakref.ref(copied)
 
     def _generator(self, value: torch.Generator) -> Any:
         return value.clone_state()
@@ -199,40 +199,40 @@ class Copier:
         same = all(map(operator.is_, new_cells, cells)) and defaults is value.__defaults__
         if same and all(map(operator.is_, attributes.values(), value.__dict__.values())):
             return value
-        made = types.FunctionType(
+        copied = types.FunctionType(
             value.__code__, value.__globals__, value.__name__, defaults, new_cells
         )
         given = value.__kwdefaults__
-        made.__kwdefaults__ = given and {k: self._closed_over(v) for k, v in given.items()}
-        made.__qualname__, made.__module__ = value.__qualname__, value.__module__
-        made.__doc__, made.__annotations__ = value.__doc__, value.__annotations__
-        made.__dict__.update(attributes)
-        return made
+        copied.__kwdefaults__ = given and {k: self._closed_over(v) for k, v in given.items()}
+        copied.__qualname__, copied.__module__ = value.__qualname__, value.__module__
+        copied.__doc__, copied.__annotations__ = value.__doc__, value.__annotations__
+        copied.__dict__.update(attributes)
+        return copied
 
     def _closed_over(self, value: Any) -> Any:
         if type(value) is tuple:
-            made = tuple(map(self._closed_over, value))
-            return value if all(map(operator.is_, made, value)) else made
+            copies = tuple(map(self._closed_over, value))
+            return value if all(map(operator.is_, copies, value)) else copies
         callable_ = isinstance(value, types.FunctionType | types.MethodType | functools.partial)
-        return self._made(value) if callable_ or self.follows(value) else value
+        return self._copy_of(value) if callable_ or self.follows(value) else value
 
     def _cell(self, cell: types.CellType) -> types.CellType:
         """A variable of an enclosing function: functions that share it share the copy."""
-        found = self.memo.get(id(cell))
-        if found is not None:
-            return found  # type: ignore[no-any-return]
+        known = self.memo.get(id(cell))
+        if known is not None:
+            return known  # type: ignore[no-any-return]
         self._alive.append(cell)
-        made = self.memo[id(cell)] = types.CellType()
+        copied = self.memo[id(cell)] = types.CellType()
         try:
             content = cell.cell_contents
         except ValueError:  # not assigned yet
             self.memo[id(cell)] = cell
             return cell
-        made.cell_contents = self._closed_over(content)
-        if made.cell_contents is content and not self._may_change(content):
+        copied.cell_contents = self._closed_over(content)
+        if copied.cell_contents is content and not self._may_change(content):
             self.memo[id(cell)] = cell
             return cell
-        return made
+        return copied
 
     def _may_change(self, content: Any) -> bool:
         """Whether code may give a variable another value where a copy must not see it."""
@@ -256,10 +256,10 @@ class Copier:
             if _is_constant(value):
                 return value
             try:
-                made = object.__new__(kind)
+                copied = object.__new__(kind)
             except TypeError:  # made in C
                 return self._by_protocol(value, self._reduced)
-            return self._shell(value, made)
+            return self._shell(value, copied)
         return self._by_protocol(value, self._reduced)
 
     def _by_protocol(self, value: Any, copied: Callable[[Any, dict[int, Any]], Any]) -> Any:
@@ -282,7 +282,7 @@ class Copier:
             groups += [v for v in fields.values() if isinstance(v, list)]
             for item in (item for group in (list(fields.values()), *groups) for item in group):
                 if isinstance(item, torch.Tensor):
-                    self._made(item)
+                    self._copy_of(item)
 
     def _reduced(self, value: Any, _: dict[int, Any]) -> Any:
         """A copy from what pickle would store."""
@@ -292,26 +292,26 @@ class Copier:
         function, args, state, items, pairs = (*recipe, None, None, None)[:5]
         self._alive.append((args, state))
         items, pairs = list(items or ()), list(pairs or ())
-        args = [self._made(a) for a in args]
+        args = [self._copy_of(a) for a in args]
         self._fill()  # a constructor reads what it is given
-        made = function(*args)
-        self.memo[id(value)] = made
-        if hasattr(made, "__setstate__"):
+        copied = function(*args)
+        self.memo[id(value)] = copied
+        if hasattr(copied, "__setstate__"):
             if state is not None:
-                state = self._made(state)
+                state = self._copy_of(state)
                 self._fill()
-                made.__setstate__(state)
+                copied.__setstate__(state)
         else:
             plain, slots = state if isinstance(state, tuple) else (state, None)
             if plain:
-                vars(made).update({k: self._made(v) for k, v in plain.items()})
+                vars(copied).update({k: self._copy_of(v) for k, v in plain.items()})
             for name, item in (slots or {}).items():
-                setattr(made, name, self._made(item))
+                setattr(copied, name, self._copy_of(item))
         for item in items:
-            made.append(self._made(item))
+            copied.append(self._copy_of(item))
         for key, item in pairs:
-            made[self._key(key)] = self._made(item)
-        return made
+            copied[self._key(key)] = self._copy_of(item)
+        return copied
 
 
 _MAKERS: dict[type, Callable[[Any, Any], Any]] = {
@@ -335,11 +335,11 @@ _MAKERS: dict[type, Callable[[Any, Any], Any]] = {
 def _slots(kind: Any) -> tuple[Any, ...]:
     """Descriptors of the slots of a class."""
     return tuple(
-        found
+        attribute
         for base in kind.__mro__
         if "__slots__" in vars(base)
-        for found in vars(base).values()
-        if isinstance(found, types.MemberDescriptorType)
+        for attribute in vars(base).values()
+        if isinstance(attribute, types.MemberDescriptorType)
     )
 
 

@@ -30,7 +30,7 @@ def normalize(model: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], dict[s
     Raises:
         InputError: The inputs have another kind, or cannot be inferred.
     """
-    args, kwargs = arguments(infer(model) if inputs is None else inputs)
+    args, kwargs = arguments(infer_inputs(model) if inputs is None else inputs)
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
     device = device_of(model)
     single = tensors[0].ndim > 0 and tensors[0].shape[0] == 1
@@ -80,7 +80,7 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def infer(model: nn.Module) -> Inputs:
+def infer_inputs(model: nn.Module) -> Inputs:
     """Example inputs from the model's own dummy inputs or from its first layer.
 
     Raises:

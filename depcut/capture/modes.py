@@ -1,4 +1,4 @@
-"""Modes of a model that is the package's own, for a while."""
+"""Train and eval modes of a clone, for the time of a context."""
 
 from __future__ import annotations
 

@@ -195,7 +195,7 @@ class _Stream:
         self._mine, self._stream = mine, stream
 
     def write(self, text: str) -> int:
-        """Write, or not."""
+        """Write, unless it is the thread whose output is dropped."""
         return len(text) if self._mine.is_on() else int(self._stream.write(text) or 0)
 
     def __getattr__(self, name: str) -> Any:

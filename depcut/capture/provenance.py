@@ -145,7 +145,7 @@ def node_of(value: Any) -> fx.Node | None:
 
 
 def mark(node: fx.Node, marks: list[fx.Node]) -> int:
-    """A number that finds the node again after passes have copied the graph."""
+    """A number that identifies a node, and its copy after passes have copied the graph."""
     if MARK not in node.meta:
         node.meta[MARK] = len(marks)
         marks.append(node)

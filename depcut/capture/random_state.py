@@ -1,4 +1,4 @@
-"""The caller's random states: taken, put back."""
+"""The caller's random states: read, restored, preserved by a context."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def random_states() -> States:
 
 
 def restore(states: States) -> None:
-    """Draw from these states again."""
+    """Set the generators to states that `random_states` returned."""
     torch.set_rng_state(states[0])
     random.setstate(states[1])
     np.random.set_state(states[2])  # noqa: NPY002

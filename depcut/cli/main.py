@@ -13,7 +13,7 @@ from torch import nn
 from depcut.analysis import analyze
 from depcut.apply.plan import Plan
 from depcut.apply.report import report
-from depcut.calibration.data import inputs_of, read
+from depcut.calibration.data import inputs_of, read_items
 from depcut.capture.inputs import Inputs
 from depcut.cli.demo import run_demo
 from depcut.cli.loading import (
@@ -89,7 +89,7 @@ def _shrink(options: argparse.Namespace) -> None:
     chosen = options_of(options)
     dense = _model(options)
     inputs: Inputs = example_inputs(options.input_shape)
-    data = read(build_data(options.data), chosen.batches) if options.data else None
+    data = read_items(build_data(options.data), chosen.batches) if options.data else None
     loss = import_function(options.loss) if options.loss else None
     if data is not None and inputs is None:
         inputs = inputs_of(data[0], dense, loss is not None)

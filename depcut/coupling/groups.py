@@ -32,13 +32,13 @@ class Group:
         name: Layer that produces it; a bracketed number tells the factors of one layer apart.
         size: Number of units.
         members: Where it occurs, producers first.
-        axis: The axis of the algebra that it is.
+        axis: Its axis in the terms.
         tied: Groups with the same number keep equally many units; None: free.
         index: Position in `Coupling.groups`.
         floor: Least number of units that must stay.
-        outer: The axis in each of whose rows it may keep other units, equally many; None: it keeps
-            the same ones everywhere.
-        alone: Why there is no outer axis.
+        row_axis: The axis in each of whose rows it may keep other units, equally many; None: it
+            keeps the same ones everywhere.
+        alone: Why there is no row axis.
     """
 
     name: str
@@ -48,13 +48,13 @@ class Group:
     tied: int | None
     index: int
     floor: int = 1
-    outer: Axis | None = None
+    row_axis: Axis | None = None
     alone: str = ""
 
     @property
     def rows(self) -> int:
-        """How many choices of units it makes."""
-        return 1 if self.outer is None else self.outer.size
+        """Number of rows in which it chooses units; 1 without a row axis."""
+        return 1 if self.row_axis is None else self.row_axis.size
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -76,7 +76,7 @@ class Frozen:
 
 @dataclass(frozen=True)
 class Coupling:
-    """What inference found out about a program.
+    """The result of inference over a program: groups, terms and effects.
 
     Attributes:
         program: The captured model.

@@ -13,13 +13,13 @@ from depcut import axes
 from depcut.axes import Axis, Concat, Dims, Product, Reason, Term
 from depcut.capture.program import Program, layer_of, where
 from depcut.coupling.groups import Coupling, Group, Member
-from depcut.coupling.outer import OUTPUT, find_outer
+from depcut.coupling.row_axes import OUTPUT, find_row_axes
 from depcut.graph.ancestry import parameter_dimension
 from depcut.graph.operators import is_item, is_operator
 from depcut.ops.registry import Effects, Op, Output, rule_for
 
 
-def infer(program: Program) -> Coupling:
+def infer_coupling(program: Program) -> Coupling:
     """Infer which dimensions are coupled; never raises for an operator it does not know.
 
     Args:
@@ -34,9 +34,9 @@ def infer(program: Program) -> Coupling:
         unknown.update(more[2])
     classes = _settle_ties([tie for e in effects.values() for tie in e.ties])
     resolved = {name: tuple(map(axes.resolve, shape)) for name, shape in dims.items()}
-    made = _groups(program, resolved, effects, classes)
-    outer = find_outer({g.axis: g.name for g in made}, resolved, env, effects, where)
-    groups = tuple(replace(g, outer=(o := outer[g.axis]).axis, alone=o.why) for g in made)
+    coupled = _groups(program, resolved, effects, classes)
+    rows = find_row_axes({g.axis: g.name for g in coupled}, resolved, env, effects, where)
+    groups = tuple(replace(g, row_axis=(o := rows[g.axis]).axis, alone=o.why) for g in coupled)
     return Coupling(program, resolved, env, effects, groups, unknown)
 
 
@@ -248,14 +248,14 @@ def _groups(
     }
     names: dict[str, int] = {}
     out: list[Group] = []
-    for leaf, found in members.items():
+    for leaf, occurrences in members.items():
         if leaf not in owned or leaf.size < 2:
             continue
-        label = labels.get(leaf) or f"{layer_of(found[0].tensor)}.in"
+        label = labels.get(leaf) or f"{layer_of(occurrences[0].tensor)}.in"
         names[label] = names.get(label, 0) + 1
         if names[label] > 1:
             label = f"{label}#{names[label]}"
-        ordered = tuple(sorted(found, key=lambda m: m.role == "consumer"))
+        ordered = tuple(sorted(occurrences, key=lambda m: m.role == "consumer"))
         tied = numbers.get(find(classes, leaf))
         floor = min(floors.get(leaf, 1), leaf.size)
         out.append(Group(label, leaf.size, ordered, leaf, tied, len(out), floor))

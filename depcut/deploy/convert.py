@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from depcut.apply.report import origin_of
+from depcut.apply.report import lineage_of
 from depcut.capture.clone import clone, cloned_arguments
 from depcut.capture.process_state import converting
 from depcut.deploy.runtime import batch_size, bind_inputs, first_line, resized
@@ -75,7 +75,7 @@ def draft(
     arguments = bind_inputs(model, inputs)
     with converting():
         arguments, program = _capture(model, arguments, free_batch=free_batch)
-        origin = {"depcut_version": __version__, **origin_of(model)}
+        origin = {"depcut_version": __version__, **lineage_of(model)}
         _convert(program, Path(path), {**origin, **entries}, version)
     return arguments
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from depcut.capture.random_state import preserved
-from depcut.deploy.agreement import TOLERANCES, compare_outputs
 from depcut.deploy.convert import OLDER_OPSET, draft
+from depcut.deploy.output_check import TOLERANCES, compare_outputs
 from depcut.deploy.publish import publish
 from depcut.deploy.runtime import batch_size, first_line, open_session
 from depcut.errors import ExportError

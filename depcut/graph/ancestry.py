@@ -25,11 +25,11 @@ def reached(
         sources: Where to start.
         through: What a node must fulfil to count, and to lead on; left out, all do.
     """
-    found = set(sources)
+    dependent = set(sources)
     for node in program.graph.graph.nodes:
-        if not found.isdisjoint(node.all_input_nodes) and (through is None or through(node)):
-            found.add(node)
-    return found
+        if not dependent.isdisjoint(node.all_input_nodes) and (through is None or through(node)):
+            dependent.add(node)
+    return dependent
 
 
 def ancestors(node: fx.Node, within: Callable[[fx.Node], bool] | None = None) -> list[fx.Node]:
@@ -39,15 +39,15 @@ def ancestors(node: fx.Node, within: Callable[[fx.Node], bool] | None = None) ->
         node: A node of a graph.
         within: What an ancestor must fulfil to count, and to lead on; left out, all do.
     """
-    found: dict[fx.Node, None] = {}
+    visited: dict[fx.Node, None] = {}
     open_nodes = [node]
     while open_nodes:
         current = open_nodes.pop()
-        if current not in found:
-            found[current] = None
+        if current not in visited:
+            visited[current] = None
             sources = reversed(current.all_input_nodes)
             open_nodes += [n for n in sources if within is None or within(n)]
-    return list(found)
+    return list(visited)
 
 
 class Weights:
@@ -59,13 +59,13 @@ class Weights:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self._made: set[fx.Node] = set()
+        self._of_parameters: set[fx.Node] = set()
         for node in program.graph.graph.nodes:
             sources = self._sources(node)
             if program.tensors.get(node) in program.parameters or (
-                sources and self._made.issuperset(sources)
+                sources and self._of_parameters.issuperset(sources)
             ):
-                self._made.add(node)
+                self._of_parameters.add(node)
 
     def _sources(self, node: fx.Node) -> list[fx.Node]:
         """Tensors that an operator's result is computed from."""
@@ -75,9 +75,11 @@ class Weights:
 
     def behind(self, node: fx.Node) -> tuple[str, ...]:
         """Names of the parameters that a node is computed from; empty where there is more to it."""
-        if node not in self._made:
+        if node not in self._of_parameters:
             return ()
-        names = (self.program.tensors.get(n) for n in ancestors(node, self._made.__contains__))
+        names = (
+            self.program.tensors.get(n) for n in ancestors(node, self._of_parameters.__contains__)
+        )
         return tuple(dict.fromkeys(name for name in names if name is not None))
 
 

@@ -35,7 +35,7 @@ class Argument:
 @lru_cache(maxsize=4096)
 def schema(target: Any) -> dict[str, Argument]:
     """The arguments of an operator in their order; empty for a function without a schema."""
-    found = schema_of(target)
+    operator_schema = schema_of(target)
     return {
         a.name: Argument(
             i,
@@ -43,7 +43,7 @@ def schema(target: Any) -> dict[str, Argument]:
             a.alias_info is not None,
             a.alias_info is not None and a.alias_info.is_write,
         )
-        for i, a in enumerate(found.arguments if found is not None else ())
+        for i, a in enumerate(operator_schema.arguments if operator_schema is not None else ())
     }
 
 

@@ -25,7 +25,7 @@ Bypass = Mapping[fx.Node, fx.Node]
 
 @dataclass(frozen=True, eq=False)
 class Gone:
-    """What is no longer computed.
+    """Nodes, module calls, modules and tensors that are no longer used.
 
     Attributes:
         nodes: Graph nodes that nothing needs any more.
@@ -73,9 +73,9 @@ def _reads(user: fx.Node, node: fx.Node, bypass: Bypass) -> bool:
 
 
 class Losses:
-    """What nothing needs any more where nodes stand aside; asked for many times of one graph.
+    """Finds the nodes that become dead where nodes stand aside, for many queries of one graph.
 
-    An answer is that of `live_nodes`, and costs as much as is lost.
+    The result is that of `live_nodes`, in time linear in the number of dead nodes.
 
     Args:
         program: The captured graph.
@@ -133,7 +133,7 @@ class Losses:
         return self._without_kept(lost, bypass)
 
     def _without_kept(self, lost: set[fx.Node], bypass: Bypass) -> set[fx.Node]:
-        """Of these, what changes nothing that stays, and is not needed for such a change."""
+        """The lost nodes less those that write to what stays, or that such a write needs."""
         kept = [node for node in lost if self._is_kept(node, lost, bypass)]
         while kept:
             node = kept.pop()
@@ -156,7 +156,7 @@ def _sources(node: fx.Node, bypass: Bypass) -> list[fx.Node]:
 
 
 def gone(program: Program, bypass: Bypass) -> Gone:
-    """What nothing needs any more.
+    """Nodes, module calls, modules and tensors that nothing needs once nodes stand aside.
 
     Args:
         program: The captured graph.
@@ -242,12 +242,15 @@ def rewritten(program: Program, dead: Gone) -> dict[str, str]:
 
 
 def _calls(nodes: set[fx.Node]) -> set[str]:
-    """Module calls in which some of the nodes do something that counts."""
+    """Module calls in which some of the nodes compute, see `calls_of`."""
     return {entry for n in nodes for entry in calls_of(n)}
 
 
 def calls_of(node: fx.Node) -> list[str]:
-    """Module calls in which a node does something that counts, as entries of its module stack."""
+    """Module calls that a node is inside of, as entries of its module stack.
+
+    Empty for an unused node, a size, or a cast that returns its input.
+    """
     counts = node.op == "call_function" and node.users
     return (
         stack_entries(node) if counts and not is_size(node) and not returns_its_input(node) else []
@@ -312,8 +315,8 @@ def _storages(nodes: Iterable[fx.Node]) -> dict[fx.Node, fx.Node]:
 
 def _written_roots(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     """The nodes that made the storages which each node changes."""
-    made = _storages(nodes)
-    return {node: [made[w] for w in written(node)] for node in made}
+    roots = _storages(nodes)
+    return {node: [roots[w] for w in written(node)] for node in roots}
 
 
 def _writers(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:

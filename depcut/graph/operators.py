@@ -1,4 +1,4 @@
-"""What an operator of a captured graph is called, and what torch's tags say of it."""
+"""Names of the operators of a captured graph, and their properties by schema and tags."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def is_size(node: fx.Node) -> bool:
 
 def is_mutating(node: fx.Node) -> bool:
     """Whether a node writes to one of its arguments."""
-    found = schema_of(node.target)
-    return found is not None and found.is_mutable
+    operator_schema = schema_of(node.target)
+    return operator_schema is not None and operator_schema.is_mutable
 
 
 def enters_autocast(node: fx.Node) -> bool:

@@ -1,7 +1,7 @@
-"""What is computed from what, asked of a graph without bit sets of ancestors.
+"""Reachability between nodes of a graph, without a set of ancestors for each node.
 
-A question costs what lies between the two nodes it names, and a logarithm where it is about all
-ways to the outputs; memory grows linearly with the graph.
+A query visits the nodes between the two that it names; one about all paths to the outputs takes
+logarithmic time. Memory is linear in the graph.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Ancestry:
     def stems_from(self, node: fx.Node, source: fx.Node) -> bool:
         """Whether a node is computed from another one, or is that one."""
         return node is source or any(
-            source in sources(made) for made, _ in self.back({node: 1}, source)
+            source in sources(derived) for derived, _ in self.back({node: 1}, source)
         )
 
     def between(self, node: fx.Node, source: fx.Node) -> set[fx.Node]:
@@ -63,24 +63,24 @@ class Ancestry:
             node: Where it leads.
             source: Where it starts.
         """
-        made: set[fx.Node] = set()
+        derived: set[fx.Node] = set()
         for candidate in [n for n, _ in self.back({node: 1}, source)][::-1]:
-            if candidate is source or not made.isdisjoint(sources(candidate)):
-                made.add(candidate)
-        return made
+            if candidate is source or not derived.isdisjoint(sources(candidate)):
+                derived.add(candidate)
+        return derived
 
 
 def sources(node: fx.Node) -> list[fx.Node]:
-    """What a node is computed from directly; of a size: nothing."""
+    """The input nodes of a node; none for a node that reads a size."""
     return [] if is_size(node) else node.all_input_nodes
 
 
 class Ways:
-    """Whether all ways from a node to the outputs lead through another one.
+    """Whether all paths from a node to the outputs lead through another one.
 
-    A tree in which every node hangs from the closest one that no way avoids (its immediate
-    post-dominator), with jump pointers (Myers, An applicative random-access stack, 1983), so that
-    a common ancestor is found in logarithmic time.
+    The post-dominator tree: the parent of a node is the closest one on all of its paths to the
+    outputs (its immediate post-dominator). It has jump pointers (Myers, An
+    applicative random-access stack, 1983), so that a common ancestor is found in logarithmic time.
 
     Args:
         nodes: All nodes of a graph, in its order.
@@ -124,11 +124,11 @@ class Ways:
         return a
 
     def avoid(self, node: fx.Node, gate: fx.Node) -> bool:
-        """Whether the outputs need a node on some way that does not lead through a gate.
+        """Whether the outputs need a node on some path that does not lead through a gate.
 
         Args:
-            node: Where ways start.
-            gate: What they may avoid.
+            node: Where paths start.
+            gate: The node that they may avoid.
         """
         if node not in self.depth or gate not in self.depth:
             return node in self.depth

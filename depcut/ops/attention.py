@@ -61,7 +61,7 @@ def sdpa_taint(op: TaintedOp) -> Any:
 
 @form(_FUSED)
 def sdpa_form(op: TaintedOp) -> Form | None:
-    """Queries times keys; heads that share keys are no letter of both."""
+    """Queries times keys; where heads share keys, the head dimension has no common letter."""
     if op.arg("enable_gqa"):
         return None
     q, k = op.arg("query"), op.arg("key")

@@ -43,21 +43,21 @@ class MatrixProduct:
 
     @property
     def result(self) -> int:
-        """Where the vectors of the result lie."""
+        """Dimension of the result that W produces, from the end."""
         return self.features
 
     def inputs(self, call: Call) -> torch.Tensor:
-        """Every vector of features, whatever dimensions lead to it."""
+        """(1, vectors, in): all leading dimensions flattened."""
         x: torch.Tensor = call[self.source]
         return x.movedim(self.features, -1).reshape(1, -1, x.shape[self.features])
 
     def matrix(self, call: Call) -> torch.Tensor:
-        """The parameter with its contracted dimension last."""
+        """(1, out, in): the parameter with its contracted dimension last."""
         weight: torch.Tensor = call[self.weight]
         return weight.movedim(self.dim, -1)[None]
 
     def write(self, call: Call, matrix: torch.Tensor) -> None:
-        """Turned back."""
+        """Write W of shape (1, out, in) into the parameter."""
         call[self.weight].movedim(self.dim, -1).copy_(matrix[0])
 
 
@@ -113,10 +113,10 @@ def matrix_sites(
         weight: Name of the argument that holds the matrix, and its contracted dimension.
         biases: What is added; None: what is no parameter.
     """
-    found = op.matrix(op.arg(weight[0]), weight[1])
-    if found is None or biases is None or len(op.dims(source)) < 2:
+    place = op.matrix(op.arg(weight[0]), weight[1])
+    if place is None or biases is None or len(op.dims(source)) < 2:
         return []
-    name, dim = found
+    name, dim = place
     dims = op.stored[name]
     family = MatrixProduct(source, features, *weight)
     return [Site(op.node, (name,), biases, ((dims[dim],),), dims[1 - dim], family)]
@@ -166,7 +166,7 @@ def sums_to_one(node: Any) -> bool:
 
 @taints(*_MATMULS)
 def matmul_taint(op: TaintedOp) -> Any:
-    """Averages by a softmax leave what is the same at all positions as it is."""
+    """A sum of products; an average by a softmax adds no taint to rows that are all the same."""
     a, b = op.node.args[:2]
     names = list(schema(op.node.target))
     out = multilinear(op, names[:2])
@@ -214,7 +214,7 @@ def inner(op: Op) -> Output:
 
 @taints("aten.inner")
 def inner_taint(op: TaintedOp) -> Any:
-    """As a product of matrices, the second turned."""
+    """A matrix product with the second operand transposed."""
     return multilinear(op, ("self", "other"))
 
 

@@ -141,7 +141,7 @@ class Patches:
 
     @property
     def result(self) -> int:
-        """The channels."""
+        """The channel dimension, from the end."""
         return -self.rank - 1
 
     def inputs(self, call: Call) -> torch.Tensor:
@@ -161,18 +161,18 @@ class Patches:
         return columns.permute(1, 0, 3, 2).flatten(1, 2)
 
     def _spread(self, x: torch.Tensor, call: Call, kernel: torch.Size) -> torch.Tensor:
-        """One output channel for each channel and tap, by kernels with a single one."""
+        """(batch, in * taps, positions): patches by a convolution with one-hot kernels."""
         taps = torch.eye(kernel.numel(), dtype=x.dtype, device=x.device)
         channels = x.shape[1]
         names = ["stride", "padding", "dilation"] + ["output_padding"] * self.transposed
         options: dict[str, Any] = {k: call[k] for k in names}
         if self.transposed:
             weight = taps.reshape(1, -1, *kernel).repeat(channels, 1, *[1] * self.rank)
-            made = _TRANSPOSED_FUNCTIONS[self.rank](x, weight, groups=channels, **options)
+            spread = _TRANSPOSED_FUNCTIONS[self.rank](x, weight, groups=channels, **options)
         else:
             weight = taps.reshape(-1, 1, *kernel).repeat(channels, 1, *[1] * self.rank)
-            made = _FUNCTIONS[self.rank](x, weight, groups=channels, **options)
-        return made.flatten(2)
+            spread = _FUNCTIONS[self.rank](x, weight, groups=channels, **options)
+        return spread.flatten(2)
 
     def _is_plain(self, call: Call) -> bool:
         """One tap, no stride and no padding: the patches are the input itself."""
@@ -196,7 +196,7 @@ class Patches:
         return self._grouped(call).flatten(2)
 
     def write(self, call: Call, matrix: torch.Tensor) -> None:
-        """Turned back."""
+        """Write W of shape (groups, out, in / groups * taps) into the parameter."""
         blocks = self._grouped(call)
         solved = matrix.reshape(blocks.shape)
         if self.transposed:

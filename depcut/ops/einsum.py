@@ -105,7 +105,7 @@ class Einsum:
         blocks: Labels that both and the result have.
         free: Labels that only the other operand and the result have.
         summed: Labels that both have and the result has not.
-        made: Labels that only the parameter and the result have.
+        outputs: Labels that only the parameter and the result have.
     """
 
     which: int
@@ -114,14 +114,14 @@ class Einsum:
     blocks: str
     free: str
     summed: str
-    made: str
+    outputs: str
 
     @property
     def result(self) -> None:
-        """The result's labels may lie anywhere."""
+        """None: the result's labels may be in any order."""
 
     def inputs(self, call: Call) -> torch.Tensor:
-        """Blocks first, summed labels last."""
+        """(blocks, vectors, in): in are the summed labels."""
         x = call["tensors"][1 - self.which]
         x = torch.einsum(f"{self.given}->{self.blocks}{self.free}{self.summed}", x)
         ends = len(self.blocks), x.ndim - len(self.summed)
@@ -129,20 +129,20 @@ class Einsum:
         return x.reshape(*sizes, x.shape[ends[1] :].numel())
 
     def _turned(self, call: Call) -> torch.Tensor:
-        """The parameter's labels in the order blocks, made, summed."""
-        order = self.blocks + self.made + self.summed
+        """The parameter's labels in the order blocks, outputs, summed."""
+        order = self.blocks + self.outputs + self.summed
         weight: torch.Tensor = call["tensors"][self.which]
         return weight.permute([self.held.index(c) for c in order])
 
     def matrix(self, call: Call) -> torch.Tensor:
-        """Blocks, made and summed labels flattened each."""
+        """(blocks, out, in): block, output and summed labels, each flattened."""
         w = self._turned(call)
-        ends = len(self.blocks), len(self.blocks) + len(self.made)
+        ends = len(self.blocks), len(self.blocks) + len(self.outputs)
         sizes = w.shape[: ends[0]].numel(), w.shape[ends[0] : ends[1]].numel()
         return w.reshape(*sizes, w.shape[ends[1] :].numel())
 
     def write(self, call: Call, matrix: torch.Tensor) -> None:
-        """Turned back."""
+        """Write W of shape (blocks, out, in) into the parameter."""
         turned = self._turned(call)
         turned.copy_(matrix.reshape(turned.shape))
 
@@ -173,15 +173,15 @@ def einsum_sites(op: ContractionOp) -> list[Site]:
     which = 0 if names[0] is not None else 1
     held, given, name = specs[which], specs[1 - which], names[which]
     assert name is not None
-    made = "".join(c for c in held if c not in given)
+    outputs = "".join(c for c in held if c not in given)
     shared = [c for c in held if c in given]
     blocks = "".join(c for c in shared if c in output)
     summed = "".join(c for c in shared if c not in output)
     single = len(set(held)) == len(held) and len(set(given)) == len(given)
     free = "".join(c for c in given if c in output and c not in blocks)
-    if not (single and summed and all(c in output for c in made)):
+    if not (single and summed and all(c in output for c in outputs)):
         return []
     terms = dict(zip(held, op.stored[name], strict=True))
-    rows = axes.product(*(terms[c] for c in blocks + made))
-    family = Einsum(which, given, held, blocks, free, summed, made)
+    rows = axes.product(*(terms[c] for c in blocks + outputs))
+    family = Einsum(which, given, held, blocks, free, summed, outputs)
     return [Site(op.node, (name,), (), (tuple(terms[c] for c in summed),), rows, family)]

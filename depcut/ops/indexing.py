@@ -137,7 +137,7 @@ def scatter(op: Op) -> Output:
     aten.new_full aten.new_empty aten.normal.float_float""".split()
 )
 def constant(op: Op) -> Output:
-    """The same value (or noise) everywhere: its dimensions follow whatever they meet."""
+    """The same value (or noise) everywhere: its dimensions are free axes, without a parameter."""
     out: list[Term] = [axes.axis(n) for n in op.out_sizes]
     op.literals("size", out)
     return tuple(out)
@@ -178,7 +178,7 @@ def looked_up(op: TaintedOp) -> Any:
 
 @taints(*aten("new_full full_like fill"))
 def filled(op: TaintedOp) -> Any:
-    """What was there before does not matter."""
+    """Taint of the value that fills the tensor; what it replaces is dropped."""
     value = op.arg("value") if op.arg("value") is not None else op.arg("fill_value")
     return None if tainted(op.taint(value)) else NOTHING
 
@@ -191,5 +191,5 @@ def constant_taint(_: TaintedOp) -> Any:
 
 @taints(*aten("empty empty_like new_empty empty_strided"))
 def uninitialised(_: TaintedOp) -> Any:
-    """Whatever memory holds."""
+    """Tainted throughout: the values are whatever the memory holds."""
     return ALL

@@ -194,7 +194,7 @@ def select(op: Op) -> Output:
 
 @rule("aten.pad", "aten.constant_pad_nd")
 def pad(op: Op) -> Output:
-    """Constants before and after: they own no parameter and follow what they meet."""
+    """Constants before and after: each end is a free axis, which owns no parameter."""
     x, amounts = list(op.dims("self")), op.arg("pad")
     constant = not op.has("mode") or op.arg("mode") == "constant"
     for i in range(len(amounts) // 2):

@@ -62,11 +62,11 @@ def fit(op: Op, out: Dims, sizes: tuple[int, ...]) -> Dims:
 @taints("pointwise")
 def pointwise_taint(op: TaintedOp) -> Any:
     """Tainted where an operand is."""
-    found = [op.taint(n) for n in op.inputs]
-    found = [t for t in found if tainted(t)]
-    if not all(isinstance(t, Tensor) for t in found):
+    operand_taints = [op.taint(n) for n in op.inputs]
+    operand_taints = [t for t in operand_taints if tainted(t)]
+    if not all(isinstance(t, Tensor) for t in operand_taints):
         return None
-    return reduce(torch.maximum, found) if found else NOTHING
+    return reduce(torch.maximum, operand_taints) if operand_taints else NOTHING
 
 
 @taints("aten.mul", "aten.multiply")
@@ -99,13 +99,13 @@ def masked_fill(op: TaintedOp) -> Any:
 
 @taints(*aten("dropout feature_dropout alpha_dropout feature_alpha_dropout"))
 def dropout(op: TaintedOp) -> Any:
-    """Nothing happens in eval mode."""
+    """The identity in eval mode; random in training."""
     return None if op.arg("train") else op.taint(op.node.args[0])
 
 
 @taints("aten.copy")
 def copied(op: TaintedOp) -> Any:
-    """The source overwrites."""
+    """Taint of the source, which overwrites all of the target."""
     return op.taint(op.arg("src"))
 
 
@@ -120,7 +120,7 @@ def like_another(op: Op) -> Output:
 
 @taints("aten.type_as", "aten.to")
 def cast(op: TaintedOp) -> Any:
-    """Values stay."""
+    """A cast keeps which elements are tainted."""
     return op.taint(op.node.args[0])
 
 

@@ -118,7 +118,7 @@ class Cell:
 
     @property
     def result(self) -> None:
-        """The gates are not the result."""
+        """None: the operator does not return the gates that W produces."""
 
     def _layout(self, call: Call) -> tuple[int, int]:
         """(directions, parameters of one cell)."""
@@ -168,7 +168,7 @@ class Cell:
         return torch.cat(self._weights(call), 1)[None]
 
     def write(self, call: Call, matrix: torch.Tensor) -> None:
-        """Cut again."""
+        """Write W of shape (1, gates * hidden, columns of all parts) into the weights."""
         weights = self._weights(call)
         for weight, part in zip(
             weights, matrix[0].split([w.shape[1] for w in weights], 1), strict=True

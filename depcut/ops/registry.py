@@ -98,8 +98,8 @@ def unregister(*targets: str) -> None:
 
 def rule_for(target: Any) -> Rule | None:
     """The rule of an operator: of its overload, of its name, or, by torch's tag, pointwise."""
-    found = RULES.find(target)
-    return RULES["pointwise"] if found is None and is_pointwise(target) else found
+    registered = RULES.find(target)
+    return RULES["pointwise"] if registered is None and is_pointwise(target) else registered
 
 
 def is_pointwise_rule(target: Any) -> bool:
@@ -118,7 +118,7 @@ class Literal:
 
 @dataclass
 class Effects:
-    """What a rule found out about one node, besides unifying."""
+    """What a rule records of one node, besides unifying its terms."""
 
     out: Output = None
     literals: list[Literal] = field(default_factory=list)

@@ -108,7 +108,7 @@ def unsqueeze(op: Op) -> Output:
 
 @rule("aten.expand", "aten.expand_copy", "aten.broadcast_to")
 def expand(op: Op) -> Output:
-    """Repeat dimensions of size 1 without copying: the new ones follow whatever they meet."""
+    """Repeat dimensions of size 1 without copying: the new ones are free axes."""
     x, sizes = op.dims("self"), op.out_sizes
     x = (axes.UNIT,) * (len(sizes) - len(x)) + x
     out = [t if t.size == n else axes.axis(n) for t, n in zip(x, sizes, strict=True)]

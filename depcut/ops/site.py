@@ -32,7 +32,7 @@ class Family(Protocol):
 
     @property
     def result(self) -> int | None:
-        """See above."""
+        """Dimension of blocks * out in the node's result, from the end, or None."""
 
     def inputs(self, call: Call) -> torch.Tensor:
         """X (blocks, vectors, in) from the values of the node's arguments."""
@@ -119,17 +119,17 @@ class ContractionOp(Op):
         """A bias argument as parameter names; None where it is computed or no vector."""
         if node is None:
             return ()
-        found = self.parameter(node)
-        return None if found is None or len(self.stored[found]) != 1 else (found,)
+        name = self.parameter(node)
+        return None if name is None or len(self.stored[name]) != 1 else (name,)
 
     def matrix(self, node: Any, dim: int) -> tuple[str, int] | None:
         """The two-dimensional parameter and its dimension behind an argument's contracted one."""
         if not isinstance(node, fx.Node) or len(self.dims(node)) != 2:
             return None
-        found = parameter_dimension(node, dim, self.program)
-        if found is None or found[0] not in self.program.parameters:
+        place = parameter_dimension(node, dim, self.program)
+        if place is None or place[0] not in self.program.parameters:
             return None
-        return found if len(self.stored[found[0]]) == 2 else None
+        return place if len(self.stored[place[0]]) == 2 else None
 
 
 SiteRule = Callable[[ContractionOp], list[Site]]

@@ -77,17 +77,17 @@ class TaintedOp:
         def choose(node: fx.Node) -> Any:
             return pick(node) if isinstance(self.values[node], Tensor) else self.values[node]
 
-        made: Any = fx.map_arg(with_changes(self.node, changes or {}), choose)
-        return self.node.target(*made[0], **made[1])  # type: ignore[operator]
+        replaced: Any = fx.map_arg(with_changes(self.node, changes or {}), choose)
+        return self.node.target(*replaced[0], **replaced[1])  # type: ignore[operator]
 
     @property
     def inputs(self) -> list[fx.Node]:
-        """Nodes whose value the operator takes and that hold something."""
+        """Input nodes whose value is not None."""
         return [n for n in self.node.all_input_nodes if self.values.get(n) is not None]
 
 
 def tainted(taint: Any) -> bool:
-    """Whether any element is."""
+    """Whether any element of a taint is positive."""
     return any(bool((torch.as_tensor(leaf) > 0).any()) for leaf in pytree.tree_leaves(taint))
 
 
@@ -99,15 +99,15 @@ def derived(op: TaintedOp) -> Any:
         return None
     if rule is None and is_operator(node) and is_pointwise_rule(node.target):
         rule = TAINTS["pointwise"]
-    found = None
+    taint = None
     if rule is not None:
         try:
-            found = rule(op)
+            taint = rule(op)
         except Exception:  # a form of the operator that the rule does not know
             if os.environ.get("DEPCUT_STRICT"):
                 raise
     clean = not may_draw(node) and not any(tainted(op.taint(n)) for n in op.inputs)
-    return NOTHING if found is None and clean else found
+    return NOTHING if taint is None and clean else taint
 
 
 # What rules of several families share ----------------------------------------------------------

@@ -118,7 +118,7 @@ taints(
     )
 )
 def window(op: TaintedOp) -> Any:
-    """Averages of a window; with zeros at the border a constant is not one any more."""
+    """Averages over a window; where zeros pad the border, a constant other than 0 is tainted."""
     bare = is_padded(op) or base_name(op.node) == "col2im"
     return op.run(op.nonzero if bare else op.taint)
 
@@ -130,12 +130,12 @@ def window(op: TaintedOp) -> Any:
     )
 )
 def extremum(op: TaintedOp) -> Any:
-    """The largest of a window; the border never is."""
+    """Maximum over a window; padding is never the maximum."""
     return op.run(op.taint)
 
 
 @taints(*aten("max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices"))
 def extremum_with_position(op: TaintedOp) -> Any:
-    """The largest of a window, and where it was, which says nothing of a constant."""
-    found, positions = op.run(op.taint)
-    return [found, torch.ones_like(positions, dtype=torch.float32)]
+    """Maximum over a window, and its position, which is tainted throughout."""
+    largest, positions = op.run(op.taint)
+    return [largest, torch.ones_like(positions, dtype=torch.float32)]

@@ -1,1 +1,1 @@
-"""What stays, as integers, and everything that can be evaluated from it without a forward pass."""
+"""The plan: kept units as integers, and the sizes, costs and attributes that follow from them."""

@@ -19,7 +19,7 @@ Lookup = Callable[[Attribute], int | None]
 
 @dataclass(frozen=True)
 class Solution:
-    """What the model's classes can express.
+    """Attribute values with which the model's own classes compute the new sizes.
 
     Attributes:
         values: New value of each attribute that has to change, by module and path.
@@ -67,7 +67,7 @@ def solve(keep: Keep, model: nn.Module) -> Solution:
     values, conflicts = _assign(demands, keep)
 
     def settled(attribute: Attribute) -> int | None:
-        return values.get(attribute, read(model, attribute))
+        return values.get(attribute, attribute_value(model, attribute))
 
     for demand in demands:
         if isinstance(demand.expr, tuple) and evaluate(demand.expr, keep, settled) != demand.target:
@@ -110,7 +110,7 @@ def _stuck(
     return stuck
 
 
-def read(model: nn.Module, attribute: Attribute) -> int | None:
+def attribute_value(model: nn.Module, attribute: Attribute) -> int | None:
     """The dense value of a module attribute."""
     module, path = attribute
     value: Any = vars(model.get_submodule(module)).get(path[0])
@@ -121,11 +121,11 @@ def read(model: nn.Module, attribute: Attribute) -> int | None:
 
 def _demands(keep: Keep) -> Iterator[_Demand]:
     for node in keep.coupling.effects:
-        found = list(keep.literals(node))
-        if not found:
+        literals = list(keep.literals(node))
+        if not literals:
             continue
         provenance = by_path(node)
-        for literal, value, _, new in found:
+        for literal, value, _, new in literals:
             if isinstance(value, int):
                 yield _Demand(node, provenance.get(literal.path), value, literal.sign * new)
 
@@ -221,10 +221,10 @@ def _derive(demand: _Demand, keep: Keep, values: dict[Attribute, int], lookup: L
     assert isinstance(demand.expr, tuple)
     if evaluate(demand.expr, keep, lookup) is not None:
         return False
-    found = _invert(demand.expr, demand.target, keep, lookup)
-    if found is None:
+    solution = _invert(demand.expr, demand.target, keep, lookup)
+    if solution is None:
         return False
-    attribute, value = found
+    attribute, value = solution
     if (
         evaluate(demand.expr, keep, lambda a: value if a == attribute else lookup(a))
         != demand.target

@@ -1,4 +1,4 @@
-"""MACs and parameters as polynomials in the kept counts: no re-tracing, microseconds a candidate.
+"""MACs and parameters as polynomials in the kept counts, evaluated without tracing the model.
 
 The count of a term is a sum of products of axis counts, and the cost of an operator a product of
 counts. Both are compiled once into integer arrays. Where a machine works in blocks, a count is
@@ -21,7 +21,7 @@ from depcut.axes import Axis, Dims, Term
 from depcut.capture.capture import capture
 from depcut.capture.inputs import Inputs
 from depcut.coupling.groups import Coupling
-from depcut.coupling.infer import infer
+from depcut.coupling.infer import infer_coupling
 from depcut.graph.liveness import Gone
 
 Counts = NDArray[np.float64]
@@ -226,7 +226,7 @@ def compile_staircase(coupling: Coupling, items: Iterable[tuple[float, Blocked]]
         rows[signature] = rows.get(signature, 0.0) + times
     flat = [(m, c) for p, _ in polynomials for m, c in p.items()]
     sizes = [len(p) for p, _ in polynomials]
-    made = Cost(
+    cost = Cost(
         monomials=_padded([m for m, _ in flat], len(coupling.groups)),
         coefficients=np.array([c for _, c in flat]),
         starts=np.cumsum([0, *sizes[:-1]]),
@@ -235,7 +235,7 @@ def compile_staircase(coupling: Coupling, items: Iterable[tuple[float, Blocked]]
         times=np.array(list(rows.values()) or [0.0]),
         dense=np.array([g.size for g in coupling.groups], dtype=np.float64),
     )
-    return replace(made, total=made(made.dense))
+    return replace(cost, total=cost(cost.dense))
 
 
 Items = list[tuple[float, Dims]]
@@ -243,8 +243,8 @@ Items = list[tuple[float, Dims]]
 
 def _macs(coupling: Coupling, gone: Gone) -> Items:
     program = coupling.program
-    found = [e for n, e in coupling.effects.items() if n in program.sizes and n not in gone.nodes]
-    return [(t / program.batch, d) for e in found for t, d in e.macs]
+    effects = [e for n, e in coupling.effects.items() if n in program.sizes and n not in gone.nodes]
+    return [(t / program.batch, d) for e in effects for t, d in e.macs]
 
 
 def _params(coupling: Coupling, gone: Gone) -> Items:
@@ -297,7 +297,7 @@ def count_macs(model: nn.Module, inputs: Inputs = None) -> int:
         model: Any model that depcut can capture.
         inputs: Example inputs, as for `depcut.shrink`.
     """
-    return round(macs(infer(capture(model, inputs))).total)
+    return round(macs(infer_coupling(capture(model, inputs))).total)
 
 
 def count_params(model: nn.Module) -> int:

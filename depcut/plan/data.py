@@ -54,12 +54,12 @@ class PlanData:
     inputs: Any
     dropped: tuple[str, ...] = ()
 
-    def keep(self, coupling: Coupling, found: Residuals | None = None) -> Keep:
+    def keep(self, coupling: Coupling, branches: Residuals | None = None) -> Keep:
         """The kept units as an evaluation over an analysed architecture.
 
         Args:
             coupling: The architecture.
-            found: Its branches, where they are known.
+            branches: Its branches, where they are known.
 
         Raises:
             PlanError: The architecture is another one, or has other rows.
@@ -72,8 +72,8 @@ class PlanData:
             )
         check_rows(coupling, self.kept)
         numbers = {g.name: g.index for g in coupling.groups}
-        found = (found or residuals(coupling)) if self.dropped else None
-        through = bypass(found.named(self.dropped)) if found is not None else {}
+        branches = (branches or residuals(coupling)) if self.dropped else None
+        through = bypass(branches.named(self.dropped)) if branches is not None else {}
         return Keep(coupling, {numbers[n]: k for n, k in self.kept.items()}, bypass=through)
 
     def check(self, model: nn.Module) -> None:
@@ -218,8 +218,8 @@ def make_plan(
         described, {"args": list(coupling.program.args), "kwargs": coupling.program.kwargs}
     )
     shapes = {n: list(t.shape) for n, t in model.state_dict(keep_vars=True).items()}
-    made = fingerprint(coupling)
+    digest = fingerprint(coupling)
     names = [dropped] if isinstance(dropped, str) else list(dropped)
-    found = residuals(coupling).named(names) if names else ()
-    branches = tuple(sorted(b.name for b in found))
-    return PlanData(units, sizes, shapes, made, dict(settings), inputs, branches)
+    removed = residuals(coupling).named(names) if names else ()
+    branches = tuple(sorted(b.name for b in removed))
+    return PlanData(units, sizes, shapes, digest, dict(settings), inputs, branches)

@@ -1,4 +1,4 @@
-"""What a plan remembers of the architecture that it was made for."""
+"""The architecture a plan was made for: a hash of tensors and groups, the example inputs."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def example_of(inputs: Any, model: nn.Module) -> Any:
             return leaf
         dtype = getattr(torch, leaf["dtype"])
         if dtype.is_floating_point:
-            made = torch.randn(leaf["shape"], generator=generator).to(dtype)
+            tensor = torch.randn(leaf["shape"], generator=generator).to(dtype)
         else:
-            made = torch.ones(leaf["shape"], dtype=dtype)
-        return made.to(device_of(model))
+            tensor = torch.ones(leaf["shape"], dtype=dtype)
+        return tensor.to(device_of(model))
 
     args, kwargs = inputs["args"], inputs["kwargs"]
-    made = pytree.tree_map(
+    arguments = pytree.tree_map(
         example, (args, kwargs), is_leaf=lambda v: isinstance(v, dict) and "shape" in v
     )
-    return made[1] if made[1] else tuple(made[0])
+    return arguments[1] if arguments[1] else tuple(arguments[0])
 
 
 def described(leaf: Any) -> Any:

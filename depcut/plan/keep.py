@@ -13,7 +13,7 @@ from torch import fx
 
 from depcut import axes
 from depcut.axes import Dims, Indices, Term
-from depcut.axes.rows import Rows, Selection, along, fitted, mesh, opened
+from depcut.axes.rows import Rows, Selection, broadcastable, fitted, indices_along, indices_by_dim
 from depcut.coupling.groups import Coupling
 from depcut.graph.liveness import Bypass, Gone, gone
 from depcut.ops.registry import Effects, Literal
@@ -36,7 +36,7 @@ class Keep:
 
     @cached_property
     def gone(self) -> Gone:
-        """What dropped branches leave without a use."""
+        """Nodes, modules and tensors that dropped branches leave unused."""
         return gone(self.coupling.program, self.bypass)
 
     @cached_property
@@ -46,7 +46,7 @@ class Keep:
         rows = {
             groups[i].axis: Rows(outer, kept)
             for i, kept in self.units.items()
-            if kept.ndim == 2 and (outer := groups[i].outer) is not None
+            if kept.ndim == 2 and (outer := groups[i].row_axis) is not None
         }
         same = {groups[i].axis: kept for i, kept in self.units.items() if kept.ndim == 1}
         return Selection(same, rows)
@@ -72,15 +72,17 @@ class Keep:
         term = axes.resolve(term)
         return self.chosen.indices(term) if self.chosen.narrows(term) else None
 
-    def mesh(self, dims: Dims, shape: tuple[int, ...] | None = None) -> tuple[Indices | None, ...]:
-        """Kept indices of each dimension of a tensor, see `depcut.axes.rows.mesh`.
+    def indices_by_dim(
+        self, dims: Dims, shape: tuple[int, ...] | None = None
+    ) -> tuple[Indices | None, ...]:
+        """Kept indices of each dimension of a tensor, see `depcut.axes.rows`.
 
         Args:
             dims: Terms of its dimensions.
             shape: Its sizes, where the batch may be another than the captured one.
         """
         resolved = tuple(map(axes.resolve, dims))
-        return mesh(resolved if shape is None else fitted(resolved, shape), self.chosen)
+        return indices_by_dim(resolved if shape is None else fitted(resolved, shape), self.chosen)
 
     def stays(self, dims: Dims, dim: int) -> NDArray[np.bool_]:
         """Whether the indices of one dimension of a dense tensor stay.
@@ -94,8 +96,8 @@ class Keep:
             dimensions that make no difference.
         """
         terms = tuple(map(axes.resolve, dims))
-        kept = along(terms, dim, self.chosen, dense=True)
-        kept = opened(kept, terms[dim].size, dim, len(terms))
+        kept = indices_along(terms, dim, self.chosen, dense=True)
+        kept = broadcastable(kept, terms[dim].size, dim, len(terms))
         shape = [terms[dim].size if i == dim else n for i, n in enumerate(kept.shape)]
         out = np.zeros(shape, dtype=bool)
         np.put_along_axis(out, kept, values=True, axis=dim)
@@ -106,7 +108,7 @@ class Keep:
         """Kept indices of every dimension of every narrowed parameter, buffer or constant."""
         out = {}
         for name, dims in self.coupling.dims.items():
-            picked = self.mesh(dims)
+            picked = self.indices_by_dim(dims)
             if any(p is not None for p in picked):
                 out[name] = picked
         return out

@@ -20,11 +20,11 @@ from depcut.plan.keep import Keep
 
 @dataclass(frozen=True)
 class Preferences:
-    """Group numbers.
+    """Groups whose widths the model's classes express only together, or not at all, by number.
 
     Attributes:
         ties: Pairs that should keep equally many units.
-        holds: Groups that had better keep everything.
+        holds: Groups that should keep all units.
     """
 
     ties: tuple[tuple[int, int], ...]
@@ -32,7 +32,7 @@ class Preferences:
 
 
 def preferences(coupling: Coupling) -> Preferences:
-    """What keeps a model within its own classes.
+    """The equal and unchanged widths with which a model's own classes suffice.
 
     Args:
         coupling: The analysed architecture.
@@ -56,11 +56,11 @@ def _same_number(coupling: Coupling) -> list[list[Term]]:
     sources: dict[Any, dict[int, Term]] = {}
     dense = Keep(coupling, {})
     for node in coupling.effects:
-        found = [
+        literals = [
             (lit, value) for lit, value, _, _ in dense.literals(node) if isinstance(value, int)
         ]
-        provenance = by_path(node) if found else {}
-        for literal, _ in found:
+        provenance = by_path(node) if literals else {}
+        for literal, _ in literals:
             expr = provenance.get(literal.path)
             if not isinstance(expr, tuple) or literal.sign < 0:
                 continue

@@ -70,7 +70,7 @@ def others(kept: Indices, size: int) -> Indices:
 
 
 def _uneven(name: str, kept: Any) -> PlanError:
-    """What is wrong with lists that make no array."""
+    """The error for rows that keep different numbers of units."""
     lengths = [len(row) if hasattr(row, "__len__") else 0 for row in kept]
     other = next((i for i, n in enumerate(lengths) if n != lengths[0]), 0)
     return PlanError(
@@ -94,7 +94,7 @@ def check_rows(coupling: Coupling, units: Mapping[str, Indices]) -> None:
         kept = units.get(group.name)
         if kept is None or kept.ndim == 1:
             continue
-        if group.outer is None:
+        if group.row_axis is None:
             raise PlanError(
                 f"{len(kept)} rows of units are kept, and the group must keep the same units "
                 f"everywhere: {group.alone}",
@@ -111,8 +111,8 @@ def check_rows(coupling: Coupling, units: Mapping[str, Indices]) -> None:
 
 
 def _outer(coupling: Coupling, group: Group) -> str:
-    """What the rows of a group are."""
-    outer = None if group.outer is None else coupling.group_of.get(group.outer)
+    """What the rows of a group stand for, in words."""
+    outer = None if group.row_axis is None else coupling.group_of.get(group.row_axis)
     return f"the units of {outer.name!r}" if outer else "a dimension of the model's output"
 
 
@@ -126,12 +126,12 @@ def check_ties(coupling: Coupling, counts: Mapping[str, int]) -> None:
     Raises:
         PlanError: Tied groups keep different counts.
     """
-    found: dict[int, tuple[str, int]] = {}
+    tied: dict[int, tuple[str, int]] = {}
     for group in coupling.groups:
         if group.tied is None:
             continue
         count = counts[group.name]
-        name, expected = found.setdefault(group.tied, (group.name, count))
+        name, expected = tied.setdefault(group.tied, (group.name, count))
         if count != expected:
             raise PlanError(
                 f"{group.name!r} keeps {count} units and {name!r} keeps {expected}, but the model "

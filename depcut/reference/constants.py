@@ -45,7 +45,7 @@ def interpret(
 
 
 class _Run(Interpreter):
-    """Values with their taints.
+    """One run on the example inputs, which computes a taint beside every value.
 
     Args:
         program: The captured graph.
@@ -122,22 +122,26 @@ def _executed(op: TaintedOp) -> tuple[Any, Any]:
         value, taint = op.values[source][index], op.taints[source]
         return value, taint[index] if isinstance(taint, list | tuple) else taint
     # First of all, as the operator may overwrite its operands.
-    found = derived(op)
+    derived_taint = derived(op)
     value = op.run(lambda n: op.values[n])
     if isinstance(value, list | tuple):
-        each = found if isinstance(found, list | tuple) else [found] * len(value)
+        each = (
+            derived_taint
+            if isinstance(derived_taint, list | tuple)
+            else [derived_taint] * len(value)
+        )
         return value, [
             _settled(op, v, t) if isinstance(v, Tensor) else t
             for v, t in zip(value, each, strict=True)
         ]
     if not isinstance(value, Tensor):
-        return value, 1.0 if found is None or tainted(found) else 0.0
-    return value, _settled(op, value, found)
+        return value, 1.0 if derived_taint is None or tainted(derived_taint) else 0.0
+    return value, _settled(op, value, derived_taint)
 
 
-def _settled(op: TaintedOp, value: Tensor, found: Any) -> Tensor:
+def _settled(op: TaintedOp, value: Tensor, derived_taint: Any) -> Tensor:
     """The derived taint as a tensor that shares memory with other taints just as the value does."""
-    taint = _whole(value, found)
+    taint = _whole(value, derived_taint)
     if not is_moved(op.node):
         taint = torch.maximum(taint, value.isnan().float())
     elif any(
@@ -161,20 +165,20 @@ def _settled(op: TaintedOp, value: Tensor, found: Any) -> Tensor:
     return taint
 
 
-def _whole(value: Tensor, found: Tensor | float | None) -> Tensor:
-    """A derived taint in the shape of the value; all of it where there is none that fits."""
-    if isinstance(found, Tensor) and not found.is_complex() and _fits(found, value):
-        if found.shape == value.shape:
-            return found
+def _whole(value: Tensor, taint: Tensor | float | None) -> Tensor:
+    """A derived taint in the shape of the value; ones where it does not broadcast to it."""
+    if isinstance(taint, Tensor) and not taint.is_complex() and _fits(taint, value):
+        if taint.shape == value.shape:
+            return taint
         spread: Tensor = _filled(value, 0.0)
-        return spread.copy_(found)
-    whole: Tensor = _filled(value, found if isinstance(found, float) else 1.0)
+        return spread.copy_(taint)
+    whole: Tensor = _filled(value, taint if isinstance(taint, float) else 1.0)
     return whole
 
 
-def _fits(found: Tensor, value: Tensor) -> bool:
-    pairs = zip(reversed(found.shape), reversed(value.shape), strict=False)
-    return found.ndim <= value.ndim and all(n in (1, m) for n, m in pairs)
+def _fits(taint: Tensor, value: Tensor) -> bool:
+    pairs = zip(reversed(taint.shape), reversed(value.shape), strict=False)
+    return taint.ndim <= value.ndim and all(n in (1, m) for n, m in pairs)
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -23,7 +23,7 @@ from depcut.graph.interpreter import Interpreter, Pausing, finished
 from depcut.graph.operators import is_size
 from depcut.ops.registry import Output
 from depcut.plan.keep import Keep
-from depcut.reference.slices import open_mesh, take
+from depcut.reference.slices import index_tensors, take
 from depcut.support.torch_private import pytree
 
 Watched = dict[fx.Node, Any]
@@ -33,7 +33,7 @@ def kept_part(tensor: torch.Tensor, keep: Keep, output: Output) -> torch.Tensor:
     """The kept part of a dense activation."""
     if not isinstance(output, tuple) or not any(map(keep.narrows, output)):
         return tensor
-    return take(tensor, keep.mesh(output, tuple(tensor.shape)))
+    return take(tensor, keep.indices_by_dim(output, tuple(tensor.shape)))
 
 
 def _spread(small: torch.Tensor, keep: Keep, output: Output) -> torch.Tensor:
@@ -43,7 +43,7 @@ def _spread(small: torch.Tensor, keep: Keep, output: Output) -> torch.Tensor:
     terms = [axes.resolve(term) for term in output]
     shape = [n * t.size // keep.count(t) for n, t in zip(small.shape, terms, strict=True)]
     dense = small.new_zeros(shape)
-    dense[open_mesh(dense, keep.mesh(output, tuple(shape)))] = small
+    dense[index_tensors(dense, keep.indices_by_dim(output, tuple(shape)))] = small
     return dense
 
 
@@ -184,8 +184,8 @@ class ReferenceRun(Interpreter):
         if name not in self.program.parameters:
             # Buffers may be written to in place.
             tensor = tensor.clone()
-        made: torch.Tensor = cast(tensor, self.dtype)
-        return made
+        converted: torch.Tensor = cast(tensor, self.dtype)
+        return converted
 
     def call(self, node: fx.Node) -> Any:
         """The value of a node: on slices, on the kept indices, or with zeros."""
@@ -266,13 +266,13 @@ def example(
         len(nodes) == len(leaves) and is_symbolic(nodes[i].meta.get("val"))
         for i in range(len(leaves))
     ]
-    made = [
+    copies = [
         cast(leaf[:rows] if batch and rows else leaf, dtype).clone()
         if isinstance(leaf, torch.Tensor)
         else leaf
         for leaf, batch in zip(leaves, batched, strict=True)
     ]
-    args, kwargs = pytree.tree_unflatten(made, spec)
+    args, kwargs = pytree.tree_unflatten(copies, spec)
     return tuple(args), dict(kwargs)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from depcut.axes import Indices
-from depcut.axes.rows import opened
+from depcut.axes.rows import broadcastable
 
 
 def take(tensor: torch.Tensor, picked: tuple[Indices | None, ...]) -> torch.Tensor:
@@ -18,7 +18,7 @@ def take(tensor: torch.Tensor, picked: tuple[Indices | None, ...]) -> torch.Tens
     """
     out = tensor.detach()
     if any(kept is not None and kept.ndim > 1 for kept in picked):
-        out = out[open_mesh(out, picked)]
+        out = out[index_tensors(out, picked)]
     else:
         for dim, kept in enumerate(picked):
             if kept is not None:
@@ -28,7 +28,9 @@ def take(tensor: torch.Tensor, picked: tuple[Indices | None, ...]) -> torch.Tens
     return out
 
 
-def open_mesh(tensor: torch.Tensor, picked: tuple[Indices | None, ...]) -> tuple[torch.Tensor, ...]:
+def index_tensors(
+    tensor: torch.Tensor, picked: tuple[Indices | None, ...]
+) -> tuple[torch.Tensor, ...]:
     """Index tensors, one a dimension, that broadcast to the shape of what stays.
 
     Args:
@@ -36,6 +38,6 @@ def open_mesh(tensor: torch.Tensor, picked: tuple[Indices | None, ...]) -> tuple
         picked: What stays of its dimensions, as for `take`.
     """
     return tuple(
-        torch.from_numpy(opened(kept, tensor.shape[dim], dim, tensor.ndim)).to(tensor.device)
+        torch.from_numpy(broadcastable(kept, tensor.shape[dim], dim, tensor.ndim)).to(tensor.device)
         for dim, kept in enumerate(picked)
     )

@@ -1,4 +1,4 @@
-"""How much each unit matters: one vector a group, by name or by a user's own function."""
+"""Scores of units, one vector a group, by a criterion's name or a user's function."""
 
 from __future__ import annotations
 
@@ -60,17 +60,19 @@ def score(
     """
     if callable(criterion):
         label = repr(getattr(criterion, "__name__", criterion))
-        made = criterion(coupling, model, seed)
+        results = criterion(coupling, model, seed)
     else:
         check_criterion(criterion, calibration)
         wanted = Score(criterion) if isinstance(criterion, str) else criterion
         label, method = repr(wanted.name), CRITERIA[wanted.name]
-        made = method.function(Context(coupling, model, seed, method.settle(wanted), calibration))
+        results = method.function(
+            Context(coupling, model, seed, method.settle(wanted), calibration)
+        )
     try:
-        scores = [np.asarray(s, dtype=np.float64) for s in made]
+        scores = [np.asarray(s, dtype=np.float64) for s in results]
     except (TypeError, ValueError):
         scores = []
-    shapes = [((g.size,), (g.rows, g.size) if g.outer else None) for g in coupling.groups]
+    shapes = [((g.size,), (g.rows, g.size) if g.row_axis else None) for g in coupling.groups]
     if len(scores) != len(shapes) or not all(
         s.shape in known for s, known in zip(scores, shapes, strict=True)
     ):
@@ -78,7 +80,7 @@ def score(
             "the criterion returned vectors that do not match the groups",
             where=f"score={label}",
             remedy="return one vector of length group.size for every group, in order, or an array "
-            "[group.rows, group.size] for one that has group.outer",
+            "[group.rows, group.size] for one that has group.row_axis",
         )
     for group, values in zip(coupling.groups, scores, strict=True):
         if not np.isfinite(values).all():

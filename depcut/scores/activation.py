@@ -72,12 +72,12 @@ def _by_columns(context: Context, columns: _Columns) -> Scores:
             weights[site] = site.family.matrix(call).double()
             one, two, count = sums.get(site, (0.0, 0.0, 0))
             sums[site] = (one + x.sum(1), two + x.square().sum(1), count + x.shape[1])
-    found: list[list[Values]] = [[] for _ in coupling.groups]
+    parts: list[list[Values]] = [[] for _ in coupling.groups]
     for site, (one, two, count) in sums.items():
         values = columns(weights[site], one, two, count).cpu().numpy()
         for number, part in _onto_groups(context, site, values).items():
-            found[number].append(part)
-    return _or_norm(context, found)
+            parts[number].append(part)
+    return _or_norm(context, parts)
 
 
 def _onto_groups(context: Context, site: Site, values: Values) -> dict[int, Values]:
@@ -85,7 +85,7 @@ def _onto_groups(context: Context, site: Site, values: Values) -> dict[int, Valu
 
     A group that occurs twice in the columns gets both.
     """
-    index, found = context.coupling.group_of, dict[int, Values]()
+    index, by_group = context.coupling.group_of, dict[int, Values]()
     blocks = len(values)
     each = np.repeat(values.sum(1), site.rows.size // blocks) * blocks / site.rows.size
     rows = [
@@ -94,8 +94,8 @@ def _onto_groups(context: Context, site: Site, values: Values) -> dict[int, Valu
     for axis, part in (*unit_sums(site.term, values.sum(0)), *rows):
         if axis in index:
             number = index[axis].index
-            found[number] = found[number] + part if number in found else part
-    return found
+            by_group[number] = by_group[number] + part if number in by_group else part
+    return by_group
 
 
 def _is_block(site: Site, blocks: int, axis: axes.Axis) -> bool:
@@ -106,17 +106,17 @@ def _is_block(site: Site, blocks: int, axis: axes.Axis) -> bool:
     return bool((units == units[:, :1]).all())
 
 
-def _or_norm(context: Context, found: list[list[Values]]) -> Scores:
-    """Aggregated and compared; the L2 norm where nothing was found."""
+def _or_norm(context: Context, by_group: list[list[Values]]) -> Scores:
+    """Parts of each group aggregated and normalised; the L2 norm for groups without any."""
     scores = [
         _aggregated(context, parts) if parts else np.zeros(g.size)
-        for g, parts in zip(context.coupling.groups, found, strict=True)
+        for g, parts in zip(context.coupling.groups, by_group, strict=True)
     ]
     scores = compared(context, scores)
-    if all(found):
+    if all(by_group):
         return scores
     norms = l2(replace(context, score=replace(context.score, aggregate="sum", members="all")))
-    return [s if parts else n for s, n, parts in zip(scores, norms, found, strict=True)]
+    return [s if parts else n for s, n, parts in zip(scores, norms, by_group, strict=True)]
 
 
 def _aggregated(context: Context, parts: list[Values]) -> Values:
@@ -191,7 +191,7 @@ def _by_activations(
             part = statistic(slices, precision).cpu().numpy()
             key = (activation, number)
             sums[key] = sums[key] + part if key in sums else part
-    found: list[list[Values]] = [[] for _ in coupling.groups]
+    parts: list[list[Values]] = [[] for _ in coupling.groups]
     for (_, number), total in sums.items():
-        found[number].append(total / len(context.data.batches))
-    return _or_norm(context, found)
+        parts[number].append(total / len(context.data.batches))
+    return _or_norm(context, parts)

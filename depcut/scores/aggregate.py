@@ -1,4 +1,4 @@
-"""From numbers of a tensor's elements to scores of units: slices, members, groups."""
+"""Element saliencies summed to scores of units: over slices, members and groups."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def totals(
 def _by_row(context: Context, sums: Sums, name: str, dim: int, number: int) -> Values | None:
     """Sums of a member by row of a group's outer axis, None where it has none."""
     group = context.coupling.groups[number]
-    if group.outer is None:
+    if group.row_axis is None:
         return None
 
     def summed(kept: tuple[int, ...]) -> Values:
@@ -90,12 +90,14 @@ def _by_row(context: Context, sums: Sums, name: str, dim: int, number: int) -> V
 
 def _onto_groups(context: Context, name: str, dim: int, values: Values) -> dict[int, Values]:
     """Values of a dimension by group number; where a group occurs twice in it, both."""
-    found: dict[int, Values] = {}
+    by_group: dict[int, Values] = {}
     for axis, part in unit_sums(context.coupling.dims[name][dim], values):
         group = context.coupling.group_of.get(axis)
         if group is not None:
-            found[group.index] = found[group.index] + part if group.index in found else part
-    return found
+            by_group[group.index] = (
+                by_group[group.index] + part if group.index in by_group else part
+            )
+    return by_group
 
 
 def members(
@@ -118,7 +120,7 @@ def members(
             name = context.canonical.get(member.tensor)
             if name in context.weights and (names is None or name in names):
                 roles.setdefault((name, member.dim), set()).add(member.role)
-        of_role = [place for place, found in roles.items() if role in found]
+        of_role = [place for place, present in roles.items() if role in present]
         for place in of_role or roles:
             out.setdefault(place, set()).add(group.index)
     return out

@@ -1,4 +1,4 @@
-"""What a criterion is told, and how it is looked up: small frozen records."""
+"""Frozen records: options of a criterion, what it reads, and how it is registered."""
 
 from __future__ import annotations
 
@@ -104,8 +104,8 @@ class Context:
             for m in g.members
             if m.tensor in self.canonical
         )
-        found = {n: held[n].detach() for n in names if held[n].is_floating_point()}
-        for name, tensor in found.items():
+        weights = {n: held[n].detach() for n in names if held[n].is_floating_point()}
+        for name, tensor in weights.items():
             if tensor.is_meta:
                 raise InputError(
                     f"criterion {self.score.name!r} needs weights, and these are on the meta "
@@ -113,7 +113,7 @@ class Context:
                     where=name,
                     remedy="load the weights, or pass score='random'",
                 )
-        return found
+        return weights
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ _TINY = 1e-30
 
 
 class Reads(Protocol):
-    """What reads a group, for the units that are left."""
+    """A reader of a group, restricted to the units that are left."""
 
     def losses(self) -> torch.Tensor:
         """What removing each unit alone costs, (rows, units)."""

@@ -1,4 +1,4 @@
-"""A captured model made linear and positive: what flows through it says how units connect."""
+"""A captured model made linear and positive, whose derivatives are synaptic flow."""
 
 from __future__ import annotations
 
@@ -115,8 +115,8 @@ class Flow(Interpreter):
         return len(tensors) == 1 and is_pointwise(node.target)
 
     def _value(self, op: Op, name: str) -> Any:
-        found = op.arg(name) if op.has(name) else None
-        return self.values[found] if isinstance(found, fx.Node) else None
+        operand = op.arg(name) if op.has(name) else None
+        return self.values[operand] if isinstance(operand, fx.Node) else None
 
     def _norm(self, op: Op) -> torch.Tensor:
         x, weight, bias = (self._value(op, name) for name in ("input", "weight", "bias"))

@@ -1,4 +1,4 @@
-"""Where a unit lies among the others of its group: one close to all of them can be spared."""
+"""Criteria from the distances between a unit's weights and those of the others of its group."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def fpgm(context: Context) -> Scores:
             for name, dim in mine:
                 term = coupling.dims[name][dim]
                 rows = unit_slices(context.weights[name], dim, term, group.axis).flatten(1)
-                found = torch.cdist(rows[start : start + step], rows).square_()
+                distances = torch.cdist(rows[start : start + step], rows).square_()
                 if not squares:
-                    squares.append(found)
+                    squares.append(distances)
                 elif context.score.aggregate == "max":
-                    torch.maximum(squares[0], found, out=squares[0])
+                    torch.maximum(squares[0], distances, out=squares[0])
                 else:
-                    squares[0] += found
+                    squares[0] += distances
             count = len(mine) if context.score.aggregate == "mean" else 1
             total[start : start + step] = (squares[0] / count).sqrt_().sum(dim=1).cpu()
         scores.append(total.numpy())

@@ -32,10 +32,10 @@ def _products(context: Context, gradient: Elements) -> dict[str, torch.Tensor]:
 
 
 def _averaged(context: Context, saliency: Callable[[dict[str, torch.Tensor]], Scores]) -> Scores:
-    """Mean over the batches of what is made of g * w."""
+    """Mean over the batches of a saliency computed from g * w, element by element."""
     with trainable(context.model) as model:
-        found = gradients(model, context.data)
-        return _mean(saliency(_products(context, gradient)) for gradient in found)
+        batch_gradients = gradients(model, context.data)
+        return _mean(saliency(_products(context, gradient)) for gradient in batch_gradients)
 
 
 @criterion("taylor", needs="loss")
@@ -110,8 +110,10 @@ def _curved(context: Context, of_gradient: bool) -> Scores:
     H g is not linear in the loss, so GraSP's mean is one over batches.
     """
     with trainable(context.model) as model:
-        found = curvatures(model, context.data, of_gradient=of_gradient)
-        return _mean(totals(context, by_element(_products(context, c)), rows=True) for c in found)
+        hessian_products = curvatures(model, context.data, of_gradient=of_gradient)
+        return _mean(
+            totals(context, by_element(_products(context, c)), rows=True) for c in hessian_products
+        )
 
 
 @criterion("hessian", needs="loss")

@@ -1,4 +1,4 @@
-"""Data-free criteria: norms of all that a unit owns, and chance."""
+"""Data-free criteria: norms of a unit's weights, and random scores."""
 
 from __future__ import annotations
 
@@ -78,6 +78,6 @@ def lamp(context: Context) -> Scores:
 
 @criterion("random", aggregate=None, members=None, normalize=None)
 def uniform_random(context: Context) -> Scores:
-    """Independent uniform draws: the control that every criterion has to beat. Needs no data."""
+    """Independent uniform draws, the control for other criteria. Needs no data."""
     generator = np.random.default_rng(context.seed)
     return [generator.random(g.size) + 1e-9 for g in context.coupling.groups]

@@ -43,10 +43,10 @@ def independence(slices: torch.Tensor, _: float) -> torch.Tensor:
     maps = slices.flatten(3).permute(2, 0, 1, 3) if slices.ndim > 3 else slices[None]
     maps = maps[:: -(-len(maps) // _EXAMPLES)]
     total = slices.new_zeros(units)
-    for found in maps:
-        lines = found.reshape(units * indices, -1)
+    for feature_maps in maps:
+        lines = feature_maps.reshape(units * indices, -1)
         wide = lines.shape[1] > len(lines)
-        total += _nuclear(lines @ lines.T if wide else lines.T @ lines) - _without(found)
+        total += _nuclear(lines @ lines.T if wide else lines.T @ lines) - _without(feature_maps)
     return total / len(maps)
 
 
@@ -55,20 +55,20 @@ def _nuclear(gram: torch.Tensor) -> torch.Tensor:
     return values.clamp(min=0).sqrt().sum(-1)
 
 
-def _without(found: torch.Tensor) -> torch.Tensor:
+def _without(maps: torch.Tensor) -> torch.Tensor:
     """Nuclear norm of (units, indices, positions) without each of the units."""
-    units, indices, positions = found.shape
-    lines = found.reshape(units * indices, positions)
+    units, indices, positions = maps.shape
+    lines = maps.reshape(units * indices, positions)
     side = min(lines.shape)
     step = max(1, _ENTRIES // (side * side))
     out = []
     for start in range(0, units, step):
-        block = torch.arange(start, min(start + step, units), device=found.device)
+        block = torch.arange(start, min(start + step, units), device=maps.device)
         if positions <= len(lines):
-            own = found[block]
+            own = maps[block]
             gram = lines.T @ lines - own.transpose(1, 2) @ own
         else:
-            owner = torch.arange(units, device=found.device).repeat_interleave(indices)
+            owner = torch.arange(units, device=maps.device).repeat_interleave(indices)
             kept = (owner[None] != block[:, None]).double()
             gram = (lines @ lines.T) * kept[:, :, None] * kept[:, None, :]
         out.append(_nuclear(gram))

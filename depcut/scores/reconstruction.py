@@ -1,4 +1,4 @@
-"""What the layers that read a unit lose with it, after the best repair: optimal brain surgery."""
+"""Reconstruction error of the layers that read a unit, re-solved without it (OBS)."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def obs(context: Context) -> Scores:
 
     For a weight W (out, in) that reads inputs of covariance H, removing the columns S and
     re-solving the others costs tr(W_S ((H^-1)_SS)^-1 W_S^T); W and H^-1 are then updated for the
-    next removal. Rows of W are weighted by how much the model's outputs feel an error in them
-    (`sensitivities`), so that losses of all layers are shares of the outputs' variance and add up.
+    next removal. Rows of W are weighted by the outputs' mean squared derivative with respect to
+    them (`sensitivities`): losses of all layers are shares of the outputs' variance and add up.
     A product of two activations that sums over the units (head_dim of queries and keys) adds the
     energy of their terms in it, as nothing there can be re-solved. The cheapest units go first; a
     unit's score is the loss that its removal added. Units that neither reads have their share of
@@ -55,7 +55,7 @@ def obs(context: Context) -> Scores:
     removal); Martens & Grosse, K-FAC, ICML 2015 (rows weighted by squared derivatives). Needs data.
     """
     coupling = context.coupling
-    sites, products = find_sites(coupling), _products(coupling)
+    sites, products = find_sites(coupling), _activation_products(coupling)
     # All moments at once, or, with little memory, those of one group after the other.
     gathered = None
     if not context.data.low_memory:
@@ -77,8 +77,8 @@ def obs(context: Context) -> Scores:
     for group in coupling.groups:
         if gathered is None or context.data.low_memory:
             gathered = _gather(context, sites, products, [group])
-        found = [_reader(s, group, gathered, felt.get(s.node)) for s in reading[group.axis]]
-        readers: list[Reads] = [r for r in found if r is not None]
+        weights = [_reader(s, group, gathered, felt.get(s.node)) for s in reading[group.axis]]
+        readers: list[Reads] = [r for r in weights if r is not None]
         readers += [
             Terms.of(
                 gathered.products[p], float(felt.get(p.node, torch.ones(())).sum()), group.rows
@@ -89,15 +89,15 @@ def obs(context: Context) -> Scores:
             out.append(plain[group.index])
             continue
         scores = eliminated(readers, group.rows, group.size)
-        out.append(scores if group.outer is not None else scores[0])
+        out.append(scores if group.row_axis is not None else scores[0])
     return out
 
 
 def _shares(context: Context) -> Scores:
     """Each unit's share of the sum of squares over all members of its group."""
     plain = replace(context, score=Score("l2", aggregate="sum", members="all"))
-    found = totals(plain, powers(plain, 2))
-    return [t / s if (s := float(t.sum())) > 0 else np.full_like(t, 1 / len(t)) for t in found]
+    sums = totals(plain, powers(plain, 2))
+    return [t / s if (s := float(t.sum())) > 0 else np.full_like(t, 1 / len(t)) for t in sums]
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +117,7 @@ class _ActivationProduct:
     heads: int | None
 
 
-def _products(coupling: Coupling) -> list[_ActivationProduct]:
+def _activation_products(coupling: Coupling) -> list[_ActivationProduct]:
     """Products of two activations that sum over nothing but one axis."""
     out = []
     weights = Weights(coupling.program)
@@ -138,15 +138,15 @@ def _products(coupling: Coupling) -> list[_ActivationProduct]:
 def _heads(coupling: Coupling, operands: tuple[fx.Node, fx.Node], term: axes.Axis) -> int | None:
     """Size of the outer axis of a summed axis, where it is the third dimension from the end."""
     group = coupling.group_of.get(term)
-    if group is None or group.outer is None:
+    if group is None or group.row_axis is None:
         return None
     for node in operands:
         dims = coupling.env[node]
         if not isinstance(dims, tuple) or len(dims) <= _MATRIX:
             return None
-        if axes.resolve(dims[-3]) is not group.outer:
+        if axes.resolve(dims[-3]) is not group.row_axis:
             return None
-    return group.outer.size
+    return group.row_axis.size
 
 
 @dataclass
@@ -169,7 +169,7 @@ def _gather(
 ) -> _Gathered:
     """One pass over the data for what reads some groups."""
     coupling = context.coupling
-    found = _Gathered({}, {}, {})
+    gathered = _Gathered({}, {}, {})
     free = {group.axis for group in groups}
     needed = [s for s in sites if any(leaf in free for leaf in axes.leaves(s.term))]
     wanted = [p for p in products if p.term in free]
@@ -180,24 +180,24 @@ def _gather(
     for _, node, call in visits(coupling, context.model, context.data, list(at), "second moments"):
         for item in at[node]:
             if isinstance(item, Site):
-                _add_inputs(found, item, call)
+                _add_inputs(gathered, item, call)
             else:
-                _add_terms(found, item, call)
-    return found
+                _add_terms(gathered, item, call)
+    return gathered
 
 
-def _add_inputs(found: _Gathered, site: Site, call: Call) -> None:
+def _add_inputs(gathered: _Gathered, site: Site, call: Call) -> None:
     x = site.family.inputs(call).double()
     xx, total, count = x.transpose(1, 2) @ x, x.sum(1), x.shape[1]
-    if site in found.inputs:
-        before = found.inputs[site]
+    if site in gathered.inputs:
+        before = gathered.inputs[site]
         xx, total, count = before[0].add_(xx), before[1].add_(total), before[2] + count
     else:
-        found.weights[site] = site.family.matrix(call).detach().double()
-    found.inputs[site] = xx, total, count
+        gathered.weights[site] = site.family.matrix(call).detach().double()
+    gathered.inputs[site] = xx, total, count
 
 
-def _add_terms(found: _Gathered, product: _ActivationProduct, call: Call) -> None:
+def _add_terms(gathered: _Gathered, product: _ActivationProduct, call: Call) -> None:
     """Gram matrix of the rank-one terms a_d b_d^T of a product: (A^T A) * (B^T B) by element."""
     squares = [_squares(product, call, which) for which in (0, 1)]
     a, b = squares
@@ -210,7 +210,7 @@ def _add_terms(found: _Gathered, product: _ActivationProduct, call: Call) -> Non
         gram = both.reshape(-1, heads, *both.shape[-2:]).sum(0).cpu().numpy()
     else:
         gram = both.reshape(-1, *both.shape[-2:]).sum(0, keepdim=True).cpu().numpy()
-    found.products[product] = found.products.get(product, 0.0) + gram
+    gathered.products[product] = gathered.products.get(product, 0.0) + gram
 
 
 def _squares(product: _ActivationProduct, call: Call, which: int) -> torch.Tensor:
@@ -247,14 +247,14 @@ def _reader(
         gathered: Moments of what the site reads.
         felt: See `sensitivities`; None: an error counts as a share of its outputs' variance.
     """
-    found = gathered.inputs.get(site)
+    moments = gathered.inputs.get(site)
     owners = site.units(group.axis)
-    if found is None or not (owners >= 0).any():
+    if moments is None or not (owners >= 0).any():
         return None
     at = _columns(site, group, owners, len(gathered.weights[site]))
     if at is None:
         return None
-    xx, total, count = found
+    xx, total, count = moments
     if site.takes_shift:
         xx = xx - total[:, :, None] * total[:, None, :] / count
     weight = gathered.weights[site]
@@ -269,11 +269,11 @@ def _reader(
     level = xx.diagonal(dim1=1, dim2=2).mean(1)
     level = level.clamp_min(1e-6 * float(level.max()) + _TINY)
     damped = xx.clone()
-    noise = _NOISE * found[0].diagonal(dim1=1, dim2=2).mean(1)
+    noise = _NOISE * moments[0].diagonal(dim1=1, dim2=2).mean(1)
     damped.diagonal(dim1=1, dim2=2).add_((_DAMPING * level + noise)[:, None])
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     # Constant inputs carry nothing that a bias does not.
-    constant = float((gram * xx).sum()) <= _NOISE * float((gram * found[0]).sum())
+    constant = float((gram * xx).sum()) <= _NOISE * float((gram * moments[0]).sum())
     gram = torch.zeros_like(gram) if constant else gram / max(scale, _TINY)
     return Weight(inverse.cpu(), gram.cpu(), torch.from_numpy(at[0]), at[1])
 
@@ -285,9 +285,9 @@ def _columns(
 
     None where the rows of the group are neither told apart by columns nor by blocks.
     """
-    inside = np.full_like(owners, -1) if group.outer is None else site.units(group.outer)
+    inside = np.full_like(owners, -1) if group.row_axis is None else site.units(group.row_axis)
     by_column = bool((inside >= 0).any())
-    blockwise = group.outer is not None and not by_column
+    blockwise = group.row_axis is not None and not by_column
     if blockwise and blocks != group.rows:
         return None
     key = np.where(owners >= 0, np.maximum(inside, 0) * group.size + owners, -1)

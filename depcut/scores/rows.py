@@ -52,7 +52,7 @@ def row_sums(summed: Summed, dims: Dims, group: Group, dim: int | None = None) -
         Of shape [size], or [rows, size] where the group has an outer axis.
     """
     terms = tuple(map(axes.resolve, dims))
-    inner, outer = group.axis, group.outer
+    inner, outer = group.axis, group.row_axis
     total = np.zeros((group.rows, group.size))
     for i, term in enumerate(terms):
         if inner not in axes.leaves(term) or dim not in (None, i):

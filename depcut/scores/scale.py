@@ -1,4 +1,4 @@
-"""Scales that a network has learned for its own units."""
+"""Criteria from learned scales: |gamma| of norms and other per-channel factors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def scales(context: Context) -> set[str]:
         context: The captured model.
     """
     program = context.coupling.program
-    found = set()
+    scaling = set()
     for node in program.graph.graph.nodes:
         if not is_operator(node):
             continue
@@ -38,8 +38,8 @@ def scales(context: Context) -> set[str]:
             named = {program.tensors.get(weight) if weight is not None else None}
         else:
             continue
-        found |= {context.canonical[n] for n in named if n in context.canonical}
-    return found
+        scaling |= {context.canonical[n] for n in named if n in context.canonical}
+    return scaling
 
 
 @criterion("bn", aggregate="mean")
@@ -49,17 +49,17 @@ def bn(context: Context) -> Scores:
     The norms are found in the graph: batch, layer, group and RMS norm, and parameters that an
     activation is multiplied with. A group without any has its L2 norm instead; with the default
     "mean" normalisation both have a mean of one.
-    In a transformer the norms scale the residual stream alone: they say how far it is stretched,
-    not what the layers that read it make of that.
+    In a transformer the norms scale the residual stream alone: the score leaves out the weights of
+    the layers that read it.
     Source: Liu et al., Learning Efficient Convolutional Networks through Network Slimming,
     ICCV 2017. Needs no data, but training with a penalty on |gamma| to mean much.
     """
     names = scales(context)
     gammas = by_element({n: w.abs() for n, w in context.weights.items() if n in names})
-    found = {n for groups in members(context, names).values() for n in groups}
+    covered = {n for groups in members(context, names).values() for n in groups}
     scaled = compared(context, totals(context, gammas, names))
     # The norms that scale a unit are a mean; all that it owns is a sum.
     whole = l2(replace(context, score=replace(context.score, aggregate="sum")))
     return [
-        scaled[g.index] if g.index in found else whole[g.index] for g in context.coupling.groups
+        scaled[g.index] if g.index in covered else whole[g.index] for g in context.coupling.groups
     ]

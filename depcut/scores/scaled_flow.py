@@ -1,4 +1,4 @@
-"""The flow of a network in numbers that neither overflow nor vanish at any depth."""
+"""`Flow` with a power of two beside each tensor: no overflow or underflow at any depth."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class ScaledFlow(Flow):
         return self._summed(n, floats, given)
 
     def _attended(self, n: fx.Node, e: Mapping[fx.Node, float]) -> Any:
-        """Attention: what the mask adds to the products must be as large as they are."""
+        """Attention, with one power of two for the products and the mask that is added to them."""
         names = ("query", "key", "value", "attn_mask")
         given: dict[str, Any] = {**dict(zip(names, n.args, strict=False)), **n.kwargs}
         product, mask = e[given["query"]] + e[given["key"]], given.get("attn_mask")
@@ -90,10 +90,10 @@ class ScaledFlow(Flow):
 
     def _bounded(self, n: fx.Node, value: Any, exponent: float) -> Any:
         """A value, rescaled where its numbers are out of bounds, and its exponent noted."""
-        found = _tensors(value)
-        if n.op != "call_function" or n not in self.activations or not found:
+        tensors = _tensors(value)
+        if n.op != "call_function" or n not in self.activations or not tensors:
             return value
-        largest = max((float(t.detach().abs().max()) for t in found if t.numel()), default=0.0)
+        largest = max((float(t.detach().abs().max()) for t in tensors if t.numel()), default=0.0)
         if largest and math.isfinite(largest) and abs(math.log2(largest)) > _BITS:
             shift = math.floor(math.log2(largest))
             value, exponent = _times(value, 2.0**-shift), exponent + shift

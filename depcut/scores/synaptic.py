@@ -1,4 +1,4 @@
-"""SynFlow: which units carry the flow of a network, asked again after each small removal."""
+"""SynFlow: the flow through each unit, computed anew after each round of removals."""
 
 from __future__ import annotations
 
@@ -35,9 +35,10 @@ def synflow(context: Context) -> Scores:
     flow in the round that removes it, as a share of the largest), so that the order of the scores
     is the order of removal; for what stays, n + its flow in the last round that removes any.
 
-    What keeps a layer from collapsing is that all flow must pass it, so that the fewer units are
-    left, the more each carries. Beside a skip connection nothing must: a residual branch that ends
-    without a norm may go down to a single unit where scores are ranked over all groups.
+    All flow passes through a layer without a skip connection, so that the fewer units are left,
+    the higher each scores: such a layer does not collapse. Beside a skip connection this does not
+    hold: a residual branch that ends without a norm may go down to a single unit where scores are
+    ranked over all groups.
     Source: Tanaka et al., Pruning Neural Networks without Any Data by Iteratively Conserving
     Synaptic Flow, NeurIPS 2020, eq. 1 and algorithm 1. Needs no data.
     """
@@ -111,11 +112,11 @@ class _Network:
             total = self.flow.total({n: masked[c] for n, c in names.items() if c in masked})
             # Derivatives grow towards the inputs: a start far down leaves them the whole range.
             total = total * 2.0**-_HEADROOM
-            found = torch.autograd.grad(total, list(masked.values()), allow_unused=True)
+            gradients = torch.autograd.grad(total, list(masked.values()), allow_unused=True)
         with torch.no_grad():
             elements = {
                 name: torch.zeros_like(tensor) if gradient is None else (tensor * gradient).abs()
-                for (name, tensor), gradient in zip(masked.items(), found, strict=True)
+                for (name, tensor), gradient in zip(masked.items(), gradients, strict=True)
             }
             flows = totals(context, by_element(elements))
         largest = max(float(f.max()) for f in flows)

@@ -1,1 +1,1 @@
-"""What every stage needs and none owns: tables, files, progress, checks of plain values."""
+"""Helpers of all stages: files, codecs, tables, argument checks, private names of libraries."""

@@ -1,4 +1,4 @@
-"""Numbers that a user passes: of the right kind and in their range, or refused by name."""
+"""Checks of numbers that a user passes: their kind and range; errors name the argument."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_integer(
     where: str | None = None,
     remedy: str | None = None,
 ) -> int:
-    """An integer in a range, as Python's own; NumPy's count as integers, booleans do not.
+    """Check an integer and return it as Python's own; NumPy's count as integers, booleans do not.
 
     Args:
         value: What the user passed.
@@ -59,7 +59,7 @@ def check_number(
     what: str | None = None,
     where: str | None = None,
 ) -> float:
-    """A finite number in a range; NumPy's are numbers, booleans and tensors are not.
+    """Check that a value is a finite number; NumPy's count, booleans and tensors do not.
 
     Args:
         value: What the user passed.

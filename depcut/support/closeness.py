@@ -80,8 +80,8 @@ def relative_error(wanted: Sequence[Any], got: Sequence[Any]) -> tuple[float, st
             return math.inf, f"an output of shape {shape} instead of {tuple(want.shape)}"
         if want.is_meta or not (want.is_floating_point() or want.is_complex()):
             continue
-        found = gap(want, have)
-        if found.worst == math.inf:
+        difference = gap(want, have)
+        if difference.worst == math.inf:
             return math.inf, "an output that is not finite where the dense model's is"
-        worst = max(worst, found.relative)
+        worst = max(worst, difference.relative)
     return worst, ""

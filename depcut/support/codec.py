@@ -33,7 +33,7 @@ def save(tree: Any, folder: Path) -> None:
 
 
 def load(folder: Path) -> Any:
-    """What `save` was given, its tensors on the CPU.
+    """Read a state that `save` wrote; its tensors are on the CPU.
 
     Args:
         folder: Where it was saved.
@@ -64,7 +64,7 @@ def load_entry(folder: Path, key: str) -> Any:
 
 
 def encoded(tree: Any) -> tuple[Any, dict[str, Tensor]]:
-    """A state as what JSON holds and what safetensors holds.
+    """Split a state into plain data for JSON and tensors for safetensors.
 
     Args:
         tree: Dictionaries, lists, tuples, tensors, numbers, strings, None.
@@ -105,7 +105,7 @@ def _encoded(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def decoded(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """What `encoded` was given.
+    """Put a state that `encoded` split together again.
 
     Args:
         plain: The plain data that it returned.

@@ -94,8 +94,10 @@ def replacing(
     with _translated(path, what, error):
         try:
             old = _mode(target)
-            made = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, (old or 0o666) | 0o600)
-            os.close(made)
+            descriptor = os.open(
+                draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, (old or 0o666) | 0o600
+            )
+            os.close(descriptor)
             mode = _mode(draft) if old is None else old
             yield draft
             _finish(draft, target, mode, flush)
@@ -147,7 +149,7 @@ def move(draft: Path, target: Path) -> None:
 def workplace(
     path: str | os.PathLike[str], what: str = "file", error: type[DepcutError] = DepcutError
 ) -> Iterator[tuple[Path, Path]]:
-    """A hidden folder beside a file that is to be made of several ones, gone afterwards.
+    """A hidden folder beside a file that is put together from several; removed afterwards.
 
     Args:
         path: The file to make or replace.

@@ -161,14 +161,14 @@ def _documented(text: str, kind: type[Any], names: list[str]) -> str:
     end = at[0] + 1
     while end < len(lines) and lines[end].startswith(indent + " "):
         end += 1
-    made: list[str] = []
+    entries: list[str] = []
     for name in names:
         default = default_of(kind, name)
         shown = "" if default is MISSING or default is None else f" Default: {default!r}."
-        made += textwrap.wrap(
+        entries += textwrap.wrap(
             f"{name}: {doc_of(kind, name)}{shown}",
             _WIDTH,
             initial_indent=indent,
             subsequent_indent=indent + "    ",
         )
-    return "\n".join([*lines[: at[0]], *made, *lines[end:]])
+    return "\n".join([*lines[: at[0]], *entries, *lines[end:]])

@@ -1,4 +1,4 @@
-"""The machine that numbers hold for."""
+"""The name of the machine, which stands beside measured times."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The oldest torch that depcut runs on, checked before anything else of the package is imported.
 
-What an older torch lacks would otherwise fail one by one, each under a name of its own.
+An older torch would otherwise fail with an ImportError or AttributeError for a name that it lacks.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def check_torch(version: str) -> None:
     Raises:
         TorchVersionError: It is older than `TORCH_FLOOR`.
     """
-    found = re.match(r"(\d+)\.(\d+)", version)
+    release = re.match(r"(\d+)\.(\d+)", version)
     floor = ".".join(map(str, TORCH_FLOOR))
-    if found is not None and (int(found[1]), int(found[2])) < TORCH_FLOOR:
+    if release is not None and (int(release[1]), int(release[2])) < TORCH_FLOOR:
         raise TorchVersionError(
             f"torch {version} is installed, depcut needs {floor} or newer",
             where="import depcut",

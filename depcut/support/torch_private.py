@@ -164,8 +164,8 @@ def make_subclass(kind: type[nn.Parameter], data: Tensor, requires_grad: bool) -
         data: Its values, which it shares.
         requires_grad: Whether it is trained.
     """
-    made: Tensor = torch.Tensor._make_subclass(kind, data, requires_grad)
-    return made
+    parameter: Tensor = torch.Tensor._make_subclass(kind, data, requires_grad)
+    return parameter
 
 
 def compile_settings(**changes: Any) -> AbstractContextManager[None]:

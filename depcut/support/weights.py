@@ -79,7 +79,7 @@ def write_tensors(
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """What `write_tensors` wrote.
+    """Read the tensors of a safetensors file, by name.
 
     Args:
         path: The file.
@@ -99,7 +99,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 @contextmanager
 def _storing() -> Iterator[None]:
-    """What safetensors raises for a full disk, as the OSError that it is."""
+    """Raise an error of safetensors (a full disk, for one) as an OSError."""
     from safetensors import SafetensorError
 
     try:

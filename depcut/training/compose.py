@@ -11,7 +11,7 @@ from depcut import axes
 from depcut.analysis import Analysis
 from depcut.apply.plan import Plan, planned
 from depcut.axes import Indices
-from depcut.axes.rows import opened
+from depcut.axes.rows import broadcastable
 from depcut.coupling.groups import Coupling, Group
 from depcut.errors import PlanError
 
@@ -53,7 +53,7 @@ def composed(dense: Analysis, steps: list[TensorIndices], settings: Mapping[str,
 def _open(sizes: tuple[int, ...], step: tuple[Indices | None, ...]) -> Origins:
     """Index arrays of a tensor's rank."""
     pairs = enumerate(zip(sizes, step, strict=True))
-    return tuple(opened(kept, size, dim, len(sizes)) for dim, (size, kept) in pairs)
+    return tuple(broadcastable(kept, size, dim, len(sizes)) for dim, (size, kept) in pairs)
 
 
 def _after(now: Origins, step: tuple[Indices | None, ...] | None) -> Origins:
@@ -72,16 +72,16 @@ def _after(now: Origins, step: tuple[Indices | None, ...] | None) -> Origins:
 
 def _units(group: Group, kept: Mapping[str, Origins], coupling: Coupling) -> Indices:
     """What is left of a group: a list, or one for each row of its outer axis."""
-    rows = 1 if group.outer is None else group.rows
+    rows = 1 if group.row_axis is None else group.rows
     for member in group.members:
         dims = tuple(map(axes.resolve, coupling.dims[member.tensor]))
         owners = _owners(dims, kept[member.tensor], group.axis, member.dim)
         outer = np.zeros(1, dtype=np.int64)
-        if group.outer is not None:
-            at = next((d for d, t in enumerate(dims) if group.outer in axes.leaves(t)), None)
+        if group.row_axis is not None:
+            at = next((d for d, t in enumerate(dims) if group.row_axis in axes.leaves(t)), None)
             if at is None:
                 continue
-            outer = _owners(dims, kept[member.tensor], group.outer, at)
+            outer = _owners(dims, kept[member.tensor], group.row_axis, at)
         owners, outer = np.broadcast_arrays(owners, outer)
         found = (owners >= 0) & (outer >= 0)
         flags = np.zeros((rows, group.size), dtype=bool)

@@ -7,7 +7,7 @@ import math
 from torch import nn
 
 from depcut.apply.plan import Plan
-from depcut.reference.slices import open_mesh
+from depcut.reference.slices import index_tensors
 
 
 def relative_distance(model: nn.Module, plan: Plan) -> float:
@@ -38,7 +38,7 @@ def relative_distance(model: nn.Module, plan: Plan) -> float:
             gone += squares.numel()
             removed += float(squares.sum())
         elif name in keep.tensors:
-            kept = open_mesh(squares, keep.tensors[name])
+            kept = index_tensors(squares, keep.tensors[name])
             gone += squares.numel() - squares[kept].numel()
             squares[kept] = 0
             removed += float(squares.sum())

@@ -26,7 +26,7 @@ from depcut.errors import InputError, PlanError
 from depcut.options import IterateKeywords, Options
 from depcut.plan.cost import COSTS
 from depcut.plan.fingerprint import fingerprint
-from depcut.repair.mend import wants_repair
+from depcut.repair.after_rewrite import wants_repair
 from depcut.rewrite.optimizer import check_optimizer
 from depcut.scores import score_name
 from depcut.support.checks import check_integer

@@ -114,10 +114,10 @@ class _Trial:
             key = number if group.tied is None else ("tied", group.tied)
             count = max(counts.setdefault(key, group.size // 2), group.floor, 1)
             if count < group.size:
-                rows = 1 if group.outer is None else group.rows
+                rows = 1 if group.row_axis is None else group.rows
                 order = rng.permuted(np.tile(np.arange(group.size), (rows, 1)), axis=1)
                 chosen = np.sort(order[:, :count])
-                units[number] = chosen[0] if group.outer is None else chosen
+                units[number] = chosen[0] if group.row_axis is None else chosen
         keep = Keep(self.coupling, units)
         with suppress(RuntimeError):  # the code may insist on its own precision
             return self._difference(keep, torch.float64) <= self.limit

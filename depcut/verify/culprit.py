@@ -14,7 +14,7 @@ from depcut.reference.run import Reference, example
 from depcut.rewrite.build import Slim
 from depcut.support.closeness import relative_error
 from depcut.support.torch_private import pytree
-from depcut.verify.observe import Trial, observe_clone
+from depcut.verify.module_results import Trial, module_results_of_clone
 
 RUNTIME_ERRORS = (
     RuntimeError,
@@ -59,7 +59,7 @@ def culprits(slim: Slim, model: nn.Module, limit: float) -> list[str]:
         if name in calls:
             run.watch(name, module, calls[name])
     try:
-        observe_clone(made, keep, Trial())
+        module_results_of_clone(made, keep, Trial())
     except Exception:  # noqa: BLE001  the innermost call still open is the one that raised
         raised = next((n for n in reversed(run.running) if n not in slim.generated), "")
         return run.wrong or [raised]

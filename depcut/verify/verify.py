@@ -24,7 +24,7 @@ from depcut.rewrite.copying import copied
 from depcut.support.closeness import relative_error
 from depcut.support.torch_private import pytree
 from depcut.verify.culprit import RUNTIME_ERRORS, culprits
-from depcut.verify.observe import Trial, observe
+from depcut.verify.module_results import Trial, module_results
 
 __all__ = ["masked_outputs", "verify", "verify_equal"]
 
@@ -43,7 +43,7 @@ def _is_random(keep: Keep) -> bool:
 def _compare(slim: Slim, expected: tuple[list[Any], Watched], trial: Trial) -> tuple[float, str]:
     """Largest relative difference of outputs and top-level children, and what is wrong besides."""
     keep = slim.keep
-    seen = observe(slim.model, keep, trial)
+    seen = module_results(slim.model, keep, trial)
     outputs, watched = expected
     nodes = [n for n in seen.values if isinstance(watched.get(n), torch.Tensor)]
     inner = [kept_part(watched[n], keep, keep.coupling.env[n]) for n in nodes]
@@ -149,7 +149,9 @@ def verify_equal(slim: nn.Module, keep: Keep, model: nn.Module) -> float:
     whole = Keep(keep.coupling, {})
 
     def difference(made: nn.Module, trial: Trial) -> tuple[float, str]:
-        return relative_error(_expected(whole, model, trial)[0], observe(made, keep, trial).outputs)
+        return relative_error(
+            _expected(whole, model, trial)[0], module_results(made, keep, trial).outputs
+        )
 
     size, message = difference(slim, Trial())
     if _is_random(keep) and not message:
@@ -242,10 +244,10 @@ def _verify_shapes(slim: Slim, model: nn.Module) -> float:
         0.0 where the shapes agree, NaN where the dense model does not run on the meta device.
     """
     try:
-        observe(model, Keep(slim.keep.coupling, {}), Trial())
+        module_results(model, Keep(slim.keep.coupling, {}), Trial())
     except RUNTIME_ERRORS:
         return math.nan
-    seen = observe(slim.model, slim.keep, Trial())
+    seen = module_results(slim.model, slim.keep, Trial())
     if seen.shape:
         raise VerificationError(
             seen.shape,

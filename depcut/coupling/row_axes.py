@@ -28,7 +28,7 @@ Tensors = Iterable[tuple[Label, Dims]]
 
 
 @dataclass(frozen=True)
-class Outer:
+class RowAxis:
     """The outer axis of a group.
 
     Attributes:
@@ -63,7 +63,7 @@ def occurrences(dims: Dims, wanted: Mapping[Axis, str]) -> list[Occurrence]:
     """
     counts = [Counter(axes.leaves(term)) for term in dims]
     direct = [_factors(term) for term in dims]
-    found: dict[tuple[Axis, int], Occurrence] = {}
+    by_place: dict[tuple[Axis, int], Occurrence] = {}
     for i, term in enumerate(dims):
         others = [j for j in range(len(dims)) if j != i]
         across = {
@@ -79,10 +79,10 @@ def occurrences(dims: Dims, wanted: Mapping[Axis, str]) -> list[Occurrence]:
             far = {a: False for a in across if not beside[a] and a is not inner}
             here = Occurrence(inner, near | far)
             # A dimension that holds the axis twice must hold it alike.
-            known = found.get((inner, i), here).partners
+            known = by_place.get((inner, i), here).partners
             alike = {a: own for a, own in here.partners.items() if known.get(a) is own}
-            found[inner, i] = Occurrence(inner, alike)
-    return list(found.values())
+            by_place[inner, i] = Occurrence(inner, alike)
+    return list(by_place.values())
 
 
 def _walk(
@@ -156,18 +156,18 @@ class _Search:
                         inner, outer, f"{label()} pairs the rows of {self.names.get(outer)!r}"
                     )
 
-    def result(self) -> dict[Axis, Outer]:
+    def result(self) -> dict[Axis, RowAxis]:
         """One outer axis for each group at most; what is an outer axis has none itself."""
         taken: set[Axis] = set()
-        out: dict[Axis, Outer] = {}
+        out: dict[Axis, RowAxis] = {}
         for inner in reversed(list(self.names)):
             candidates = self.left.get(inner, [])
-            usable = [a for a in candidates if out.get(a, Outer(None)).axis is None]
+            usable = [a for a in candidates if out.get(a, RowAxis(None)).axis is None]
             if usable and inner not in taken:
-                out[inner] = Outer(usable[0])
+                out[inner] = RowAxis(usable[0])
                 taken.add(usable[0])
             else:
-                out[inner] = Outer(None, self._why(inner, bool(candidates)))
+                out[inner] = RowAxis(None, self._why(inner, bool(candidates)))
         return out
 
     def _why(self, inner: Axis, spare: bool) -> str:
@@ -180,13 +180,13 @@ class _Search:
         return why or f"no other axis goes with it in {self.first.get(inner, 'any tensor')}"
 
 
-def find_outer(
+def find_row_axes(
     names: Mapping[Axis, str],
     tensors: Mapping[str, Dims],
     env: Mapping[fx.Node, Output],
     effects: Mapping[fx.Node, Effects],
     label: Callable[[fx.Node], str],
-) -> dict[Axis, Outer]:
+) -> dict[Axis, RowAxis]:
     """The outer axis of each group.
 
     Args:
@@ -200,8 +200,8 @@ def find_outer(
     seen: set[tuple[int, ...]] = set()
     nodes = {node: shapes_of(output) for node, output in env.items()}
     held = [(partial(str, name), dims) for name, dims in tensors.items()]
-    made = [(partial(label, node), d) for node, shapes in nodes.items() for d in shapes]
-    for name, dims in [*held, *made]:
+    results = [(partial(label, node), d) for node, shapes in nodes.items() for d in shapes]
+    for name, dims in [*held, *results]:
         key = tuple(map(id, dims))
         if key not in seen:
             seen.add(key)

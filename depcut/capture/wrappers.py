@@ -22,7 +22,7 @@ def _is_wrapper(node: fx.Node) -> bool:
 
 
 def _inline_one(graph_module: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
-    """Put a wrapper's body in its place; what of it is in the graph now."""
+    """Replace a wrapper by its body; returns the copies of the body's calls."""
     at = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr")
     body_node = node.args[at]
     assert isinstance(body_node, fx.Node)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import depcut
-from depcut.apply.report import origin_of
+from depcut.apply.report import lineage_of
 
 
 def net():
@@ -56,8 +56,8 @@ def test_a_plan_from_a_file_tells_the_same(tmp_path):
 def test_the_last_plan_counts():
     first = depcut.shrink(net(), 0.3, INPUTS, align=1)
     second = depcut.shrink(first, 0.5, INPUTS, align=1)
-    assert origin_of(first)["ratio"] == "0.3"
-    assert origin_of(second)["ratio"] == "0.5"
+    assert lineage_of(first)["ratio"] == "0.3"
+    assert lineage_of(second)["ratio"] == "0.5"
 
 
 def test_the_model_stays_what_it_was():

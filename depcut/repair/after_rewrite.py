@@ -11,7 +11,7 @@ from depcut.repair.compensate import Compensation, compensate
 from depcut.repair.folding import fold_constants, may_fold
 
 
-def mend(
+def repair(
     slim: nn.Module, model: nn.Module, keep: Keep, data: Calibration | None
 ) -> Compensation | None:
     """Make a narrowed model, in place, come closer to the dense one.

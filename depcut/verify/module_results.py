@@ -18,7 +18,7 @@ from depcut.support.torch_private import pytree
 
 
 @dataclass
-class Observed:
+class ModuleResults:
     """One run of a smaller model.
 
     Attributes:
@@ -40,7 +40,7 @@ class Trial:
     dtype: torch.dtype | None = None
 
 
-def observe(slim: nn.Module, keep: Keep, trial: Trial) -> Observed:
+def module_results(slim: nn.Module, keep: Keep, trial: Trial) -> ModuleResults:
     """Run a clone of a smaller model on the example inputs, and look at what its modules return.
 
     Args:
@@ -48,10 +48,10 @@ def observe(slim: nn.Module, keep: Keep, trial: Trial) -> Observed:
         keep: What stays of the dense one.
         trial: On which of the example inputs.
     """
-    return observe_clone(clone(slim, buffers=True), keep, trial)
+    return module_results_of_clone(clone(slim, buffers=True), keep, trial)
 
 
-def observe_clone(made: nn.Module, keep: Keep, trial: Trial) -> Observed:
+def module_results_of_clone(made: nn.Module, keep: Keep, trial: Trial) -> ModuleResults:
     """Run a model that is used for nothing else: `observe` for callers with hooks of their own.
 
     Args:
@@ -61,7 +61,7 @@ def observe_clone(made: nn.Module, keep: Keep, trial: Trial) -> Observed:
     """
     program = keep.coupling.program
     args, kwargs = example(keep, rows=trial.rows, dtype=trial.dtype)
-    seen = Observed([], {})
+    seen = ModuleResults([], {})
     calls: dict[str, list[ModuleCall]] = {}
     for call in program.calls:
         results = [leaf for leaf in call.out_leaves if isinstance(leaf, fx.Node)]
@@ -76,7 +76,9 @@ def observe_clone(made: nn.Module, keep: Keep, trial: Trial) -> Observed:
     return seen
 
 
-def _look(name: str, calls: list[ModuleCall], keep: Keep, seen: Observed) -> Callable[..., None]:
+def _look(
+    name: str, calls: list[ModuleCall], keep: Keep, seen: ModuleResults
+) -> Callable[..., None]:
     order = iter(calls)
 
     def hook(_module: nn.Module, _args: Any, result: Any) -> None:
