@@ -17,7 +17,7 @@ from depcut.scores.context import Context
 from depcut.scores.elimination import Terms, Weight, _rising, eliminated
 from depcut.scores.reconstruction import (
     _gather,
-    _products,
+    _activation_products,
 )
 
 
@@ -86,7 +86,7 @@ def test_terms_of_a_product_have_the_energy_of_what_zeroing_them_takes(net: Net)
     analysis = depcut.analyze(model, net.inputs(2))
     coupling = analysis.coupling
     data = analysis.calibrate([net.inputs(3)], progress=False)
-    products = [p for p in _products(coupling) if p.term in coupling.group_of]
+    products = [p for p in _activation_products(coupling) if p.term in coupling.group_of]
     context = Context(coupling, model, 0, Score("obs"), data)
     grams = _gather(context, [], products, coupling.groups).products
     assert data is not None
