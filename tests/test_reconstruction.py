@@ -16,8 +16,8 @@ from depcut.scores import Score, score
 from depcut.scores.context import Context
 from depcut.scores.elimination import Terms, Weight, _rising, eliminated
 from depcut.scores.reconstruction import (
-    _gather,
     _activation_products,
+    _gather,
 )
 
 
