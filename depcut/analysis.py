@@ -157,9 +157,9 @@ class Analysis:
             calibration,
         )
         chooser = Chooser(self.coupling, self.model, request)
-        found = self._within(ratio, of, chooser, chosen)
-        settings = {**found.settings, "options": chosen.record()}
-        return Plan.of(replace(found, settings=settings), self.coupling, self.model)
+        plan = self._within(ratio, of, chooser, chosen)
+        settings = {**plan.settings, "options": chosen.record()}
+        return Plan.of(replace(plan, settings=settings), self.coupling, self.model)
 
     def _within(self, ratio: float | None, of: str, chooser: Chooser, chosen: Options) -> PlanData:
         """The best units that meet the budget."""

@@ -53,15 +53,15 @@ class Request:
     @property
     def settings(self) -> dict[str, Any]:
         """What a plan records of it."""
-        made: dict[str, Any] = {
+        settings: dict[str, Any] = {
             "align": self.align,
             "allocation": self.allocation,
             "seed": self.seed,
             "score": score_name(self.score),
         }
         if self.calibration is not None:
-            made["examples"] = self.calibration.rows
-        return made
+            settings["examples"] = self.calibration.rows
+        return settings
 
 
 class Chooser:
@@ -122,10 +122,10 @@ class Chooser:
         remaining = quantity.at(numbers, np.array(list(self.fixed.values())))
         preferred, free = self._spaces()
         try:
-            found = self._allocated(preferred, remaining, target, of)
+            counts = self._allocated(preferred, remaining, target, of)
         except BudgetError:
-            found = self._allocated(free, remaining, target, of)
-        return self._with_fixed(found)
+            counts = self._allocated(free, remaining, target, of)
+        return self._with_fixed(counts)
 
     def nudged(
         self, quantity: Cost, counts: Counts, target: float, tried: Sequence[Counts]
@@ -139,8 +139,8 @@ class Chooser:
             tried: Counts that are not wanted again.
         """
         where, _ = self._spaces()
-        found = nudged(where, counts, quantity, target, tried)
-        return None if found is None else self._with_fixed(found)
+        closest = nudged(where, counts, quantity, target, tried)
+        return None if closest is None else self._with_fixed(closest)
 
     def smallest(self) -> Counts:
         """The least counts that the request allows."""
@@ -283,17 +283,17 @@ def matching(coupling: Coupling, pattern: str, option: str) -> set[int]:
     Raises:
         InputError: The model has nothing of that name.
     """
-    found = {g.index for g in coupling.groups if _matches(g, pattern)}
+    numbers = {g.index for g in coupling.groups if _matches(g, pattern)}
     names = {layer_of(n) for n in coupling.dims} | set(coupling.dims)
     known = any(fnmatchcase(n, pattern) or n.startswith(pattern + ".") for n in names)
-    if not found and not known:
+    if not numbers and not known:
         close = difflib.get_close_matches(pattern, sorted(names), 3, 0.4)
         raise InputError(
             f"{pattern!r} matches no module, parameter or group",
             where=option,
             remedy=f"did you mean {', '.join(close)}?" if close else "see print(analysis)",
         )
-    return found
+    return numbers
 
 
 def _matches(group: Group, pattern: str) -> bool:

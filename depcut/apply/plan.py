@@ -105,9 +105,9 @@ class Plan(PlanData):
                 capture(model, inputs if inputs is not None else example_of(self.inputs, model))
             )
         keep = self.keep(coupling)
-        found = None
+        calibration = None
         if repairs and data is not None:
-            found = calibrate(
+            calibration = calibrate(
                 coupling.program,
                 model,
                 data,
@@ -117,7 +117,7 @@ class Plan(PlanData):
             )
         slim = rewrite(model, keep)
         error = verify(slim, model)
-        compensation = repair(slim.model, model, keep, found) if chosen.compensate else None
+        compensation = repair(slim.model, model, keep, calibration) if chosen.compensate else None
         if optimizer is not None:
             narrow_optimizer(optimizer, model, slim.model, keep)
         record(slim.model, self._report(keep, slim.generated, error, compensation))
@@ -144,17 +144,17 @@ class Plan(PlanData):
         """The options that it was made with; a criterion that was a function is left out."""
         return Options.of_record(self.settings.get("options", {}))
 
-    def keep(self, coupling: Coupling | None = None, found: Residuals | None = None) -> Keep:
+    def keep(self, coupling: Coupling | None = None, residuals: Residuals | None = None) -> Keep:
         """The kept units as an evaluation over an analysed architecture.
 
         Args:
             coupling: The architecture; left out, that of the plan.
-            found: Its branches, where they are known.
+            residuals: Its branches, where they are known.
 
         Raises:
             PlanError: The architecture is another one, or has other rows.
         """
-        return super().keep(coupling or self._bound(), found)
+        return super().keep(coupling or self._bound(), residuals)
 
     def _bound(self) -> Coupling:
         if self.coupling is None:

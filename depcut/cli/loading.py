@@ -64,18 +64,18 @@ def import_function(target: str) -> Callable[..., Any]:
         InputError: The path leads nowhere, or to something that cannot be called.
     """
     try:
-        found = _imported(target)
+        function = _imported(target)
     except (ImportError, AttributeError) as error:
         raise InputError(
             f"cannot import it: {type(error).__name__}: {error}",
             where=target,
             remedy="write package.module:function, e.g. torch.nn.functional:cross_entropy",
         ) from error
-    if not callable(found):
+    if not callable(function):
         raise InputError(
-            f"a {type(found).__name__} cannot be called", where=target, remedy="name a function"
+            f"a {type(function).__name__} cannot be called", where=target, remedy="name a function"
         )
-    return found  # type: ignore[no-any-return]
+    return function  # type: ignore[no-any-return]
 
 
 def _imported(target: str) -> Any:
@@ -87,10 +87,10 @@ def _imported(target: str) -> Any:
     if os.getcwd() not in sys.path:  # noqa: PTH109  (sys.path holds strings)
         # A console script's path starts at its own folder, not at the user's.
         sys.path.insert(0, os.getcwd())  # noqa: PTH109
-    found: Any = importlib.import_module(module_name)
+    value: Any = importlib.import_module(module_name)
     for name in attributes.split("."):
-        found = getattr(found, name)
-    return found
+        value = getattr(value, name)
+    return value
 
 
 def _called(target: str, what: str) -> Any:

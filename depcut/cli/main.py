@@ -118,11 +118,11 @@ def _shrink(options: argparse.Namespace) -> None:
 
 def _compact(options: argparse.Namespace) -> None:
     inputs = example_inputs(options.input_shape)
-    found = compaction(_model(options), inputs)
-    print(found)
-    slim = found.apply()
+    dead = compaction(_model(options), inputs)
+    print(dead)
+    slim = dead.apply()
     out = _folder(options.out)
-    found.plan.save(out / "plan.json")
+    dead.plan.save(out / "plan.json")
     save_weights(slim, out / "weights.safetensors")
     written = [out / "plan.json", out / "weights.safetensors"]
     if options.onnx:
@@ -182,11 +182,11 @@ def _cpus(text: str | None) -> bool | tuple[int, ...]:
         ) from error
 
 
-def _placed(options: argparse.Namespace, things: Any) -> Any:
+def _placed(options: argparse.Namespace, models: Any) -> Any:
     """Models where PyTorch is to time them."""
     if not RUNTIMES[options.runtime].in_place or options.provider != "cuda":
-        return things
-    return pytree.tree_map_only(nn.Module, lambda model: model.to("cuda"), things)
+        return models
+    return pytree.tree_map_only(nn.Module, lambda model: model.to("cuda"), models)
 
 
 def _model(options: argparse.Namespace) -> nn.Module:

@@ -41,7 +41,7 @@ def aligned(samples: Samples) -> list[Track]:
     matches = [_matches(base, sample.kernels) for sample in samples.samples]
     tracks = []
     for place in range(len(base)):
-        own = tuple(n for n, found in enumerate(matches) if place in found)
+        own = tuple(n for n, match in enumerate(matches) if place in match)
         if len(own) >= _MOST * len(matches):
             kernels = tuple(samples.samples[n].kernels[matches[n][place]] for n in own)
             tracks.append(Track(own, kernels))
@@ -119,7 +119,7 @@ def best_alignment(similarity: NDArray[np.float64]) -> dict[int, int]:
     for i in range(rows):
         straight = best[i, :-1] + similarity[i]
         best[i + 1, 1:] = np.maximum.accumulate(np.maximum(straight, best[i, 1:]))
-    found = {}
+    places = {}
     i, j = rows, columns
     while i and j:
         if best[i, j] == best[i - 1, j]:
@@ -128,5 +128,5 @@ def best_alignment(similarity: NDArray[np.float64]) -> dict[int, int]:
             j -= 1
         else:
             i, j = i - 1, j - 1
-            found[i] = j
-    return found
+            places[i] = j
+    return places

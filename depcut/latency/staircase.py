@@ -120,9 +120,9 @@ def _fit_kind(members: list[_Member]) -> list[tuple[float, Blocked]]:
     for blocks in itertools.product(_BLOCKS, _READ_BLOCKS):
         table = np.stack([_column(members, feature, blocks) for feature in features], axis=1)
         scale = table.max(axis=0)
-        found, error = nnls(table / scale * weights[:, None], times * weights)
+        factors, error = nnls(table / scale * weights[:, None], times * weights)
         if best is None or error < _SIMPLER * best[0]:
-            best = (error, blocks, found / scale)
+            best = (error, blocks, factors / scale)
     assert best is not None
     _, blocks, factors = best
     return [

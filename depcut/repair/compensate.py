@@ -262,7 +262,7 @@ class _Repairer:
 
     def _unread(self) -> dict[str, str]:
         """Layers with narrowed weights that no site can tell how to read."""
-        found: dict[str, str] = {}
+        unread: dict[str, str] = {}
         weights = Weights(self.program)
         for node, effects in self.keep.coupling.effects.items():
             if node.graph is not self.program.graph.graph or node in self.sites:
@@ -272,13 +272,13 @@ class _Repairer:
                 narrowed = isinstance(dims, tuple) and self.keep.narrows(dims[dim])
                 name = next(iter(weights.behind(source)), "")
                 if narrowed and name:
-                    found[layer_of(name)] = _COMPUTED
-        return found
+                    unread[layer_of(name)] = _COMPUTED
+        return unread
 
     def _statistics(self, norm: fx.Node) -> tuple[str, ...]:
         """Names of a batch norm's running mean and variance, where they can be changed."""
-        found = [self.program.tensors.get(n) for n in norm.args[3:5] if isinstance(n, fx.Node)]
-        names = tuple(n for n in found if n is not None and n in self.tensors)
+        tensors = [self.program.tensors.get(n) for n in norm.args[3:5] if isinstance(n, fx.Node)]
+        names = tuple(n for n in tensors if n is not None and n in self.tensors)
         shared = shared_statistics(norm, self.program)
         return names if len(names) == 2 and shared is None else ()
 

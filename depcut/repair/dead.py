@@ -154,10 +154,10 @@ def find_dead(coupling: Coupling, contractions: Sequence[Contraction]) -> Dead:
             surplus.setdefault((group.index, reason), []).extend(int(u) for u in units)
     gone = {g.index: np.flatnonzero(state.gone[g.axis]) for g in coupling.groups}
     stuck = [
-        Stuck(coupling.groups[i].name, tuple(sorted(found)), reason)
-        for (i, reason), found in surplus.items()
+        Stuck(coupling.groups[i].name, tuple(sorted(units)), reason)
+        for (i, reason), units in surplus.items()
     ]
-    stuck += _held(coupling, state, {(i, u) for (i, _), found in surplus.items() for u in found})
+    stuck += _held(coupling, state, {(i, u) for (i, _), units in surplus.items() for u in units})
     return Dead({i: dead.astype(np.int64) for i, dead in gone.items() if len(dead)}, tuple(stuck))
 
 
@@ -193,17 +193,17 @@ def _held(coupling: Coupling, state: _Liveness, known: set[tuple[int, int]]) -> 
         if contraction.absorber is None and contraction.fixed is not None:
             why = f"{_layer(contraction.layer)} reads a constant, and {contraction.why}"
             for axis, alive in state.alive(contraction, constants=False):
-                found = reasons[axis].setdefault(why, np.zeros(len(alive), bool))
-                found |= alive
+                flags = reasons[axis].setdefault(why, np.zeros(len(alive), bool))
+                flags |= alive
     for axis, why in state.held.items():
         reasons[axis].setdefault(why, np.ones(axis.size, bool))
     out = []
     for group in coupling.groups:
         left = ~state.gone[group.axis] & ~busy[group.axis]
-        for why, found in reasons[group.axis].items():
-            here = [int(u) for u in np.flatnonzero(left & found)]
+        for why, flags in reasons[group.axis].items():
+            here = [int(u) for u in np.flatnonzero(left & flags)]
             units = [u for u in here if (group.index, u) not in known]
             if units:
                 out.append(Stuck(group.name, tuple(units), why))
-                left &= ~found
+                left &= ~flags
     return out

@@ -26,8 +26,8 @@ class _Deep(Copier):
             return value.detach().clone()
         if isinstance(value, nn.Parameter) and type(value).__deepcopy__ is _COPY_OF_PARAMETER:
             return like(value, value.detach().clone())
-        made: torch.Tensor = copy.deepcopy(value, self.memo)
-        return made
+        new: torch.Tensor = copy.deepcopy(value, self.memo)
+        return new
 
     def follows(self, value: Any) -> bool:
         """Layers only: what a hook notes elsewhere, it goes on noting there."""

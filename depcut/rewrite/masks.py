@@ -22,14 +22,14 @@ def without_masks(model: nn.Module) -> nn.Module:
     """
     if not any([*pruned_names(m), *_masked(m)] for m in model.modules()):
         return model
-    made: nn.Module = copied(model, {})
-    for module in list(made.modules()):
+    plain: nn.Module = copied(model, {})
+    for module in list(plain.modules()):
         for name in list(pruned_names(module)):
             prune.remove(module, name)
         for name in _masked(module):
             _own_class(module)
             parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-    return made
+    return plain
 
 
 def _own_class(module: nn.Module) -> None:

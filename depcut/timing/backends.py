@@ -98,11 +98,11 @@ def runtime(name: str) -> Callable[[Registered], Registered]:
         ValueError: There is a runtime of that name.
     """
 
-    def register(made: Registered) -> Registered:
+    def register(kind: Registered) -> Registered:
         if name in RUNTIMES:
             raise ValueError(f"there are two runtimes named {name!r}")
-        RUNTIMES[name] = made()
-        return made
+        RUNTIMES[name] = kind()
+        return kind
 
     return register
 

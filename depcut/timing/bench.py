@@ -124,10 +124,10 @@ class BenchResult:
     def warning(self) -> str:
         """A line on the candidates whose times scatter too widely, or an empty string."""
         spreads = [
-            (found.latency.spread, f"{name} at batch size {batch}")
+            (measurement.latency.spread, f"{name} at batch size {batch}")
             for name, by_batch in self.measurements.items()
-            for batch, found in by_batch.items()
-            if found.latency.is_unstable
+            for batch, measurement in by_batch.items()
+            if measurement.latency.is_unstable
         ]
         if not spreads:
             return ""

@@ -83,9 +83,9 @@ def _units(group: Group, kept: Mapping[str, Origins], coupling: Coupling) -> Ind
                 continue
             outer = _owners(dims, kept[member.tensor], group.row_axis, at)
         owners, outer = np.broadcast_arrays(owners, outer)
-        found = (owners >= 0) & (outer >= 0)
+        inside = (owners >= 0) & (outer >= 0)
         flags = np.zeros((rows, group.size), dtype=bool)
-        flags[outer[found], owners[found]] = True
+        flags[outer[inside], owners[inside]] = True
         return _listed(flags)
     raise _impossible(f"group {group.name!r}")
 

@@ -79,16 +79,16 @@ class _Trial:
         self.coupling, self.model, self.places = coupling, model, places
         generator = torch.Generator().manual_seed(0)
         self.tensors: dict[str, torch.Tensor] = {}
-        made: dict[int, torch.Tensor] = {}
+        noisy: dict[int, torch.Tensor] = {}
         for name, tensor in model.named_parameters(remove_duplicate=False):
-            if id(tensor) not in made:
+            if id(tensor) not in noisy:
                 value = tensor.detach()
                 if value.is_floating_point():
                     noise = torch.randn(value.shape, generator=generator).to(value)
                     size = float(value.float().square().mean().sqrt()) if value.numel() else 0.0
                     value = value + _NOISE * (size or 1.0) * noise
-                made[id(tensor)] = value
-            self.tensors[name] = made[id(tensor)]
+                noisy[id(tensor)] = value
+            self.tensors[name] = noisy[id(tensor)]
         nodes = coupling.program.graph.graph.nodes
         dtypes = {v.dtype for n in nodes if isinstance(v := n.meta.get("val"), torch.Tensor)}
         halves = [TOLERANCE[d] for d in dtypes if d in (torch.float16, torch.bfloat16)]

@@ -57,10 +57,10 @@ class Start:
         if before is not None:
             return float(before)
         batches = islice(self.data.read(self.seed, DATA, 0), BATCHES)
-        found = torch.tensor(distance_over(self.origin, self.net, batches))
+        distance = torch.tensor(distance_over(self.origin, self.net, batches))
         if accelerator.num_processes > 1:
-            found = accelerator.reduce(found.to(accelerator.device), "mean")
-        return float(found) if torch.isfinite(found) else None
+            distance = accelerator.reduce(distance.to(accelerator.device), "mean")
+        return float(distance) if torch.isfinite(distance) else None
 
 
 def peak_rate(lr: float | None, original: OriginalSchedule | None, optimizer: Any) -> float:
@@ -107,14 +107,14 @@ def schedule_of(
         InputError: It is no schedule, or needs what is not there.
     """
     if not isinstance(schedule, str):
-        made = schedule(optimizer, steps)
-        if not all(callable(getattr(made, n, None)) for n in ("step", "state_dict")):
+        rates = schedule(optimizer, steps)
+        if not all(callable(getattr(rates, n, None)) for n in ("step", "state_dict")):
             raise InputError(
-                f"the schedule is a {type(made).__name__}",
+                f"the schedule is a {type(rates).__name__}",
                 where="schedule=",
                 remedy="return one of torch.optim.lr_scheduler's kind",
             )
-        return made, {"schedule": type(made).__name__, "lr": peak, "steps": steps}
+        return rates, {"schedule": type(rates).__name__, "lr": peak, "steps": steps}
     settings: dict[str, Any] = {"schedule": schedule, "lr": peak, "steps": steps}
     distance = None
     if schedule == "auto":
@@ -127,8 +127,8 @@ def schedule_of(
         distance = _removed(start)
     kind = named(settings["schedule"])
     given = OriginalSchedule(peak=peak) if original is None else replace(original, peak=peak)
-    made = kind(optimizer, given, steps, distance=distance)
-    return made, {**settings, "distance": distance}
+    rates = kind(optimizer, given, steps, distance=distance)
+    return rates, {**settings, "distance": distance}
 
 
 def _removed(start: Start) -> float:

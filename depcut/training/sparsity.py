@@ -209,7 +209,7 @@ class GrowingRegularization:
 def _removed(analysis: Analysis, keep: Keep) -> list[tuple[nn.Parameter, torch.Tensor]]:
     """Parameters with ones at what units that go own of a dimension, to broadcast."""
     held = dict(analysis.model.named_parameters(remove_duplicate=False))
-    found: dict[tuple[int, int, int], tuple[nn.Parameter, torch.Tensor]] = {}
+    entries: dict[tuple[int, int, int], tuple[nn.Parameter, torch.Tensor]] = {}
     for number in sorted(keep.units):
         group = analysis.coupling.groups[number]
         one = Keep(analysis.coupling, {number: keep.units[number]})
@@ -219,8 +219,8 @@ def _removed(analysis: Analysis, keep: Keep) -> list[tuple[nn.Parameter, torch.T
                 continue
             gone = ~one.stays(analysis.coupling.dims[member.tensor], member.dim)
             # a shared parameter counts once
-            found.setdefault(
+            entries.setdefault(
                 (id(parameter), member.dim, number),
                 (parameter, torch.from_numpy(gone).to(parameter)),
             )
-    return list(found.values())
+    return list(entries.values())
