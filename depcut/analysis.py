@@ -1,4 +1,4 @@
-"""What can shrink with what, what cannot and why; and plans made from it."""
+"""The groups of a model, its frozen dimensions with the reasons, and plans made from them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Analysis:
 
     Attributes:
         model: The model analysed; it is only read.
-        coupling: What inference found.
+        coupling: The result of inference: groups and frozen dimensions.
         inputs: The example inputs as they were given; time is measured on them.
     """
 
@@ -93,7 +93,7 @@ class Analysis:
 
     @cached_property
     def residuals(self) -> Residuals:
-        """Residual branches, blocks of them, and what looks like a branch and is none, with why."""
+        """Residual branches, blocks of them, and what was refused as a branch, with the reason."""
         return residuals(self.coupling)
 
     @property

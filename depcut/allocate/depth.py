@@ -1,4 +1,4 @@
-"""How many residual branches go, the rest of the budget being met by widths."""
+"""How many residual branches are dropped; widths meet the rest of the budget."""
 
 from __future__ import annotations
 

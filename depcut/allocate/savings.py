@@ -1,4 +1,4 @@
-"""What dropping branches saves of a budget, at the cost of what goes with them."""
+"""What dropping residual branches saves of a budget, with all that only they use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from depcut.graph.liveness import Losses, calls_of, enclosing
 
 
 class Savings:
-    """The quantity that goes with some branches while all widths are dense.
+    """The part of a budgeted quantity that goes with some branches, at dense widths.
 
     Args:
         coupling: The analysed model.

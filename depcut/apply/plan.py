@@ -37,8 +37,8 @@ class Plan(PlanData):
     """Kept units of every narrowed group, for one architecture.
 
     Attributes:
-        kept: Ascending kept indices by group name, a list or one for each row of the group's outer
-            axis; groups not in it keep everything.
+        kept: Ascending kept indices by group name, [kept] or [rows, kept] where the group chooses
+            row by row; groups not in it keep everything.
         sizes: Dense size of every group of the architecture.
         shapes: Dense shape of every parameter and buffer.
         fingerprint: Of the architecture's tensors and groups.
@@ -130,7 +130,7 @@ class Plan(PlanData):
         error: float,
         compensation: Compensation | None,
     ) -> Report:
-        """What is told of the result."""
+        """The report on the smaller model."""
         macs, params = (
             (round(of(keep.coupling).total), round(of(keep.coupling, keep.gone)(keep.counts)))
             for of in (cost.macs, cost.params)
@@ -165,7 +165,15 @@ class Plan(PlanData):
         return self.coupling
 
     def bind(self, model: nn.Module, inputs: Inputs = None) -> Plan:
-        """The plan with the analysis of a model of its architecture attached."""
+        """The plan with the analysis of a model of its architecture attached.
+
+        Args:
+            model: The model; it is only read.
+            inputs: Example inputs; left out, those of the plan (or of the same shapes).
+
+        Raises:
+            PlanError: The model has another architecture.
+        """
         self.check(model)
         example = inputs if inputs is not None else example_of(self.inputs, model)
         coupling = infer_coupling(capture(model, example))

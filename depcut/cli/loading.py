@@ -1,4 +1,4 @@
-"""What the command line names becomes objects: models, weights, example inputs. Nothing pickled."""
+"""Models, data, functions and example inputs that the command line names; nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def build_model(target: str) -> nn.Module:
         The model that the factory returns.
 
     Raises:
-        InputError: The path leads nowhere, the factory fails, or it returns no module.
+        InputError: The path cannot be imported, the factory fails, or it returns no module.
     """
     model = _called(target, "the model")
     if not isinstance(model, nn.Module):
@@ -49,19 +49,19 @@ def build_data(target: str) -> Any:
         target: The import path, as for `build_model`.
 
     Raises:
-        InputError: The path leads nowhere, or the factory fails.
+        InputError: The path cannot be imported, or the factory fails.
     """
     return _called(target, "the data")
 
 
 def import_function(target: str) -> Callable[..., Any]:
-    """What `package.module:name` names, such as torch.nn.functional:cross_entropy.
+    """Import a function by `package.module:name`, e.g. torch.nn.functional:cross_entropy.
 
     Args:
         target: The import path.
 
     Raises:
-        InputError: The path leads nowhere, or to something that cannot be called.
+        InputError: The path cannot be imported, or its object cannot be called.
     """
     try:
         function = _imported(target)

@@ -158,7 +158,7 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _timing(options: argparse.Namespace) -> dict[str, Any]:
-    """What the options say about timing, if this machine can do it."""
+    """Keywords of `bench` from the options; InputError if this machine lacks the runtime."""
     check_runtime(options.runtime, options.provider)
     return {
         "runtime": options.runtime,
@@ -183,7 +183,7 @@ def _cpus(text: str | None) -> bool | tuple[int, ...]:
 
 
 def _placed(options: argparse.Namespace, models: Any) -> Any:
-    """Models where PyTorch is to time them."""
+    """The models, moved to the GPU if PyTorch is to time them there."""
     if not RUNTIMES[options.runtime].in_place or options.provider != "cuda":
         return models
     return pytree.tree_map_only(nn.Module, lambda model: model.to("cuda"), models)

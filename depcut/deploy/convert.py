@@ -51,9 +51,8 @@ def draft(
 ) -> inspect.BoundArguments:
     """Write `model` in evaluation mode as ONNX, unchecked, and in place of what is there.
 
-    This is `depcut.export` without its checks, for files that are only timed or looked at. Most of
-    its time goes into decomposing the captured graph once more; with symbolic sizes that takes two
-    to three times as long.
+    This is `depcut.export` without its checks, for files that are only timed or inspected. A free
+    batch size makes the captured graph symbolic, which takes longer to decompose.
 
     Args:
         model: The model; it is only read.
@@ -62,7 +61,7 @@ def draft(
         metadata: Entries for the file's metadata, beside depcut's version and the model's origin.
         opset: Version of the operator set; None: the newest that the exporter translates to.
         free_batch: Whether the file takes any batch size, or the one of `inputs` only, which is
-            converted in about half of the time and runs equally fast.
+            converted faster.
 
     Returns:
         The arguments that the model was captured with: two rows at least where the batch is free.

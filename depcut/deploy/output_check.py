@@ -124,7 +124,7 @@ def _bits(tensor: Tensor) -> Array:
 
 
 def _values(value: OrtValue) -> Array:
-    """What the runtime returned."""
+    """A value of the runtime as an array, bfloat16 as float32."""
     import onnx
 
     if value.element_type() != onnx.TensorProto.BFLOAT16:

@@ -52,7 +52,7 @@ class Bench:
         threads: Threads that one operator may use.
         folder: For files; it outlives the bench.
         free_batch: Whether files take any batch size, as those of `depcut.export` do. Files for
-            one are written in half of the time, and run equally fast but for a few tiny kernels.
+            one are written faster.
     """
 
     def __init__(

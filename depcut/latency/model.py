@@ -43,7 +43,7 @@ class LatencyModel:
         coupling: The groups that counts are of.
         cost: Seconds as a function of the kept counts.
         dense_seconds: Measured time of the dense model.
-        errors: Relative error of the prediction for each model that was measured.
+        errors: Relative error of the prediction for each model that was measured, [samples].
         explained: Share of the dense model's time in kernels whose sizes follow from the counts.
         slowdown: Measured over predicted time of models whose widths all lie between the multiples
             of 8 that the prediction knows (padding, and fast paths that do not apply).

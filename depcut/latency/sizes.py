@@ -1,8 +1,8 @@
-"""Sizes that a profile shows, recognised as counts of the model's own terms.
+"""Sizes in a runtime's profile, recognised as counts of the model's own terms.
 
-A kernel's shapes are numbers. Over samples in which all widths vary independently, a dimension that
-always is c times the count of a term (or that count in whole blocks) is that term: the series of
-numbers is its fingerprint. What no term explains stays unknown and is treated so.
+A profile holds shapes as numbers. Over samples in which all widths vary independently, a dimension
+that always is c times the count of a term (or that count in whole blocks) is taken for that term.
+A dimension that no term explains is unknown: no feature of a kernel's time is built from it.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Recogniser:
 
 
 class _Table:
-    """Fingerprints of all terms over some of the samples.
+    """Counts of all terms in some of the samples, to look a series of sizes up in.
 
     Args:
         terms: Polynomials with their counts in all samples.
@@ -105,7 +105,7 @@ class _Table:
                 self._known.setdefault(key, (count, block, divisor))
 
     def size(self, series: Series) -> Size | None:
-        """The term with this fingerprint, or the one that comes close."""
+        """The term whose counts are proportional to the sizes, else the one that explains most."""
         divisor = int(np.gcd.reduce(series))
         known = self._known.get(tuple((series // divisor).tolist()))
         if known is None:

@@ -33,7 +33,7 @@ def without_masks(model: nn.Module) -> nn.Module:
 
 
 def _own_class(module: nn.Module) -> None:
-    """A class for one module alone: copies share theirs, and removal changes it."""
+    """Give a module a class of its own, since copies share one that removal would change."""
     kind = type(module)
     kept = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
     module.__class__ = type(kind.__name__, kind.__bases__, kept)

@@ -112,7 +112,7 @@ class Checkpoints:
         return state
 
     def asked(self) -> dict[str, Any]:
-        """What the training whose state is newest was asked for; empty if there is none."""
+        """The identity (`run`) of the training whose state is newest; empty if there is none."""
         folders = self._folders()
         try:
             return dict(codec.load_entry(folders[-1], "run")) if folders else {}

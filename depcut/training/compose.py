@@ -51,7 +51,7 @@ def composed(dense: Analysis, steps: list[TensorIndices], settings: Mapping[str,
 
 
 def _open(sizes: tuple[int, ...], step: tuple[Indices | None, ...]) -> Origins:
-    """Index arrays of a tensor's rank."""
+    """Kept indices of each dimension, as arrays of the tensor's rank that broadcast."""
     pairs = enumerate(zip(sizes, step, strict=True))
     return tuple(broadcastable(kept, size, dim, len(sizes)) for dim, (size, kept) in pairs)
 
@@ -71,7 +71,7 @@ def _after(now: Origins, step: tuple[Indices | None, ...] | None) -> Origins:
 
 
 def _units(group: Group, kept: Mapping[str, Origins], coupling: Coupling) -> Indices:
-    """What is left of a group: a list, or one for each row of its outer axis."""
+    """Kept units of a group, [kept], or [rows, kept] where it chooses row by row."""
     rows = 1 if group.row_axis is None else group.rows
     for member in group.members:
         dims = tuple(map(axes.resolve, coupling.dims[member.tensor]))
@@ -96,7 +96,7 @@ def _owners(dims: tuple[axes.Term, ...], now: Origins, axis: axes.Axis, dim: int
 
 
 def _listed(flags: NDArray[np.bool_]) -> Indices:
-    """Kept units of every row; where a row went as a whole, as many of it, and it matters not."""
+    """Kept units, [kept] or [rows, kept]; of a row that is gone, the first ones as fillers."""
     counts = flags.sum(1)
     count = int(counts.max())
     flags[counts == 0, :count] = True

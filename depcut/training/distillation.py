@@ -102,7 +102,7 @@ class Distillation:
         self.open()
 
     def _layers(self) -> dict[str, list[tuple[int, Dims]]]:
-        """Of each layer compared, the terms of its result at every call, and which leaf it is."""
+        """By layer compared, for every call: position of the result's leaf, and its terms."""
         env = self.keep.coupling.env
         layers: dict[str, list[tuple[int, Dims]]] = {}
         for call in self.keep.coupling.program.calls:
@@ -126,7 +126,7 @@ class Distillation:
         return chosen
 
     def open(self) -> None:
-        """Listen to the student's layers."""
+        """Register the hooks that record what the student's layers return."""
         if self._handles or not self._places:
             return
         self._seen.clear()

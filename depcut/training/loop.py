@@ -72,7 +72,7 @@ def retrain(
     options: TrainingOptions | None = None,
     **given: Unpack[RetrainKeywords],
 ) -> Retrained:
-    """Train a copy of a model, typically a smaller one whose accuracy shall come back.
+    """Train a copy of a model, typically a smaller one, to recover its accuracy.
 
     It runs on accelerate: on the GPU where there is one, in mixed precision, and in several
     processes if started by `accelerate launch` or `torchrun`.
@@ -173,7 +173,7 @@ def _identity(
 
 
 def _opened(folder: Any, resume: bool, accelerator: Any) -> Checkpoints | None:
-    """The checkpoints, without those of before if these do not count."""
+    """The checkpoints of a folder, cleared first unless the run resumes."""
     if folder is None:
         return None
     store = Checkpoints(folder)
@@ -205,7 +205,7 @@ def _result(
 def _course(
     epochs: Any, loss: Loss | None, metric: Metric | None, chosen: TrainingOptions
 ) -> Settings:
-    """What the loop needs to know."""
+    """The settings of the loop, from the arguments of `retrain`."""
     return Settings(
         epochs=check_integer(epochs, "epochs", 1),
         loss=loss,
@@ -257,7 +257,7 @@ def _check(
 
 @contextmanager
 def _accelerated(given: Any, mixed_precision: str | None) -> Iterator[Any]:
-    """An Accelerator, whose precision does not stay behind for the next one."""
+    """An Accelerator; the process-wide state that making it set is taken back."""
     try:
         from accelerate import Accelerator, state
     except ImportError as error:

@@ -41,7 +41,7 @@ class Places:
 
 
 def find_places(coupling: Coupling) -> Places:
-    """Where to zero each group's units, as far as the algebra tells.
+    """Where to zero each group's units, by the operators' rules; see `probed` for a trial.
 
     Args:
         coupling: The analysed architecture.

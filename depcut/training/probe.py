@@ -1,4 +1,4 @@
-"""Whether zeros really make a dense model compute what the smaller one will: tried on numbers."""
+"""A numerical trial of whether zeros make a dense model compute what the smaller one will."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def staying(
 
 
 def probed(coupling: Coupling, model: nn.Module, places: Places) -> Places:
-    """The places without the groups of which zeros turn out to compute something else.
+    """The places without the groups whose zeros do not compute what the smaller model does.
 
     A random half of the units of every group goes, at weights with some noise, and the dense graph
     with zeros is compared with the narrowed graph, on the captured inputs.
@@ -58,7 +58,7 @@ def probed(coupling: Coupling, model: nn.Module, places: Places) -> Places:
     Args:
         coupling: The analysed architecture.
         model: Whose weights are read.
-        places: As the algebra tells.
+        places: What `find_places` returned.
     """
     trial = _Trial(coupling, model, places)
     families: dict[object, list[int]] = {}

@@ -1,4 +1,4 @@
-"""The learning rates of `depcut.training.retrain`: from which peak, and how adaptively."""
+"""The learning rates of `depcut.training.retrain`: peak rate, schedule and its distance."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Start:
         return self.dense if self.dense is not None or self.plan is None else self.plan.model
 
     def outputs(self, accelerator: Any) -> float | None:
-        """Their distance on the first batches, or what it was when the run began.
+        """Distance of the outputs on the first batches, or what it was when the run began.
 
         None where it cannot be told: without a dense model, or if outputs are not finite.
         """

@@ -242,7 +242,7 @@ class LRW(RetrainingSchedule):
         return float(values[min(len(values) - self.steps + step, len(values) - 1)])
 
     def curve(self, done: float) -> float:  # noqa: ARG002
-        """Not a function of the share."""
+        """Not used: `rate` replays the original schedule."""
         return self.peak
 
 

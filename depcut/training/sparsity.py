@@ -42,7 +42,7 @@ class _Slices:
     groups: dict[int, int]
 
     def squares(self) -> torch.Tensor:
-        """Sum of the squares of all that each unit owns, differentiable."""
+        """Sum of the squares of all that each unit owns, [units], differentiable."""
         device = self.parameters[0].device
         squared = [p.float().square() for p in self.parameters]
         parts = []
@@ -128,13 +128,13 @@ class GroupLasso:
         self._slices = _slices(analysis, chosen)
 
     def __call__(self) -> torch.Tensor:
-        """The penalty now, differentiable."""
+        """The penalty now, a differentiable scalar."""
         squares = self._slices.squares()
         weight = self._slices.sizes.to(squares).sqrt()
         return self.strength * (weight * (squares + _TINY).sqrt()).sum()
 
     def norms(self) -> dict[str, torch.Tensor]:
-        """The L2 norm of every unit, by group name."""
+        """The L2 norm of every unit, [units], by group name."""
         with torch.no_grad():
             values = self._slices.squares().sqrt()
         groups = self.analysis.groups
@@ -197,7 +197,7 @@ class GrowingRegularization:
         self.steps += 1
 
     def __call__(self) -> torch.Tensor:
-        """The penalty now, differentiable."""
+        """The penalty now, a differentiable scalar."""
         total = torch.zeros((), device=self._gone[0][0].device)
         for number, (parameter, flags) in enumerate(self._gone):
             if flags.device != parameter.device:

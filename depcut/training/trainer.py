@@ -294,7 +294,7 @@ class Trainer:
         return nullcontext() if self.distillation is None else self.distillation.paused()
 
     def _judge(self, record: Record, epoch: int) -> None:
-        """Whether these weights are the best so far; without validation the latest are."""
+        """Keep these weights if they are the best so far; without validation the latest are."""
         course = self.course
         score = -record.get("valid_loss", -math.inf if self.valid is None else math.inf)
         if "metric" in record:

@@ -1,4 +1,4 @@
-"""Run a smaller model and look at what its modules return."""
+"""Run a smaller model and record what its modules return."""
 
 from __future__ import annotations
 

@@ -169,7 +169,7 @@ def verify_equal(slim: nn.Module, keep: Keep, model: nn.Module) -> float:
 
 @dataclass(frozen=True)
 class Attempt:
-    """What came of one comparison.
+    """Result of one comparison.
 
     Attributes:
         size: Largest difference, relative to the output's scale.

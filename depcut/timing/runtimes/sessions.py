@@ -187,7 +187,7 @@ class SessionRunner:
 
 
 def _refuse_fallback(session: InferenceSession, provider: str) -> None:
-    """A session that runs elsewhere than it was asked to says so nowhere else."""
+    """Refuse a session that does not run on the provider asked for."""
     wanted, used = CHAINS[provider][0], session.get_providers()[0]
     if used != wanted:
         raise InputError(
