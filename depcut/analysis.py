@@ -1,4 +1,4 @@
-"""What can shrink with what, what cannot and why; and plans made from it."""
+"""The groups of a model, its frozen dimensions with the reasons, and plans made from them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Analysis:
 
     Attributes:
         model: The model analysed; it is only read.
-        coupling: What inference found.
+        coupling: The result of inference: groups and frozen dimensions.
         inputs: The example inputs as they were given; time is measured on them.
     """
 
@@ -93,7 +93,7 @@ class Analysis:
 
     @cached_property
     def residuals(self) -> Residuals:
-        """Residual branches, blocks of them, and what looks like a branch and is none, with why."""
+        """Residual branches, blocks of them, and what was refused as a branch, with the reason."""
         return residuals(self.coupling)
 
     @property
@@ -157,9 +157,9 @@ class Analysis:
             calibration,
         )
         chooser = Chooser(self.coupling, self.model, request)
-        found = self._within(ratio, of, chooser, chosen)
-        settings = {**found.settings, "options": chosen.record()}
-        return Plan.of(replace(found, settings=settings), self.coupling, self.model)
+        plan = self._within(ratio, of, chooser, chosen)
+        settings = {**plan.settings, "options": chosen.record()}
+        return Plan.of(replace(plan, settings=settings), self.coupling, self.model)
 
     def _within(self, ratio: float | None, of: str, chooser: Chooser, chosen: Options) -> PlanData:
         """The best units that meet the budget."""

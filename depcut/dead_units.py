@@ -127,7 +127,7 @@ def compact(model: ModelT, inputs: Inputs = None) -> ModelT:
     Raises:
         DepcutError: See `depcut.analyze` and `Plan.apply`.
     """
-    found = compaction(model, inputs)
-    if not found.plan.kept:
-        warnings.warn(f"nothing was removed: {found}", stacklevel=2)
-    return cast(ModelT, found.apply())
+    dead = compaction(model, inputs)
+    if not dead.plan.kept:
+        warnings.warn(f"nothing was removed: {dead}", stacklevel=2)
+    return cast(ModelT, dead.apply())

@@ -194,15 +194,15 @@ class Options(Common):
         self._set("ratios", {glob: float(ratio) for glob, ratio in given.items()})
 
     @staticmethod
-    def of_record(made: Mapping[str, Any]) -> Options:
+    def of_record(saved: Mapping[str, Any]) -> Options:
         """Options from what `record` gave; a criterion that was a function is left out.
 
         Args:
-            made: Names and values.
+            saved: Names and values.
         """
-        score = made.get("score")
+        score = saved.get("score")
         known = not isinstance(score, str) or score in CRITERIA
-        return Options(**{n: v for n, v in made.items() if n != "score" or known})
+        return Options(**{n: v for n, v in saved.items() if n != "score" or known})
 
     def record(self) -> dict[str, Any]:
         """What is not the default, as JSON; a criterion that is a function by its name alone."""
@@ -229,7 +229,7 @@ class Options(Common):
             InputError: It cannot be read, names an unknown option, or a value is wrong.
         """
         try:
-            found = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise InputError(
                 f"no options can be read: {error}",
@@ -237,14 +237,14 @@ class Options(Common):
                 remedy='write TOML, such as: score = "obs"',
             ) from error
         known = [f.name for f in fields(Options)]
-        unknown = [name for name in found if name not in known]
+        unknown = [name for name in values if name not in known]
         if unknown:
             raise InputError(
                 f"unknown options: {', '.join(unknown)}",
                 where=str(path),
                 remedy=f"there are {', '.join(known)}",
             )
-        return Options(**found)
+        return Options(**values)
 
 
 class _Reading(TypedDict, total=False):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from depcut.deploy import agreement, convert, publish
+from depcut.deploy import convert, output_check, publish
 from depcut.deploy.export import draft, export
 from depcut.deploy.runtime import bind_inputs, resized
 from depcut.errors import ExportError, InputError
@@ -322,12 +322,12 @@ def test_bfloat16_is_compared_where_the_runtime_has_kernels(tmp_path):
     report = export(model, tmp_path / "net.onnx", x, opset=20)  # computed in float32 there
     assert report.batch_sizes == (2, 3)
     assert report.max_rel_error < 5e-2
-    assert agreement.TOLERANCES[torch.bfloat16] == (5e-2, 1e-2)
+    assert output_check.TOLERANCES[torch.bfloat16] == (5e-2, 1e-2)
 
 
 def test_bfloat16_is_not_taken_for_equal(tmp_path, monkeypatch):
-    honest = agreement._values
-    monkeypatch.setattr(agreement, "_values", lambda value: honest(value) * 1.1)
+    honest = output_check._values
+    monkeypatch.setattr(output_check, "_values", lambda value: honest(value) * 1.1)
     with pytest.raises(ExportError, match="differ by"):
         export(
             nn.RMSNorm(8).bfloat16(), tmp_path / "net.onnx", torch.randn(2, 8).bfloat16(), opset=20
@@ -470,11 +470,11 @@ class Cancelling(nn.Module):
 def test_an_error_as_large_as_pytorchs_own_is_rounding(tmp_path, monkeypatch):
     torch.manual_seed(0)
     model, x = Cancelling(), torch.randn(2, 64)
-    monkeypatch.setitem(agreement.TOLERANCES, torch.float32, (0.0, 0.0))
+    monkeypatch.setitem(output_check.TOLERANCES, torch.float32, (0.0, 0.0))
     report = export(model, tmp_path / "net.onnx", x)
     assert 0 < report.max_rel_error < 0.05
     # the same difference where PyTorch is exact is an error
-    monkeypatch.setattr(agreement, "_rounding", lambda *_: [0.0])
+    monkeypatch.setattr(output_check, "_rounding", lambda *_: [0.0])
     with pytest.raises(ExportError, match=r"PyTorch's own rounding: 0\)"):
         export(model, tmp_path / "net.onnx", x)
 
@@ -486,8 +486,8 @@ def test_tolerances_are_the_callers_to_widen(tmp_path):
 
 def test_no_agreement_where_only_one_has_nan(tmp_path, monkeypatch):
     model = nn.Linear(4, 4)
-    honest = agreement._exact
-    monkeypatch.setattr(agreement, "_exact", lambda tensor: honest(tensor) * np.nan)
+    honest = output_check._exact
+    monkeypatch.setattr(output_check, "_exact", lambda tensor: honest(tensor) * np.nan)
     with pytest.raises(ExportError, match="differ by inf"):
         export(model, tmp_path / "net.onnx", torch.randn(2, 4))
 

@@ -1,1 +1,1 @@
-"""Budget to kept counts."""
+"""From a budget to the kept count of every group."""

@@ -52,16 +52,16 @@ class Request:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a plan records of it."""
-        made: dict[str, Any] = {
+        """The request as a plan's settings record it: options by name."""
+        settings: dict[str, Any] = {
             "align": self.align,
             "allocation": self.allocation,
             "seed": self.seed,
             "score": score_name(self.score),
         }
         if self.calibration is not None:
-            made["examples"] = self.calibration.rows
-        return made
+            settings["examples"] = self.calibration.rows
+        return settings
 
 
 class Chooser:
@@ -87,7 +87,7 @@ class Chooser:
         )
 
     def without(self, tensors: Collection[str]) -> Chooser:
-        """The same where these tensors are gone: their groups are neither counted nor narrowed.
+        """A chooser for the model without these tensors, whose groups stay out of the allocation.
 
         Args:
             tensors: Names of parameters and buffers.
@@ -103,7 +103,7 @@ class Chooser:
         return other
 
     def spares(self, tensor: str) -> bool:
-        """Whether the request says of a parameter how wide it is to be."""
+        """Whether ignore= or ratios= names a parameter, so that its branch must stay."""
         patterns = (*self.request.ignore, *self.request.ratios)
         return any(is_named(tensor, p) for p in patterns)
 
@@ -115,6 +115,9 @@ class Chooser:
             target: Its value to reach.
             of: Its name, for messages.
 
+        Returns:
+            Kept count of each group, [groups].
+
         Raises:
             BudgetError: It cannot be reached.
         """
@@ -122,25 +125,28 @@ class Chooser:
         remaining = quantity.at(numbers, np.array(list(self.fixed.values())))
         preferred, free = self._spaces()
         try:
-            found = self._allocated(preferred, remaining, target, of)
+            counts = self._allocated(preferred, remaining, target, of)
         except BudgetError:
-            found = self._allocated(free, remaining, target, of)
-        return self._with_fixed(found)
+            counts = self._allocated(free, remaining, target, of)
+        return self._with_fixed(counts)
 
     def nudged(
         self, quantity: Cost, counts: Counts, target: float, tried: Sequence[Counts]
     ) -> Counts | None:
-        """Counts that differ in one class from these, as close to the target as they come.
+        """Of the counts that differ in one class from these, those closest to the target.
 
         Args:
             quantity: What is budgeted.
             counts: Kept count of each group.
             target: Its value to come to.
             tried: Counts that are not wanted again.
+
+        Returns:
+            Kept count of each group, [groups]; None if all of them were tried.
         """
         where, _ = self._spaces()
-        found = nudged(where, counts, quantity, target, tried)
-        return None if found is None else self._with_fixed(found)
+        closest = nudged(where, counts, quantity, target, tried)
+        return None if closest is None else self._with_fixed(closest)
 
     def smallest(self) -> Counts:
         """The least counts that the request allows."""
@@ -162,7 +168,7 @@ class Chooser:
         return make_plan(self.coupling, self.model, kept, {**settings, **self.request.settings})
 
     def _spaces(self) -> tuple[Space, Space]:
-        """The steps that keep a model within its own classes, and those that do not care."""
+        """The steps under the preferences of the model's classes, and those without them."""
         liked, taken = preferences(self.coupling), self.held | set(self.fixed) | self.absent
         ties = [pair for pair in liked.ties if self.absent.isdisjoint(pair)]
         align = self.request.align
@@ -188,7 +194,7 @@ class Chooser:
 def criterion_or_default(
     score: str | Score | Criterion | None, *, has_data: bool
 ) -> str | Score | Criterion:
-    """The criterion asked for; left open, the best that there is data for.
+    """The criterion asked for; left open, "obs" with data and "magnitude" without.
 
     Args:
         score: A criterion, or None.
@@ -200,7 +206,7 @@ def criterion_or_default(
 def allocation_or_default(
     allocation: str | None, score: str | Score | Criterion, of: str = ""
 ) -> str:
-    """The allocation asked for; left open, what the criterion and the budget suggest.
+    """The allocation asked for; left open, "global" for latency and losses, else "uniform".
 
     Args:
         allocation: "uniform", "global" or None.
@@ -266,8 +272,11 @@ def best_units(values: Any, count: int) -> Indices:
     """The highest-scored units, ascending; the earlier of equals.
 
     Args:
-        values: One score a unit; a row of them for each row of the group's outer axis.
+        values: Scores, [units], or [rows, units] where the group chooses row by row.
         count: How many (of each row).
+
+    Returns:
+        Kept indices, [count] or [rows, count].
     """
     return np.sort(np.argsort(-values, axis=-1, kind="stable")[..., :count], axis=-1)
 
@@ -283,17 +292,17 @@ def matching(coupling: Coupling, pattern: str, option: str) -> set[int]:
     Raises:
         InputError: The model has nothing of that name.
     """
-    found = {g.index for g in coupling.groups if _matches(g, pattern)}
+    numbers = {g.index for g in coupling.groups if _matches(g, pattern)}
     names = {layer_of(n) for n in coupling.dims} | set(coupling.dims)
     known = any(fnmatchcase(n, pattern) or n.startswith(pattern + ".") for n in names)
-    if not found and not known:
+    if not numbers and not known:
         close = difflib.get_close_matches(pattern, sorted(names), 3, 0.4)
         raise InputError(
             f"{pattern!r} matches no module, parameter or group",
             where=option,
             remedy=f"did you mean {', '.join(close)}?" if close else "see print(analysis)",
         )
-    return found
+    return numbers
 
 
 def _matches(group: Group, pattern: str) -> bool:
@@ -305,7 +314,7 @@ def _matches(group: Group, pattern: str) -> bool:
 
 
 def is_named(tensor: str, pattern: str) -> bool:
-    """Whether a glob over module or parameter names means this parameter.
+    """Whether a glob over module or parameter names matches this parameter.
 
     Args:
         tensor: Name of a parameter.

@@ -1,4 +1,4 @@
-"""How many residual branches go, the rest of the budget being met by widths."""
+"""How many residual branches are dropped; widths meet the rest of the budget."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _LATER = 6
 
 def depth_and_width(
     chooser: Chooser,
-    found: Residuals,
+    residuals: Residuals,
     of: str,
     ratio: float,
     batches: Sequence[Batch] = (),
@@ -44,7 +44,7 @@ def depth_and_width(
 
     Args:
         chooser: A request, resolved.
-        found: Branches and blocks.
+        residuals: Branches and blocks.
         of: "macs", "params" or "channels".
         ratio: Fraction of it that is removed.
         batches: Flat calibration inputs; left out, the captured ones, which is weaker.
@@ -57,7 +57,7 @@ def depth_and_width(
     target = dense * (1 - ratio)
 
     def without(names: Names) -> Gone:
-        return gone(coupling.program, bypass(found.named(names)))
+        return gone(coupling.program, bypass(residuals.named(names)))
 
     def plan_for(names: Names) -> PlanData | None:
         dead = without(names)
@@ -69,7 +69,7 @@ def depth_and_width(
         plan = narrowed.plan(counts, {"ratio": float(ratio), "of": of, "depth": True})
         return replace(plan, dropped=tuple(sorted(names)))
 
-    allowed = found.sparing(chooser.spares)
+    allowed = residuals.sparing(chooser.spares)
     saved = Savings(coupling, allowed, of)
     return plan_with_depth(coupling, chooser.model, allowed, saved, plan_for, batches)
 
@@ -77,7 +77,7 @@ def depth_and_width(
 def plan_with_depth(
     coupling: Coupling,
     model: nn.Module,
-    found: Residuals,
+    residuals: Residuals,
     saved: Callable[[Names], float],
     plan_for: Callable[[Names], PlanData | None],
     batches: Sequence[Batch] = (),
@@ -91,7 +91,7 @@ def plan_with_depth(
     Args:
         coupling: The analysed model.
         model: Its weights.
-        found: Branches and blocks.
+        residuals: Branches and blocks.
         saved: What dropping these branches saves of the budget.
         plan_for: The plan that meets the budget without these branches; None where dropping them
             removes more than is asked for.
@@ -115,17 +115,17 @@ def plan_with_depth(
             known[names] = None
             if plan is not None:
                 change = output_change(
-                    dense, outputs_of(plan.keep(coupling, found), model, batches)
+                    dense, outputs_of(plan.keep(coupling, residuals), model, batches)
                 )
                 known[names] = (change, len(names), plan)
         return known[names]
 
-    for chain in _chains(coupling, model, found, saved, batches):
+    for chain in _chains(coupling, model, residuals, saved, batches):
         _search(chain, judge)
-    made = [result for result in known.values() if result is not None]
-    if not made:
+    results = [result for result in known.values() if result is not None]
+    if not results:
         raise problems[0]
-    return min(made, key=lambda result: result[:2])[2]
+    return min(results, key=lambda result: result[:2])[2]
 
 
 class _Chain:
@@ -155,13 +155,13 @@ class _Chain:
 def _chains(
     coupling: Coupling,
     model: nn.Module,
-    found: Residuals,
+    residuals: Residuals,
     saved: Callable[[Names], float],
     batches: Sequence[Batch],
 ) -> list[_Chain]:
     """Growing sets of branches: one by one, and block by block."""
     out: list[_Chain] = []
-    kinds: list[Sequence[Branch | Block]] = [found.branches, found.blocks]
+    kinds: list[Sequence[Branch | Block]] = [residuals.branches, residuals.blocks]
     for kind in kinds:
         # Scored apart, as a block may have the name of a branch of its.
         scores = influence(coupling, model, kind, batches) if kind else {}

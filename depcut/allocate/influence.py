@@ -1,7 +1,7 @@
-"""How much a branch changes the stream, and a plan the outputs.
+"""How much a branch changes the residual stream, and a plan the outputs.
 
-Both run the captured graph. Noise in place of data shows how a random input fares, which is weaker:
-pass calibration batches where there are any.
+Both run the captured graph on calibration batches; where there are none, on the captured example
+inputs, which may be noise and then say less about real ones.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def examples(coupling: Coupling) -> list[Batch]:
 
 
 def _copied(batch: Batch) -> Batch:
-    """A graph may change its inputs in place."""
+    """The batch with its tensors cloned, since a graph may change its inputs in place."""
     return [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in batch]
 
 
@@ -130,7 +130,7 @@ def output_change(dense: list[list[Any]], other: list[list[Any]]) -> float:
 def cheapest_first(
     candidates: Sequence[Branch | Block], scores: Mapping[str, float], saved: Mapping[str, float]
 ) -> list[Branch | Block]:
-    """Candidates by change of the stream for what dropping them saves; those that save nothing out.
+    """Candidates by influence per saved cost, ascending, without those that save nothing.
 
     Args:
         candidates: Branches or blocks.

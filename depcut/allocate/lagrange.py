@@ -90,7 +90,7 @@ def nudged(
 
 
 class _Search:
-    """Losses and costs of every class's choices.
+    """Losses and costs of the choices of all classes; `taken` is steps removed, [classes].
 
     Args:
         where: The steps.
@@ -113,7 +113,7 @@ class _Search:
         return float(sum(lost[n] for lost, n in zip(self.lost, taken, strict=True)))
 
     def costs(self, taken: Counts, number: int) -> NDArray[np.float64]:
-        """Cost of what depends on a class, for each of its choices, the others fixed."""
+        """Cost of what depends on a class, the others fixed: [choices of the class]."""
         choices = np.arange(self.available[number] + 1)
         counts = np.repeat(self.where.kept(taken)[None], len(choices), axis=0)
         kept = self.where.sizes[number] - choices * self.where.steps[number]
@@ -159,7 +159,7 @@ class _Search:
         return best
 
     def fill(self, taken: Counts, target: float) -> Counts:
-        """Spend what is left of the budget where it wins most score for its cost."""
+        """Spend what is left of the budget on the choices that win most score for their cost."""
         taken = taken.copy()
         spent = self.cost(self.where.kept(taken))
         while True:
@@ -181,5 +181,5 @@ class _Search:
             spent += best[3]
 
     def costs_at(self, taken: Counts, number: int) -> float:
-        """Cost of what depends on a class, as things are."""
+        """Cost of what depends on a class, at its present choice."""
         return self.parts[number](self.where.kept(taken))

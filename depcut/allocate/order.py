@@ -35,6 +35,9 @@ def order(
         cost: The budgeted quantity.
         additive: Whether scores are losses that add up, also over groups.
 
+    Returns:
+        Class numbers, [steps of all classes].
+
     Raises:
         InputError: Unknown allocation.
     """
@@ -74,6 +77,9 @@ def meet(where: Space, sequence: Counts, cost: Cost, target: float, of: str) -> 
         target: Its value to reach.
         of: Name of the quantity, for messages.
 
+    Returns:
+        Kept count of each group, [groups].
+
     Raises:
         BudgetError: Even the smallest widths cost more than the target.
     """
@@ -104,7 +110,7 @@ def meet(where: Space, sequence: Counts, cost: Cost, target: float, of: str) -> 
 
 
 def _closest(where: Space, before: Counts, after: Counts, cost: Cost, target: float) -> Counts:
-    """Of the states one step away from just above the target, the closest to it."""
+    """Of `after`, and `before` with up to 4 one-step corrections, the closest to the target."""
     best, error = after, abs(cost(where.kept(after)) - target)
     base = before
     for _ in range(4):

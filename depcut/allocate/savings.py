@@ -1,4 +1,4 @@
-"""What dropping branches saves of a budget, at the cost of what goes with them."""
+"""What dropping residual branches saves of a budget, with all that only they use."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from depcut.graph.liveness import Losses, calls_of, enclosing
 
 
 class Savings:
-    """The quantity that goes with some branches while all widths are dense.
+    """The part of a budgeted quantity that goes with some branches, at dense widths.
 
     Args:
         coupling: The analysed model.
-        found: Its branches.
+        residuals: Its branches.
         of: "macs", "params" or "channels".
     """
 
-    def __init__(self, coupling: Coupling, found: Residuals, of: str) -> None:
+    def __init__(self, coupling: Coupling, residuals: Residuals, of: str) -> None:
         self.coupling, self.program, self.of = coupling, coupling.program, of
-        self.branches = {b.name: b for b in found.branches}
+        self.branches = {b.name: b for b in residuals.branches}
         self.losses = Losses(self.program)
         self.nodes: dict[str, list[fx.Node]] = {}
         for node, tensor in self.program.tensors.items():
@@ -45,8 +45,8 @@ class Savings:
         """What dropping these branches together saves."""
         lost = self.losses(bypass(self.branches[n] for n in names))
         if self.of == "macs":
-            found = [self.coupling.effects[n] for n in lost if n in self.coupling.effects]
-            return sum(_size(times, d) for e in found for times, d in e.macs) / self.program.batch
+            effects = [self.coupling.effects[n] for n in lost if n in self.coupling.effects]
+            return sum(_size(times, d) for e in effects for times, d in e.macs) / self.program.batch
         tensors = self._tensors(lost)
         if self.of == "params":
             aliases = self.program.aliases

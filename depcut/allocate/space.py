@@ -38,12 +38,12 @@ class Space:
     floors: Counts
 
     def kept(self, taken: Counts) -> Counts:
-        """Kept count of each group after so many steps of each class."""
+        """Kept count of each group, [groups], after `taken` steps of each class, [classes]."""
         return np.asarray((self.sizes - taken * self.steps)[self.class_of])
 
     @property
     def available(self) -> Counts:
-        """Steps that each class can give up: one step (at least one unit) always stays."""
+        """Steps that each class can give up, [classes], none below its floor; 0 where held."""
         free = (self.sizes - self.floors) // self.steps
         return np.where(self.held, 0, free)
 
@@ -115,7 +115,7 @@ def _cofactors(term: Term, cofactor: int) -> list[tuple[Axis, int]]:
 
 
 def marginals(where: Space, scores: Scores, additive: bool = False) -> Scores:
-    """What each step of each class loses, not decreasing.
+    """The loss of score of each step of each class, not decreasing.
 
     Scores that only rank (norms) say nothing of how much a group may give up: their loss is
     -d/dk of R^(1 - p), where R is the share of the group's score that is left. A loss linear in R
@@ -125,8 +125,11 @@ def marginals(where: Space, scores: Scores, additive: bool = False) -> Scores:
 
     Args:
         where: The classes.
-        scores: One vector a group, or a row of it for each row of its outer axis.
+        scores: For each group [units], or [rows, units] where it chooses row by row.
         additive: Whether scores are losses that add up, also over groups.
+
+    Returns:
+        For each class its losses, [available steps].
     """
     sums = [np.zeros(n) for n in where.sizes]
     members = np.bincount(where.class_of, minlength=len(sums))

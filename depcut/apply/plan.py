@@ -37,8 +37,8 @@ class Plan(PlanData):
     """Kept units of every narrowed group, for one architecture.
 
     Attributes:
-        kept: Ascending kept indices by group name, a list or one for each row of the group's outer
-            axis; groups not in it keep everything.
+        kept: Ascending kept indices by group name, [kept] or [rows, kept] where the group chooses
+            row by row; groups not in it keep everything.
         sizes: Dense size of every group of the architecture.
         shapes: Dense shape of every parameter and buffer.
         fingerprint: Of the architecture's tensors and groups.
@@ -105,9 +105,9 @@ class Plan(PlanData):
                 capture(model, inputs if inputs is not None else example_of(self.inputs, model))
             )
         keep = self.keep(coupling)
-        found = None
+        calibration = None
         if repairs and data is not None:
-            found = calibrate(
+            calibration = calibrate(
                 coupling.program,
                 model,
                 data,
@@ -117,7 +117,7 @@ class Plan(PlanData):
             )
         slim = rewrite(model, keep)
         error = verify(slim, model)
-        compensation = repair(slim.model, model, keep, found) if chosen.compensate else None
+        compensation = repair(slim.model, model, keep, calibration) if chosen.compensate else None
         if optimizer is not None:
             narrow_optimizer(optimizer, model, slim.model, keep)
         record(slim.model, self._report(keep, slim.generated, error, compensation))
@@ -130,7 +130,7 @@ class Plan(PlanData):
         error: float,
         compensation: Compensation | None,
     ) -> Report:
-        """What is told of the result."""
+        """The report on the smaller model."""
         macs, params = (
             (round(of(keep.coupling).total), round(of(keep.coupling, keep.gone)(keep.counts)))
             for of in (cost.macs, cost.params)
@@ -144,17 +144,17 @@ class Plan(PlanData):
         """The options that it was made with; a criterion that was a function is left out."""
         return Options.of_record(self.settings.get("options", {}))
 
-    def keep(self, coupling: Coupling | None = None, found: Residuals | None = None) -> Keep:
+    def keep(self, coupling: Coupling | None = None, residuals: Residuals | None = None) -> Keep:
         """The kept units as an evaluation over an analysed architecture.
 
         Args:
             coupling: The architecture; left out, that of the plan.
-            found: Its branches, where they are known.
+            residuals: Its branches, where they are known.
 
         Raises:
             PlanError: The architecture is another one, or has other rows.
         """
-        return super().keep(coupling or self._bound(), found)
+        return super().keep(coupling or self._bound(), residuals)
 
     def _bound(self) -> Coupling:
         if self.coupling is None:
@@ -165,7 +165,15 @@ class Plan(PlanData):
         return self.coupling
 
     def bind(self, model: nn.Module, inputs: Inputs = None) -> Plan:
-        """The plan with the analysis of a model of its architecture attached."""
+        """The plan with the analysis of a model of its architecture attached.
+
+        Args:
+            model: The model; it is only read.
+            inputs: Example inputs; left out, those of the plan (or of the same shapes).
+
+        Raises:
+            PlanError: The model has another architecture.
+        """
         self.check(model)
         example = inputs if inputs is not None else example_of(self.inputs, model)
         coupling = infer_coupling(capture(model, example))

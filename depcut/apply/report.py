@@ -1,4 +1,4 @@
-"""What was done to a model, told by the model itself."""
+"""The report on an applied plan, which the smaller model carries."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class Report:
     compensation: Compensation | None = None
 
     @property
-    def origin(self) -> dict[str, str]:
-        """What files made from the model say about it."""
+    def lineage(self) -> dict[str, str]:
+        """The plan's digest and request, for the metadata of exported files."""
         request = {n: str(self.settings[n]) for n in ("ratio", "of") if n in self.settings}
         return {"plan_digest": self.digest, **request}
 
@@ -86,7 +86,7 @@ def amend(model: nn.Module, **changes: Any) -> None:
 def report(model: nn.Module) -> Report:
     """What was done to a model: sizes, generated modules, the largest difference, repairs.
 
-    Copies and pickles of the model tell the same.
+    Copies and pickles of the model carry the same report.
 
     Args:
         model: What `depcut.shrink`, `Plan.apply` or `depcut.compact` returned.
@@ -122,4 +122,4 @@ def lineage_of(model: nn.Module) -> dict[str, str]:
     Args:
         model: Any model.
     """
-    return report(model).origin if _ATTRIBUTE in vars(model) else {}
+    return report(model).lineage if _ATTRIBUTE in vars(model) else {}

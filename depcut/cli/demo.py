@@ -31,7 +31,7 @@ _TRAIN_RATE = 0.1
 
 @dataclass(frozen=True)
 class Digits:
-    """Images (N, 1, 16, 16) in [0, 1] and their labels, split once and for all."""
+    """Images [n, 1, 16, 16] in [0, 1] and labels [n], split for training and test."""
 
     train_images: Tensor
     train_labels: Tensor
@@ -41,7 +41,7 @@ class Digits:
 
 @dataclass(frozen=True)
 class DemoModel:
-    """One column of the demo's table."""
+    """Test accuracy in [0, 1], parameters, MACs of one image and ONNX file of one model."""
 
     accuracy: float
     params: int
@@ -51,7 +51,7 @@ class DemoModel:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found.
+    """The results of the demo.
 
     Attributes:
         dense: The trained model.
@@ -118,7 +118,7 @@ def run_demo(
         console: Where to print; standard output when left out.
 
     Returns:
-        What was found; it has been printed too.
+        The results, which have been printed too.
 
     Raises:
         DepcutError: scikit-learn is missing, or a step failed.
@@ -184,7 +184,7 @@ def load_digits(seed: int = 0) -> Digits:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, digits: Digits) -> float:
-    """Share of the test images that the model names right; its training mode stays.
+    """Share of the test images that the model classifies correctly; its training mode stays.
 
     Args:
         model: The classifier.

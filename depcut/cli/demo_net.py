@@ -30,7 +30,7 @@ class Block(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (N, inputs, H, W) to (N, outputs, H / stride, W / stride)."""
+        """Map [N, inputs, H, W] to [N, outputs, H / stride, W / stride]."""
         y = torch.relu(self.norm1(self.conv1(x)))
         return torch.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
 
@@ -62,7 +62,7 @@ class DigitNet(nn.Module):
         self.head = nn.Linear(channels, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images (N, 1, H, W) to scores (N, classes)."""
+        """Map images [N, 1, H, W] to scores [N, classes]."""
         y: Tensor = self.stages(self.stem(x)).mean((2, 3))
         scores: Tensor = self.head(y)
         return scores

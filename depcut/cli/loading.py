@@ -1,4 +1,4 @@
-"""What the command line names becomes objects: models, weights, example inputs. Nothing pickled."""
+"""Models, data, functions and example inputs that the command line names; nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def build_model(target: str) -> nn.Module:
         The model that the factory returns.
 
     Raises:
-        InputError: The path leads nowhere, the factory fails, or it returns no module.
+        InputError: The path cannot be imported, the factory fails, or it returns no module.
     """
     model = _called(target, "the model")
     if not isinstance(model, nn.Module):
@@ -49,33 +49,33 @@ def build_data(target: str) -> Any:
         target: The import path, as for `build_model`.
 
     Raises:
-        InputError: The path leads nowhere, or the factory fails.
+        InputError: The path cannot be imported, or the factory fails.
     """
     return _called(target, "the data")
 
 
 def import_function(target: str) -> Callable[..., Any]:
-    """What `package.module:name` names, such as torch.nn.functional:cross_entropy.
+    """Import a function by `package.module:name`, e.g. torch.nn.functional:cross_entropy.
 
     Args:
         target: The import path.
 
     Raises:
-        InputError: The path leads nowhere, or to something that cannot be called.
+        InputError: The path cannot be imported, or its object cannot be called.
     """
     try:
-        found = _imported(target)
+        function = _imported(target)
     except (ImportError, AttributeError) as error:
         raise InputError(
             f"cannot import it: {type(error).__name__}: {error}",
             where=target,
             remedy="write package.module:function, e.g. torch.nn.functional:cross_entropy",
         ) from error
-    if not callable(found):
+    if not callable(function):
         raise InputError(
-            f"a {type(found).__name__} cannot be called", where=target, remedy="name a function"
+            f"a {type(function).__name__} cannot be called", where=target, remedy="name a function"
         )
-    return found  # type: ignore[no-any-return]
+    return function  # type: ignore[no-any-return]
 
 
 def _imported(target: str) -> Any:
@@ -87,10 +87,10 @@ def _imported(target: str) -> Any:
     if os.getcwd() not in sys.path:  # noqa: PTH109  (sys.path holds strings)
         # A console script's path starts at its own folder, not at the user's.
         sys.path.insert(0, os.getcwd())  # noqa: PTH109
-    found: Any = importlib.import_module(module_name)
+    value: Any = importlib.import_module(module_name)
     for name in attributes.split("."):
-        found = getattr(found, name)
-    return found
+        value = getattr(value, name)
+    return value
 
 
 def _called(target: str, what: str) -> Any:

@@ -118,11 +118,11 @@ def _shrink(options: argparse.Namespace) -> None:
 
 def _compact(options: argparse.Namespace) -> None:
     inputs = example_inputs(options.input_shape)
-    found = compaction(_model(options), inputs)
-    print(found)
-    slim = found.apply()
+    dead = compaction(_model(options), inputs)
+    print(dead)
+    slim = dead.apply()
     out = _folder(options.out)
-    found.plan.save(out / "plan.json")
+    dead.plan.save(out / "plan.json")
     save_weights(slim, out / "weights.safetensors")
     written = [out / "plan.json", out / "weights.safetensors"]
     if options.onnx:
@@ -158,7 +158,7 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _timing(options: argparse.Namespace) -> dict[str, Any]:
-    """What the options say about timing, if this machine can do it."""
+    """Keywords of `bench` from the options; InputError if this machine lacks the runtime."""
     check_runtime(options.runtime, options.provider)
     return {
         "runtime": options.runtime,
@@ -182,11 +182,11 @@ def _cpus(text: str | None) -> bool | tuple[int, ...]:
         ) from error
 
 
-def _placed(options: argparse.Namespace, things: Any) -> Any:
-    """Models where PyTorch is to time them."""
+def _placed(options: argparse.Namespace, models: Any) -> Any:
+    """The models, moved to the GPU if PyTorch is to time them there."""
     if not RUNTIMES[options.runtime].in_place or options.provider != "cuda":
-        return things
-    return pytree.tree_map_only(nn.Module, lambda model: model.to("cuda"), things)
+        return models
+    return pytree.tree_map_only(nn.Module, lambda model: model.to("cuda"), models)
 
 
 def _model(options: argparse.Namespace) -> nn.Module:

@@ -132,7 +132,7 @@ class Command:
             self.add(flag, type=int if isinstance(default, int) else str, **common)
 
     def plan(self) -> None:
-        """The options that make the model slim before it is used."""
+        """The options of a plan to apply first, and of weights for the smaller model."""
         self.add("--plan", type=Path, metavar="FILE", help="plan to apply to the model first")
         self.add(
             "--slim-weights",

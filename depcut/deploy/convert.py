@@ -51,18 +51,17 @@ def draft(
 ) -> inspect.BoundArguments:
     """Write `model` in evaluation mode as ONNX, unchecked, and in place of what is there.
 
-    This is `depcut.export` without its checks, for files that are only timed or looked at. Most of
-    its time goes into decomposing the captured graph once more; with symbolic sizes that takes two
-    to three times as long.
+    This is `depcut.export` without its checks, for files that are only timed or inspected. A free
+    batch size makes the captured graph symbolic, which takes longer to decompose.
 
     Args:
         model: The model; it is only read.
         inputs: A tensor, a tuple of positional or a dict of keyword arguments; None infers them.
         path: The file to write.
-        metadata: Entries for the file's metadata, beside depcut's version and the model's origin.
+        metadata: Entries for the file's metadata, beside depcut's version and the plan that made the model.
         opset: Version of the operator set; None: the newest that the exporter translates to.
         free_batch: Whether the file takes any batch size, or the one of `inputs` only, which is
-            converted in about half of the time and runs equally fast.
+            converted faster.
 
     Returns:
         The arguments that the model was captured with: two rows at least where the batch is free.
@@ -75,8 +74,8 @@ def draft(
     arguments = bind_inputs(model, inputs)
     with converting():
         arguments, program = _capture(model, arguments, free_batch=free_batch)
-        origin = {"depcut_version": __version__, **lineage_of(model)}
-        _convert(program, Path(path), {**origin, **entries}, version)
+        lineage = {"depcut_version": __version__, **lineage_of(model)}
+        _convert(program, Path(path), {**lineage, **entries}, version)
     return arguments
 
 

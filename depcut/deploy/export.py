@@ -74,19 +74,17 @@ def export(
     metadata: Mapping[str, str] | None = None,
     opset: int | None = None,
 ) -> ExportReport:
-    """Write `model` in evaluation mode as an ONNX file that onnxruntime has been seen to run.
+    """Write `model` in evaluation mode as an ONNX file, checked in onnxruntime against PyTorch.
 
     The file appears under `path` only after it passed `onnx.checker` and agreed with PyTorch in
     onnxruntime at two batch sizes. Weights that exceed 2 GB go into a file beside it, whose name
     begins with the file's; an older one goes once nothing refers to it. The metadata tell depcut's
     version and, for a model that a plan made, the plan's digest, its ratio and of what.
 
-    The operator set is 23, the newest that torch 2.13 has translations of its own for. Attention
-    and RMS norms stay one operator each there: transformers end with 24 to 53 % fewer nodes in
-    onnxruntime 1.31 than from opset 20 and run up to 22 % faster, while convolutional networks
-    are the same node by node. 24 and 25 only renumber operators, and split RMS norms up again. The
-    runtime has no kernels for random numbers above 21; a file that it does not load is written
-    anew with opset 20.
+    The operator set is 23, the newest that torch 2.13 has translations of its own for: attention
+    and RMS norms are one operator each in it. 24 and 25 only renumber operators, and split RMS
+    norms up again. The runtime has no kernels for random numbers above 21; a file that it does not
+    load is written anew with opset 20.
 
     Args:
         model: The model; it is only read.

@@ -67,23 +67,23 @@ def compare_outputs(
     expected = _outputs(model, (other.args, other.kwargs))
     feeds = session_tensors(session, other.arguments)
     try:
-        found = _run(session, feeds)
+        returned = _run(session, feeds)
     except Exception as error:
         raise ExportError(
             f"onnxruntime stops at batch size {batch}: {first_line(error)}",
             where=type(model).__name__,
             remedy="the model's code may fix a size that follows the batch",
         ) from error
-    if len(found) != len(expected):
+    if len(returned) != len(expected):
         raise ExportError(
-            f"the graph has {len(found)} outputs, the model {len(expected)}",
+            f"the graph has {len(returned)} outputs, the model {len(expected)}",
             where=type(model).__name__,
             remedy="return every tensor once",
         )
     places = [f"output {entry.name!r}, batch size {batch}" for entry in session.get_outputs()]
     gaps = [
         _gap(place, tensor, array)
-        for place, tensor, array in zip(places, expected, found, strict=True)
+        for place, tensor, array in zip(places, expected, returned, strict=True)
     ]
     allowed = [
         _allowed(tensor, each.scale, rtol, atol)
@@ -124,7 +124,7 @@ def _bits(tensor: Tensor) -> Array:
 
 
 def _values(value: OrtValue) -> Array:
-    """What the runtime returned."""
+    """A value of the runtime as an array, bfloat16 as float32."""
     import onnx
 
     if value.element_type() != onnx.TensorProto.BFLOAT16:
@@ -133,16 +133,16 @@ def _values(value: OrtValue) -> Array:
     return from_dlpack(value).float().numpy()
 
 
-def _gap(where: str, tensor: Tensor, found: Array) -> Gap:
+def _gap(where: str, tensor: Tensor, array: Array) -> Gap:
     """The difference of one output, or an ExportError where the shapes differ."""
     expected = _exact(tensor)
-    if expected.shape != found.shape:
+    if expected.shape != array.shape:
         raise ExportError(
-            f"onnxruntime gives shape {found.shape}, PyTorch {tuple(expected.shape)}",
+            f"onnxruntime gives shape {array.shape}, PyTorch {tuple(expected.shape)}",
             where=where,
             remedy="the model's code may fix a size that follows the batch",
         )
-    return gap(expected, torch.from_numpy(np.asarray(found, np.float64)))
+    return gap(expected, torch.from_numpy(np.asarray(array, np.float64)))
 
 
 def _allowed(tensor: Tensor, scale: float, rtol: float | None, atol: float | None) -> float:
@@ -180,10 +180,10 @@ def _doubled(leaf: object) -> object:
     return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
 
-def _disagreement(where: str, found: Gap, limit: float, rounding: float) -> ExportError:
+def _disagreement(where: str, difference: Gap, limit: float, rounding: float) -> ExportError:
     return ExportError(
-        f"onnxruntime and PyTorch differ by {found.worst:.3g} where the largest value is "
-        f"{found.scale:.3g} (allowed: {limit:.3g}; PyTorch's own rounding: {rounding:.3g})",
+        f"onnxruntime and PyTorch differ by {difference.worst:.3g} where the largest value is "
+        f"{difference.scale:.3g} (allowed: {limit:.3g}; PyTorch's own rounding: {rounding:.3g})",
         where=where,
         remedy="pass a wider rtol= or atol= if this is rounding; else please report the model",
     )

@@ -1,4 +1,4 @@
-"""Finished ONNX files under their name at once, so that no reader ever meets a broken pair."""
+"""Move a finished ONNX file and its weights to their place, so that both always match."""
 
 from __future__ import annotations
 

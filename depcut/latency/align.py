@@ -1,4 +1,4 @@
-"""The same kernel in different samples: sequences of kernels matched to the dense model's."""
+"""Match the kernels of every sample to those of the dense model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def aligned(samples: Samples) -> list[Track]:
     """Kernels of the dense model that most samples have, each with its counterparts.
 
     A runtime may replace a kernel at some widths (another layout, a fusion that does not apply).
-    What stands in for it there shows in the difference between the kernels and the whole.
+    The time of what replaces it is left to the constant and the scale that
+    `depcut.latency.staircase.fit` fits between the kernels and the whole model.
 
     Args:
         samples: The measurements.
@@ -41,7 +42,7 @@ def aligned(samples: Samples) -> list[Track]:
     matches = [_matches(base, sample.kernels) for sample in samples.samples]
     tracks = []
     for place in range(len(base)):
-        own = tuple(n for n, found in enumerate(matches) if place in found)
+        own = tuple(n for n, match in enumerate(matches) if place in match)
         if len(own) >= _MOST * len(matches):
             kernels = tuple(samples.samples[n].kernels[matches[n][place]] for n in own)
             tracks.append(Track(own, kernels))
@@ -49,7 +50,7 @@ def aligned(samples: Samples) -> list[Track]:
 
 
 def _matches(base: Sequence[Kernel], other: Sequence[Kernel]) -> dict[int, int]:
-    """Place in `other` by place in `base`."""
+    """Position in `other` by position in `base`, for the kernels that match."""
     first, second = list(map(_kind, base)), list(map(_kind, other))
     if first == second:
         return {place: place for place in range(len(first))}
@@ -57,17 +58,17 @@ def _matches(base: Sequence[Kernel], other: Sequence[Kernel]) -> dict[int, int]:
 
 
 def _kind(kernel: Kernel) -> tuple[object, ...]:
-    """What stays the same whatever the widths are."""
+    """Operator and ranks of a kernel, which do not depend on the widths."""
     ranks = (tuple(map(len, kernel.inputs)), tuple(map(len, kernel.outputs)))
     return (kernel.op, *ranks)
 
 
 def _similarity(base: Sequence[Kernel], other: Sequence[Kernel]) -> NDArray[np.float64]:
-    """0 for kernels of different families, else 1 and more the more alike they are.
+    """Similarity of kernels, [len(base), len(other)]: 0 across families, else from 1 to 3.
 
     Sizes that have nothing to do with the widths (of an image, of a sentence) agree, and tell the
-    layers of one stage from those of the next. A kernel with another number of inputs or in
-    another layout has fused more or less, and is the same layer all the same.
+    layers of one stage from those of the next. Another number of inputs or another layout is a
+    matter of fusion, and counts as less similar only.
     """
     same = np.zeros((len(base), len(other)))
     for place in range(max(len(_sizes(k)) for k in (*base, *other))):
@@ -99,7 +100,7 @@ def _sizes(kernel: Kernel) -> tuple[int, ...]:
 
 
 def _family(op: str) -> str:
-    """The operator without what the runtime made of it: Conv for a blocked or fused one."""
+    """The operator without the marks of fusion and blocked layout: Conv for FusedConv."""
     return op.removesuffix(" (blocked)").removeprefix("Fused")
 
 
@@ -119,7 +120,7 @@ def best_alignment(similarity: NDArray[np.float64]) -> dict[int, int]:
     for i in range(rows):
         straight = best[i, :-1] + similarity[i]
         best[i + 1, 1:] = np.maximum.accumulate(np.maximum(straight, best[i, 1:]))
-    found = {}
+    places = {}
     i, j = rows, columns
     while i and j:
         if best[i, j] == best[i - 1, j]:
@@ -128,5 +129,5 @@ def best_alignment(similarity: NDArray[np.float64]) -> dict[int, int]:
             j -= 1
         else:
             i, j = i - 1, j - 1
-            found[i] = j
-    return found
+            places[i] = j
+    return places

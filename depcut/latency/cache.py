@@ -1,4 +1,4 @@
-"""Measurements kept on disk: a file a model, machine, runtime and number of threads."""
+"""Measurements kept on disk: one file per model, machine, runtime and number of threads."""
 
 from __future__ import annotations
 
@@ -30,13 +30,15 @@ def file_of(key: Mapping[str, Any]) -> Path:
 
 
 def load(key: Mapping[str, Any]) -> Samples | None:
-    """Measurements made under these conditions, if there are some.
+    """Read the measurements made under these conditions.
 
-    A file that is damaged, or that holds something else, is as good as none: a warning names it,
-    and the measurement is made anew.
+    A file that is damaged, or that holds something else, is named in a warning and not used.
 
     Args:
         key: Everything that they depend on, as plain data.
+
+    Returns:
+        The measurements; None where there is no usable file.
     """
     path = file_of(key)
     try:

@@ -38,7 +38,7 @@ def designs(where: Space, count: int, seed: int = 0) -> NDArray[np.int64]:
 
 
 def between(where: Space, rows: NDArray[np.int64], seed: int = 0) -> NDArray[np.int64]:
-    """Designs moved off the steps: every width that has a step becomes one between two of them.
+    """Designs with every width that has a step moved down, to between two multiples of it.
 
     Args:
         where: The classes and their steps.

@@ -91,13 +91,13 @@ def kernels_of(events: Iterable[Mapping[str, Any]], runs: int, where: str) -> tu
     Raises:
         LatencyError: The runs are not made of the same kernels.
     """
-    found = [
+    timed = [
         event
         for event in events
         if event.get("cat") == "Node" and str(event["name"]).endswith("_kernel_time")
     ]
-    count, rest = divmod(len(found), runs)
-    rounds = [found[i * count : (i + 1) * count] for i in range(runs)]
+    count, rest = divmod(len(timed), runs)
+    rounds = [timed[i * count : (i + 1) * count] for i in range(runs)]
     names = [[event["name"] for event in one] for one in rounds]
     if not count or rest or any(one != names[0] for one in names[1:]):
         raise LatencyError(

@@ -52,7 +52,7 @@ class Bench:
         threads: Threads that one operator may use.
         folder: For files; it outlives the bench.
         free_batch: Whether files take any batch size, as those of `depcut.export` do. Files for
-            one are written in half of the time, and run equally fast but for a few tiny kernels.
+            one are written faster.
     """
 
     def __init__(
@@ -129,14 +129,14 @@ def measure(
         task = bar.add_task("measuring kernels at several widths", total=len(counts))
         bench = Bench(model, inputs, threads, Path(name), free_batch=False)
         for row in counts:
-            made = _attempt(bench, coupling, model, row)
-            if not isinstance(made, DepcutError):
-                samples.append(made[0])
-                dense_seconds.append(made[1])
+            sample = _attempt(bench, coupling, model, row)
+            if not isinstance(sample, DepcutError):
+                samples.append(sample[0])
+                dense_seconds.append(sample[1])
             elif not samples:
-                raise made
+                raise sample
             else:
-                failures.append(made)
+                failures.append(sample)
             bar.advance(task)
     if failures:
         what = f"{len(failures)} of {len(counts)} smaller models could not be measured"
@@ -164,7 +164,7 @@ def _attempt(
         if kept:
             path = bench.written(planned(coupling, model, kept, {}).apply(model))
         kernels = profile(path, bench.values, bench.threads)
-        found = bench.beside(path)
+        beside = bench.beside(path)
     except DepcutError as error:
         return error
-    return Sample(tuple(map(int, row)), kernels, found.ratio), found.dense_seconds
+    return Sample(tuple(map(int, row)), kernels, beside.ratio), beside.dense_seconds

@@ -43,7 +43,7 @@ class LatencyModel:
         coupling: The groups that counts are of.
         cost: Seconds as a function of the kept counts.
         dense_seconds: Measured time of the dense model.
-        errors: Relative error of the prediction for each model that was measured.
+        errors: Relative error of the prediction for each model that was measured, [samples].
         explained: Share of the dense model's time in kernels whose sizes follow from the counts.
         slowdown: Measured over predicted time of models whose widths all lie between the multiples
             of 8 that the prediction knows (padding, and fast paths that do not apply).
@@ -157,14 +157,14 @@ def latency_model(
         "samples": samples,
         "between": _BETWEEN,
     }
-    found = None if refresh else cache.load(key)
-    if found is None:
+    measured = None if refresh else cache.load(key)
+    if measured is None:
         rows = designs(steps, samples)
         rows = np.concatenate([rows, between(steps, rows[-_BETWEEN:])])
-        found = measure(coupling, model, inputs, rows, threads=threads, progress=progress)
-        cache.store(key, found)
+        measured = measure(coupling, model, inputs, rows, threads=threads, progress=progress)
+        cache.store(key, measured)
     grid = steps.steps[steps.class_of]
-    known, others = _split(found, grid)
+    known, others = _split(measured, grid)
     fitted = fit(coupling, known)
     cost = replace(fitted.cost, grid=grid)
     typical = float(np.median(np.abs(fitted.errors)))
@@ -177,7 +177,7 @@ def latency_model(
     return LatencyModel(
         coupling=coupling,
         cost=cost,
-        dense_seconds=found.dense_seconds,
+        dense_seconds=measured.dense_seconds,
         errors=fitted.errors,
         explained=fitted.explained,
         slowdown=_slowdown(cost, others),
@@ -187,15 +187,15 @@ def latency_model(
     )
 
 
-def _split(found: Samples, grid: NDArray[np.int64]) -> tuple[Samples, Samples]:
+def _split(measured: Samples, grid: NDArray[np.int64]) -> tuple[Samples, Samples]:
     """The samples at the steps, and those between them."""
-    dense = np.array(found.samples[0].counts)
-    on = [not ((counts % grid > 0) & (counts < dense)).any() for counts in found.counts]
+    dense = np.array(measured.samples[0].counts)
+    on = [not ((counts % grid > 0) & (counts < dense)).any() for counts in measured.counts]
     parts = (
-        tuple(s for s, is_on in zip(found.samples, on, strict=True) if is_on == wanted)
+        tuple(s for s, is_on in zip(measured.samples, on, strict=True) if is_on == wanted)
         for wanted in (True, False)
     )
-    first, second = (Samples(found.dense_seconds, part) for part in parts)
+    first, second = (Samples(measured.dense_seconds, part) for part in parts)
     return first, second
 
 

@@ -46,7 +46,7 @@ class Samples:
 
     @property
     def seconds(self) -> NDArray[np.float64]:
-        """Time of each sample."""
+        """Seconds of each sample, [samples]."""
         return np.array([sample.ratio * self.dense_seconds for sample in self.samples])
 
     def as_json(self) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class Samples:
 
     @classmethod
     def of_json(cls, data: Mapping[str, Any]) -> Samples:
-        """What `as_json` made.
+        """The measurements that `as_json` wrote.
 
         Raises:
             KeyError, TypeError, ValueError, IndexError: The data are something else.

@@ -1,8 +1,8 @@
-"""Sizes that a profile shows, recognised as counts of the model's own terms.
+"""Sizes in a runtime's profile, recognised as counts of the model's own terms.
 
-A kernel's shapes are numbers. Over samples in which all widths vary independently, a dimension that
-always is c times the count of a term (or that count in whole blocks) is that term: the series of
-numbers is its fingerprint. What no term explains stays unknown and is treated so.
+A profile holds shapes as numbers. Over samples in which all widths vary independently, a dimension
+that always is c times the count of a term (or that count in whole blocks) is taken for that term.
+A dimension that no term explains is unknown: no feature of a kernel's time is built from it.
 """
 
 from __future__ import annotations
@@ -58,11 +58,13 @@ class Recogniser:
     def __init__(self, coupling: Coupling, counts: NDArray[np.int64]) -> None:
         distinct: dict[tuple[Any, ...], Polynomial] = {}
         for term in _terms(coupling):
-            made = polynomial(coupling, term)
-            distinct.setdefault(tuple(sorted(made.items())), made)
+            count = polynomial(coupling, term)
+            distinct.setdefault(tuple(sorted(count.items())), count)
         # the simplest term wins where several have the same counts in every sample
         ordered = sorted(distinct.values(), key=lambda p: (len(p), max(map(len, p))))
-        self._terms = [(made, _evaluated(made, counts)) for made in ordered if set(made) != {()}]
+        self._terms = [
+            (count, _evaluated(count, counts)) for count in ordered if set(count) != {()}
+        ]
         self._tables: dict[tuple[int, ...], _Table] = {}
 
     def size(self, series: Series, places: tuple[int, ...]) -> Size | None:
@@ -80,7 +82,7 @@ class Recogniser:
 
 
 class _Table:
-    """Fingerprints of all terms over some of the samples.
+    """Counts of all terms in some of the samples, to look a series of sizes up in.
 
     Args:
         terms: Polynomials with their counts in all samples.
@@ -90,26 +92,26 @@ class _Table:
     def __init__(self, terms: list[tuple[Polynomial, Series]], places: Series) -> None:
         self._known: dict[tuple[int, ...], tuple[Polynomial, int, int]] = {}
         self._all: list[tuple[Polynomial, int, Series]] = []
-        for block, (made, counts) in itertools.product(_BLOCKS, terms):
+        for block, (count, counts) in itertools.product(_BLOCKS, terms):
             exact = counts[places]
             rounded = -(-exact // block) * block
             if not np.ptp(exact):
                 continue
-            self._all.append((made, block, rounded))
+            self._all.append((count, block, rounded))
             # runtimes have a path of its own for less than a block, which rounds nothing
             for series in (rounded, np.where(exact < block, exact, rounded)):
                 divisor = int(np.gcd.reduce(series))
                 key = tuple((series // divisor).tolist())
-                self._known.setdefault(key, (made, block, divisor))
+                self._known.setdefault(key, (count, block, divisor))
 
     def size(self, series: Series) -> Size | None:
-        """The term with this fingerprint, or the one that comes close."""
+        """The term whose counts are proportional to the sizes, else the one that explains most."""
         divisor = int(np.gcd.reduce(series))
-        found = self._known.get(tuple((series // divisor).tolist()))
-        if found is None:
+        known = self._known.get(tuple((series // divisor).tolist()))
+        if known is None:
             return self._nearest(series)
-        made, block, own = found
-        return _scaled(made, block, divisor / own)
+        count, block, own = known
+        return _scaled(count, block, divisor / own)
 
     def _nearest(self, series: Series) -> Size | None:
         """The term that explains most samples, for what a runtime does at some widths only."""
@@ -121,29 +123,29 @@ class _Table:
         best = int(agreement.argmax())
         if agreement[best] < _MOST:
             return None
-        made, block, _ = self._all[best]
-        return _scaled(made, block, float(scales[best]))
+        count, block, _ = self._all[best]
+        return _scaled(count, block, float(scales[best]))
 
 
-def _scaled(made: Polynomial, block: int, scale: float) -> Size | None:
+def _scaled(count: Polynomial, block: int, scale: float) -> Size | None:
     """A multiple of a count; of a rounded one, only whole multiples can be written."""
     if block > 1 and scale != int(scale):
         return None
-    count = {monomial: factor * scale for monomial, factor in made.items()}
-    return Size(count, int(block * scale) if block > 1 else 1)
+    scaled = {monomial: factor * scale for monomial, factor in count.items()}
+    return Size(scaled, int(block * scale) if block > 1 else 1)
 
 
-def _evaluated(made: Polynomial, counts: NDArray[np.int64]) -> Series:
+def _evaluated(count: Polynomial, counts: NDArray[np.int64]) -> Series:
     total = np.zeros(len(counts))
-    for groups, factor in made.items():
+    for groups, factor in count.items():
         total += factor * counts[:, list(groups)].prod(axis=1)
     return np.rint(total).astype(np.int64)
 
 
 def _terms(coupling: Coupling) -> Iterator[Term]:
     """Every dimension of every tensor of the model."""
-    for found in (coupling.dims.values(), coupling.env.values()):
-        for value in found:
+    for values in (coupling.dims.values(), coupling.env.values()):
+        for value in values:
             yield from _flat(value)
 
 

@@ -41,7 +41,7 @@ class Fitted:
 
     Attributes:
         cost: Seconds.
-        errors: Relative error for each sample.
+        errors: Relative error, [samples].
         explained: Share of the dense model's time in kernels whose sizes are all recognised.
     """
 
@@ -60,7 +60,7 @@ class _Member:
 
 
 def fit(coupling: Coupling, samples: Samples) -> Fitted:
-    """Fit every kind of kernel, and what lies between the kernels and the whole.
+    """Fit every kind of kernel, then a constant and a scale from their sum to the whole model.
 
     Args:
         coupling: The groups that the counts are of.
@@ -120,9 +120,9 @@ def _fit_kind(members: list[_Member]) -> list[tuple[float, Blocked]]:
     for blocks in itertools.product(_BLOCKS, _READ_BLOCKS):
         table = np.stack([_column(members, feature, blocks) for feature in features], axis=1)
         scale = table.max(axis=0)
-        found, error = nnls(table / scale * weights[:, None], times * weights)
+        factors, error = nnls(table / scale * weights[:, None], times * weights)
         if best is None or error < _SIMPLER * best[0]:
-            best = (error, blocks, found / scale)
+            best = (error, blocks, factors / scale)
     assert best is not None
     _, blocks, factors = best
     return [
@@ -134,7 +134,7 @@ def _fit_kind(members: list[_Member]) -> list[tuple[float, Blocked]]:
 
 
 def _features(members: list[_Member]) -> Iterator[Feature]:
-    """Products of sizes that may explain the time; those that say the same as another left out."""
+    """Products of sizes that may explain the time, none proportional to another."""
     places = members[0].series
     known = {p for p in places if all(m.sizes[p] is not None for m in members)}
     tensors = {
@@ -156,7 +156,7 @@ def _features(members: list[_Member]) -> Iterator[Feature]:
 
 
 def _column(members: list[_Member], feature: Feature, blocks: tuple[int, int]) -> Numbers:
-    """The feature in every sample of every member."""
+    """Values of a feature, [samples of all members]."""
     columns = []
     for member in members:
         column = np.ones(len(member.seconds))

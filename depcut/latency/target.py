@@ -71,11 +71,11 @@ class _Attempts:
         """Make and time the model with these counts."""
         chosen = self.chooser.plan(counts, self.goal.settings)
         plan = Plan.of(chosen, self.chooser.coupling, self.model)
-        found = self.bench.beside(self.bench.written(plan.apply(self.model)), _ROUNDS)
-        share = self.goal.share(found.dense_seconds)
-        made = _Try(plan, counts, found.ratio, found.dense_seconds, found.ratio / share - 1)
-        self.tried.append(made)
-        return made
+        beside = self.bench.beside(self.bench.written(plan.apply(self.model)), _ROUNDS)
+        share = self.goal.share(beside.dense_seconds)
+        attempt = _Try(plan, counts, beside.ratio, beside.dense_seconds, beside.ratio / share - 1)
+        self.tried.append(attempt)
+        return attempt
 
     def knows(self, counts: Counts) -> bool:
         """Whether a candidate with these counts was measured."""
@@ -84,7 +84,7 @@ class _Attempts:
     @property
     def best(self) -> _Try:
         """The candidate closest to the goal."""
-        return min(self.tried, key=lambda made: abs(made.miss))
+        return min(self.tried, key=lambda attempt: abs(attempt.miss))
 
 
 def plan_for_latency(
@@ -135,15 +135,15 @@ def plan_for_latency(
             counts = _counts(attempts, times, aim)
             if counts is None:
                 break
-            made = attempts.measure(counts)
-            if abs(made.miss) <= _CLOSE:
+            attempt = attempts.measure(counts)
+            if abs(attempt.miss) <= _CLOSE:
                 break
-            aim = times.cost(made.counts) / (1 + made.miss)
+            aim = times.cost(attempt.counts) / (1 + attempt.miss)
         if attempts.best.miss > _MISSED and not attempts.knows(chooser.smallest()):
             attempts.measure(chooser.smallest())
     best = attempts.best
-    if all(made.miss > _MISSED for made in attempts.tried):
-        raise _unreachable(min(attempts.tried, key=lambda made: made.ratio), goal)
+    if all(attempt.miss > _MISSED for attempt in attempts.tried):
+        raise _unreachable(min(attempts.tried, key=lambda attempt: attempt.ratio), goal)
     if abs(best.miss) > _MISSED:
         warnings.warn(
             f"the closest of {len(attempts.tried)} candidates takes "
@@ -171,7 +171,7 @@ def _counts(attempts: _Attempts, times: LatencyModel, aim: float) -> Counts | No
     except BudgetError:
         counts = chooser.smallest()
     if attempts.knows(counts) and not _is_least(counts, chooser):
-        best, tried = attempts.best, [made.counts for made in attempts.tried]
+        best, tried = attempts.best, [attempt.counts for attempt in attempts.tried]
         goal = times.cost(best.counts) / (1 + best.miss)
         return chooser.nudged(times.cost, best.counts, goal, tried)
     return None if attempts.knows(counts) else counts

@@ -14,9 +14,10 @@ from torch import nn
 
 from depcut.axes import Indices
 from depcut.branches.branch import Residuals, bypass
-from depcut.branches.find import residuals
+from depcut.branches.find import residuals as find_residuals
 from depcut.coupling.groups import Coupling
 from depcut.errors import PlanError, listed
+from depcut.graph.liveness import Bypass
 from depcut.plan.fingerprint import described, difference, fingerprint
 from depcut.plan.keep import Keep
 from depcut.plan.units import check_rows, check_ties, units_of
@@ -54,12 +55,12 @@ class PlanData:
     inputs: Any
     dropped: tuple[str, ...] = ()
 
-    def keep(self, coupling: Coupling, branches: Residuals | None = None) -> Keep:
+    def keep(self, coupling: Coupling, residuals: Residuals | None = None) -> Keep:
         """The kept units as an evaluation over an analysed architecture.
 
         Args:
             coupling: The architecture.
-            branches: Its branches, where they are known.
+            residuals: Its branches, where they are known.
 
         Raises:
             PlanError: The architecture is another one, or has other rows.
@@ -72,8 +73,9 @@ class PlanData:
             )
         check_rows(coupling, self.kept)
         numbers = {g.name: g.index for g in coupling.groups}
-        branches = (branches or residuals(coupling)) if self.dropped else None
-        through = bypass(branches.named(self.dropped)) if branches is not None else {}
+        through: Bypass = {}
+        if self.dropped:
+            through = bypass((residuals or find_residuals(coupling)).named(self.dropped))
         return Keep(coupling, {numbers[n]: k for n, k in self.kept.items()}, bypass=through)
 
     def check(self, model: nn.Module) -> None:
@@ -220,6 +222,6 @@ def make_plan(
     shapes = {n: list(t.shape) for n, t in model.state_dict(keep_vars=True).items()}
     digest = fingerprint(coupling)
     names = [dropped] if isinstance(dropped, str) else list(dropped)
-    removed = residuals(coupling).named(names) if names else ()
+    removed = find_residuals(coupling).named(names) if names else ()
     branches = tuple(sorted(b.name for b in removed))
     return PlanData(units, sizes, shapes, digest, dict(settings), inputs, branches)

@@ -14,13 +14,13 @@ from depcut.repair.folding import fold_constants, may_fold
 def repair(
     slim: nn.Module, model: nn.Module, keep: Keep, data: Calibration | None
 ) -> Compensation | None:
-    """Make a narrowed model, in place, come closer to the dense one.
+    """Repair a narrowed model in place: re-solve weights on data, else fold constants.
 
     Args:
         slim: The narrowed model, verified.
         model: The dense model.
         keep: What stays.
-        data: To re-solve weights on; None: only removed units that are constant are made up for.
+        data: To re-solve weights on; None: only removed constant units are folded into biases.
 
     Returns:
         What was re-solved, if there is data.

@@ -1,4 +1,4 @@
-"""Repair a narrowed model: re-solve what reads removed units so that layers give what they gave.
+"""Repair a narrowed model: re-solve the weights that read removed units for the dense outputs.
 
 Layer by layer in the order of execution, the kept columns of each weight are solved by least
 squares for the dense layer's outputs, from the inputs that the layers before, repaired already,
@@ -49,7 +49,7 @@ _SAME = 1e-6  # relative difference of inputs that counts as rounding
 
 @dataclass(frozen=True)
 class Repair:
-    """What was done to one layer.
+    """How one layer was re-solved.
 
     Attributes:
         layer: Its name.
@@ -173,7 +173,12 @@ class _Repairer:
     def _pairs(
         self, site: Site, both: Lockstep, weight: torch.Tensor
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """(batch, narrowed inputs, the dense layer's outputs that stay)."""
+        """Least-squares problems, one a batch, of the blocks of a site's weight.
+
+        Yields:
+            Number of the batch, narrowed inputs [blocks, vectors, in] and the dense layer's outputs
+            that stay [blocks, vectors, out].
+        """
         rows = self.keep.indices(site.rows)
         stream = _stream(site, self.program.sizes)
         for number, (dense, slim) in enumerate(both.steps()):
@@ -196,7 +201,7 @@ class _Repairer:
             yield number, given, target
 
     def _along(self, site: Site, dense: Paused) -> Call:
-        """The dense call without vectors that the narrowed one has not (channels as positions)."""
+        """The dense call, its activations sliced along all axes but those of the weight."""
         dims = self.keep.coupling.env
         own = {*axes.leaves(site.term), *axes.leaves(axes.resolve(site.rows))}
         for source in site.node.all_input_nodes:
@@ -218,13 +223,13 @@ class _Repairer:
         return bound(site.node, args, kwargs)
 
     def _drift(self, dense: Paused, slim: Paused, stream: fx.Node) -> torch.Tensor:
-        """What the stream that the result is added to has lost so far."""
+        """Kept part of the dense stream that the result is added to, less the narrowed stream."""
         before, after = dense.values[stream], slim.values[stream]
         kept = kept_part(before, self.keep, self.keep.coupling.env[stream])
         return kept - torch.as_tensor(after)
 
     def _read(self, site: Site, narrow: Call, dense: torch.Tensor) -> torch.Tensor:
-        """The narrowed inputs; what a cell reads of itself is taken from the dense run."""
+        """Narrowed inputs [blocks, vectors, in]; a cell's own state is that of the dense run."""
         x = site.family.inputs(narrow)
         if site.own:
             kept = self.keep.indices(site.term)
@@ -261,8 +266,8 @@ class _Repairer:
         return ""
 
     def _unread(self) -> dict[str, str]:
-        """Layers with narrowed weights that no site can tell how to read."""
-        found: dict[str, str] = {}
+        """Layers that contract narrowed axes and have no calibration site, with the reason."""
+        unread: dict[str, str] = {}
         weights = Weights(self.program)
         for node, effects in self.keep.coupling.effects.items():
             if node.graph is not self.program.graph.graph or node in self.sites:
@@ -272,13 +277,13 @@ class _Repairer:
                 narrowed = isinstance(dims, tuple) and self.keep.narrows(dims[dim])
                 name = next(iter(weights.behind(source)), "")
                 if narrowed and name:
-                    found[layer_of(name)] = _COMPUTED
-        return found
+                    unread[layer_of(name)] = _COMPUTED
+        return unread
 
     def _statistics(self, norm: fx.Node) -> tuple[str, ...]:
         """Names of a batch norm's running mean and variance, where they can be changed."""
-        found = [self.program.tensors.get(n) for n in norm.args[3:5] if isinstance(n, fx.Node)]
-        names = tuple(n for n in found if n is not None and n in self.tensors)
+        tensors = [self.program.tensors.get(n) for n in norm.args[3:5] if isinstance(n, fx.Node)]
+        names = tuple(n for n in tensors if n is not None and n in self.tensors)
         shared = shared_statistics(norm, self.program)
         return names if len(names) == 2 and shared is None else ()
 
@@ -335,7 +340,7 @@ def _stream(site: Site, sizes: Mapping[fx.Node, Any]) -> fx.Node | None:
 
 
 def _moments(values: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and variance by channel."""
+    """Mean and variance by channel, [channels], of values [batch, channels, ...]."""
     flat = [v.double().transpose(0, 1).flatten(1) for v in values]
     count = sum(f.shape[1] for f in flat)
     mean = torch.stack([f.sum(1) for f in flat]).sum(0) / count
@@ -344,5 +349,5 @@ def _moments(values: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    """What tells views of one tensor from copies of it."""
+    """Address of a tensor's storage, which its views share and copies do not."""
     return tensor.untyped_storage().data_ptr()

@@ -78,7 +78,7 @@ class _Collector:
 
     def __init__(self, coupling: Coupling) -> None:
         self.coupling = coupling
-        self.found: list[Contraction] = []
+        self.contractions: list[Contraction] = []
 
     def __call__(self, op: TaintedOp) -> None:
         """Look at one operator before it is executed."""
@@ -91,11 +91,11 @@ class _Collector:
         rule = FORMS.find(op.node.target)
         form = rule(op) if rule is not None else None
         if form is not None and {node for node, _ in places} <= set(form.operands):
-            self.found.append(self._contraction(op, form, places))
+            self.contractions.append(self._contraction(op, form, places))
             return
         for node, dim in places:
             alone = Form((node,), (tuple(string.ascii_letters[: op.value(node).ndim]),))
-            self.found.append(self._contraction(op, alone, [(node, dim)]))
+            self.contractions.append(self._contraction(op, alone, [(node, dim)]))
 
     def _term(self, place: tuple[fx.Node, int]) -> axes.Term:
         dims = self.coupling.env[place[0]]
@@ -126,28 +126,28 @@ class _Collector:
             ]
             live.append(value.amax(fixed, keepdim=True) if fixed else value.clone())
         wild = not all(bool(op.value(n).isfinite().all()) for n in form.operands)
-        made = Contraction(op.node, module_of(op.node), form, at, tuple(live), wild)
-        return self._with_constants(op, made) if len(form.operands) == 2 else made
+        contraction = Contraction(op.node, module_of(op.node), form, at, tuple(live), wild)
+        return self._with_constants(op, contraction) if len(form.operands) == 2 else contraction
 
-    def _with_constants(self, op: TaintedOp, made: Contraction) -> Contraction:
+    def _with_constants(self, op: TaintedOp, contraction: Contraction) -> Contraction:
         """What is constant in the first operand, if the second is a weight."""
-        x, w = made.form.operands
-        if not made.form.out and not made.form.why:
-            return made
+        x, w = contraction.form.operands
+        if not contraction.form.out and not contraction.form.why:
+            return contraction
         if tainted(op.taint(w)):
-            return made
-        value, taint, dim = op.value(x), op.taint(x), made.form.channel
+            return contraction
+        value, taint, dim = op.value(x), op.taint(x), contraction.form.channel
         rows = value.movedim(dim, 0).flatten(1)
         marks = taint.movedim(dim, 0).flatten(1).amax(1) > 0
         same = torch.isclose(rows, rows[:, :1], rtol=resolution(value), atol=0).all(1)
         fixed = ~marks & same & rows[:, 0].isfinite()
         numbers = torch.where(fixed, rows[:, 0], 0).double()
-        absorber, why = None, made.form.why
+        absorber, why = None, contraction.form.why
         if not why:
             absorber, why = self._absorber(op)
         weight = op.value(w).detach()
         return replace(
-            made, fixed=fixed, numbers=numbers, weight=weight, absorber=absorber, why=why
+            contraction, fixed=fixed, numbers=numbers, weight=weight, absorber=absorber, why=why
         )
 
     def _absorber(self, op: TaintedOp) -> tuple[Absorber | None, str]:
@@ -186,4 +186,4 @@ def find_contractions(coupling: Coupling, model: nn.Module) -> tuple[Contraction
     """
     collector = _Collector(coupling)
     interpret(coupling, model, collector)
-    return tuple(collector.found)
+    return tuple(collector.contractions)

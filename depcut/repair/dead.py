@@ -53,7 +53,7 @@ class Dead:
 
 
 class _Liveness:
-    """The fixpoint; `gone` holds what is dead so far."""
+    """The fixpoint of liveness; `gone` is True, [units] by axis, for what is dead so far."""
 
     def __init__(self, coupling: Coupling, contractions: Sequence[Contraction]) -> None:
         self.coupling, self.contractions = coupling, tuple(contractions)
@@ -73,7 +73,7 @@ class _Liveness:
         return axes.indices(term, {leaf: np.flatnonzero(~self.gone[leaf]) for leaf in held})
 
     def settle(self) -> None:
-        """Bring back what is alive."""
+        """Take units that are alive out of `gone`, until none changes."""
         changed = True
         while changed:
             changed = False
@@ -85,11 +85,11 @@ class _Liveness:
                     self.gone[axis] &= ~alive
 
     def alive(self, contraction: Contraction, *, constants: bool) -> list[tuple[Axis, Flags]]:
-        """Units of which a contraction gets something.
+        """Units that contribute to a contraction, as flags [units] by axis.
 
         Args:
             contraction: The contraction.
-            constants: Constants count as nothing.
+            constants: Whether constants count as no contribution.
         """
         operands = self._operands(contraction, constants)
         out = []
@@ -109,7 +109,7 @@ class _Liveness:
         return dims
 
     def _operands(self, contraction: Contraction, constants: bool) -> list[Tensor]:
-        """What the operands hold, without the outputs that nobody reads."""
+        """The operands' `live` flags, zeroed at dead units of dimensions that are not summed."""
         form = contraction.form
         summed = {c for i, dim in contraction.places for c in form.labels[i][dim]}
         out = []
@@ -154,15 +154,15 @@ def find_dead(coupling: Coupling, contractions: Sequence[Contraction]) -> Dead:
             surplus.setdefault((group.index, reason), []).extend(int(u) for u in units)
     gone = {g.index: np.flatnonzero(state.gone[g.axis]) for g in coupling.groups}
     stuck = [
-        Stuck(coupling.groups[i].name, tuple(sorted(found)), reason)
-        for (i, reason), found in surplus.items()
+        Stuck(coupling.groups[i].name, tuple(sorted(units)), reason)
+        for (i, reason), units in surplus.items()
     ]
-    stuck += _held(coupling, state, {(i, u) for (i, _), found in surplus.items() for u in found})
+    stuck += _held(coupling, state, {(i, u) for (i, _), units in surplus.items() for u in units})
     return Dead({i: dead.astype(np.int64) for i, dead in gone.items() if len(dead)}, tuple(stuck))
 
 
 def _back(coupling: Coupling, state: _Liveness) -> list[tuple[Group, Indices, str]]:
-    """Dead units that must stay for the sake of counts."""
+    """Dead units that must stay, since a tie or a floor asks for as many, with the reason."""
     families: dict[tuple[str, int], list[Group]] = {}
     for group in coupling.groups:
         key = ("alone", group.index) if group.tied is None else ("tied", group.tied)
@@ -184,7 +184,7 @@ def _back(coupling: Coupling, state: _Liveness) -> list[tuple[Group, Indices, st
 
 
 def _held(coupling: Coupling, state: _Liveness, known: set[tuple[int, int]]) -> list[Stuck]:
-    """Units that nothing is read of but constants, and what keeps them."""
+    """Units that contribute constants alone and stay, each with the reason."""
     busy = {g.axis: np.zeros(g.size, bool) for g in coupling.groups}
     reasons: dict[Axis, dict[str, Flags]] = {g.axis: {} for g in coupling.groups}
     for contraction in state.contractions:
@@ -193,17 +193,17 @@ def _held(coupling: Coupling, state: _Liveness, known: set[tuple[int, int]]) -> 
         if contraction.absorber is None and contraction.fixed is not None:
             why = f"{_layer(contraction.layer)} reads a constant, and {contraction.why}"
             for axis, alive in state.alive(contraction, constants=False):
-                found = reasons[axis].setdefault(why, np.zeros(len(alive), bool))
-                found |= alive
+                flags = reasons[axis].setdefault(why, np.zeros(len(alive), bool))
+                flags |= alive
     for axis, why in state.held.items():
         reasons[axis].setdefault(why, np.ones(axis.size, bool))
     out = []
     for group in coupling.groups:
         left = ~state.gone[group.axis] & ~busy[group.axis]
-        for why, found in reasons[group.axis].items():
-            here = [int(u) for u in np.flatnonzero(left & found)]
+        for why, flags in reasons[group.axis].items():
+            here = [int(u) for u in np.flatnonzero(left & flags)]
             units = [u for u in here if (group.index, u) not in known]
             if units:
                 out.append(Stuck(group.name, tuple(units), why))
-                left &= ~found
+                left &= ~flags
     return out

@@ -49,7 +49,7 @@ def contributions(keep: Keep, contractions: Sequence[Contraction]) -> dict[str, 
 
 
 def may_fold(keep: Keep, model: nn.Module) -> bool:
-    """Whether a removed unit may be a constant: a cheap look for rows of zeros that make one.
+    """Whether a removed unit may be a constant: whether a parameter that makes one is zero there.
 
     Args:
         keep: What stays of the dense model.

@@ -22,7 +22,7 @@ from depcut.support.torch_private import children_of
 
 @dataclass
 class Slim:
-    """A smaller model in the making.
+    """A smaller model while it is rewritten and verified.
 
     Attributes:
         model: The module.

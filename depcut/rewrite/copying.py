@@ -1,4 +1,4 @@
-"""A deep copy of a module tree, tensors and all, at a fraction of the cost of `copy.deepcopy`."""
+"""A deep copy of a module tree, tensors included, in place of `copy.deepcopy`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _HARMLESS = (ConvNd.__setstate__, nn.MultiheadAttention.__setstate__)
 
 
 class _Deep(Copier):
-    """Tensors are copied, too; a class with a protocol of its own for copies is asked."""
+    """A copier that copies tensors, too, and follows a class's own protocol for copies."""
 
     def tensor(self, value: torch.Tensor) -> torch.Tensor:
         """New values; a result of a forward, which `copy.deepcopy` refuses, becomes a leaf."""
@@ -26,11 +26,11 @@ class _Deep(Copier):
             return value.detach().clone()
         if isinstance(value, nn.Parameter) and type(value).__deepcopy__ is _COPY_OF_PARAMETER:
             return like(value, value.detach().clone())
-        made: torch.Tensor = copy.deepcopy(value, self.memo)
-        return made
+        new: torch.Tensor = copy.deepcopy(value, self.memo)
+        return new
 
     def follows(self, value: Any) -> bool:
-        """Layers only: what a hook notes elsewhere, it goes on noting there."""
+        """Modules only: other objects that a hook closes over stay shared with the original."""
         return isinstance(value, nn.Module)
 
     def as_its_class_says(self, kind: type) -> bool:
@@ -41,7 +41,7 @@ class _Deep(Copier):
         return any(a is not b and a not in _HARMLESS for a, b in zip(own, usual, strict=True))
 
     def entries(self, value: dict[Any, Any]) -> dict[Any, Any]:
-        """All, but for a cache of an earlier forward, of dense sizes: the copy fills its own."""
+        """All entries but results that an earlier forward cached, which have dense sizes."""
         return {k: v for k, v in value.copy().items() if not is_result(v)}
 
 

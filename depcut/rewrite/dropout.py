@@ -50,9 +50,9 @@ def attention_dropout(model: nn.Module, program: Program) -> dict[fx.Node, float
                 torch.func.functional_call(seen, held, tuple(args), kwargs)
         except (RuntimeError, ValueError, TypeError):
             return {}  # training code that fake tensors cannot follow
-    if len(recorder.found) != len(nodes):
+    if len(recorder.probabilities) != len(nodes):
         return {}
-    return {n: p for n, p in zip(nodes, recorder.found, strict=True) if p > 0}
+    return {n: p for n, p in zip(nodes, recorder.probabilities, strict=True) if p > 0}
 
 
 def _may_drop(module: nn.Module) -> bool:
@@ -70,7 +70,7 @@ class _Recorder(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[float] = []
+        self.probabilities: list[float] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -78,9 +78,11 @@ class _Recorder(TorchFunctionMode):
         """Intercept one call of the torch API."""
         kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention:
-            self.found.append(float(args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)))
+            self.probabilities.append(
+                float(args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0))
+            )
         elif func is functional.multi_head_attention_forward:
             bound = inspect.signature(func).bind(*args, **kwargs).arguments
             drops = bound.get("training", True)
-            self.found.append(float(bound["dropout_p"]) if drops else 0.0)
+            self.probabilities.append(float(bound["dropout_p"]) if drops else 0.0)
         return func(*args, **kwargs)

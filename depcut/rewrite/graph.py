@@ -162,7 +162,7 @@ class _Builder:
         return out
 
     def _passing(self, node: fx.Node) -> Iterator[ModuleCall]:
-        """Calls in the module's own lines that returned a node as they got it."""
+        """Calls in the module's own lines that return a node they were given, unchanged."""
         if any(node is given for given in self.call.leaves):
             return
         for call, caller in self.program.passing.get(node, ()):
@@ -266,7 +266,7 @@ class _Builder:
         self._follow_mode(new, node)
 
     def _pass(self, node: fx.Node) -> None:
-        """What stands in for a node, as a tensor of its own where it is written to."""
+        """Put the value that replaces a node in its place, cloned where it is written to."""
         value = self._value(self.keep.gone.through[node])
         if node in self.keep.gone.written:
             value = self.graph.call_function(torch.ops.aten.clone.default, (value,))

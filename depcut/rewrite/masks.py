@@ -22,18 +22,18 @@ def without_masks(model: nn.Module) -> nn.Module:
     """
     if not any([*pruned_names(m), *_masked(m)] for m in model.modules()):
         return model
-    made: nn.Module = copied(model, {})
-    for module in list(made.modules()):
+    plain: nn.Module = copied(model, {})
+    for module in list(plain.modules()):
         for name in list(pruned_names(module)):
             prune.remove(module, name)
         for name in _masked(module):
             _own_class(module)
             parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-    return made
+    return plain
 
 
 def _own_class(module: nn.Module) -> None:
-    """A class for one module alone: copies share theirs, and removal changes it."""
+    """Give a module a class of its own, since copies share one that removal would change."""
     kind = type(module)
     kept = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
     module.__class__ = type(kind.__name__, kind.__bases__, kept)

@@ -34,7 +34,7 @@ def narrowed_copy(model: nn.Module, keep: Keep) -> nn.Module:
 
 
 def _rescale(model: nn.Module, slim: nn.Module, keep: Keep) -> None:
-    """Magnitudes of weight norm, so that the kept part of each weight is what it was."""
+    """Scale the magnitudes of weight norm so that the kept part of each weight is unchanged."""
     program = keep.coupling.program
     for effects in keep.coupling.effects.values():
         for g_node, v_node, dim in effects.rescales:

@@ -1,4 +1,4 @@
-"""What a runtime is to a timing, and how one is registered."""
+"""The interface of a runtime that candidates are timed in, and its registry."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class Setup:
-    """What a candidate is made ready with.
+    """What a runner is built from, beside the candidate.
 
     Attributes:
         inputs: Its inputs, or None to infer them.
         provider: What computes, or None for the runtime's own choice.
         threads: Threads that one operator may use.
-        folder: Where to write what is made of the candidate; empty.
+        folder: An empty folder for the files that the runner writes.
     """
 
     inputs: Any
@@ -77,7 +77,7 @@ class Runtime(Protocol):
         """Make the settings that hold while it measures; the stack takes them back."""
 
     def runner(self, name: str, candidate: Candidate, setup: Setup) -> Runner:
-        """A candidate, by the name that errors call it, made ready to run."""
+        """The runner of a candidate; errors name it by `name`."""
 
 
 RUNTIMES: dict[str, Runtime] = {}
@@ -98,17 +98,17 @@ def runtime(name: str) -> Callable[[Registered], Registered]:
         ValueError: There is a runtime of that name.
     """
 
-    def register(made: Registered) -> Registered:
+    def register(kind: Registered) -> Registered:
         if name in RUNTIMES:
             raise ValueError(f"there are two runtimes named {name!r}")
-        RUNTIMES[name] = made()
-        return made
+        RUNTIMES[name] = kind()
+        return kind
 
     return register
 
 
 def gpu_name(index: int | None = None) -> str:
-    """What the GPU calls itself.
+    """The name of a GPU.
 
     Args:
         index: Its number; the current one when left out.

@@ -124,10 +124,10 @@ class BenchResult:
     def warning(self) -> str:
         """A line on the candidates whose times scatter too widely, or an empty string."""
         spreads = [
-            (found.latency.spread, f"{name} at batch size {batch}")
+            (measurement.latency.spread, f"{name} at batch size {batch}")
             for name, by_batch in self.measurements.items()
-            for batch, found in by_batch.items()
-            if found.latency.is_unstable
+            for batch, measurement in by_batch.items()
+            if measurement.latency.is_unstable
         ]
         if not spreads:
             return ""
@@ -192,7 +192,7 @@ def bench(
     rounds: int = 30,
     warmup: int = 5,
 ) -> BenchResult:
-    """Time candidates in turns (A B A B ...), so that drift of the machine meets all alike.
+    """Time candidates in turns (A B A B ...), so that drift of the machine affects all alike.
 
     Args:
         candidates: Models, or ONNX files when `runtime` is "onnxruntime", by name. The first one
@@ -252,19 +252,19 @@ def bench(
 
 
 def rate(per_second: float) -> str:
-    """Examples per second in as few digits as mean something.
+    """Examples per second as text.
 
     Args:
         per_second: The number.
 
     Returns:
-        At least three digits.
+        Three significant digits, or all before the point from 100 on.
     """
     return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.3g}"
 
 
 def byte_size(count: int | None) -> str:
-    """Bytes as people read them.
+    """A number of bytes as text.
 
     Args:
         count: How many, if that is known.
@@ -284,7 +284,7 @@ def _measured(
     rounds: int,
     warmup: int,
 ) -> dict[str, dict[int, Measurement]]:
-    """Run all that there is to run, one batch size after the other."""
+    """Time all runners, one batch size after the other; by name and batch size."""
     devices = {runner.device: name for name, runner in runners.items()}
     if len(devices) > 1:
         raise InputError(

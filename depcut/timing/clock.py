@@ -1,4 +1,4 @@
-"""Samples that compare fairly: calls take turns, and noise is never called a speedup."""
+"""Interleaved timing: samples of calls in turns, intervals of medians, speedups beyond noise."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Timing:
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> Timing:
-        """The timing that these samples amount to."""
+        """The timing of samples, in seconds per call."""
         low, high = median_interval(samples)
         return cls(statistics.median(samples), low, high, tuple(samples))
 
@@ -58,7 +58,7 @@ class Timing:
 
     @property
     def is_unstable(self) -> bool:
-        """Whether the machine did something else as well: a spread above 20 %."""
+        """Whether the spread is above 20 %, as on a machine that is busy with other work."""
         return self.spread > _LARGEST_SPREAD
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Dense beside slim: parameters, bytes, MACs and the time they really take."""
+"""Dense beside slim: parameters, bytes, MACs and measured time."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Comparison:
 
     @property
     def realised(self) -> float | None:
-        """Measured speedup as a share of the ratio of MACs: 1.0 is all that theory promises."""
+        """Measured speedup as a share of the ratio of MACs; 1.0: time fell as much as MACs did."""
         return None if self.speedup is None else self.speedup.ratio * self.macs_kept
 
     def __rich__(self) -> Table:
@@ -119,7 +119,7 @@ def compare(
     rounds: int = 30,
     warmup: int = 5,
 ) -> Comparison:
-    """Measure what was won by going from `dense` to `slim`.
+    """Compare a dense model with its slim version: parameters, bytes, MACs, time, memory.
 
     Args:
         dense: The model before.

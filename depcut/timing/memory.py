@@ -1,4 +1,4 @@
-"""Peak memory of a candidate: measured where nothing else lives, or not at all."""
+"""Peak memory of a candidate, from a fresh process or from PyTorch's CUDA allocator."""
 
 from __future__ import annotations
 

@@ -85,12 +85,12 @@ def _choice(pin: bool | Sequence[int], threads: int, allowed: Sequence[int]) -> 
 
 def _siblings(cpu: int) -> set[int]:
     """The processors that share this one's core, itself included."""
-    found = {cpu}
+    siblings = {cpu}
     with contextlib.suppress(OSError, ValueError):
         for part in Path(_SIBLINGS.format(cpu)).read_text(encoding="ascii").strip().split(","):
             first, _, last = part.partition("-")
-            found |= set(range(int(first), int(last or first) + 1))
-    return found
+            siblings |= set(range(int(first), int(last or first) + 1))
+    return siblings
 
 
 def _tasks() -> list[int]:

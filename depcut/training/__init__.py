@@ -1,4 +1,4 @@
-"""Getting the accuracy back, and pruning while training: parts for any loop, and a loop."""
+"""Retraining after pruning, and pruning while training: parts for any loop, and a loop."""
 
 from depcut.training.budget import Phase, budget_phases, run_phases
 from depcut.training.distance import relative_distance

@@ -106,7 +106,7 @@ def _within(stream: Stream, items: Iterator[Any]) -> Iterator[Any]:
 
 
 def _parts(data: Any) -> list[Any]:
-    """A loader and what may hold its order."""
+    """A loader and its parts that may hold the order: samplers and the dataset."""
     batch_sampler = getattr(data, "batch_sampler", None)
     parts = [
         data,

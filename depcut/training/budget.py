@@ -27,7 +27,7 @@ from depcut.training.iterative import Iterated, MakeOptimizer, geometric, iterat
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training.
+    """One phase of training: dense, or a cycle of pruning and retraining.
 
     Attributes:
         kind: "dense", or "cycle": prune first, then train.

@@ -39,13 +39,13 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
 
 def digest(model: nn.Module) -> str:
     """A hash of a model's weights."""
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for name, tensor in model_tensors(model).items():
-        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        found.update(
+        hasher.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        hasher.update(
             tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         )
-    return found.hexdigest()[:16]
+    return hasher.hexdigest()[:16]
 
 
 class Checkpoints:
@@ -62,7 +62,7 @@ class Checkpoints:
         self.folder = Path(folder)
         files.make_folder(self.folder, f"checkpoint={self.folder}", TrainingError)
 
-    def _found(self) -> list[Path]:
+    def _folders(self) -> list[Path]:
         return sorted(p for p in self.folder.iterdir() if _STEP.fullmatch(p.name))
 
     def write(self, step: int, state: Mapping[str, Any], best: int | None) -> None:
@@ -82,7 +82,7 @@ class Checkpoints:
         self._clean(target, best)
 
     def _clean(self, newest: Path, best: int | None) -> None:
-        for path in self._found():
+        for path in self._folders():
             if path != newest:
                 shutil.rmtree(path, ignore_errors=True)
         for path in self.folder.iterdir():
@@ -97,31 +97,31 @@ class Checkpoints:
         Raises:
             TrainingError: It cannot be read.
         """
-        found = self._found()
-        if not found:
+        folders = self._folders()
+        if not folders:
             return None
         try:
-            state = codec.load(found[-1])
+            state = codec.load(folders[-1])
         except (OSError, ValueError) as error:
             raise TrainingError(
                 f"the checkpoint cannot be read: {error}",
-                where=str(found[-1]),
+                where=str(folders[-1]),
                 remedy="delete this folder, or pass resume=False to start anew",
             ) from error
         assert isinstance(state, dict)
         return state
 
     def asked(self) -> dict[str, Any]:
-        """What the training whose state is newest was asked for; empty if there is none."""
-        found = self._found()
+        """The identity (`run`) of the training whose state is newest; empty if there is none."""
+        folders = self._folders()
         try:
-            return dict(codec.load_entry(found[-1], "run")) if found else {}
+            return dict(codec.load_entry(folders[-1], "run")) if folders else {}
         except (OSError, ValueError):
             return {}  # `latest`, which needs the tensors as well, says what is wrong with it
 
     def clear(self) -> None:
         """Remove all states."""
-        for path in self._found():
+        for path in self._folders():
             shutil.rmtree(path)
         for path in self.folder.iterdir():
             if _BEST.fullmatch(path.name):

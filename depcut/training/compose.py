@@ -51,7 +51,7 @@ def composed(dense: Analysis, steps: list[TensorIndices], settings: Mapping[str,
 
 
 def _open(sizes: tuple[int, ...], step: tuple[Indices | None, ...]) -> Origins:
-    """Index arrays of a tensor's rank."""
+    """Kept indices of each dimension, as arrays of the tensor's rank that broadcast."""
     pairs = enumerate(zip(sizes, step, strict=True))
     return tuple(broadcastable(kept, size, dim, len(sizes)) for dim, (size, kept) in pairs)
 
@@ -71,7 +71,7 @@ def _after(now: Origins, step: tuple[Indices | None, ...] | None) -> Origins:
 
 
 def _units(group: Group, kept: Mapping[str, Origins], coupling: Coupling) -> Indices:
-    """What is left of a group: a list, or one for each row of its outer axis."""
+    """Kept units of a group, [kept], or [rows, kept] where it chooses row by row."""
     rows = 1 if group.row_axis is None else group.rows
     for member in group.members:
         dims = tuple(map(axes.resolve, coupling.dims[member.tensor]))
@@ -83,9 +83,9 @@ def _units(group: Group, kept: Mapping[str, Origins], coupling: Coupling) -> Ind
                 continue
             outer = _owners(dims, kept[member.tensor], group.row_axis, at)
         owners, outer = np.broadcast_arrays(owners, outer)
-        found = (owners >= 0) & (outer >= 0)
+        inside = (owners >= 0) & (outer >= 0)
         flags = np.zeros((rows, group.size), dtype=bool)
-        flags[outer[found], owners[found]] = True
+        flags[outer[inside], owners[inside]] = True
         return _listed(flags)
     raise _impossible(f"group {group.name!r}")
 
@@ -96,7 +96,7 @@ def _owners(dims: tuple[axes.Term, ...], now: Origins, axis: axes.Axis, dim: int
 
 
 def _listed(flags: NDArray[np.bool_]) -> Indices:
-    """Kept units of every row; where a row went as a whole, as many of it, and it matters not."""
+    """Kept units, [kept] or [rows, kept]; of a row that is gone, the first ones as fillers."""
     counts = flags.sum(1)
     count = int(counts.max())
     flags[counts == 0, :count] = True

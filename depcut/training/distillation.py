@@ -102,17 +102,17 @@ class Distillation:
         self.open()
 
     def _layers(self) -> dict[str, list[tuple[int, Dims]]]:
-        """Of each layer compared, the terms of its result at every call, and which leaf it is."""
+        """By layer compared, for every call: position of the result's leaf, and its terms."""
         env = self.keep.coupling.env
-        found: dict[str, list[tuple[int, Dims]]] = {}
+        layers: dict[str, list[tuple[int, Dims]]] = {}
         for call in self.keep.coupling.program.calls:
             for position, node in enumerate(call.out_leaves):
                 dims = env.get(node) if isinstance(node, fx.Node) else None
                 if isinstance(dims, tuple):
-                    found.setdefault(call.module, []).append((position, dims))
+                    layers.setdefault(call.module, []).append((position, dims))
                     break
         theirs = dict(self.slim.named_modules())
-        known = [name for name in found if name and name in theirs]
+        known = [name for name in layers if name and name in theirs]
         chosen: dict[str, list[tuple[int, Dims]]] = {}
         for pattern in self.hidden:
             names = fnmatch.filter(known, pattern)
@@ -122,11 +122,11 @@ class Distillation:
                     where="hidden=",
                     remedy=f"layers are {listed(known)}",
                 )
-            chosen.update((name, found[name]) for name in names)
+            chosen.update((name, layers[name]) for name in names)
         return chosen
 
     def open(self) -> None:
-        """Listen to the student's layers."""
+        """Register the hooks that record what the student's layers return."""
         if self._handles or not self._places:
             return
         self._seen.clear()
@@ -215,15 +215,15 @@ class Distillation:
         """The clone of the dense model that runs."""
         tensors = (*self.dense.parameters(), *self.dense.buffers())
         now = [entry for tensor in tensors for entry in (tensor, tensor.device)]
-        before, made = self._teacher or ([], None)
+        before, teacher = self._teacher or ([], None)
         same = len(now) == len(before) and all(
             a is b if isinstance(a, torch.Tensor) else a == b
             for a, b in zip(now, before, strict=True)
         )
-        if made is None or not same:
-            made = clone(self.dense, buffers=True)
-            self._teacher = now, made
-        return made
+        if teacher is None or not same:
+            teacher = clone(self.dense, buffers=True)
+            self._teacher = now, teacher
+        return teacher
 
     def _outputs(self, output: Any, target: Any) -> torch.Tensor:
         student, teacher = self._logits(output), self._logits(target)
@@ -241,17 +241,17 @@ class Distillation:
         return apart.mean() * self.temperature**2
 
     def _logits(self, output: Any) -> torch.Tensor:
-        found = output if self.logits is None else self.logits(output)
-        if isinstance(found, Mapping) and "logits" in found:
-            found = found["logits"]
-        found = found if isinstance(found, torch.Tensor) else getattr(found, "logits", None)
-        if not isinstance(found, torch.Tensor):
+        logits = output if self.logits is None else self.logits(output)
+        if isinstance(logits, Mapping) and "logits" in logits:
+            logits = logits["logits"]
+        logits = logits if isinstance(logits, torch.Tensor) else getattr(logits, "logits", None)
+        if not isinstance(logits, torch.Tensor):
             raise InputError(
                 f"no logits are found in a {type(output).__name__}",
                 where="Distillation",
                 remedy="pass logits=, a function that gets them out of what the model returns",
             )
-        return found
+        return logits
 
     def _hidden(self, mine: list[tuple[str, Any]], theirs: list[tuple[str, Any]]) -> torch.Tensor:
         if [name for name, _ in mine] != [name for name, _ in theirs] or not mine:

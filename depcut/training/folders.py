@@ -113,7 +113,7 @@ class RunFolder:
     def read(
         self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None
     ) -> dict[str, Any]:
-        """Fill a model of the step's architecture, and the rest, with what it was then.
+        """Load a finished step: weights and modes of the model, optimizer, random states.
 
         Args:
             step: Its number.

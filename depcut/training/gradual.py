@@ -300,8 +300,7 @@ class Gradual:
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise self._other(f"{type(error).__name__}: {error}".partition("\n")[0]) from error
         shut = {i: "so it was when the state was saved" for i, flag in enumerate(flags) if not flag}
-        found = find_places(self._coupling)
-        places = found.without({**self._places.excluded, **shut})
+        places = find_places(self._coupling).without({**self._places.excluded, **shut})
         keep = Keep(self._coupling, {groups[n].index: k for n, k in plan.kept.items()})
         if not set(keep.units) <= set(places.zeros):
             raise self._other("it masks groups that cannot be masked here")

@@ -63,7 +63,7 @@ class Iterated:
 
 @dataclass
 class _Run:
-    """A run on its way."""
+    """State of a run: the current model and optimizer, and what the steps so far gave."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer | None = None

@@ -72,7 +72,7 @@ def retrain(
     options: TrainingOptions | None = None,
     **given: Unpack[RetrainKeywords],
 ) -> Retrained:
-    """Train a copy of a model, typically a smaller one whose accuracy shall come back.
+    """Train a copy of a model, typically a smaller one, to recover its accuracy.
 
     It runs on accelerate: on the GPU where there is one, in mixed precision, and in several
     processes if started by `accelerate launch` or `torchrun`.
@@ -112,42 +112,47 @@ def retrain(
     _check(model, course, valid is not None, chosen.distillation)
     peak = peak_rate(chosen.lr, chosen.original, optimizer)
     teaching = chosen.distillation
-    with _accelerated(chosen.accelerator, chosen.mixed_precision) as found, preserved():
-        ranks = {"rank": found.process_index, "world": found.num_processes}
+    with _accelerated(chosen.accelerator, chosen.mixed_precision) as accelerator, preserved():
+        ranks = {"rank": accelerator.process_index, "world": accelerator.num_processes}
         pairs = loss is not None
         data = open_loader(train, "train=", model, pairs=pairs, **ranks)
         judged = None if valid is None else open_loader(
             valid, "valid=", model, pairs=pairs or metric is not None, **ranks
         )  # fmt: skip
-        store = _opened(checkpoint, chosen.resume, found)
+        store = _opened(checkpoint, chosen.resume, accelerator)
         steps = epochs * -(-data.own // chosen.gradient_accumulation)
         with nullcontext() if teaching is None else teaching.paused():
-            net = copied(model, {}).to(found.device)
-            made = optimizer_for(optimizer, model, net, peak)
+            net = copied(model, {}).to(accelerator.device)
+            own_optimizer = optimizer_for(optimizer, model, net, peak)
             start = Start(
                 net, data, plan, chosen.dense, chosen.seed, store.asked() if store else {}
             )
             rates, settings = schedule_of(
                 chosen.schedule,
-                made,
+                own_optimizer,
                 steps,
                 start,
                 peak=peak,
                 original=chosen.original,
-                accelerator=found,
+                accelerator=accelerator,
             )
-        settings |= {"optimizer": type(made).__name__, "mixed_precision": found.mixed_precision}
-        run = {} if store is None else _identity(model, data, course, settings, found)
-        teacher = None if teaching is None else teaching.of(net, found.device)
-        trainer = Trainer(net, data, judged, course, made, rates, found, teacher, store, run)
+        settings |= {
+            "optimizer": type(own_optimizer).__name__,
+            "mixed_precision": accelerator.mixed_precision,
+        }
+        run = {} if store is None else _identity(model, data, course, settings, accelerator)
+        teacher = None if teaching is None else teaching.of(net, accelerator.device)
+        trainer = Trainer(
+            net, data, judged, course, own_optimizer, rates, accelerator, teacher, store, run
+        )
         try:
             resumed = trainer.resume()
-            with _bar(chosen.progress and found.is_main_process) as bar:
+            with _bar(chosen.progress and accelerator.is_main_process) as bar:
                 trainer.run(bar)
         finally:
             if teacher is not None:
                 teacher.close()
-        return _result(model, trainer, resumed, settings, found)
+        return _result(model, trainer, resumed, settings, accelerator)
 
 
 def _identity(
@@ -168,7 +173,7 @@ def _identity(
 
 
 def _opened(folder: Any, resume: bool, accelerator: Any) -> Checkpoints | None:
-    """The checkpoints, without those of before if these do not count."""
+    """The checkpoints of a folder, cleared first unless the run resumes."""
     if folder is None:
         return None
     store = Checkpoints(folder)
@@ -200,7 +205,7 @@ def _result(
 def _course(
     epochs: Any, loss: Loss | None, metric: Metric | None, chosen: TrainingOptions
 ) -> Settings:
-    """What the loop needs to know."""
+    """The settings of the loop, from the arguments of `retrain`."""
     return Settings(
         epochs=check_integer(epochs, "epochs", 1),
         loss=loss,
@@ -252,7 +257,7 @@ def _check(
 
 @contextmanager
 def _accelerated(given: Any, mixed_precision: str | None) -> Iterator[Any]:
-    """An Accelerator, whose precision does not stay behind for the next one."""
+    """An Accelerator; the process-wide state that making it set is taken back."""
     try:
         from accelerate import Accelerator, state
     except ImportError as error:
@@ -264,7 +269,7 @@ def _accelerated(given: Any, mixed_precision: str | None) -> Iterator[Any]:
         ) from error
     existed = state.is_initialized()
     try:
-        found = given or Accelerator(mixed_precision=mixed_precision)
+        accelerator = given or Accelerator(mixed_precision=mixed_precision)
     except ValueError as error:
         raise InputError(
             f"accelerate refuses: {error}",
@@ -272,17 +277,17 @@ def _accelerated(given: Any, mixed_precision: str | None) -> Iterator[Any]:
             remedy='pass "no", "fp16", "bf16" or "fp8", that of the Accelerator you have made, if '
             "any, or accelerator= itself",
         ) from error
-    if found.gradient_accumulation_steps != 1:
+    if accelerator.gradient_accumulation_steps != 1:
         raise TrainingError(
-            f"accelerate is set to accumulate {found.gradient_accumulation_steps} batches",
+            f"accelerate is set to accumulate {accelerator.gradient_accumulation_steps} batches",
             where="accelerator",
             remedy="set it to 1 there, and pass gradient_accumulation= here",
         )
     try:
-        yield found
+        yield accelerator
     finally:
         if given is None:
-            found.free_memory()
+            accelerator.free_memory()
         if not existed:
             reset_state()
 

@@ -1,4 +1,4 @@
-"""Masks on a live model: zeros in place, gradients that stay zero, values that can come back."""
+"""Masks on a model in training: zeros in parameters and gradients, and the values set aside."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _Masked:
     Attributes:
         parameter: The model's own.
         factors: Zeros and ones, one tensor a masked dimension, that broadcast to the parameter.
-            Products with them cost a seventh of `masked_fill`.
+            Products with them are cheaper than `masked_fill`.
         values: What stood where it is zero.
         handle: Of the hook that keeps its gradient zero there, if it has one.
     """
@@ -58,8 +58,8 @@ class _Masked:
 class Masks:
     """Zeros of masked units in a live model, and the values that they stand for.
 
-    Parameters stay the same objects under the same names: optimizers, checkpoints and wrappers of
-    the model notice nothing.
+    Parameters stay the same objects under the same names, so that optimizers, checkpoints and
+    wrappers of the model work as before.
 
     Args:
         model: The model that is being trained.
@@ -93,7 +93,7 @@ class Masks:
                 entry.values = parameter.detach()[entry.mask]
                 entry.apply(parameter)
             if parameter.requires_grad:
-                entry.handle = parameter.register_post_accumulate_grad_hook(_still(entry))
+                entry.handle = parameter.register_post_accumulate_grad_hook(_gradient_hook(entry))
             self._masked[name] = entry
 
     def sizes(self, keep: Keep) -> dict[str, int]:
@@ -134,7 +134,7 @@ class Masks:
 
     @contextmanager
     def revealed(self) -> Iterator[None]:
-        """The values back in their place for a while, to be looked at."""
+        """Within the context, parameters hold the values that are masked otherwise."""
         self._restore()
         try:
             yield
@@ -165,7 +165,7 @@ def _factor(parameter: torch.Tensor, stays: Flags) -> torch.Tensor:
     return factor.expand(*stays.shape[:first], *parameter.shape[first:]).contiguous()
 
 
-def _still(entry: _Masked) -> Any:
+def _gradient_hook(entry: _Masked) -> Any:
     def hook(parameter: torch.Tensor) -> None:
         gradient = parameter.grad
         if gradient is not None and not gradient.is_sparse:

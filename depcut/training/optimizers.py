@@ -65,9 +65,9 @@ def optimizer_for(given: Any, model: nn.Module, new: nn.Module, lr: float) -> to
     if not isinstance(given, torch.optim.Optimizer):
         if not callable(given):
             check_optimizer(given, model)
-        made: torch.optim.Optimizer = given(groups_of(new, lr))
-        check_optimizer(made, new)
-        return made
+        optimizer: torch.optim.Optimizer = given(groups_of(new, lr))
+        check_optimizer(optimizer, new)
+        return optimizer
     check_optimizer(given, model)
     twins = {id(old): twin for old, twin in zip(model.parameters(), new.parameters(), strict=True)}
     held = [p for group in given.param_groups for p in group["params"]]

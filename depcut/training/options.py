@@ -34,7 +34,7 @@ class TrainingOptions(Common):
         "plan or the dense model ALLR, else LLR), or a function of (optimizer, steps) that returns "
         "a schedule of torch's kind, stepped once a step. ALLR by name measures what the plan "
         'removed, as published; "auto" takes the distance of the outputs where that is less, so '
-        "that a model which compensation has mended is not damaged by a large rate.",
+        "that a model which compensation has repaired is not damaged by a large rate.",
     )
     lr: float | None = option(
         None, "The peak rate; left out, that of `original` or of the optimizer."

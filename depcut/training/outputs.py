@@ -30,7 +30,7 @@ def output_distance(
     d_f = sqrt(sum ||f(x) - f_p(x)||^2 / sum ||f(x) - m||^2) over all examples, m being the mean of
     the dense outputs over their batch. It is 0 where nothing was lost, and about 1 where the
     outputs say as little as their mean. Unlike `relative_distance`, it sees what compensation has
-    mended; `retrain(schedule="auto")` scales the peak rate by the smaller of the two.
+    repaired; `retrain(schedule="auto")` scales the peak rate by the smaller of the two.
 
     Args:
         dense: The dense model; it and the other one run in evaluation mode, each on its device.
@@ -47,7 +47,7 @@ def output_distance(
 
 @preserved()
 def distance_over(dense: nn.Module, slim: nn.Module, batches: Iterable[Batch]) -> float:
-    """The same, on batches that were read.
+    """`output_distance` on batches that were read already.
 
     A measure of quality: other than in checks (`depcut.support.closeness`), squares are added up,
     and the scale is how much the dense outputs vary, not how large they are.
@@ -81,7 +81,7 @@ def distance_over(dense: nn.Module, slim: nn.Module, batches: Iterable[Batch]) -
 
 @torch.no_grad()
 def _outputs(model: nn.Module, batch: Batch, place: str) -> list[torch.Tensor]:
-    """The outputs that are made of real numbers, one row an example."""
+    """The floating-point outputs, [batch, ...], in double precision on the CPU."""
     args, kwargs = moved((batch.args, batch.kwargs), device_of(model))
     try:
         leaves = pytree.tree_leaves(clone(model, buffers=True)(*args, **kwargs))

@@ -41,7 +41,7 @@ class Places:
 
 
 def find_places(coupling: Coupling) -> Places:
-    """Where to zero each group's units, as far as the algebra tells.
+    """Where to zero each group's units, by the operators' rules; see `probed` for a trial.
 
     Args:
         coupling: The analysed architecture.
@@ -59,11 +59,11 @@ def find_places(coupling: Coupling) -> Places:
     for group in coupling.groups:
         if not zeros[group.index]:
             excluded.setdefault(group.index, "nothing that reads its units was found")
-    found = Places(
+    places = Places(
         {n: frozenset(p) for n, p in zeros.items() if n not in excluded},
         excluded,
     )
-    return found.without(tied_to(coupling, excluded))
+    return places.without(tied_to(coupling, excluded))
 
 
 def tied_to(coupling: Coupling, numbers: Iterable[int]) -> dict[int, str]:
@@ -123,7 +123,7 @@ class _Origins:
         for node, dim in filter(None, (place, effects.counterparts.get(place))):
             names = self._names(node)
             if group in _groups_at(self.coupling, (node, dim)):
-                found = {p for p in _made(self.coupling, group) if p[0] in names}
-                if found:
-                    return found
+                slices = {p for p in _made(self.coupling, group) if p[0] in names}
+                if slices:
+                    return slices
         return set()

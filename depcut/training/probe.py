@@ -1,4 +1,4 @@
-"""Whether zeros really make a dense model compute what the smaller one will: tried on numbers."""
+"""A numerical trial of whether zeros make a dense model compute what the smaller one will."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def staying(
 
 
 def probed(coupling: Coupling, model: nn.Module, places: Places) -> Places:
-    """The places without the groups of which zeros turn out to compute something else.
+    """The places without the groups whose zeros do not compute what the smaller model does.
 
     A random half of the units of every group goes, at weights with some noise, and the dense graph
     with zeros is compared with the narrowed graph, on the captured inputs.
@@ -58,7 +58,7 @@ def probed(coupling: Coupling, model: nn.Module, places: Places) -> Places:
     Args:
         coupling: The analysed architecture.
         model: Whose weights are read.
-        places: As the algebra tells.
+        places: What `find_places` returned.
     """
     trial = _Trial(coupling, model, places)
     families: dict[object, list[int]] = {}
@@ -79,16 +79,16 @@ class _Trial:
         self.coupling, self.model, self.places = coupling, model, places
         generator = torch.Generator().manual_seed(0)
         self.tensors: dict[str, torch.Tensor] = {}
-        made: dict[int, torch.Tensor] = {}
+        noisy: dict[int, torch.Tensor] = {}
         for name, tensor in model.named_parameters(remove_duplicate=False):
-            if id(tensor) not in made:
+            if id(tensor) not in noisy:
                 value = tensor.detach()
                 if value.is_floating_point():
                     noise = torch.randn(value.shape, generator=generator).to(value)
                     size = float(value.float().square().mean().sqrt()) if value.numel() else 0.0
                     value = value + _NOISE * (size or 1.0) * noise
-                made[id(tensor)] = value
-            self.tensors[name] = made[id(tensor)]
+                noisy[id(tensor)] = value
+            self.tensors[name] = noisy[id(tensor)]
         nodes = coupling.program.graph.graph.nodes
         dtypes = {v.dtype for n in nodes if isinstance(v := n.meta.get("val"), torch.Tensor)}
         halves = [TOLERANCE[d] for d in dtypes if d in (torch.float16, torch.bfloat16)]

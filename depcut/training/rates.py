@@ -1,4 +1,4 @@
-"""The learning rates of `depcut.training.retrain`: from which peak, and how adaptively."""
+"""The learning rates of `depcut.training.retrain`: peak rate, schedule and its distance."""
 
 from __future__ import annotations
 
@@ -42,25 +42,25 @@ class Start:
     asked: Mapping[str, Any]
 
     @property
-    def origin(self) -> nn.Module | None:
+    def dense_model(self) -> nn.Module | None:
         """The dense model, if it is known."""
         return self.dense if self.dense is not None or self.plan is None else self.plan.model
 
     def outputs(self, accelerator: Any) -> float | None:
-        """Their distance on the first batches, or what it was when the run began.
+        """Distance of the outputs on the first batches, or what it was when the run began.
 
         None where it cannot be told: without a dense model, or if outputs are not finite.
         """
-        if self.origin is None:
+        if self.dense_model is None:
             return None
         before = self.asked.get("output_distance")
         if before is not None:
             return float(before)
         batches = islice(self.data.read(self.seed, DATA, 0), BATCHES)
-        found = torch.tensor(distance_over(self.origin, self.net, batches))
+        distance = torch.tensor(distance_over(self.dense_model, self.net, batches))
         if accelerator.num_processes > 1:
-            found = accelerator.reduce(found.to(accelerator.device), "mean")
-        return float(found) if torch.isfinite(found) else None
+            distance = accelerator.reduce(distance.to(accelerator.device), "mean")
+        return float(distance) if torch.isfinite(distance) else None
 
 
 def peak_rate(lr: float | None, original: OriginalSchedule | None, optimizer: Any) -> float:
@@ -107,14 +107,14 @@ def schedule_of(
         InputError: It is no schedule, or needs what is not there.
     """
     if not isinstance(schedule, str):
-        made = schedule(optimizer, steps)
-        if not all(callable(getattr(made, n, None)) for n in ("step", "state_dict")):
+        rates = schedule(optimizer, steps)
+        if not all(callable(getattr(rates, n, None)) for n in ("step", "state_dict")):
             raise InputError(
-                f"the schedule is a {type(made).__name__}",
+                f"the schedule is a {type(rates).__name__}",
                 where="schedule=",
                 remedy="return one of torch.optim.lr_scheduler's kind",
             )
-        return made, {"schedule": type(made).__name__, "lr": peak, "steps": steps}
+        return rates, {"schedule": type(rates).__name__, "lr": peak, "steps": steps}
     settings: dict[str, Any] = {"schedule": schedule, "lr": peak, "steps": steps}
     distance = None
     if schedule == "auto":
@@ -127,17 +127,17 @@ def schedule_of(
         distance = _removed(start)
     kind = named(settings["schedule"])
     given = OriginalSchedule(peak=peak) if original is None else replace(original, peak=peak)
-    made = kind(optimizer, given, steps, distance=distance)
-    return made, {**settings, "distance": distance}
+    rates = kind(optimizer, given, steps, distance=distance)
+    return rates, {**settings, "distance": distance}
 
 
 def _removed(start: Start) -> float:
     """Distance of the weights, which needs the plan and the dense model."""
-    if start.plan is None or start.origin is None:
+    if start.plan is None or start.dense_model is None:
         raise InputError(
             "ALLR measures what pruning removed, and there is no "
             + ("plan" if start.plan is None else "dense model"),
             where="schedule='allr'",
             remedy="pass plan= and dense=, or use schedule='llr'",
         )
-    return relative_distance(start.origin, start.plan)
+    return relative_distance(start.dense_model, start.plan)

@@ -34,7 +34,7 @@ class OriginalSchedule:
     Attributes:
         rates: A function from the step (from 0 on) to the rate, or the rates themselves.
         length: T, the number of steps; that of the sequence if left out.
-        peak: Its largest rate; found from the rates if left out.
+        peak: Its largest rate; taken from the rates if left out.
     """
 
     rates: Rates | None = None
@@ -242,7 +242,7 @@ class LRW(RetrainingSchedule):
         return float(values[min(len(values) - self.steps + step, len(values) - 1)])
 
     def curve(self, done: float) -> float:  # noqa: ARG002
-        """Not a function of the share."""
+        """Not used: `rate` replays the original schedule."""
         return self.peak
 
 
@@ -328,8 +328,8 @@ def named(name: str) -> type[RetrainingSchedule]:
     Raises:
         InputError: There is none of that name.
     """
-    found = SCHEDULES.get(str(name).lower())
-    if found is None:
+    kind = SCHEDULES.get(str(name).lower())
+    if kind is None:
         close = difflib.get_close_matches(str(name).lower(), SCHEDULES, 1, 0.4)
         raise InputError(
             f"there is no schedule {name!r}",
@@ -337,7 +337,7 @@ def named(name: str) -> type[RetrainingSchedule]:
             remedy=(f"did you mean {close[0]!r}? " if close else "")
             + f"there are {', '.join(SCHEDULES)}",
         )
-    return found
+    return kind
 
 
 def _whole(steps: Any, place: str) -> int:

@@ -79,8 +79,8 @@ class Snapshots:
         """The steps of which there are snapshots, ascending."""
         if self.folder is None:
             return tuple(sorted(self._held))
-        found = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
-        return tuple(sorted(int(match[1]) for match in found if match))
+        matches = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
+        return tuple(sorted(int(match[1]) for match in matches if match))
 
     def restore(self, model: nn.Module, step: int = 0) -> nn.Module:
         """A copy of the model that holds a snapshot.

@@ -42,7 +42,7 @@ class _Slices:
     groups: dict[int, int]
 
     def squares(self) -> torch.Tensor:
-        """Sum of the squares of all that each unit owns, differentiable."""
+        """Sum of the squares of all that each unit owns, [units], differentiable."""
         device = self.parameters[0].device
         squared = [p.float().square() for p in self.parameters]
         parts = []
@@ -128,13 +128,13 @@ class GroupLasso:
         self._slices = _slices(analysis, chosen)
 
     def __call__(self) -> torch.Tensor:
-        """The penalty now, differentiable."""
+        """The penalty now, a differentiable scalar."""
         squares = self._slices.squares()
         weight = self._slices.sizes.to(squares).sqrt()
         return self.strength * (weight * (squares + _TINY).sqrt()).sum()
 
     def norms(self) -> dict[str, torch.Tensor]:
-        """The L2 norm of every unit, by group name."""
+        """The L2 norm of every unit, [units], by group name."""
         with torch.no_grad():
             values = self._slices.squares().sqrt()
         groups = self.analysis.groups
@@ -197,7 +197,7 @@ class GrowingRegularization:
         self.steps += 1
 
     def __call__(self) -> torch.Tensor:
-        """The penalty now, differentiable."""
+        """The penalty now, a differentiable scalar."""
         total = torch.zeros((), device=self._gone[0][0].device)
         for number, (parameter, flags) in enumerate(self._gone):
             if flags.device != parameter.device:
@@ -209,7 +209,7 @@ class GrowingRegularization:
 def _removed(analysis: Analysis, keep: Keep) -> list[tuple[nn.Parameter, torch.Tensor]]:
     """Parameters with ones at what units that go own of a dimension, to broadcast."""
     held = dict(analysis.model.named_parameters(remove_duplicate=False))
-    found: dict[tuple[int, int, int], tuple[nn.Parameter, torch.Tensor]] = {}
+    entries: dict[tuple[int, int, int], tuple[nn.Parameter, torch.Tensor]] = {}
     for number in sorted(keep.units):
         group = analysis.coupling.groups[number]
         one = Keep(analysis.coupling, {number: keep.units[number]})
@@ -219,8 +219,8 @@ def _removed(analysis: Analysis, keep: Keep) -> list[tuple[nn.Parameter, torch.T
                 continue
             gone = ~one.stays(analysis.coupling.dims[member.tensor], member.dim)
             # a shared parameter counts once
-            found.setdefault(
+            entries.setdefault(
                 (id(parameter), member.dim, number),
                 (parameter, torch.from_numpy(gone).to(parameter)),
             )
-    return list(found.values())
+    return list(entries.values())

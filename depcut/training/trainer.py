@@ -190,16 +190,16 @@ class Trainer:
         done = course.batch
         for number in range(self.steps):
             wanted = min(size, self.train.own - number * size)
-            found = list(islice(reader, wanted))
-            if len(found) < wanted:
+            batches = list(islice(reader, wanted))
+            if len(batches) < wanted:
                 raise InputError(
-                    f"the loader ended after {number * size + len(found)} of {self.train.own} "
+                    f"the loader ended after {number * size + len(batches)} of {self.train.own} "
                     f"batches in epoch {course.epoch + 1}",
                     where=self.train.place,
                     remedy="pass a loader that gives as many batches every epoch as len() says",
                 )
             if number >= done:
-                yield found
+                yield batches
 
     def _step(self, batches: list[Batch]) -> None:
         """One step of the optimizer."""
@@ -294,7 +294,7 @@ class Trainer:
         return nullcontext() if self.distillation is None else self.distillation.paused()
 
     def _judge(self, record: Record, epoch: int) -> None:
-        """Whether these weights are the best so far; without validation the latest are."""
+        """Keep these weights if they are the best so far; without validation the latest are."""
         course = self.course
         score = -record.get("valid_loss", -math.inf if self.valid is None else math.inf)
         if "metric" in record:

@@ -1,1 +1,1 @@
-"""Is the smaller model right? Compared by value with the masked dense one."""
+"""Check a smaller model by value against the masked dense one."""

@@ -54,12 +54,12 @@ def culprits(slim: Slim, model: nn.Module, limit: float) -> list[str]:
             pytree.tree_leaves(example(keep)), watch=watch
         )
     run = _Run(values, limit, frozenset(slim.generated))
-    made = clone(slim.model, buffers=True)
-    for name, module in made.named_modules():
+    watched = clone(slim.model, buffers=True)
+    for name, module in watched.named_modules():
         if name in calls:
             run.watch(name, module, calls[name])
     try:
-        module_results_of_clone(made, keep, Trial())
+        module_results_of_clone(watched, keep, Trial())
     except Exception:  # noqa: BLE001  the innermost call still open is the one that raised
         raised = next((n for n in reversed(run.running) if n not in slim.generated), "")
         return run.wrong or [raised]

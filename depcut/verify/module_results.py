@@ -1,4 +1,4 @@
-"""Run a smaller model and look at what its modules return."""
+"""Run a smaller model and record what its modules return."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def module_results(slim: nn.Module, keep: Keep, trial: Trial) -> ModuleResults:
     return module_results_of_clone(clone(slim, buffers=True), keep, trial)
 
 
-def module_results_of_clone(made: nn.Module, keep: Keep, trial: Trial) -> ModuleResults:
-    """Run a model that is used for nothing else: `observe` for callers with hooks of their own.
+def module_results_of_clone(slim: nn.Module, keep: Keep, trial: Trial) -> ModuleResults:
+    """`module_results` of a clone that the caller has made, possibly with hooks of its own.
 
     Args:
-        made: The clone, in eval mode; hooks stay on it.
+        slim: A clone of the smaller model, in eval mode; the hooks stay on it.
         keep: What stays of the dense one.
         trial: On which of the example inputs.
     """
@@ -68,11 +68,11 @@ def module_results_of_clone(made: nn.Module, keep: Keep, trial: Trial) -> Module
         if results and keep.gone.nodes.issuperset(results):
             continue  # it is not called any more
         calls.setdefault(call.module, []).append(call)
-    for name, module in made.named_modules():
+    for name, module in slim.named_modules():
         if name in calls:
             module.register_forward_hook(_look(name, calls[name], keep, seen))
     with torch.no_grad():
-        seen.outputs = list(pytree.tree_leaves(made(*args, **kwargs)))
+        seen.outputs = list(pytree.tree_leaves(slim(*args, **kwargs)))
     return seen
 
 

@@ -91,22 +91,22 @@ def verify(slim: Slim, model: nn.Module) -> float:
     while True:
         for trial in trials:
             # One row decides in almost all cases; a graph may yet insist on more.
-            found = _try(slim, model, trial, math.inf if random else limit)
-            if not found.message and random:
+            attempt = _try(slim, model, trial, math.inf if random else limit)
+            if not attempt.message and random:
                 return 0.0
-            sure = found.size <= _CERTAIN or limit > TOLERANCE[torch.float32]
-            if not found.message and found.size <= limit:
+            sure = attempt.size <= _CERTAIN or limit > TOLERANCE[torch.float32]
+            if not attempt.message and attempt.size <= limit:
                 if sure or _exact(slim, model) is not False:
-                    return found.size
+                    return attempt.size
                 break
-        if found.beside:
+        if attempt.beside:
             for name in [n for n in slim.generated if n]:
                 slim.replace(parent_of(name), f"its code does more with {name!r} than call it")
             continue
-        if not found.message and limit < found.size < _ROUNDING and _exact(slim, model):
-            return found.size
+        if not attempt.message and limit < attempt.size < _ROUNDING and _exact(slim, model):
+            return attempt.size
         try:
-            wrong = culprits(slim, model, _CERTAIN if found.size <= limit else limit)
+            wrong = culprits(slim, model, _CERTAIN if attempt.size <= limit else limit)
         except RUNTIME_ERRORS as problem:
             raise VerificationError(
                 f"the captured graph cannot be narrowed: {problem}"[:300],
@@ -116,11 +116,11 @@ def verify(slim: Slim, model: nn.Module) -> float:
         suspect = wrong[0] if suspect is None else suspect
         if "" in slim.generated:
             raise VerificationError(
-                found.message or f"outputs differ by {found.size:.3g} of their scale",
+                attempt.message or f"outputs differ by {attempt.size:.3g} of their scale",
                 where=_place(keep, suspect),
                 remedy="keep the layers concerned with ignore=; please report the model",
-            ) from found.problem
-        _replace(slim, wrong, found.message or "its code computes other values at the new sizes")
+            ) from attempt.problem
+        _replace(slim, wrong, attempt.message or "its code computes other values at the new sizes")
 
 
 def _replace(slim: Slim, names: list[str], why: str) -> None:
@@ -148,9 +148,9 @@ def verify_equal(slim: nn.Module, keep: Keep, model: nn.Module) -> float:
     """
     whole = Keep(keep.coupling, {})
 
-    def difference(made: nn.Module, trial: Trial) -> tuple[float, str]:
+    def difference(candidate: nn.Module, trial: Trial) -> tuple[float, str]:
         return relative_error(
-            _expected(whole, model, trial)[0], module_results(made, keep, trial).outputs
+            _expected(whole, model, trial)[0], module_results(candidate, keep, trial).outputs
         )
 
     size, message = difference(slim, Trial())
@@ -169,7 +169,7 @@ def verify_equal(slim: nn.Module, keep: Keep, model: nn.Module) -> float:
 
 @dataclass(frozen=True)
 class Attempt:
-    """What came of one comparison.
+    """Result of one comparison.
 
     Attributes:
         size: Largest difference, relative to the output's scale.

@@ -25,7 +25,7 @@ _SPECIALISATIONS = 1024
 
 @runtime("torch")
 class Eager:
-    """Models as they are."""
+    """Models in PyTorch's eager mode."""
 
     providers: tuple[str, ...] = ("cpu", "cuda")
     in_place = True
@@ -266,7 +266,7 @@ def _event_stopwatch(device: torch.device) -> Stopwatch:
 
 @contextlib.contextmanager
 def _compiling(where: str) -> Iterator[None]:
-    """Say that it was the compiler that failed, and what started it."""
+    """Turn an error of the compiler into an InputError with its first cause."""
     try:
         yield
     except Exception as error:

@@ -187,11 +187,11 @@ class SessionRunner:
 
 
 def _refuse_fallback(session: InferenceSession, provider: str) -> None:
-    """A session that runs elsewhere than it was asked to says so nowhere else."""
-    wanted, found = CHAINS[provider][0], session.get_providers()[0]
-    if found != wanted:
+    """Refuse a session that does not run on the provider asked for."""
+    wanted, used = CHAINS[provider][0], session.get_providers()[0]
+    if used != wanted:
         raise InputError(
-            f"onnxruntime could not start {wanted} and fell back to {found}",
+            f"onnxruntime could not start {wanted} and fell back to {used}",
             where=f"provider={provider!r}",
             remedy="its log above names the library that does not load; install that, "
             'or use provider="cpu"',
