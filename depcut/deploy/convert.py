@@ -58,7 +58,8 @@ def draft(
         model: The model; it is only read.
         inputs: A tensor, a tuple of positional or a dict of keyword arguments; None infers them.
         path: The file to write.
-        metadata: Entries for the file's metadata, beside depcut's version and the plan that made the model.
+        metadata: Entries for the file's metadata, beside depcut's version and the plan's digest and
+            request.
         opset: Version of the operator set; None: the newest that the exporter translates to.
         free_batch: Whether the file takes any batch size, or the one of `inputs` only, which is
             converted faster.
