@@ -225,6 +225,31 @@ def gradual(rows: Sequence[Row], _: Row) -> str:
     return lines(head.split(","), made)
 
 
+DEPTH = (
+    "analyze",
+    "plan, obs",
+    "plan, synflow",
+    "plan_depth",
+    "apply",
+    "compensate",
+    "compact",
+    "gradual",
+    "iterate",
+    "distillation",
+    "export",
+)
+
+
+def depth(rows: Sequence[Row], _: Row) -> str:
+    seconds = {(r["name"], r["net"]): (r["50"], r["100"]) for r in rows if "100" in r}
+    nets = list(dict.fromkeys(net for _, net in seconds))
+    shown = []
+    for name in DEPTH:
+        pairs = [seconds.get((name, net)) for net in nets]
+        shown.append([name, *(f"{p[1]:.2f} ({p[1] / p[0]:.1f})" if p else "" for p in pairs)])
+    return lines(["", *nets], shown)
+
+
 SECTIONS = {
     "zoo": zoo,
     "speed": speed,
@@ -234,4 +259,5 @@ SECTIONS = {
     "accuracy": accuracy,
     "retrain": retraining,
     "gradual_cost": gradual,
+    "depth": depth,
 }
