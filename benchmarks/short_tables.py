@@ -246,7 +246,7 @@ def depth(rows: Sequence[Row], _: Row) -> str:
     shown = []
     for name in DEPTH:
         pairs = [seconds.get((name, net)) for net in nets]
-        shown.append([name, *(f"{p[1]:.2f} ({p[1] / p[0]:.1f})" if p else "" for p in pairs)])
+        shown.append([name, *(f"{p[0]:.2f}/{p[1]:.2f}" if p else "" for p in pairs)])
     return lines(["", *nets], shown)
 
 
