@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import depcut
 from depcut.capture.capture import capture
-from depcut.capture.inputs import infer, normalize
+from depcut.capture.inputs import infer_inputs, normalize
 from depcut.capture.program import Program
 from depcut.capture.provenance import Traced, TracedFloat, literals_of
 from depcut.errors import CaptureError, InputError
@@ -342,16 +342,16 @@ def then_linear(*layers: nn.Module, features: int) -> nn.Module:
     ],
 )
 def test_inputs_follow_from_the_first_layer(model: nn.Module, shape: tuple[int, ...]) -> None:
-    made = infer(model)
+    made = infer_inputs(model)
     assert isinstance(made, Tensor)
     assert tuple(made.shape) == shape
     model(made)
 
 
 def test_inferred_inputs_have_the_weights_type_and_the_vocabulary() -> None:
-    assert infer(nn.Sequential(nn.Linear(6, 5)).double()).dtype == torch.float64
-    assert infer(nn.Sequential(nn.Linear(6, 5)).bfloat16()).dtype == torch.bfloat16
-    ids = infer(nn.Sequential(nn.Embedding(3, 5)))
+    assert infer_inputs(nn.Sequential(nn.Linear(6, 5)).double()).dtype == torch.float64
+    assert infer_inputs(nn.Sequential(nn.Linear(6, 5)).bfloat16()).dtype == torch.bfloat16
+    ids = infer_inputs(nn.Sequential(nn.Embedding(3, 5)))
     assert ids.dtype == torch.int64
     assert set(ids.flatten().tolist()) == {0, 1, 2}
 
@@ -360,7 +360,7 @@ def test_inference_leaves_modes_and_statistics_alone() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train()
     model[1].eval()
     before = snapshot(model)
-    infer(model)
+    infer_inputs(model)
     assert_untouched(model, before)
     assert (model.training, model[1].training) == (True, False)
 
@@ -384,7 +384,7 @@ class TwoArguments(nn.Module):
 )
 def test_inputs_that_stay_open_are_asked_for(model: nn.Module, keywords: list[str]) -> None:
     with pytest.raises(InputError, match="pass a tensor, a tuple") as caught:
-        infer(model)
+        infer_inputs(model)
     assert all(word in str(caught.value) for word in keywords)
 
 

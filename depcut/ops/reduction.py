@@ -94,7 +94,7 @@ def position(op: Op) -> Output:
     aten.fft_fft2 aten.fft_ifft2 aten.fft_rfft2 aten.fft_irfft2 aten.fft_fftn aten.fft_ifftn
     aten.fft_rfftn aten.fft_irfftn aten.fft_fftshift aten.fft_ifftshift""".split()
 )
-def indices_along(op: Op) -> Output:
+def along(op: Op) -> Output:
     """Operators along a dimension whose every value depends on all indices or on their order."""
     name = op.name.strip("_")
     source = op.node.args[0]
