@@ -78,7 +78,7 @@ FAULTS = [
     Fault("ops", "Literal(path, term, sign)", "Literal(path, term, 1)", f"{RULES} slice"),
     Fault(
         "ops",
-        "torch.maximum(self.taint(argument), (value != 0).float())",
+        "torch.maximum(self.taint(given), (value != 0).float())",
         "(value != 0).float()",
         "tests/test_compact.py",
     ),
@@ -87,6 +87,13 @@ FAULTS = [
         ".maximum((table != table[0]).any(0).float())",
         "",
         "tests/test_compact.py -k column",
+    ),
+    Fault("ops", "op.unify(terms[label], term)", "pass", f"{RULES} einsum"),
+    Fault(
+        "ops",
+        "return (*batch, axes.product(channels, taps), op.frozen(op.out_sizes[-1]",
+        "return (*batch, axes.product(taps, channels), op.frozen(op.out_sizes[-1]",
+        f"{RULES} unfold",
     ),
     # Stages, in the order of the folders.
     Fault(
@@ -164,15 +171,15 @@ FAULTS = [
     ),
     Fault(
         "repair",
-        "numbers[at] = reading.numbers[at]",
-        "numbers[at] = -reading.numbers[at]",
+        "numbers[at] = contraction.numbers[at]",
+        "numbers[at] = -contraction.numbers[at]",
         "tests/test_compact.py",
     ),
     Fault(
         "apply",
         "round(of(keep.coupling, keep.gone)(keep.counts))",
         "round(of(keep.coupling).total)",
-        "tests/test_report.py tests/test_origin.py tests/test_iterate.py",
+        "tests/test_report.py tests/test_plan_report.py tests/test_iterate.py",
     ),
     Fault(
         "deploy",
@@ -213,7 +220,7 @@ FAULTS = [
         "if False:",
         "tests/test_callbacks.py -k resumes",
     ),
-    Fault("cli", 'found.plan.save(out / "plan.json")', "pass", "tests/test_cli.py -k compact"),
+    Fault("cli", 'dead.plan.save(out / "plan.json")', "pass", "tests/test_cli.py -k compact"),
 ]
 
 
