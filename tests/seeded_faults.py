@@ -93,7 +93,7 @@ FAULTS = [
         "ops",
         "return (*batch, axes.product(channels, taps), op.frozen(op.out_sizes[-1]",
         "return (*batch, axes.product(taps, channels), op.frozen(op.out_sizes[-1]",
-        f"{RULES} unfold",
+        f"{RULES} im2col",
     ),
     # Stages, in the order of the folders.
     Fault(
