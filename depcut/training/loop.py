@@ -114,19 +114,18 @@ def retrain(
     teaching = chosen.distillation
     with _accelerated(chosen.accelerator, chosen.mixed_precision) as accelerator, preserved():
         ranks = {"rank": accelerator.process_index, "world": accelerator.num_processes}
-        pairs = loss is not None
-        data = open_loader(train, "train=", model, pairs=pairs, **ranks)
-        judged = None if valid is None else open_loader(
-            valid, "valid=", model, pairs=pairs or metric is not None, **ranks
-        )  # fmt: skip
+        data = open_loader(train, "train=", model, pairs=loss is not None, **ranks)
+        pairs = loss is not None or metric is not None
+        judged = None
+        if valid is not None:
+            judged = open_loader(valid, "valid=", model, pairs=pairs, **ranks)
         store = _opened(checkpoint, chosen.resume, accelerator)
         steps = epochs * -(-data.own // chosen.gradient_accumulation)
         with nullcontext() if teaching is None else teaching.paused():
             net = copied(model, {}).to(accelerator.device)
             own_optimizer = optimizer_for(optimizer, model, net, peak)
-            start = Start(
-                net, data, plan, chosen.dense, chosen.seed, store.asked() if store else {}
-            )
+            asked = store.asked() if store else {}
+            start = Start(net, data, plan, chosen.dense, chosen.seed, asked)
             rates, settings = schedule_of(
                 chosen.schedule,
                 own_optimizer,
@@ -136,23 +135,27 @@ def retrain(
                 original=chosen.original,
                 accelerator=accelerator,
             )
-        settings |= {
-            "optimizer": type(own_optimizer).__name__,
-            "mixed_precision": accelerator.mixed_precision,
-        }
+        settings["optimizer"] = type(own_optimizer).__name__
+        settings["mixed_precision"] = accelerator.mixed_precision
         run = {} if store is None else _identity(model, data, course, settings, accelerator)
         teacher = None if teaching is None else teaching.of(net, accelerator.device)
         trainer = Trainer(
             net, data, judged, course, own_optimizer, rates, accelerator, teacher, store, run
         )
-        try:
-            resumed = trainer.resume()
-            with _bar(chosen.progress and accelerator.is_main_process) as bar:
-                trainer.run(bar)
-        finally:
-            if teacher is not None:
-                teacher.close()
+        resumed = _trained(trainer, teacher, chosen.progress and accelerator.is_main_process)
         return _result(model, trainer, resumed, settings, accelerator)
+
+
+def _trained(trainer: Trainer, teacher: Distillation | None, shown: bool) -> int:
+    """Train to the end; the step that was resumed from."""
+    try:
+        resumed = trainer.resume()
+        with _bar(shown) as bar:
+            trainer.run(bar)
+    finally:
+        if teacher is not None:
+            teacher.close()
+    return resumed
 
 
 def _identity(
