@@ -5,6 +5,7 @@ A handful run by default, all of them with `-m sweep`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -78,6 +79,8 @@ def without_fast_path() -> Iterator[None]:
 def macs(model: nn.Module, inputs: zoo.Inputs) -> float:
     """Multiply-accumulates as torch counts them: matrix products, convolutions and attention."""
     counter = FlopCounterMode(display=False)
+    # The counter's hooks stumble over views of what requires gradients.
+    model = copy.deepcopy(model).requires_grad_(False)
     # The counter does not see what torch does in one piece for nn.MultiheadAttention.
     with counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad(), without_fast_path():
         call(model, inputs)

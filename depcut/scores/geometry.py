@@ -22,10 +22,14 @@ def fpgm(context: Context) -> Scores:
     Source: He et al., Filter Pruning via Geometric Median (FPGM), CVPR 2019, eq. 4.
     Needs no data.
     """
-    coupling, places = context.coupling, members(context)
+    coupling = context.coupling
+    places: dict[int, list[tuple[str, int]]] = {}
+    for place, groups in members(context).items():
+        for index in groups:
+            places.setdefault(index, []).append(place)
     scores = []
     for group in coupling.groups:
-        mine = [place for place, groups in places.items() if group.index in groups]
+        mine = places.get(group.index, [])
         total = torch.zeros(group.size, dtype=torch.float64)
         step = max(1, _ENTRIES // group.size)
         for start in range(0, group.size, step):
