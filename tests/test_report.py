@@ -59,6 +59,7 @@ def test_latency_is_measured_when_asked(runtime):
     assert model.training
 
 
+@pytest.mark.sweep
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 def test_a_batch_size_and_memory_are_measured_when_asked():
     found = compare(Tied(64), Tied(4), IDS, batch_size=16, memory=True, rounds=6, warmup=1)

@@ -368,6 +368,7 @@ def script(folder: Path, pause: float) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+@pytest.mark.sweep
 def test_a_killed_process_goes_on_bit_for_bit(tmp_path: Path) -> None:
     killed = tmp_path / "killed"
     first = script(killed, 0.15)

@@ -397,6 +397,7 @@ PUBLIC = {
 }
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", sampled(PUBLIC.keys(), ["llama"]))
 def test_rows_of_public_architectures(name: str) -> None:
     pytest.importorskip("transformers")

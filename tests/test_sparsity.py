@@ -104,6 +104,7 @@ def change(slim: nn.Module, model: nn.Module) -> float:
     return float((made - wanted).norm() / wanted.norm())
 
 
+@pytest.mark.sweep
 def test_units_that_nothing_needs_become_removable() -> None:
     model = student()
     analysis = depcut.analyze(model, X[:2])
@@ -119,6 +120,7 @@ def test_units_that_nothing_needs_become_removable() -> None:
     assert change(slim, model) < 1e-3
 
 
+@pytest.mark.sweep
 def test_growing_regularisation_empties_the_units_of_a_plan() -> None:
     model = student()
     fit(model, lambda: torch.zeros(()), 500)

@@ -248,6 +248,7 @@ def test_broken_file(tmp_path):
         bench({"a": file}, torch.randn(1, 3))
 
 
+@pytest.mark.sweep
 def test_every_batch_size_is_measured(tmp_path):
     x = torch.randn(2, 3, 12, 12)
     found = bench({"dense": net(64), "slim": net(8)}, x, batch_sizes=(1, 8), rounds=6)
