@@ -15,8 +15,8 @@ import depcut
 # One net of each kind of coupling. Every net is cut by `test_structures.py` by default; a property
 # that holds for all of them is shown on these.
 SAMPLE = """
-plain residual inverted_residual concat halves_swapped flatten_linear grouped transposed_grouped
-attention_gqa_expand vision_transformer lstm tied_embedding
+plain residual concat halves_swapped grouped transposed_grouped attention_gqa_expand
+vision_transformer lstm tied_embedding
 """.split()
 
 

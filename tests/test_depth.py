@@ -143,7 +143,7 @@ def test_widths_and_branches_together(name: str, seed: int) -> None:
     check_training(slim, found.inputs(4))
 
 
-@pytest.mark.parametrize("name", sampled(CASES.keys(), [*CASES][::2]))
+@pytest.mark.parametrize("name", sampled(CASES.keys(), [*CASES][::4]))
 def test_costs_are_those_of_the_result(name: str) -> None:
     found = CASES[name]
     model = found.build()
@@ -329,6 +329,7 @@ def test_optimizer_state_of_what_is_left() -> None:
     assert len(optimizer.state) == len(held)
 
 
+@pytest.mark.sweep
 def test_export_without_a_branch(tmp_path: Path) -> None:
     model = CASES["resnet"].build()
     given = CASES["resnet"].inputs(2)

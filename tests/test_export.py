@@ -364,6 +364,7 @@ def test_the_newest_operator_set_with_translations_is_the_default(tmp_path):
     assert export(nn.Linear(4, 4), tmp_path / "net.onnx", torch.randn(2, 4)).opset == 23
 
 
+@pytest.mark.sweep
 def test_an_older_operator_set_where_the_runtime_has_no_newer_kernel(tmp_path, monkeypatch):
     model = nn.Sequential(nn.Linear(4, 4), Random())
     for limit in (2**30, 1):
@@ -401,6 +402,7 @@ def test_the_file_does_not_tell_whose_machine_wrote_it(tmp_path):
     assert names == {"pkg.torch.onnx.name_scopes"}
 
 
+@pytest.mark.sweep
 def test_a_draft_may_fix_the_batch(tmp_path):
     model, x = Attention().train(), torch.randn(1, 5, 16)
     draft(model, x, tmp_path / "free.onnx", {"a": "b"})
