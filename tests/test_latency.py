@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime  # noqa: F401  (its import writes a device's number into the cache folder)
 import pytest
 import torch
 from nets import NETS, Head, conv, seeded

@@ -167,13 +167,7 @@ def latency_model(
     known, others = _split(measured, grid)
     fitted = fit(coupling, known)
     cost = replace(fitted.cost, grid=grid)
-    typical = float(np.median(np.abs(fitted.errors)))
-    if typical > _UNSURE:
-        warnings.warn(
-            f"the widths explain the measured times to {typical:.0%} only; if the machine was "
-            "busy, measure again with analysis.latency(refresh=True)",
-            stacklevel=3,
-        )
+    _warn_if_unsure(float(np.median(np.abs(fitted.errors))))
     return LatencyModel(
         coupling=coupling,
         cost=cost,
@@ -185,6 +179,16 @@ def latency_model(
         runtime=runtime,
         machine=processor(),
     )
+
+
+def _warn_if_unsure(typical: float) -> None:
+    """Warn the caller of `latency_model` where the widths explain too little of the times."""
+    if typical > _UNSURE:
+        warnings.warn(
+            f"the widths explain the measured times to {typical:.0%} only; if the machine was "
+            "busy, measure again with analysis.latency(refresh=True)",
+            stacklevel=4,
+        )
 
 
 def _split(measured: Samples, grid: NDArray[np.int64]) -> tuple[Samples, Samples]:

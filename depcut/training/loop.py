@@ -126,15 +126,8 @@ def retrain(
             own_optimizer = optimizer_for(optimizer, model, net, peak)
             asked = store.asked() if store else {}
             start = Start(net, data, plan, chosen.dense, chosen.seed, asked)
-            rates, settings = schedule_of(
-                chosen.schedule,
-                own_optimizer,
-                steps,
-                start,
-                peak=peak,
-                original=chosen.original,
-                accelerator=accelerator,
-            )
+            how = {"peak": peak, "original": chosen.original, "accelerator": accelerator}
+            rates, settings = schedule_of(chosen.schedule, own_optimizer, steps, start, **how)
         settings["optimizer"] = type(own_optimizer).__name__
         settings["mixed_precision"] = accelerator.mixed_precision
         run = {} if store is None else _identity(model, data, course, settings, accelerator)
