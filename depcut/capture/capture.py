@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import traceback as tb
 from dataclasses import replace
@@ -13,6 +14,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx import traceback
 
 from depcut.capture import provenance
+from depcut.capture.calls import Recorder, TorchCall
 from depcut.capture.clone import clone, cloned_arguments
 from depcut.capture.inputs import Inputs, normalize
 from depcut.capture.process_state import capturing
@@ -65,7 +67,9 @@ def _gates(model: nn.Module, unused: frozenset[str]) -> frozenset[str]:
     return frozenset(n for n in names if any(True for _ in model.get_submodule(n).children()))
 
 
-def _record_calls(model: nn.Module, marks: list[fx.Node], calls: list[ModuleCall]) -> None:
+def _record_calls(
+    model: nn.Module, marks: list[fx.Node], calls: list[ModuleCall], modules: list[str]
+) -> None:
     """Note for every module call which nodes are its arguments and results, by hooks that stay."""
     open_calls: list[tuple[tuple[Any, ...], pytree.TreeSpec]] = []
 
@@ -80,9 +84,11 @@ def _record_calls(model: nn.Module, marks: list[fx.Node], calls: list[ModuleCall
     def listen(name: str, module: nn.Module) -> None:
         def before(_: nn.Module, args: Any, kwargs: Any) -> None:
             open_calls.append(flat((args, kwargs)))
+            modules.append(name)
 
         def after(_: nn.Module, _args: Any, _kwargs: Any, result: Any) -> None:
             leaves, spec = open_calls.pop()
+            modules.pop()
             calls.append(ModuleCall(name, leaves, spec, *flat(result)))
 
         module.register_forward_pre_hook(before, with_kwargs=True)
@@ -154,15 +160,51 @@ def _capture(
 ) -> Program:
     calls: list[ModuleCall] = []
     seen = clone(model, training=training)
+    recorder = Recorder()
+    exported = _traced(seen, args, kwargs, marks, calls, recorder)
+    return replace(
+        _program(model, exported, calls, args, kwargs), torch_calls=tuple(recorder.calls)
+    )
+
+
+def _traced(
+    seen: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    marks: list[fx.Node],
+    calls: list[ModuleCall],
+    recorder: Recorder,
+    correct: provenance.Corrector | None = None,
+) -> torch.export.ExportedProgram:
+    """Export a clone, and record its calls on the way."""
     provenance.trace_attributes(seen)
-    _record_calls(seen, marks, calls)
+    _record_calls(seen, marks, calls, recorder.modules)
     with (
         capturing(root=provenance.root),
-        provenance.ProvenanceMode(marks),
+        provenance.ProvenanceMode(marks, recorder, correct),
         traceback.preserve_node_meta(),
     ):
-        exported = _export(seen, *cloned_arguments((args, kwargs)))
-    return _program(model, exported, calls, args, kwargs)
+        return _export(seen, *cloned_arguments((args, kwargs)))
+
+
+def corrected_calls(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], correct: provenance.Corrector
+) -> tuple[TorchCall, ...]:
+    """The calls that a model makes when it is captured, some with other arguments.
+
+    Args:
+        model: Any module; it is only read.
+        args: Positional example inputs.
+        kwargs: Keyword example inputs.
+        correct: Gives the arguments that a call gets in place of those it was made with.
+
+    Returns:
+        All calls, or those up to the one that raised.
+    """
+    recorder = Recorder()
+    with contextlib.suppress(CaptureError):  # what ran until then was seen
+        _traced(clone(model), args, kwargs, [], [], recorder, correct)
+    return tuple(recorder.calls)
 
 
 def _program(
@@ -273,13 +315,16 @@ def is_symbolic(value: Any) -> bool:
 def _sizes(value: Any) -> Any:
     """Sizes of a tensor, or of each tensor of a list; symbolic ones as hints."""
     if isinstance(value, torch.Tensor):
-        return tuple(s if type(s) is int else _hint(s) for s in value.shape)
+        return tuple(s if type(s) is int else hint(s) for s in value.shape)
     if isinstance(value, list | tuple):
         return [_sizes(v) for v in value] if not value or _has_tensor(value) else None
     return None
 
 
-def _hint(size: Any) -> int:
+def hint(size: Any) -> int:
+    """The value of a size, symbolic or not, in the example."""
+    if isinstance(size, int):
+        return int(size)
     return int(size.node.hint) if size.node.hint is not None else 1
 
 

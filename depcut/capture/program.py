@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from depcut.capture.calls import TorchCall
 from depcut.support.torch_private import pytree
 
 Sizes = tuple[int, ...]
@@ -56,6 +57,7 @@ class Program:
         training: The model as it runs in training, where it has parts that run only then
             (auxiliary heads, mask tokens); for couplings alone.
         unused: Parameters that neither graph uses.
+        torch_calls: Every call of the torch API, in order.
     """
 
     graph: fx.GraphModule
@@ -75,6 +77,7 @@ class Program:
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     training: Program | None = None
     unused: frozenset[str] = field(default_factory=frozenset)
+    torch_calls: tuple[TorchCall, ...] = ()
 
     @cached_property
     def inputs(self) -> list[fx.Node]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -9,12 +10,16 @@ from torch import fx, nn
 
 from depcut.capture.program import parent_of
 from depcut.errors import VerificationError
-from depcut.graph.liveness import rewritten
+from depcut.graph.liveness import enclosing, rewritten
 from depcut.plan.attributes import solve
 from depcut.plan.keep import Keep
 from depcut.rewrite.dropout import attention_dropout
+from depcut.rewrite.functions import NoSourceError
 from depcut.rewrite.graph import CannotGenerateError, generate
 from depcut.rewrite.module import set_attributes
+from depcut.rewrite.observe import Mismatch, observe
+from depcut.rewrite.patches import apply_patch, difference
+from depcut.rewrite.patching import patches
 from depcut.rewrite.removal import remove_dead
 from depcut.rewrite.tensors import narrowed_copy
 from depcut.support.torch_private import children_of
@@ -29,6 +34,7 @@ class Slim:
         keep: What stays of the dense one.
         dense: The dense model.
         generated: Modules that were generated, with the reason.
+        patched: Modules whose class was patched, with what changed.
         inlined: Modules whose lines went into an enclosing generated one, with what forced it.
     """
 
@@ -36,6 +42,7 @@ class Slim:
     keep: Keep
     dense: nn.Module
     generated: dict[str, str] = field(default_factory=dict)
+    patched: dict[str, str] = field(default_factory=dict)
     inlined: dict[str, str] = field(default_factory=dict)
 
     def replace(self, name: str, why: str) -> str:
@@ -68,6 +75,36 @@ class Slim:
             remedy="keep the layers concerned with ignore=; please report the model",
         )
 
+    def patch(self, stuck: Mapping[str, str]) -> dict[str, str]:
+        """Patch the classes whose code gets numbers wrong.
+
+        Args:
+            stuck: Modules of which that is known, with the reason.
+
+        Returns:
+            Those of them that could not be patched, with the reason.
+        """
+        wrong = [m for m in observe(self.model, self.keep) if self._is_own(m)]
+        found, failed = patches(self.model, self.keep, wrong)
+        for name, patch in found.items():
+            module = self.model.get_submodule(name)
+            kind = type(module)
+            try:
+                apply_patch(module, patch)
+            except (NoSourceError, TypeError) as error:
+                failed[name] = str(error)
+                continue
+            self.patched[name] = difference(kind, patch)
+        left = {name: why for name, why in stuck.items() if name not in self.patched}
+        return {
+            name: f"{why}; {failed[name]}" if name in failed else why for name, why in left.items()
+        }
+
+    def _is_own(self, mismatch: Mismatch) -> bool:
+        """Whether a number is of a module that still runs its own code."""
+        module = self.keep.coupling.program.torch_calls[mismatch.call].module
+        return not {module, *enclosing(module)} & {*self.generated, *self.inlined}
+
     @cached_property
     def _dropouts(self) -> dict[fx.Node, float]:
         return attention_dropout(self.dense, self.keep.coupling.program)
@@ -92,7 +129,9 @@ def rewrite(model: nn.Module, keep: Keep) -> Slim:
     owners = {name.rpartition(".")[0] for name in keep.tensors}
     owners |= {name.partition(".parametrizations.")[0] for name in keep.tensors}
     set_attributes(slim.model, solution.values, owners)
-    wanted = {**solution.modules, **rewritten(keep.coupling.program, keep.gone)}
+    dropped = rewritten(keep.coupling.program, keep.gone)
+    stuck = {name: why for name, why in solution.modules.items() if name not in dropped}
+    wanted = {**(slim.patch(stuck) if stuck else {}), **dropped}
     for name in sorted(wanted, key=lambda n: -n.count(".") - bool(n)):
         if name not in slim.generated and name not in slim.inlined:
             slim.replace(name, wanted[name])
