@@ -26,7 +26,7 @@ from depcut.plan.fingerprint import example_of
 from depcut.plan.keep import Keep
 from depcut.repair.after_rewrite import repair, wants_repair
 from depcut.repair.compensate import Compensation
-from depcut.rewrite.build import rewrite
+from depcut.rewrite.build import Slim, rewrite
 from depcut.rewrite.optimizer import check_optimizer, narrow_optimizer
 from depcut.support.keywords import settled, takes_options
 from depcut.verify.verify import verify
@@ -120,13 +120,13 @@ class Plan(PlanData):
         compensation = repair(slim.model, model, keep, calibration) if chosen.compensate else None
         if optimizer is not None:
             narrow_optimizer(optimizer, model, slim.model, keep)
-        record(slim.model, self._report(keep, slim.generated, error, compensation))
+        record(slim.model, self._report(keep, slim, error, compensation))
         return slim.model
 
     def _report(
         self,
         keep: Keep,
-        generated: Mapping[str, str],
+        slim: Slim,
         error: float,
         compensation: Compensation | None,
     ) -> Report:
@@ -136,7 +136,14 @@ class Plan(PlanData):
             for of in (cost.macs, cost.params)
         )
         return Report(
-            self.digest, dict(self.settings), dict(generated), error, macs, params, compensation
+            self.digest,
+            dict(self.settings),
+            dict(slim.generated),
+            error,
+            macs,
+            params,
+            compensation,
+            dict(slim.patched),
         )
 
     @property

@@ -31,6 +31,8 @@ class Report:
         macs: MACs of one example, dense and now.
         params: Number of parameters, dense and now.
         compensation: What was re-solved on data, None without.
+        patched: Modules whose class was patched where its code gets numbers wrong, with what
+            changed: a diff of the source.
     """
 
     digest: str
@@ -40,12 +42,20 @@ class Report:
     macs: tuple[int, int] = (0, 0)
     params: tuple[int, int] = (0, 0)
     compensation: Compensation | None = None
+    patched: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def lineage(self) -> dict[str, str]:
         """The plan's digest and request, for the metadata of exported files."""
         request = {n: str(self.settings[n]) for n in ("ratio", "of") if n in self.settings}
         return {"plan_digest": self.digest, **request}
+
+    def _patches(self) -> dict[str, list[str]]:
+        """Modules by what was changed in them."""
+        out: dict[str, list[str]] = {}
+        for name, change in self.patched.items():
+            out.setdefault(change, []).append(name or "the model itself")
+        return out
 
     def __str__(self) -> str:
         lines = [f"plan {self.digest}"]
@@ -57,6 +67,9 @@ class Report:
             f"  generated in place of {name or 'the whole model'}: {why}"
             for name, why in self.generated.items()
         ]
+        for change, names in self._patches().items():
+            lines.append(f"  patched in {len(names)} of the modules, {', '.join(names)}:")
+            lines += [f"    {line}" for line in change.splitlines()]
         if self.compensation is not None:
             lines += [f"  {line}" for line in str(self.compensation).splitlines()]
         return "\n".join(lines)

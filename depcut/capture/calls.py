@@ -1,4 +1,4 @@
-"""Calls of the torch API during a capture: what was called, from which expression, with which numbers.
+"""Calls of the torch API during a capture: what was called, where in the source, with what numbers.
 
 While a model is captured the Python frames are the real ones, so that each call is found again in
 the source as the very expression that made it, by `executing`, also where a helper function or a
@@ -25,13 +25,12 @@ Steps = tuple[Step, ...]
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent)
 # What stands between the model's code and a torch-function mode.
-_MACHINERY = tuple(
-    f"{_TORCH}/{name}"
-    for name in (
-        *("overrides.py", "_export/", "export/", "fx/", "_ops.py", "_library/"),
-        *("utils/_device.py", "utils/_python_dispatch.py", "utils/_stats.py"),
-    )
-) + (f"{_HERE}/",)
+_MACHINERY = (
+    f"{_HERE}/",
+    *(f"{_TORCH}/{name}" for name in ("overrides.py", "_export/", "export/", "fx/", "_ops.py")),
+    *(f"{_TORCH}/utils/{name}" for name in ("_device.py", "_python_dispatch.py", "_stats.py")),
+    f"{_TORCH}/_library/",
+)
 # What computes the shapes of a call: it calls the torch API itself.
 _SHAPES = tuple(
     f"{_TORCH}/{name}"
@@ -120,6 +119,8 @@ class Recorder:
         Returns:
             Its number; None where it is not the model's code that makes it.
         """
+        if isinstance(function, types.MethodWrapperType):  # reads an attribute of a tensor
+            return None
         found = list(_frames(inspect.currentframe()))
         if not found or found[0].f_code.co_filename.startswith(_SHAPES):
             return None
@@ -226,10 +227,9 @@ def _frames(frame: types.FrameType | None) -> Iterator[types.FrameType]:
         frame = frame.f_back
         if dispatches and frame is not None:
             frame = frame.f_back  # the function of torch that dispatches
-    while frame is not None and not _is_machinery(frame.f_code):
-        if frame.f_code.co_filename == _MODULE_CALL:
-            return
-        yield frame
+    while frame is not None and frame.f_code.co_filename != _MODULE_CALL:
+        if not _is_machinery(frame.f_code):  # a function that torch.fx wraps is called by it
+            yield frame
         frame = frame.f_back
 
 

@@ -35,6 +35,7 @@ class Slim:
         dense: The dense model.
         generated: Modules that were generated, with the reason.
         patched: Modules whose class was patched, with what changed.
+        unpatchable: Modules whose class could not be patched, with the reason.
         inlined: Modules whose lines went into an enclosing generated one, with what forced it.
     """
 
@@ -44,16 +45,19 @@ class Slim:
     generated: dict[str, str] = field(default_factory=dict)
     patched: dict[str, str] = field(default_factory=dict)
     inlined: dict[str, str] = field(default_factory=dict)
+    unpatchable: dict[str, str] = field(default_factory=dict)
 
     def replace(self, name: str, why: str) -> str:
-        """Generate a module, or the closest enclosing one whose graph is closed.
+        """Patch a module's class, or generate it or the closest enclosing one that is closed.
 
         Returns:
-            The name of the module that was generated.
+            The name of the module that was patched or generated.
 
         Raises:
             VerificationError: Not even the whole model could be generated.
         """
+        if name not in self.patched and name not in self.generated and not self.patch({name: why}):
+            return name
         while True:
             problem = "its generated code differs, too"
             if name not in self.generated:
@@ -61,6 +65,7 @@ class Slim:
                     module = generate(self.model, self.keep, name, self.inlined, self._dropouts)
                     self._put(name, module)
                     self.generated[name] = why
+                    self.patched.pop(name, None)
                     return name
                 except CannotGenerateError as error:
                     problem = str(error)
@@ -84,6 +89,8 @@ class Slim:
         Returns:
             Those of them that could not be patched, with the reason.
         """
+        if {*stuck} <= {*self.unpatchable}:
+            return dict(stuck)
         wrong = [m for m in observe(self.model, self.keep) if self._is_own(m)]
         found, failed = patches(self.model, self.keep, wrong)
         for name, patch in found.items():
@@ -96,8 +103,9 @@ class Slim:
                 continue
             self.patched[name] = difference(kind, patch)
         left = {name: why for name, why in stuck.items() if name not in self.patched}
+        self.unpatchable.update(left)
         return {
-            name: f"{why}; {failed[name]}" if name in failed else why for name, why in left.items()
+            name: "; ".join(filter(None, (why, failed.get(name)))) for name, why in left.items()
         }
 
     def _is_own(self, mismatch: Mismatch) -> bool:

@@ -1,7 +1,6 @@
 """Functions compiled again from their edited source: same globals, cells, defaults and wrappers."""
 
 from __future__ import annotations
-
 import __future__
 
 import ast

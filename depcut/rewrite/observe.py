@@ -129,9 +129,9 @@ class _Observer:
             if abs(new - value) > 1e-12 * abs(new):
                 self.found.append(Mismatch(dense, steps, _plain(value), _plain(new), index=i))
                 arguments = _put(arguments, steps, new)
-        for i, (steps, _) in enumerate(call.symbols):
+        for i, (at, _) in enumerate(call.symbols):
             count, size = change.symbols.get(i, (1, 1))
-            arguments = self._symbol(dense, i, steps, count, size, arguments)
+            arguments = self._symbol(dense, i, at, count, size, arguments)
         for name, value in change.keywords.items():
             if kwargs.get(name) is None:
                 self.found.append(Mismatch(dense, (name,), 0, value, keyword=True))
@@ -182,7 +182,7 @@ def _evaluated(expression: Any, program: Program) -> int | None:
     symbols = list(expression.free_symbols)
     if len(symbols) > 1:
         return None
-    return int(expression.subs({s: program.batch for s in symbols}))
+    return int(expression.subs(dict.fromkeys(symbols, program.batch)))
 
 
 def _get(arguments: Any, steps: Steps) -> Any:

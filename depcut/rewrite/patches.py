@@ -105,7 +105,7 @@ def swapped(value: Any, old: float, new: float, *steps: int) -> Any:
     """
 
     def change(number: Any) -> Any:
-        if number == old:
+        if number in (old, new):
             return new
         raise InputError(
             f"the code computes {number} where it computed {old} in the example call, which "
@@ -142,8 +142,8 @@ def _text(expression: str, edit: Edit) -> str:
     if edit.kind == "swap":
         return f"_depcut_swapped({expression}, {edit.old!r}, {edit.new!r}{steps})"
     if edit.kind == "function":
-        bound, dot, _ = expression.rpartition(".")
         if edit.name == "method":
+            bound = expression.rpartition(".")[0]
             return f"_depcut_function_{edit.new}.__get__({bound})"
         return f"_depcut_function_{edit.new}"
     raise ValueError(edit.kind)
@@ -263,7 +263,9 @@ def resolved(function: types.FunctionType, name: str, kind: type) -> Any:
     return value
 
 
-@functools.cache
+_CLASSES: dict[tuple[type[nn.Module], Patch], type[nn.Module]] = {}
+
+
 def patched_class(kind: type[nn.Module], patch: Patch) -> type[nn.Module]:
     """The subclass of a class with patched methods; the same one for the same patch.
 
@@ -274,6 +276,12 @@ def patched_class(kind: type[nn.Module], patch: Patch) -> type[nn.Module]:
     Raises:
         PlanError: The class, or a function that it calls, has another source.
     """
+    if (kind, patch) not in _CLASSES:
+        _CLASSES[kind, patch] = _subclass(kind, patch)
+    return _CLASSES[kind, patch]
+
+
+def _subclass(kind: type[nn.Module], patch: Patch) -> type[nn.Module]:
     functions = _functions(kind, patch)
     new: dict[int, Any] = {}
     methods: dict[str, Any] = {}
@@ -304,7 +312,10 @@ def patched_class(kind: type[nn.Module], patch: Patch) -> type[nn.Module]:
         "__reduce_ex__": _reduction(origin, patches),
         "_depcut_patches": (origin, patches),
     }
-    return type(kind)(kind.__name__, (kind,), namespace)
+    made: type[nn.Module] = types.new_class(
+        kind.__name__, (kind,), exec_body=lambda body: body.update(namespace)
+    )
+    return made
 
 
 def _exchanged(holder: Any, old: types.FunctionType, new: types.FunctionType) -> Any:
@@ -342,5 +353,5 @@ def apply_patch(module: ModuleT, patch: Patch) -> ModuleT:
         module: The module; it is changed.
         patch: The patch.
     """
-    module.__class__ = patched_class(type(module), patch)
+    module.__class__ = patched_class(type(module), patch)  # type: ignore[assignment]
     return module

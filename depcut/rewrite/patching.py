@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from depcut import axes
-from depcut.capture.calls import Frame, TorchCall
+from depcut.capture.calls import Frame, Steps, TorchCall
 from depcut.capture.provenance import OPERATORS, Expr, call_of, literals_of
 from depcut.plan.keep import Keep
 from depcut.rewrite.functions import (
@@ -23,9 +23,12 @@ from depcut.rewrite.functions import (
     reachable,
     source_of,
 )
-from depcut.rewrite.observe import Mismatch
+from depcut.rewrite.observe import Mismatch, Wanted, wanted
 from depcut.rewrite.patches import Edit, FunctionPatch, Patch, resolved
 from depcut.rewrite.places import Place, is_typed, keyword_of, place_of
+
+# With one size given as -1, torch computes it.
+_VIEWS = frozenset({"view", "reshape", "unflatten"})
 
 
 class CannotPatchError(Exception):
@@ -45,15 +48,17 @@ def patches(
     Returns:
         Patches by module, and why there is none by module.
     """
-    program = keep.coupling.program
+    calls = keep.coupling.program.torch_calls
     wrong: dict[str, list[Mismatch]] = defaultdict(list)
     for mismatch in mismatches:
         wrong[program.torch_calls[mismatch.call].module].append(mismatch)
-    provenance = _provenance(keep)
+    provenance, sizes = _provenance(keep), wanted(keep)
     found, failed = {}, {}
     for name, items in wrong.items():
         try:
-            found[name] = _Patcher(model.get_submodule(name), name, keep, provenance).patch(items)
+            found[name] = _Patcher(model.get_submodule(name), name, keep, provenance, sizes).patch(
+                items
+            )
         except (CannotPatchError, NoSourceError) as error:
             failed[name] = str(error)
     return found, failed
@@ -86,7 +91,9 @@ class _Patcher:
     name: str
     keep: Keep
     provenance: dict[int, tuple[Expr | None, ...]]
+    wanted: dict[int, Wanted]
     edits: dict[_Function, set[Edit]] = field(default_factory=dict)
+    inferred: set[tuple[int, Steps]] = field(default_factory=set)
 
     def patch(self, mismatches: Sequence[Mismatch]) -> Patch:
         """The edits of every function, methods first."""
@@ -99,7 +106,7 @@ class _Patcher:
         for number, items in by_call.items():
             function = self._function(chains[number])
             for item in items:
-                self.edits.setdefault(function, set()).add(self._edit(item))
+                self._add(function, self._edit(item))
         for function in list(self.edits):
             self._calls(function)
         return self._ordered()
@@ -111,9 +118,6 @@ class _Patcher:
         """
         calls = self.keep.coupling.program.torch_calls
         mine = [i for i, call in enumerate(calls) if call.module == self.name and call.frames]
-        changes = {
-            i: tuple(sorted((m.steps, m.wanted, m.actual) for m in wrong.get(i, ()))) for i in mine
-        }
         out: dict[int, tuple[Frame, ...]] = {}
         for number in wrong:
             frames = calls[number].frames
@@ -122,17 +126,44 @@ class _Patcher:
             length = self._to_method(frames, 1)
             while True:
                 key = _key(frames[:length])
-                alike = {changes[i] for i in mine if _key(calls[i].frames[:length]) == key}
-                if len(alike) == 1:
+                alike = [i for i in mine if _key(calls[i].frames[:length]) == key]
+                varying = self._varying(alike, wrong)
+                if not varying or length == len(frames):
                     break
-                if length == len(frames):
-                    raise CannotPatchError("one line of its code would need several numbers")
                 length = self._to_method(frames, length + 1)
+            if varying:
+                self._infer(alike, varying)
             out[number] = frames[:length]
         lengths: dict[CodeType, int] = {}
         for frames in out.values():
             lengths[frames[0].code] = max(lengths.get(frames[0].code, 0), len(frames))
         return {i: calls[i].frames[: max(len(f), lengths[f[0].code])] for i, f in out.items()}
+
+    def _varying(self, alike: Sequence[int], wrong: dict[int, list[Mismatch]]) -> set[Steps]:
+        """Where the calls of one expression need different numbers."""
+        calls = self.keep.coupling.program.torch_calls
+        steps = {m.steps for i in alike for m in wrong.get(i, ())}
+        needed: dict[Steps, set[Any]] = {at: set() for at in steps}
+        for i in alike:
+            change = self.wanted.get(i, Wanted())
+            numbers = {
+                at: change.numbers.get(k, old) for k, (at, old) in enumerate(calls[i].numbers)
+            }
+            shares = {
+                at: change.symbols.get(k, (1, 1)) for k, (at, _) in enumerate(calls[i].symbols)
+            }
+            for at in steps:
+                needed[at].add(numbers.get(at, shares.get(at, change.keywords.get(str(at[0])))))
+        return {at for at, values in needed.items() if len(values) > 1}
+
+    def _infer(self, alike: Sequence[int], varying: set[Steps]) -> None:
+        """Leave the one size in which views at one place differ to torch."""
+        calls = [self.keep.coupling.program.torch_calls[i] for i in alike]
+        views = all(getattr(call.function, "__name__", "") in _VIEWS for call in calls)
+        if len(varying) > 1 or not views or any(v == -1 for c in calls for _, v in c.numbers):
+            raise CannotPatchError("one line of its code would need several numbers")
+        [steps] = varying
+        self.inferred |= {(i, steps) for i in alike}
 
     def _to_method(self, frames: tuple[Frame, ...], length: int) -> int:
         while length <= len(frames):
@@ -156,6 +187,14 @@ class _Patcher:
         assert function is not None
         return function
 
+    def _add(self, function: _Function, edit: Edit) -> None:
+        edits = self.edits.setdefault(function, set())
+        if edit.kind == "scale" and any(
+            e != edit and (e.span, e.steps) == (edit.span, edit.steps) for e in edits
+        ):
+            raise CannotPatchError("one line of its code would need several ratios")
+        edits.add(edit)
+
     def _calls(self, function: _Function) -> None:
         """Let the caller call the patched function in place of the original."""
         while function.caller is not None:
@@ -177,6 +216,8 @@ class _Patcher:
                 f"{mismatch.actual:.6g} is not seen in the code that calls "
                 f"{getattr(call.function, '__name__', call.function)}"
             )
+        if (mismatch.call, mismatch.steps) in self.inferred:
+            return Edit(source.span(place.node), "set", -1, 0, place.steps)
         kind = self._kind(mismatch, place, source)
         old = 0.0 if kind == "set" else mismatch.actual
         return Edit(source.span(place.node), kind, mismatch.wanted, old, place.steps)

@@ -78,10 +78,11 @@ def _is_typed(node: ast.expr, function: ast.FunctionDef, seen: frozenset[str]) -
 
 def _assigned(name: str, function: ast.FunctionDef) -> list[ast.expr]:
     """What is assigned to a local name; twice the same where that cannot be told."""
-    values: list[ast.expr] = []
-    for node in ast.walk(function):
-        if isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Store):
-            values.append(node)
+    values: list[ast.expr] = [
+        node
+        for node in ast.walk(function)
+        if isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Store)
+    ]
     plain = [
         node.value
         for node in ast.walk(function)
