@@ -129,9 +129,9 @@ class _Observer:
             if abs(new - value) > 1e-12 * abs(new):
                 self.found.append(Mismatch(dense, steps, _plain(value), _plain(new), index=i))
                 arguments = _put(arguments, steps, new)
-        for i, (at, _) in enumerate(call.symbols):
-            count, size = change.symbols.get(i, (1, 1))
-            arguments = self._symbol(dense, i, at, count, size, arguments)
+        for k, (at, _) in enumerate(call.symbols):
+            count, size = change.symbols.get(k, (1, 1))
+            arguments = self._symbol(dense, k, at, count, size, arguments)
         for name, value in change.keywords.items():
             if kwargs.get(name) is None:
                 self.found.append(Mismatch(dense, (name,), 0, value, keyword=True))

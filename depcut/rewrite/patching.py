@@ -51,16 +51,17 @@ def patches(
     calls = keep.coupling.program.torch_calls
     wrong: dict[str, list[Mismatch]] = defaultdict(list)
     for mismatch in mismatches:
-        wrong[program.torch_calls[mismatch.call].module].append(mismatch)
+        wrong[calls[mismatch.call].module].append(mismatch)
     provenance, sizes = _provenance(keep), wanted(keep)
-    found, failed = {}, {}
+    found: dict[str, Patch] = {}
+    failed: dict[str, str] = {}
     for name, items in wrong.items():
-        try:
-            found[name] = _Patcher(model.get_submodule(name), name, keep, provenance, sizes).patch(
-                items
-            )
-        except (CannotPatchError, NoSourceError) as error:
-            failed[name] = str(error)
+        patcher = _Patcher(model.get_submodule(name), name, keep, provenance, sizes)
+        patch = patcher.attempt(items)
+        if isinstance(patch, str):
+            failed[name] = patch
+        else:
+            found[name] = patch
     return found, failed
 
 
@@ -94,6 +95,13 @@ class _Patcher:
     wanted: dict[int, Wanted]
     edits: dict[_Function, set[Edit]] = field(default_factory=dict)
     inferred: set[tuple[int, Steps]] = field(default_factory=set)
+
+    def attempt(self, mismatches: Sequence[Mismatch]) -> Patch | str:
+        """The patch, or why there can be none."""
+        try:
+            return self.patch(mismatches)
+        except (CannotPatchError, NoSourceError) as error:
+            return str(error)
 
     def patch(self, mismatches: Sequence[Mismatch]) -> Patch:
         """The edits of every function, methods first."""
