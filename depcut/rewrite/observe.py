@@ -114,7 +114,7 @@ class _Observer:
         self.removed = {call_of(n) for n in gone} - alive
 
     def __call__(
-        self, _: int, call: TorchCall, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, _number: int, call: TorchCall, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         dense = self._counterpart(call)
         if dense is None:
