@@ -120,7 +120,8 @@ class Plan(PlanData):
         compensation = repair(slim.model, model, keep, calibration) if chosen.compensate else None
         if optimizer is not None:
             narrow_optimizer(optimizer, model, slim.model, keep)
-        record(slim.model, self._report(keep, slim.generated, error, compensation))
+        report = self._report(keep, slim.generated, error, compensation)
+        record(slim.model, replace(report, patched=dict(slim.patched)))
         return slim.model
 
     def _report(

@@ -31,6 +31,7 @@ class Report:
         macs: MACs of one example, dense and now.
         params: Number of parameters, dense and now.
         compensation: What was re-solved on data, None without.
+        patched: Modules whose own class was made to fit the new sizes, with what was done.
     """
 
     digest: str
@@ -40,6 +41,7 @@ class Report:
     macs: tuple[int, int] = (0, 0)
     params: tuple[int, int] = (0, 0)
     compensation: Compensation | None = None
+    patched: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def lineage(self) -> dict[str, str]:
@@ -53,6 +55,9 @@ class Report:
             share = f" ({now / dense:.1%})" if dense else ""
             lines.append(f"  {name}: {dense:,} -> {now:,}{share}")
         lines.append(f"  largest difference seen by verification: {self.error:.2g} of the scale")
+        lines += [
+            f"  patched {name or 'the whole model'}: {what}" for name, what in self.patched.items()
+        ]
         lines += [
             f"  generated in place of {name or 'the whole model'}: {why}"
             for name, why in self.generated.items()

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from torch import fx, nn
 
-from depcut.capture.program import parent_of
+from depcut.capture.program import module_of, parent_of
 from depcut.errors import VerificationError
 from depcut.graph.liveness import rewritten
 from depcut.plan.attributes import solve
 from depcut.plan.keep import Keep
+from depcut.rewrite.attention_heads import in_attention, narrow_attention
 from depcut.rewrite.dropout import attention_dropout
 from depcut.rewrite.graph import CannotGenerateError, generate
 from depcut.rewrite.module import set_attributes
@@ -28,6 +29,7 @@ class Slim:
         model: The module.
         keep: What stays of the dense one.
         dense: The dense model.
+        patched: Modules whose own class was made to fit, with what was done.
         generated: Modules that were generated, with the reason.
         inlined: Modules whose lines went into an enclosing generated one, with what forced it.
     """
@@ -35,6 +37,7 @@ class Slim:
     model: nn.Module
     keep: Keep
     dense: nn.Module
+    patched: dict[str, str] = field(default_factory=dict)
     generated: dict[str, str] = field(default_factory=dict)
     inlined: dict[str, str] = field(default_factory=dict)
 
@@ -53,6 +56,7 @@ class Slim:
                 try:
                     module = generate(self.model, self.keep, name, self.inlined, self._dropouts)
                     self._put(name, module)
+                    self.patched.pop(name, None)
                     self.generated[name] = why
                     return name
                 except CannotGenerateError as error:
@@ -60,6 +64,7 @@ class Slim:
             if not name:
                 break
             self.generated.pop(name, None)
+            self.patched.pop(name, None)
             self.inlined[name] = problem
             name = parent_of(name)
         raise VerificationError(
@@ -92,6 +97,14 @@ def rewrite(model: nn.Module, keep: Keep) -> Slim:
     owners = {name.rpartition(".")[0] for name in keep.tensors}
     owners |= {name.partition(".parametrizations.")[0] for name in keep.tensors}
     set_attributes(slim.model, solution.values, owners)
+    fitted = narrow_attention(slim.model, model, keep)
+    slim.patched |= {name: change for name, change in fitted.items() if change}
+    stuck = {
+        node: why
+        for node, why in solution.stuck.items()
+        if not (in_attention(node) and module_of(node) in fitted)
+    }
+    solution = replace(solution, stuck=stuck)
     wanted = {**solution.modules, **rewritten(keep.coupling.program, keep.gone)}
     for name in sorted(wanted, key=lambda n: -n.count(".") - bool(n)):
         if name not in slim.generated and name not in slim.inlined:
