@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from depcut.axes import Indices
 from depcut.plan.keep import Keep
 from depcut.rewrite.attention import SlimMultiheadAttention, become_slim
 
@@ -144,7 +144,7 @@ def _heads_left(
     return _Heads(left.pop(), counts[False].pop(), counts[True].pop())
 
 
-def _kept(tensor: str, dim: int, size: int, keep: Keep) -> Indices | None:
+def _kept(tensor: str, dim: int, size: int, keep: Keep) -> NDArray[np.int64] | None:
     """Kept indices of a dimension; none, which fits no heads, where they vary along another.
 
     None where there is no such dimension: what parametrizes a tensor may have another shape.
