@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from torch import fx, nn
 
-from depcut.capture.program import parent_of
+from depcut.capture.program import module_of, parent_of
 from depcut.errors import VerificationError
-from depcut.graph.liveness import enclosing, rewritten
+from depcut.graph.liveness import rewritten
 from depcut.plan.attributes import solve
 from depcut.plan.keep import Keep
+from depcut.rewrite.attention_heads import in_attention, narrow_attention
 from depcut.rewrite.dropout import attention_dropout
 from depcut.rewrite.functions import NoSourceError
 from depcut.rewrite.graph import CannotGenerateError, generate
 from depcut.rewrite.module import set_attributes
-from depcut.rewrite.observe import Mismatch, observe
+from depcut.rewrite.observe import observe
 from depcut.rewrite.patches import apply_patch, difference
 from depcut.rewrite.patching import patches
 from depcut.rewrite.removal import remove_dead
@@ -35,6 +36,7 @@ class Slim:
         dense: The dense model.
         generated: Modules that were generated, with the reason.
         patched: Modules whose class was patched, with what changed.
+        fitted: Modules with a class of depcut's that computes the new sizes.
         unpatchable: Modules whose class could not be patched, with the reason.
         inlined: Modules whose lines went into an enclosing generated one, with what forced it.
     """
@@ -45,6 +47,7 @@ class Slim:
     generated: dict[str, str] = field(default_factory=dict)
     patched: dict[str, str] = field(default_factory=dict)
     inlined: dict[str, str] = field(default_factory=dict)
+    fitted: dict[str, str] = field(default_factory=dict)
     unpatchable: dict[str, str] = field(default_factory=dict)
 
     def replace(self, name: str, why: str) -> str:
@@ -72,6 +75,7 @@ class Slim:
             if not name:
                 break
             self.generated.pop(name, None)
+            self.patched.pop(name, None)
             self.inlined[name] = problem
             name = parent_of(name)
         raise VerificationError(
@@ -91,7 +95,8 @@ class Slim:
         """
         if {*stuck} <= {*self.unpatchable}:
             return dict(stuck)
-        wrong = [m for m in observe(self.model, self.keep) if self._is_own(m)]
+        others = {*self.generated, *self.inlined, *self.fitted}
+        wrong = observe(self.model, self.keep, others)
         found, failed = patches(self.model, self.keep, wrong)
         for name, patch in found.items():
             module = self.model.get_submodule(name)
@@ -107,11 +112,6 @@ class Slim:
         return {
             name: "; ".join(filter(None, (why, failed.get(name)))) for name, why in left.items()
         }
-
-    def _is_own(self, mismatch: Mismatch) -> bool:
-        """Whether a number is of a module that still runs its own code."""
-        module = self.keep.coupling.program.torch_calls[mismatch.call].module
-        return not {module, *enclosing(module)} & {*self.generated, *self.inlined}
 
     @cached_property
     def _dropouts(self) -> dict[fx.Node, float]:
@@ -137,6 +137,14 @@ def rewrite(model: nn.Module, keep: Keep) -> Slim:
     owners = {name.rpartition(".")[0] for name in keep.tensors}
     owners |= {name.partition(".parametrizations.")[0] for name in keep.tensors}
     set_attributes(slim.model, solution.values, owners)
+    slim.fitted = narrow_attention(slim.model, model, keep)
+    slim.patched |= {name: change for name, change in slim.fitted.items() if change}
+    stuck_nodes = {
+        node: why
+        for node, why in solution.stuck.items()
+        if not (in_attention(node) and module_of(node) in slim.fitted)
+    }
+    solution = replace(solution, stuck=stuck_nodes)
     dropped = rewritten(keep.coupling.program, keep.gone)
     stuck = {name: why for name, why in solution.modules.items() if name not in dropped}
     wanted = {**(slim.patch(stuck) if stuck else {}), **dropped}

@@ -145,7 +145,11 @@ class GeneratedModule(nn.Module):
 
 
 def _said(value: Any) -> str:
-    return f"a tensor of sizes {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+    return (
+        f"a tensor of sizes {tuple(value.shape)}"
+        if isinstance(value, torch.Tensor)
+        else repr(value)
+    )
 
 
 def _is_equal(given: Any, captured: Any) -> bool:

@@ -8,7 +8,7 @@ on the way, so that one run sees all of it.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from depcut.capture.calls import Steps, TorchCall
 from depcut.capture.capture import corrected_calls, hint
 from depcut.capture.program import Program
 from depcut.capture.provenance import call_of
+from depcut.graph.liveness import enclosing
 from depcut.plan.attributes import number_of
 from depcut.plan.keep import Keep
 from depcut.support.torch_private import size_expression
@@ -84,14 +85,15 @@ def wanted(keep: Keep) -> dict[int, Wanted]:
     return out
 
 
-def observe(slim: nn.Module, keep: Keep) -> list[Mismatch]:
+def observe(slim: nn.Module, keep: Keep, others: Collection[str] = ()) -> list[Mismatch]:
     """The numbers that a smaller model's own code gets wrong.
 
     Args:
         slim: The smaller model; it is only read.
         keep: What stays.
+        others: Modules that run other code than the dense model's.
     """
-    observer = _Observer(keep)
+    observer = _Observer(keep, others)
     program = keep.coupling.program
     corrected_calls(slim, program.args, program.kwargs, observer)
     return observer.found
@@ -100,7 +102,7 @@ def observe(slim: nn.Module, keep: Keep) -> list[Mismatch]:
 class _Observer:
     """Compares each call with the dense model's, module by module, and corrects its arguments."""
 
-    def __init__(self, keep: Keep) -> None:
+    def __init__(self, keep: Keep, others: Collection[str]) -> None:
         self.keep, self.program = keep, keep.coupling.program
         self.wanted = wanted(keep)
         self.found: list[Mismatch] = []
@@ -108,7 +110,8 @@ class _Observer:
         for i, call in enumerate(self.program.torch_calls):
             self.streams[call.module].append(i)
         self.at: dict[str, int] = defaultdict(int)
-        self.lost: set[str] = set()
+        names = {call.module for call in self.program.torch_calls}
+        self.lost = {name for name in names if {name, *enclosing(name)} & {*others}}
         gone = keep.gone.nodes
         alive = {call_of(n) for n in self.program.sizes if n not in gone}
         self.removed = {call_of(n) for n in gone} - alive
