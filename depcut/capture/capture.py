@@ -17,6 +17,7 @@ from depcut.capture.clone import clone, cloned_arguments
 from depcut.capture.inputs import Inputs, normalize
 from depcut.capture.process_state import capturing
 from depcut.capture.program import ModuleCall, Program
+from depcut.capture.random_state import python_states, same_states
 from depcut.capture.refusals import check_inputs, check_model
 from depcut.capture.wrappers import inline_wrappers
 from depcut.errors import CaptureError
@@ -161,8 +162,11 @@ def _capture(
         provenance.ProvenanceMode(marks),
         traceback.preserve_node_meta(),
     ):
+        states = python_states()
         exported = _export(seen, *cloned_arguments((args, kwargs)))
-    return _program(model, exported, calls, args, kwargs)
+        drew = not same_states(states, python_states())
+    program = _program(model, exported, calls, args, kwargs)
+    return replace(program, states=states) if drew else program
 
 
 def _program(

@@ -56,6 +56,8 @@ class Program:
         training: The model as it runs in training, where it has parts that run only then
             (auxiliary heads, mask tokens); for couplings alone.
         unused: Parameters that neither graph uses.
+        states: Random states of Python and numpy that the capture started from, where the model's
+            code drew from them: another course of it would be another graph.
     """
 
     graph: fx.GraphModule
@@ -75,6 +77,7 @@ class Program:
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     training: Program | None = None
     unused: frozenset[str] = field(default_factory=frozenset)
+    states: tuple[Any, ...] | None = None
 
     @cached_property
     def inputs(self) -> list[fx.Node]:
