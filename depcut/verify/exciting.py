@@ -13,10 +13,10 @@ from depcut.plan.keep import Keep
 from depcut.reference.run import Reference, example
 from depcut.support.torch_private import pytree
 
-# Operators that only move or cast the numbers that they get.
+# Operators that move, cast or bound the numbers that they get.
 _MOVES = frozenset(
-    """_to_copy alias chunk clone contiguous detach expand flatten getitem narrow permute reshape
-    select slice split squeeze t to transpose unflatten unsqueeze view""".split()
+    """_to_copy alias chunk clamp clamp_max clamp_min clone contiguous detach expand flatten getitem narrow permute reshape
+    select slice split squeeze masked_fill t to transpose unflatten unsqueeze view""".split()
 )
 
 

@@ -22,7 +22,7 @@ from depcut.reference.run import example
 from depcut.support.torch_private import pytree
 from depcut.verify.replay import Replay
 
-_SAMPLE = 1 << 14  # elements of a nested module's value that are compared
+_SAMPLE = 1 << 13  # elements of a nested module's value that are compared
 
 
 @dataclass(frozen=True)
@@ -210,6 +210,7 @@ class _Watcher:
                 continue  # it is not called any more
             self.calls.setdefault(call.module, []).append(call)
         self.top, self.tensors = top_level(program), program.tensors
+        self.recorded: set[fx.Node] = set()
         self.leafs = _without_children(program) if deep else set()
         self.writers = _later_writers(program) if deep else {}
 
@@ -233,7 +234,8 @@ class _Watcher:
             if len(leaves) != len(call.leaves):
                 return
             for node, leaf in zip(call.leaves, leaves, strict=True):
-                if isinstance(node, fx.Node) and not self.writers.get(node):
+                known = node in self.recorded or self.writers.get(node)
+                if isinstance(node, fx.Node) and not known:
                     self._record(node, leaf, name.rpartition(".")[0])
 
         return hook
@@ -270,6 +272,7 @@ class _Watcher:
         if isinstance(leaf, torch.Tensor) and isinstance(dims, tuple):
             value = leaf.detach().clone() if node in self.top else sampled(leaf)
             self.seen.inner.append(Inner(node, value, module))
+            self.recorded.add(node)
 
 
 def _as_predicted(leaf: torch.Tensor, node: fx.Node, dims: Dims, keep: Keep) -> bool:

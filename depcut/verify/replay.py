@@ -235,8 +235,7 @@ def _numbers(func: Any, args: Any, kwargs: Any) -> tuple[float, ...]:
         value = args[0]
         return (float(value),) if value.numel() == 1 and value.device.type == "cpu" else ()
     kinds = (int, float) if is_pointwise(func) else (float,)
-    leaves = pytree.tree_leaves((args, kwargs))
-    return tuple(float(v) for v in leaves if type(v) in kinds)
+    return tuple(float(v) for v in (*args, *kwargs.values()) if type(v) in kinds)
 
 
 def _read(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
