@@ -28,6 +28,7 @@ from depcut.reference.slices import index_tensors, take
 from depcut.support.torch_private import pytree
 
 Watched = dict[fx.Node, Any]
+Spared = Mapping[fx.Node, tuple[fx.Node, int, torch.Tensor]]
 Look = Callable[[fx.Node, Any], Any]
 Around = Callable[[fx.Node], AbstractContextManager[None]]
 
@@ -73,10 +74,18 @@ class Reference:
         keep: What stays.
         model: The dense model, whose tensors are read.
         sliced: Run with narrowed tensors and new size literals instead of zeros.
+        spared: (operand, dimension, flags) by the node that contracts the dimension: removed
+            indices that contribute all the same, as constants do that a bias takes over.
     """
 
-    def __init__(self, keep: Keep, model: nn.Module, sliced: bool = False) -> None:
-        self.keep, self.sliced = keep, sliced
+    def __init__(
+        self,
+        keep: Keep,
+        model: nn.Module,
+        sliced: bool = False,
+        spared: Spared | None = None,
+    ) -> None:
+        self.keep, self.sliced, self.spared = keep, sliced, spared or {}
         self.held = held_tensors(model)
         self.program = keep.coupling.program
 
@@ -153,6 +162,7 @@ class ReferenceRun(Interpreter):
         super().__init__(reference.program)
         self.keep, self.held = reference.keep, reference.held
         self.sliced, self.dtype, self.tensors = reference.sliced, dtype, tensors
+        self.spared = reference.spared
         self.watch, self.watched = watch, watched
         self.look: Look = _copy
         self.around: Around = _nowhere
@@ -233,7 +243,11 @@ class ReferenceRun(Interpreter):
             if not self._narrows(*place):
                 continue
             source, dim = place
+            spared = self.spared.get(node)
             other = effects.counterparts.get(place)
+            if spared is not None and spared[:2] in (place, other):
+                masked[spared[0]] = self._spared(*spared)
+                continue
             if other is not None and self.values[other[0]].numel() < self.values[source].numel():
                 source, dim = other
             if self._narrows(source, dim):
@@ -245,6 +259,13 @@ class ReferenceRun(Interpreter):
         args, kwargs = values_of(node, ChainMap(masked, self.values))
         with self.around(node):
             return target(*args, **kwargs)
+
+    def _spared(self, source: fx.Node, dim: int, flags: torch.Tensor) -> torch.Tensor:
+        """An operand with zeros at the indices that go, but for some of them."""
+        dense = self.values[source]
+        zeroed = _zeroed(dense, self.keep, self.keep.coupling.env[source], dim)
+        shape = [-1 if d == dim else 1 for d in range(dense.ndim)]
+        return torch.where(flags.to(dense.device).reshape(shape), dense, zeroed)
 
     def _narrows(self, node: fx.Node, dim: int) -> bool:
         dims = self.keep.coupling.env[node]

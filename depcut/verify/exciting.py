@@ -15,8 +15,9 @@ from depcut.support.torch_private import pytree
 
 # Operators that move, cast or bound the numbers that they get.
 _MOVES = frozenset(
-    """_to_copy alias chunk clamp clamp_max clamp_min clone contiguous detach expand flatten getitem narrow permute reshape
-    select slice split squeeze masked_fill t to transpose unflatten unsqueeze view""".split()
+    """_to_copy alias chunk clamp clamp_max clamp_min clone contiguous detach expand flatten getitem
+    masked_fill narrow permute reshape select slice split squeeze t to transpose unflatten
+    unsqueeze view""".split()
 )
 
 

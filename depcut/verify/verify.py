@@ -8,34 +8,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
-from depcut.capture.capture import held_tensors
 from depcut.capture.program import parent_of, stack_entries, where
 from depcut.capture.random_state import preserved
 from depcut.errors import VerificationError
-from depcut.graph.liveness import enclosing
 from depcut.plan.keep import Keep
-from depcut.reference.run import Reference, kept_part, masked_outputs
-from depcut.reference.slices import take
+from depcut.reference.run import masked_outputs
 from depcut.rewrite.build import Slim
 from depcut.rewrite.copying import copied
 from depcut.support.closeness import relative_error
-from depcut.support.torch_private import pytree
 from depcut.verify.compare import CERTAIN, Expected, Found, compare
 from depcut.verify.culprit import RUNTIME_ERRORS, culprits
 from depcut.verify.exciting import exciting
-from depcut.verify.module_results import (
-    ModuleResults,
-    Trial,
-    module_results,
-    nested,
-    run_plain,
-    sampled,
-    top_level,
-)
+from depcut.verify.module_results import ModuleResults, Trial, module_results, run_plain
 from depcut.verify.precision import TOLERANCE, is_half
-from depcut.verify.replay import Recording, Replay, is_drawing
+from depcut.verify.reference_values import reference_values
+from depcut.verify.replay import Replay, is_drawing
+from depcut.verify.tensors import check_tensors
 
 __all__ = ["TOLERANCE", "masked_outputs", "verify", "verify_equal"]
 
@@ -179,7 +169,7 @@ class _Verification:
         limit = max(TOLERANCE[torch.float32], TOLERANCE[self._precision], 2 * found.size)
         if message or size > limit:
             return Attempt(Found(size, math.inf, False, message), beside=True)
-        _check_tensors(self.slim, self.model)
+        check_tensors(self.slim.model, self.keep, self.model, self.slim.generated)
         found.size = max(found.size, size)
         return Attempt(found)
 
@@ -249,51 +239,6 @@ class _Verification:
         _replace(self.slim, wrong, why)
 
 
-def reference_values(
-    keep: Keep,
-    model: nn.Module,
-    trial: Trial,
-    *,
-    looks: bool,
-    sliced: bool = False,
-    tensors: dict[str, torch.Tensor] | None = None,
-) -> Expected:
-    """What the captured graph computes, and the kept part of what modules get and return.
-
-    Args:
-        keep: What stays.
-        model: The dense model.
-        trial: On which inputs.
-        looks: Whether to record what it draws and the numbers that it computes with.
-        sliced: Run with narrowed tensors instead of zeros.
-        tensors: Parameters and buffers to use in place of the model's, by name.
-    """
-    program, env = keep.coupling.program, keep.coupling.env
-    top = top_level(program)
-    watch = top | nested(program) if trial.deep else top
-
-    def look(node: fx.Node, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor) or node not in env:
-            return None
-        part = value if sliced else kept_part(value, keep, env[node])
-        if node not in top:
-            return sampled(part)
-        return part.clone() if part is value else part
-
-    recording = Recording()
-    inputs = pytree.tree_leaves(trial.inputs(keep))
-    with torch.no_grad():
-        outputs, values = Reference(keep, model, sliced).run(
-            inputs,
-            trial.dtype,
-            watch,
-            look=look,
-            tensors=tensors,
-            around=recording.of if looks else None,
-        )
-    return Expected(outputs, values, recording)
-
-
 def _replace(slim: Slim, names: Sequence[str], why: str) -> None:
     """Generate modules; of the later ones only those that have not been dealt with on the way."""
     slim.replace(names[0], why)
@@ -347,32 +292,6 @@ def verify_equal(slim: nn.Module, keep: Keep, model: nn.Module) -> float:
                 remedy="please report the model; depcut.shrink does not rely on dead units",
             )
     return size
-
-
-def _check_tensors(slim: Slim, model: nn.Module) -> None:
-    """Within generated modules nothing can be watched, so their tensors are compared themselves."""
-    program, small = slim.keep.coupling.program, held_tensors(slim.model)
-    changed = {
-        program.tensors.get(g)
-        for e in slim.keep.coupling.effects.values()
-        for g, _, _ in e.rescales
-    }
-    for name, tensor in held_tensors(model).items():
-        inside = any(module in slim.generated for module in ("", *enclosing(name)))
-        if (
-            name in changed
-            or not inside
-            or name not in small
-            or name not in slim.keep.coupling.dims
-        ):
-            continue
-        picked = slim.keep.tensors.get(name)
-        if not torch.equal(take(tensor, picked) if picked else tensor, small[name]):
-            raise VerificationError(
-                "a tensor is not the kept slice of the dense one",
-                where=name,
-                remedy="do not change the model while a plan is applied; please report this",
-            )
 
 
 def _on_meta(model: nn.Module) -> bool:

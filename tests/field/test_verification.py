@@ -387,3 +387,94 @@ def test_a_closed_output_does_not_hide_a_wrong_scale() -> None:
     analysis = depcut.analyze(model, normal(2, 5, 8))
     plan = analysis.plan_keeping({g.name: [0, 2] for g in analysis.groups if g.size == 4})
     assert list(depcut.report(plan.apply(model)).generated) == ["0"]
+
+
+# After the rewrite --------------------------------------------------------------------------------
+
+
+class Shifted(nn.Sequential):
+    """Some of its hidden units are constants."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 5), nn.Linear(5, 3))
+        with torch.no_grad():
+            self[0].weight[:4] = 0
+            self[0].bias[:4] = 1.5
+
+
+def with_constants() -> tuple[Any, nn.Module]:
+    model, inputs = seeded(Shifted, 0), normal(8, 6)
+    with torch.no_grad():
+        model[0].weight[:4] = 0
+        model[0].bias[:4] = 1.5
+    analysis = depcut.analyze(model, inputs)
+    group = next(g for g in analysis.groups if "0" in g.layers)
+    return analysis.plan_keeping({group.name: [2, 3, 5, 6, 7, 8, 9]}), model
+
+
+def test_folded_constants_are_checked_by_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, model = with_constants()
+    slim = plan.apply(model)
+    assert not torch.equal(slim[2].bias, model[2].bias)
+    folding = depcut.repair.folding
+    contributions = folding.contributions
+    monkeypatch.setattr(
+        folding, "contributions", lambda *a: {n: 2 * v for n, v in contributions(*a).items()}
+    )
+    assert_refused(plan, "after the repair")
+
+
+def test_folding_changes_what_it_says_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, _ = with_constants()
+    fold = depcut.repair.after_rewrite.fold_constants
+
+    def careless(keep: Any, model: nn.Module, slim: nn.Module, *rest: Any) -> Any:
+        names = fold(keep, model, slim, *rest)
+        slim[3].weight.data[0, 0] += 1e-6
+        return names
+
+    monkeypatch.setattr(depcut.repair.after_rewrite, "fold_constants", careless)
+    assert_refused(plan, "not the kept slice")
+
+
+def compensated(factor: float, tensor: str) -> Callable[..., Any]:
+    compensate = depcut.repair.after_rewrite.compensate
+
+    def careless(slim: nn.Module, *rest: Any) -> Any:
+        done = compensate(slim, *rest)
+        slim.get_parameter(tensor).data.mul_(factor)
+        return done
+
+    return careless
+
+
+@pytest.mark.parametrize(("factor", "tensor"), [(1.0, "2.weight"), (1.001, "0.weight")])
+def test_compensation_changes_what_it_says_and_nothing_else(
+    factor: float, tensor: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, model = with_constants()
+    careless = compensated(factor, tensor)
+    monkeypatch.setattr(depcut.repair.after_rewrite, "compensate", careless)
+    data = [normal(32, 6)]
+    if factor == 1:
+        slim = plan.apply(model, data=data)
+        assert depcut.report(slim).compensation.repairs
+        return
+    with pytest.raises(VerificationError, match="not the kept slice"):
+        plan.apply(model, data=data)
+
+
+def test_a_compensated_model_computes_what_its_weights_say(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan, model = with_constants()
+    compensate = depcut.repair.after_rewrite.compensate
+
+    def careless(slim: nn.Module, *rest: Any) -> Any:
+        done = compensate(slim, *rest)
+        slim[2].forward = lambda x: 1.01 * functional.linear(x, slim[2].weight, slim[2].bias)
+        return done
+
+    monkeypatch.setattr(depcut.repair.after_rewrite, "compensate", careless)
+    with pytest.raises(VerificationError, match="after the repair"):
+        plan.apply(model, data=[normal(32, 6)])
