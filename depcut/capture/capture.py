@@ -19,6 +19,7 @@ from depcut.capture.clone import clone, cloned_arguments
 from depcut.capture.inputs import Inputs, normalize
 from depcut.capture.process_state import capturing
 from depcut.capture.program import ModuleCall, Program
+from depcut.capture.random_state import python_states, same_states
 from depcut.capture.refusals import check_inputs, check_model
 from depcut.capture.wrappers import inline_wrappers
 from depcut.errors import CaptureError
@@ -161,10 +162,9 @@ def _capture(
     calls: list[ModuleCall] = []
     seen = clone(model, training=training)
     recorder = Recorder()
-    exported = _traced(seen, args, kwargs, marks, calls, recorder)
-    return replace(
-        _program(model, exported, calls, args, kwargs), torch_calls=tuple(recorder.calls)
-    )
+    exported, states = _traced(seen, args, kwargs, marks, calls, recorder)
+    program = _program(model, exported, calls, args, kwargs)
+    return replace(program, torch_calls=tuple(recorder.calls), states=states)
 
 
 def _traced(
@@ -175,8 +175,8 @@ def _traced(
     calls: list[ModuleCall],
     recorder: Recorder,
     correct: provenance.Corrector | None = None,
-) -> torch.export.ExportedProgram:
-    """Export a clone, and record its calls on the way."""
+) -> tuple[torch.export.ExportedProgram, tuple[Any, ...] | None]:
+    """Export a clone and record its calls on the way; random states where its code drew."""
     provenance.trace_attributes(seen)
     _record_calls(seen, marks, calls, recorder.modules)
     with (
@@ -184,7 +184,9 @@ def _traced(
         provenance.ProvenanceMode(marks, recorder, correct),
         traceback.preserve_node_meta(),
     ):
-        return _export(seen, *cloned_arguments((args, kwargs)))
+        states = python_states()
+        exported = _export(seen, *cloned_arguments((args, kwargs)))
+        return exported, None if same_states(states, python_states()) else states
 
 
 def corrected_calls(

@@ -58,6 +58,8 @@ class Program:
             (auxiliary heads, mask tokens); for couplings alone.
         unused: Parameters that neither graph uses.
         torch_calls: Every call of the torch API, in order.
+        states: Random states of Python and numpy that the capture started from, where the model's
+            code drew from them: another course of it would be another graph.
     """
 
     graph: fx.GraphModule
@@ -78,6 +80,7 @@ class Program:
     training: Program | None = None
     unused: frozenset[str] = field(default_factory=frozenset)
     torch_calls: tuple[TorchCall, ...] = ()
+    states: tuple[Any, ...] | None = None
 
     @cached_property
     def inputs(self) -> list[fx.Node]:

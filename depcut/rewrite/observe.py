@@ -111,7 +111,7 @@ class _Observer:
             self.streams[call.module].append(i)
         self.at: dict[str, int] = defaultdict(int)
         names = {call.module for call in self.program.torch_calls}
-        self.lost = {name for name in names if {name, *enclosing(name)} & {*others}}
+        self.lost = {name for name in names if {"", name, *enclosing(name)} & {*others}}
         gone = keep.gone.nodes
         alive = {call_of(n) for n in self.program.sizes if n not in gone}
         self.removed = {call_of(n) for n in gone} - alive
