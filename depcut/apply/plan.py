@@ -29,6 +29,7 @@ from depcut.repair.compensate import Compensation
 from depcut.rewrite.build import rewrite
 from depcut.rewrite.optimizer import check_optimizer, narrow_optimizer
 from depcut.support.keywords import settled, takes_options
+from depcut.verify.ownership import check_own_tensors
 from depcut.verify.verify import verify
 
 
@@ -117,6 +118,7 @@ class Plan(PlanData):
             )
         slim = rewrite(model, keep)
         error = verify(slim, model)
+        check_own_tensors(slim.model, model, keep)
         compensation = repair(slim.model, model, keep, calibration) if chosen.compensate else None
         if optimizer is not None:
             narrow_optimizer(optimizer, model, slim.model, keep)

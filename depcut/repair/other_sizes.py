@@ -45,7 +45,7 @@ _CHANGES = "that changes with the size of the inputs"
 def lasting(
     program: Program, model: nn.Module, contractions: Sequence[Contraction]
 ) -> tuple[Contraction, ...]:
-    """Contractions with those zeros and constants alone that inputs of other sizes leave as they are.
+    """Contractions without the zeros and constants that inputs of other sizes change.
 
     Args:
         program: The captured model.
