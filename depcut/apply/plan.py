@@ -24,6 +24,7 @@ from depcut.plan import cost
 from depcut.plan.data import PlanData, make_plan
 from depcut.plan.fingerprint import example_of
 from depcut.plan.keep import Keep
+from depcut.plan.unchanged import check_unchanged
 from depcut.repair.after_rewrite import repair, wants_repair
 from depcut.repair.compensate import Compensation
 from depcut.rewrite.build import rewrite
@@ -92,7 +93,7 @@ class Plan(PlanData):
 
         Raises:
             InputError: The data does not fit the model.
-            PlanError: The model has another architecture.
+            PlanError: The model has another architecture, or has changed since it was analysed.
             VerificationError: The smaller model does not compute what it should.
         """
         chosen = settled(Options, options, given, ApplyKeywords, "apply", one_stage=True)
@@ -105,6 +106,8 @@ class Plan(PlanData):
             coupling = infer_coupling(
                 capture(model, inputs if inputs is not None else example_of(self.inputs, model))
             )
+        else:
+            check_unchanged(coupling.program, model)
         keep = self.keep(coupling)
         calibration = None
         if repairs and data is not None:

@@ -18,6 +18,7 @@ from depcut.capture.inputs import Inputs, normalize
 from depcut.capture.process_state import capturing
 from depcut.capture.program import ModuleCall, Program
 from depcut.capture.refusals import check_inputs, check_model
+from depcut.capture.structure import structure_of
 from depcut.capture.wrappers import inline_wrappers
 from depcut.errors import CaptureError
 from depcut.support.torch_private import buffers_of, parameters_of, pytree
@@ -223,6 +224,7 @@ def _program(
         constants={n: exported.constants[n] for n in anonymous},
         unused=frozenset(parameters - used),
         around=frozenset(around),
+        structure=structure_of(model),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from depcut.capture.structure import Structure
 from depcut.support.torch_private import pytree
 
 Sizes = tuple[int, ...]
@@ -56,6 +57,7 @@ class Program:
         training: The model as it runs in training, where it has parts that run only then
             (auxiliary heads, mask tokens); for couplings alone.
         unused: Parameters that neither graph uses.
+        structure: The model's modules and attributes when it was captured.
         around: Tensors of the model that its code reaches by another way than by their attributes.
     """
 
@@ -77,6 +79,7 @@ class Program:
     training: Program | None = None
     unused: frozenset[str] = field(default_factory=frozenset)
     around: frozenset[str] = field(default_factory=frozenset)
+    structure: Structure = field(default_factory=dict)
 
     @cached_property
     def inputs(self) -> list[fx.Node]:
