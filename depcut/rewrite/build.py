@@ -7,6 +7,7 @@ from functools import cached_property
 
 from torch import fx, nn
 
+from depcut.capture.modes import modes
 from depcut.capture.program import parent_of
 from depcut.errors import VerificationError
 from depcut.graph.liveness import rewritten
@@ -91,7 +92,8 @@ def rewrite(model: nn.Module, keep: Keep) -> Slim:
     slim = Slim(narrowed_copy(model, keep), keep, model)
     owners = {name.rpartition(".")[0] for name in keep.tensors}
     owners |= {name.partition(".parametrizations.")[0] for name in keep.tensors}
-    set_attributes(slim.model, solution.values, owners)
+    with modes(slim.model):  # a parametrization may change its buffers when it is read in training
+        set_attributes(slim.model, solution.values, owners)
     wanted = {**solution.modules, **rewritten(keep.coupling.program, keep.gone)}
     for name in sorted(wanted, key=lambda n: -n.count(".") - bool(n)):
         if name not in slim.generated and name not in slim.inlined:

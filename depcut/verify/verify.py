@@ -17,6 +17,7 @@ from depcut.errors import VerificationError
 from depcut.graph.liveness import enclosing
 from depcut.graph.operators import is_random
 from depcut.plan.keep import Keep
+from depcut.reference.norms import estimates
 from depcut.reference.run import Reference, Watched, example, kept_part, masked_outputs
 from depcut.reference.slices import take
 from depcut.rewrite.build import Slim
@@ -214,7 +215,7 @@ def _check_tensors(slim: Slim, model: nn.Module) -> None:
         program.tensors.get(g)
         for e in slim.keep.coupling.effects.values()
         for g, _, _ in e.rescales
-    }
+    } | set(estimates(program).values())
     for name, tensor in held_tensors(model).items():
         inside = any(module in slim.generated for module in ("", *enclosing(name)))
         if (
