@@ -16,7 +16,7 @@ from depcut.branches.branch import Residuals
 from depcut.calibration.data import Calibration, Data, calibrate
 from depcut.capture.capture import capture
 from depcut.capture.inputs import Inputs
-from depcut.coupling.groups import Coupling
+from depcut.coupling.groups import Coupling, layer_of
 from depcut.coupling.infer import infer_coupling
 from depcut.errors import PlanError
 from depcut.options import ApplyKeywords, Options
@@ -27,7 +27,7 @@ from depcut.plan.keep import Keep
 from depcut.plan.unchanged import check_unchanged
 from depcut.repair.after_rewrite import repair, wants_repair
 from depcut.repair.compensate import Compensation
-from depcut.rewrite.build import rewrite
+from depcut.rewrite.build import Slim, rewrite
 from depcut.rewrite.optimizer import check_optimizer, narrow_optimizer
 from depcut.support.keywords import settled, takes_options
 from depcut.verify.ownership import check_own_tensors
@@ -125,23 +125,26 @@ class Plan(PlanData):
         compensation = repair(slim.model, model, keep, calibration) if chosen.compensate else None
         if optimizer is not None:
             narrow_optimizer(optimizer, model, slim.model, keep)
-        record(slim.model, self._report(keep, slim.generated, error, compensation))
+        record(slim.model, self._report(slim, error, compensation))
         return slim.model
 
-    def _report(
-        self,
-        keep: Keep,
-        generated: Mapping[str, str],
-        error: float,
-        compensation: Compensation | None,
-    ) -> Report:
+    def _report(self, slim: Slim, error: float, compensation: Compensation | None) -> Report:
         """The report on the smaller model."""
+        keep = slim.keep
         macs, params = (
             (round(of(keep.coupling).total), round(of(keep.coupling, keep.gone)(keep.counts)))
             for of in (cost.macs, cost.params)
         )
+        left = set(slim.model.state_dict(keep_vars=True)) & keep.coupling.program.unused
         return Report(
-            self.digest, dict(self.settings), dict(generated), error, macs, params, compensation
+            self.digest,
+            dict(self.settings),
+            dict(slim.generated),
+            error,
+            macs,
+            params,
+            compensation,
+            tuple(sorted({layer_of(name) for name in left})),
         )
 
     @property

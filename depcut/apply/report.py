@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from depcut.errors import InputError, PlanError
+from depcut.errors import InputError, PlanError, listed
 from depcut.repair.compensate import Compensation, Repair
 
 # A string: deepcopy and pickle take it along, and nothing of depcut is needed to load it.
@@ -31,6 +31,8 @@ class Report:
         macs: MACs of one example, dense and now.
         params: Number of parameters, dense and now.
         compensation: What was re-solved on data, None without.
+        unreached: Layers with parameters that the example call did not run; they are as wide as
+            they were, and may not fit what feeds them.
     """
 
     digest: str
@@ -40,6 +42,7 @@ class Report:
     macs: tuple[int, int] = (0, 0)
     params: tuple[int, int] = (0, 0)
     compensation: Compensation | None = None
+    unreached: tuple[str, ...] = ()
 
     @property
     def lineage(self) -> dict[str, str]:
@@ -57,6 +60,9 @@ class Report:
             f"  generated in place of {name or 'the whole model'}: {why}"
             for name, why in self.generated.items()
         ]
+        if self.unreached:
+            names = listed(list(self.unreached))
+            lines.append(f"  not reached by the example inputs, left as wide as it was: {names}")
         if self.compensation is not None:
             lines += [f"  {line}" for line in str(self.compensation).splitlines()]
         return "\n".join(lines)
@@ -112,7 +118,7 @@ def report(model: nn.Module) -> Report:
     done = data.pop("compensation")
     if done is not None:
         done = Compensation(tuple(Repair(**r) for r in done["repairs"]), done["left"])
-    data |= {name: tuple(data[name]) for name in ("macs", "params")}
+    data |= {name: tuple(data.get(name, ())) for name in ("macs", "params", "unreached")}
     return Report(**data, compensation=done)
 
 
