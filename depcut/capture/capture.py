@@ -21,6 +21,7 @@ from depcut.capture.process_state import capturing
 from depcut.capture.program import ModuleCall, Program
 from depcut.capture.random_state import python_states, same_states
 from depcut.capture.refusals import check_inputs, check_model
+from depcut.capture.structure import structure_of
 from depcut.capture.wrappers import inline_wrappers
 from depcut.errors import CaptureError
 from depcut.support.torch_private import buffers_of, parameters_of, pytree
@@ -220,8 +221,9 @@ def _program(
     inline_wrappers(graph_module)
     graph = graph_module.graph
     named = {n.name: n for n in graph.nodes if n.op == "placeholder"}
-    tensors, parameters, anonymous = {}, set(), set()
-    held = {id(t) for t in held_tensors(model).values()}
+    tensors, parameters, anonymous, around = {}, set(), set(), set()
+    own = held_tensors(model)
+    held, places = {id(t) for t in own.values()}, {_memory(t): n for n, t in own.items()}
     for spec in exported.graph_signature.input_specs:
         if spec.kind == InputKind.USER_INPUT or spec.target is None:
             continue
@@ -230,7 +232,14 @@ def _program(
             parameters.add(spec.target)
         elif spec.kind == InputKind.CONSTANT_TENSOR:
             constant = exported.constants.get(spec.target)
-            if id(constant) not in held and attribute(model, spec.target) is None:
+            owned = None if constant is None else places.get(_memory(constant))
+            if owned is not None and attribute(model, spec.target) is None:
+                # A function that closes over it, say: export sees no attribute that holds it.
+                tensors[named[spec.arg.name]] = owned
+                around.add(owned)
+                if isinstance(own[owned], nn.Parameter):
+                    parameters.add(owned)
+            elif id(constant) not in held and attribute(model, spec.target) is None:
                 anonymous.add(spec.target)
     marks = {n.meta[provenance.MARK]: n for n in graph.nodes if provenance.MARK in n.meta}
     symbolic = [
@@ -258,7 +267,15 @@ def _program(
         out_spec=exported.call_spec.out_spec,
         constants={n: exported.constants[n] for n in anonymous},
         unused=frozenset(parameters - used),
+        around=frozenset(around),
+        structure=structure_of(model),
     )
+
+
+def _memory(tensor: torch.Tensor) -> Any:
+    """What a tensor shares with its detached self, and with no other one."""
+    at = tensor.data_ptr() if tensor.layout is torch.strided else 0
+    return (at, tensor.shape, tensor.stride(), tensor.dtype) if at else id(tensor)
 
 
 def _resolved(call: ModuleCall, marks: dict[int, fx.Node]) -> ModuleCall:

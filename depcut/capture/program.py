@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from depcut.capture.calls import TorchCall
+from depcut.capture.structure import Structure
 from depcut.support.torch_private import pytree
 
 Sizes = tuple[int, ...]
@@ -60,6 +61,8 @@ class Program:
         torch_calls: Every call of the torch API, in order.
         states: Random states of Python and numpy that the capture started from, where the model's
             code drew from them: another course of it would be another graph.
+        structure: The model's modules and attributes when it was captured.
+        around: Tensors of the model that its code reaches by another way than by their attributes.
     """
 
     graph: fx.GraphModule
@@ -81,6 +84,8 @@ class Program:
     unused: frozenset[str] = field(default_factory=frozenset)
     torch_calls: tuple[TorchCall, ...] = ()
     states: tuple[Any, ...] | None = None
+    around: frozenset[str] = field(default_factory=frozenset)
+    structure: Structure = field(default_factory=dict)
 
     @cached_property
     def inputs(self) -> list[fx.Node]:

@@ -8,6 +8,7 @@ from functools import cached_property
 
 from torch import fx, nn
 
+from depcut.capture.modes import modes
 from depcut.capture.program import module_of, parent_of
 from depcut.errors import VerificationError
 from depcut.graph.liveness import rewritten
@@ -136,7 +137,8 @@ def rewrite(model: nn.Module, keep: Keep) -> Slim:
     slim = Slim(narrowed_copy(model, keep), keep, model)
     owners = {name.rpartition(".")[0] for name in keep.tensors}
     owners |= {name.partition(".parametrizations.")[0] for name in keep.tensors}
-    set_attributes(slim.model, solution.values, owners)
+    with modes(slim.model):  # a parametrization may change its buffers when it is read in training
+        set_attributes(slim.model, solution.values, owners)
     slim.fitted = narrow_attention(slim.model, model, keep)
     slim.patched |= {name: change for name, change in slim.fitted.items() if change}
     stuck_nodes = {
