@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -55,7 +55,9 @@ class Program:
         constants: Values of the anonymous constants.
         training: The model as it runs in training, where it has parts that run only then
             (auxiliary heads, mask tokens); for couplings alone.
-        unused: Parameters that neither graph uses.
+        others: The model as it runs in the other example calls; for all but what data, scores and
+            budgets are about, which is this call.
+        unused: Parameters that no graph uses.
     """
 
     graph: fx.GraphModule
@@ -74,7 +76,29 @@ class Program:
     out_spec: pytree.TreeSpec
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     training: Program | None = None
+    others: tuple[Program, ...] = ()
     unused: frozenset[str] = field(default_factory=frozenset)
+
+    @property
+    def examples(self) -> tuple[Program, ...]:
+        """Every example call, this one first."""
+        return (self, *self.others)
+
+    @property
+    def captured(self) -> tuple[Program, ...]:
+        """Every graph: those of the example calls, each with that of its training behind it."""
+        return tuple(p for e in self.examples for p in (e, e.training) if p is not None)
+
+    def led_by(self, number: int) -> Program:
+        """The same example calls with another one first.
+
+        Args:
+            number: Which one, from 0.
+        """
+        if not number:
+            return self
+        calls = [replace(p, others=()) for p in self.examples]
+        return replace(calls.pop(number), others=tuple(calls))
 
     @cached_property
     def inputs(self) -> list[fx.Node]:

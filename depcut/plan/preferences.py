@@ -100,7 +100,7 @@ def _computed_with(coupling: Coupling) -> set[int]:
         if isinstance(value, int)
     }
     out: set[int] = set()
-    for node in coupling.program.graph.graph.nodes:
+    for node in (n for p in coupling.program.examples for n in p.graph.graph.nodes):
         received = literals_of(node)
         for value, expr in received:
             if isinstance(expr, tuple) and (id(received), value) not in sizes:
