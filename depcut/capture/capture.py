@@ -229,9 +229,7 @@ def _program(
         if n.op == "placeholder" and n not in tensors and is_symbolic(n.meta.get("val"))
     ]
     batch = _sizes(symbolic[0].meta["val"])[0] if symbolic else 1
-    aliases = _aliases(model)
-    used = {n for node, name in tensors.items() if node.users for n in aliases.get(name, (name,))}
-    return Program(
+    program = Program(
         graph=graph_module,
         tensors=tensors,
         parameters=frozenset(parameters),
@@ -243,12 +241,12 @@ def _program(
         kwargs=kwargs,
         batch=batch,
         dynamic=bool(symbolic),
-        aliases=aliases,
+        aliases=_aliases(model),
         in_spec=exported.call_spec.in_spec,
         out_spec=exported.call_spec.out_spec,
         constants={n: exported.constants[n] for n in anonymous},
-        unused=frozenset(parameters - used),
     )
+    return replace(program, unused=program.parameters - program.read)
 
 
 def _resolved(call: ModuleCall, marks: dict[int, fx.Node]) -> ModuleCall:

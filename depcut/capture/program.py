@@ -101,6 +101,16 @@ class Program:
         return replace(calls.pop(number), others=tuple(calls))
 
     @cached_property
+    def read(self) -> frozenset[str]:
+        """Parameters, buffers and constants that a node of this graph reads, by all their names."""
+        return frozenset(
+            alias
+            for node, name in self.tensors.items()
+            if node.users
+            for alias in self.aliases.get(name, (name,))
+        )
+
+    @cached_property
     def inputs(self) -> list[fx.Node]:
         """The placeholders that stand for user inputs."""
         nodes = self.graph.graph.nodes

@@ -283,15 +283,12 @@ class _Repairer:
 
     def _elsewhere(self) -> dict[str, str]:
         """Layers whose narrowed weights only other example calls read, with the reason."""
-        here, *others = (
-            {name for node, name in p.tensors.items() if node.users} for p in self.program.examples
-        )
-        elsewhere = (set().union(*others) - here) & self.program.parameters
         return {
             layer_of(member.tensor): _ELSEWHERE
             for number in self.keep.units
             for member in self.keep.coupling.groups[number].members
-            if member.role == "consumer" and member.tensor in elsewhere
+            if member.role == "consumer" and member.tensor in self.program.parameters
+            if self.program.others and member.tensor not in self.program.read
         }
 
     def _statistics(self, norm: fx.Node) -> tuple[str, ...]:
