@@ -101,6 +101,11 @@ class Program:
         return replace(calls.pop(number), others=tuple(calls))
 
     @cached_property
+    def names(self) -> dict[fx.Node, str]:
+        """Name of each parameter, buffer or constant, by its placeholders in every graph."""
+        return {node: name for p in self.captured for node, name in p.tensors.items()}
+
+    @cached_property
     def read(self) -> frozenset[str]:
         """Parameters, buffers and constants that a node of this graph reads, by all their names."""
         return frozenset(

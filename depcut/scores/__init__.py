@@ -68,7 +68,7 @@ def score(
         label, method = repr(wanted.name), CRITERIA[wanted.name]
         context = Context(coupling, model, seed, method.settle(wanted), calibration)
         results = method.function(context)
-        if method.needs is not None and coupling.program.others:
+        if method.needs and coupling.program.others:
             results = _or_norms(results, context)
     try:
         scores = [np.asarray(s, dtype=np.float64) for s in results]

@@ -211,9 +211,7 @@ def _check_tensors(slim: Slim, model: nn.Module) -> None:
     """Within generated modules nothing can be watched, so their tensors are compared themselves."""
     program, small = slim.keep.coupling.program, held_tensors(slim.model)
     changed = {
-        program.tensors.get(g)
-        for e in slim.keep.coupling.effects.values()
-        for g, _, _ in e.rescales
+        program.names.get(g) for e in slim.keep.coupling.effects.values() for g, _, _ in e.rescales
     }
     for name, tensor in held_tensors(model).items():
         inside = any(module in slim.generated for module in ("", *enclosing(name)))

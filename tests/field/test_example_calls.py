@@ -399,6 +399,28 @@ def test_code_with_a_typed_width_that_two_calls_run_differently() -> None:
             check_calls(model, calls)
 
 
+class Normed(nn.Module):
+    """Weight norm in a layer that all calls run and in one that only the second runs; constants."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.head = nn.Linear(5, 8), nn.Linear(8, 9), nn.Linear(7, 3)
+        self.b = nn.utils.parametrizations.weight_norm(nn.Linear(8, 9))
+        self.c = nn.utils.parametrizations.weight_norm(nn.Linear(9, 7))
+
+    def forward(self, x: Tensor, which: str = "a") -> Tensor:
+        x = self.stem(x).relu()
+        x = self.a(x) * torch.tensor([2.0]) if which == "a" else self.b(x) * torch.tensor([[3.0]])
+        return self.head(self.c(x.relu()).relu())
+
+
+def test_weight_norm_is_rescaled_once_whichever_call_runs_it() -> None:
+    model, x = seeded(Normed, 0), normal(2, 5)
+    # Zeros in a normed weight change its norm: only the captured graphs tell what is right.
+    _, slim = check_calls(model, [x, (x, "b")], held=(7, 8, 9))
+    assert not depcut.report(slim).generated
+
+
 # Budgets, plans, other entries --------------------------------------------------------------------
 
 
