@@ -30,8 +30,8 @@ from depcut.repair.compensate import Compensation
 from depcut.rewrite.build import Slim, rewrite
 from depcut.rewrite.optimizer import check_optimizer, narrow_optimizer
 from depcut.support.keywords import settled, takes_options
+from depcut.verify.calls import verify_calls
 from depcut.verify.ownership import check_own_tensors
-from depcut.verify.verify import verify
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +45,7 @@ class Plan(PlanData):
         shapes: Dense shape of every parameter and buffer.
         fingerprint: Of the architecture's tensors and groups.
         settings: How it was made: ratio and options.
-        inputs: Shapes and dtypes of the inputs it was made with.
+        inputs: Shapes and dtypes of the example calls it was made with, see `PlanData`.
         dropped: Names of the residual branches that go, sorted.
         coupling: The analysed architecture; None after loading.
         model: The model it was made for; None after loading.
@@ -85,7 +85,8 @@ class Plan(PlanData):
 
         Args:
             model: The model the plan was made for, or another instance of its architecture.
-            inputs: Example inputs; left out, those of the plan (or of the same shapes).
+            inputs: Example inputs, of all example calls; left out, those of the plan (or of the
+                same shapes).
             data: Calibration data: an iterable of what the model takes, or of (input, target).
             optimizer: One that trains `model`; it is pointed at the smaller model.
             options: What else is chosen, as one object; the keywords that follow go before it.
@@ -120,7 +121,7 @@ class Plan(PlanData):
                 progress=chosen.progress,
             )
         slim = rewrite(model, keep)
-        error = verify(slim, model)
+        error = verify_calls(slim, model)
         check_own_tensors(slim.model, model, keep)
         compensation = repair(slim.model, model, keep, calibration) if chosen.compensate else None
         if optimizer is not None:
@@ -178,7 +179,8 @@ class Plan(PlanData):
 
         Args:
             model: The model; it is only read.
-            inputs: Example inputs; left out, those of the plan (or of the same shapes).
+            inputs: Example inputs, of all example calls; left out, those of the plan (or of the
+                same shapes).
 
         Raises:
             PlanError: The model has another architecture.

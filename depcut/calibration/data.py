@@ -201,6 +201,8 @@ def read_with_inputs(
     items = read_items(data, batches)
     if inputs is None and isinstance(model, nn.Module):
         inputs = inputs_of(items[0], model, pairs)
+        # Loaders collate to lists; as inputs= a list would be several example calls.
+        inputs = tuple(inputs) if isinstance(inputs, list) else inputs
     return items, inputs
 
 

@@ -10,13 +10,18 @@ from torch import nn
 
 from depcut.capture.clone import clone
 from depcut.capture.process_state import capturing
-from depcut.errors import InputError
+from depcut.errors import InputError, in_call
 from depcut.support.torch_private import FakeTensorMode, pytree
 
 Inputs = torch.Tensor | tuple[Any, ...] | list[Any] | dict[str, Any] | None
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # the (args, kwargs) of an example call
 
 USUAL_SIZES = (224, 32, 28, 64, 96, 256, 299, 384, 512)
 _HOW = "pass a tensor, a tuple of positional arguments or a dict of keyword arguments"
+_SEVERAL = (
+    "a list holds several example calls, each a tensor, a tuple of positional arguments or a dict "
+    "of keyword arguments; the positional arguments of one call are a tuple"
+)
 
 
 def normalize(model: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -45,6 +50,55 @@ def normalize(model: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], dict[s
 
     args, kwargs = pytree.tree_map(prepare, (args, kwargs))
     return args, kwargs
+
+
+def example_calls(model: nn.Module, inputs: Inputs = None) -> list[Call]:
+    """The (args, kwargs) of every example call, each as of `normalize`.
+
+    Args:
+        model: The model they are for.
+        inputs: What one call takes, see `normalize`; or a list of that, one item a call.
+
+    Raises:
+        InputError: The list is empty, or an item is no tensor, tuple or dict, or see `normalize`.
+    """
+    if not isinstance(inputs, list):
+        return [normalize(model, inputs)]
+    if not inputs:
+        raise InputError("inputs is an empty list", where="inputs=", remedy=_SEVERAL)
+    for number, call in enumerate(inputs):
+        if not isinstance(call, torch.Tensor | tuple | Mapping):
+            raise InputError(
+                f"inputs is a list, so that each item is an example call, and item {number} is of "
+                f"type {type(call).__name__}",
+                where=f"inputs[{number}]",
+                remedy=_SEVERAL,
+            )
+    calls = []
+    for number, call in enumerate(inputs):
+        with in_call(number, len(inputs)):
+            calls.append(normalize(model, call))
+    return calls
+
+
+def only_call(inputs: Any) -> Any:
+    """What one call takes, where a list of example calls holds no more than one.
+
+    Args:
+        inputs: As a user passes them.
+
+    Raises:
+        InputError: They are several example calls.
+    """
+    if not isinstance(inputs, list) or not inputs:
+        return inputs
+    if len(inputs) > 1:
+        raise InputError(
+            f"inputs is a list of {len(inputs)} example calls, and one is wanted here",
+            where="inputs=",
+            remedy="pass one of them; several positional arguments of one call are a tuple",
+        )
+    return inputs[0]
 
 
 def arguments(inputs: Inputs, where: str = "inputs=") -> tuple[tuple[Any, ...], dict[str, Any]]:

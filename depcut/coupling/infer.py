@@ -26,12 +26,15 @@ def infer_coupling(program: Program) -> Coupling:
         program: A captured model.
     """
     dims: dict[str, Dims] = {}
-    env, effects, unknown = _run(program, dims)
-    if program.training is not None:
-        more = _run(program.training, dims)
+    env: dict[fx.Node, Output] = {}
+    effects: dict[fx.Node, Effects] = {}
+    unknown: dict[str, list[str]] = {}
+    for graph in program.captured:
+        more = _run(graph, dims)
         env.update(more[0])
         effects.update(more[1])
-        unknown.update(more[2])
+        for operator, nodes in more[2].items():
+            unknown.setdefault(operator, []).extend(nodes)
     classes = _settle_ties([tie for e in effects.values() for tie in e.ties])
     resolved = {name: tuple(map(axes.resolve, shape)) for name, shape in dims.items()}
     coupled = _groups(program, resolved, effects, classes)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from depcut.capture.inputs import infer_inputs
+from depcut.capture.inputs import infer_inputs, only_call
 from depcut.errors import ExportError, InputError
 from depcut.support.torch_private import pytree
 
@@ -41,7 +41,7 @@ def bind_inputs(model: nn.Module, inputs: Any) -> inspect.BoundArguments:
         InputError: The kind of `inputs` is none of these, forward does not take them, or they
             cannot be inferred.
     """
-    given = infer_inputs(model) if inputs is None else inputs
+    given = infer_inputs(model) if inputs is None else only_call(inputs)
     given = dict(given) if isinstance(given, Mapping) else given
     if isinstance(given, Tensor):
         given = (given,)
