@@ -136,7 +136,14 @@ class Plan(PlanData):
             for of in (cost.macs, cost.params)
         )
         return Report(
-            self.digest, dict(self.settings), dict(generated), error, macs, params, compensation
+            self.digest,
+            dict(self.settings),
+            dict(generated),
+            error,
+            macs,
+            params,
+            compensation,
+            keep.coupling.program.notes,
         )
 
     @property

@@ -31,6 +31,7 @@ class Report:
         macs: MACs of one example, dense and now.
         params: Number of parameters, dense and now.
         compensation: What was re-solved on data, None without.
+        notes: What the capture had to assume, in words.
     """
 
     digest: str
@@ -40,6 +41,7 @@ class Report:
     macs: tuple[int, int] = (0, 0)
     params: tuple[int, int] = (0, 0)
     compensation: Compensation | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def lineage(self) -> dict[str, str]:
@@ -57,6 +59,7 @@ class Report:
             f"  generated in place of {name or 'the whole model'}: {why}"
             for name, why in self.generated.items()
         ]
+        lines += [f"  note: {note}" for note in self.notes]
         if self.compensation is not None:
             lines += [f"  {line}" for line in str(self.compensation).splitlines()]
         return "\n".join(lines)
@@ -112,7 +115,7 @@ def report(model: nn.Module) -> Report:
     done = data.pop("compensation")
     if done is not None:
         done = Compensation(tuple(Repair(**r) for r in done["repairs"]), done["left"])
-    data |= {name: tuple(data[name]) for name in ("macs", "params")}
+    data |= {name: tuple(data[name]) for name in ("macs", "params", "notes")}
     return Report(**data, compensation=done)
 
 

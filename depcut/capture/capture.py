@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import traceback as tb
 from dataclasses import replace
 from typing import Any
@@ -13,11 +12,19 @@ from torch.export.graph_signature import InputKind
 from torch.fx import traceback
 
 from depcut.capture import provenance
+from depcut.capture.batches import (
+    Batch,
+    batch_of,
+    dynamic_shapes,
+    share_batch,
+    ways,
+)
 from depcut.capture.clone import clone, cloned_arguments
 from depcut.capture.inputs import Inputs, normalize
 from depcut.capture.process_state import capturing
 from depcut.capture.program import ModuleCall, Program
 from depcut.capture.refusals import check_inputs, check_model
+from depcut.capture.signature import name_keywords
 from depcut.capture.wrappers import inline_wrappers
 from depcut.errors import CaptureError
 from depcut.support.torch_private import buffers_of, parameters_of, pytree
@@ -35,15 +42,14 @@ def capture(model: nn.Module, inputs: Inputs = None) -> Program:
         InputError: The inputs are of the wrong kind, or the model does not take them.
     """
     check_model(model)
-    args, kwargs = normalize(model, inputs)
-    check_inputs(model, args, kwargs)
     marks: list[fx.Node] = []
-    program = _capture(model, args, kwargs, marks, frozenset())
+    program, batch = _freest(model, inputs, marks)
     if not program.unused:
         return program
     # Parts that only run in training (auxiliary heads, mask tokens) must shrink along.
+    gates = _gates(model, program.unused)
     try:
-        other = _capture(model, args, kwargs, marks, _gates(model, program.unused))
+        other = _capture(model, program.args, program.kwargs, marks, gates, batch)
     except CaptureError:
         return program
     if not other.unused < program.unused:
@@ -51,6 +57,20 @@ def capture(model: nn.Module, inputs: Inputs = None) -> Program:
     return replace(
         program, training=other, unused=other.unused, marks={**program.marks, **other.marks}
     )
+
+
+def _freest(model: nn.Module, inputs: Inputs, marks: list[fx.Node]) -> tuple[Program, Batch]:
+    """The program with its batch as free as the model's code lets it be, and how free that is."""
+    plain = normalize(model, inputs, widen=False)
+    check_inputs(model, *plain)
+    refused: CaptureError | None = None
+    for batch, (args, kwargs) in ways(model, *plain):
+        try:
+            return _capture(model, args, kwargs, marks, frozenset(), batch), batch
+        except CaptureError as error:  # noqa: PERF203  each attempt may be refused
+            refused = refused or error
+    assert refused is not None
+    raise refused
 
 
 def _gates(model: nn.Module, unused: frozenset[str]) -> frozenset[str]:
@@ -97,25 +117,15 @@ class _Mark(int):
     """A module call's reference to a node, until the final graph is known."""
 
 
-def _dynamic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    def spec(leaf: Any) -> Any:
-        batched = isinstance(leaf, torch.Tensor) and leaf.ndim > 0
-        return {0: torch.export.Dim.AUTO} if batched else None
-
-    signature = inspect.signature(model.forward)
-    kinds = {p.kind for p in signature.parameters.values()}
-    if args and inspect.Parameter.VAR_POSITIONAL in kinds:
-        return pytree.tree_map(spec, dict(signature.bind(*args, **kwargs).arguments))
-    return pytree.tree_map(spec, kwargs if kwargs else args)
-
-
 def _export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Batch
 ) -> torch.export.ExportedProgram:
+    name_keywords(model, kwargs)
+    shapes = dynamic_shapes(model, args, kwargs, batch)
+    if batch is Batch.SHARED:
+        share_batch(model)
     try:
-        return torch.export.export(
-            model, args, kwargs, dynamic_shapes=_dynamic(model, args, kwargs), strict=False
-        )
+        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except (KeyboardInterrupt, MemoryError):
         raise
     except Exception as error:
@@ -151,6 +161,7 @@ def _capture(
     kwargs: dict[str, Any],
     marks: list[fx.Node],
     training: frozenset[str],
+    batch: Batch,
 ) -> Program:
     calls: list[ModuleCall] = []
     seen = clone(model, training=training)
@@ -161,8 +172,13 @@ def _capture(
         provenance.ProvenanceMode(marks),
         traceback.preserve_node_meta(),
     ):
-        exported = _export(seen, *cloned_arguments((args, kwargs)))
-    return _program(model, exported, calls, args, kwargs)
+        given, keywords = cloned_arguments((args, kwargs))
+        exported = _export(seen, given, keywords, batch)
+    program = _program(model, exported, calls, args, kwargs)
+    if batch is Batch.FREE:
+        return program
+    size = batch_of(args, kwargs) if batch is Batch.FIXED else program.batch
+    return replace(program, batch=size, notes=(batch.value,))
 
 
 def _program(

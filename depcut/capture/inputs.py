@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from depcut.capture.clone import clone
-from depcut.capture.process_state import capturing
+from depcut.capture.batches import widened
+from depcut.capture.dry_run import result_shapes
 from depcut.errors import InputError
-from depcut.support.torch_private import FakeTensorMode, pytree
+from depcut.support.torch_private import pytree
 
 Inputs = torch.Tensor | tuple[Any, ...] | list[Any] | dict[str, Any] | None
 
@@ -19,32 +19,28 @@ USUAL_SIZES = (224, 32, 28, 64, 96, 256, 299, 384, 512)
 _HOW = "pass a tensor, a tuple of positional arguments or a dict of keyword arguments"
 
 
-def normalize(model: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def normalize(
+    model: nn.Module, inputs: Inputs, *, widen: bool = True
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """(args, kwargs) on the model's device, with a batch of at least two.
 
     Args:
         model: The model they are for.
         inputs: A tensor, a tuple of positional or a dict of keyword arguments; None infers them
             from the model's `dummy_inputs` or its first layer.
+        widen: Whether to double a batch of one.
 
     Raises:
         InputError: The inputs have another kind, or cannot be inferred.
     """
     args, kwargs = arguments(infer_inputs(model) if inputs is None else inputs)
-    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
     device = device_of(model)
-    single = tensors[0].ndim > 0 and tensors[0].shape[0] == 1
 
     def prepare(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        if single and leaf.ndim and leaf.shape[0] == 1:
-            # A batch of one would be captured as a constant.
-            leaf = torch.cat([leaf, leaf])
-        return leaf.detach().to(device)
+        return leaf.detach().to(device) if isinstance(leaf, torch.Tensor) else leaf
 
     args, kwargs = pytree.tree_map(prepare, (args, kwargs))
-    return args, kwargs
+    return widened(model, args, kwargs) if widen else (args, kwargs)
 
 
 def arguments(inputs: Inputs, where: str = "inputs=") -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -105,7 +101,7 @@ def infer_inputs(model: nn.Module) -> Inputs:
         else:
             example = torch.randn(shape, generator=generator).to(dtype)
         example = example.to(device_of(model))
-        if _runs(model, example):
+        if result_shapes(model, (example,), {}) is not None:
             return example
         tried.append(str(tuple(shape)))
     raise InputError(
@@ -127,23 +123,6 @@ def _candidates(first: nn.Module) -> list[tuple[int, ...]]:
     rank = len(first.kernel_size)
     sizes = USUAL_SIZES if rank < 3 else (32, 16, 64, 112)
     return [(2, first.in_channels, *([size] * rank)) for size in sizes]
-
-
-def _runs(model: nn.Module, example: torch.Tensor) -> bool:
-    seen = clone(model)
-    try:
-        with capturing(), FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
-            parameters: dict[str, torch.Tensor] = {
-                n: fake.from_tensor(t) for n, t in _tensors(seen)
-            }
-            torch.func.functional_call(seen, parameters, (fake.from_tensor(example),))
-        return True
-    except Exception:  # noqa: BLE001  any failure of the user's forward means: not this size
-        return False
-
-
-def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [*model.named_parameters(), *model.named_buffers()]
 
 
 def _dummy_inputs(model: nn.Module) -> dict[str, Any] | None:

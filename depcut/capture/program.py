@@ -56,6 +56,7 @@ class Program:
         training: The model as it runs in training, where it has parts that run only then
             (auxiliary heads, mask tokens); for couplings alone.
         unused: Parameters that neither graph uses.
+        notes: What the capture had to assume, in words.
     """
 
     graph: fx.GraphModule
@@ -75,6 +76,7 @@ class Program:
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     training: Program | None = None
     unused: frozenset[str] = field(default_factory=frozenset)
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def inputs(self) -> list[fx.Node]:
