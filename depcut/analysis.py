@@ -377,6 +377,8 @@ class Analysis:
             console.print(f"  frozen: {why} ({times} dimensions)", highlight=False)
         for target, nodes in self.coupling.unknown.items():
             console.print(f"  no working rule: {target} at {listed(nodes, 3)}", highlight=False)
+        for note in self.program.notes:
+            console.print(f"  note: {note}", highlight=False)
         file: Any = console.file
         return str(file.getvalue()).rstrip()
 

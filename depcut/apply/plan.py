@@ -147,6 +147,7 @@ class Plan(PlanData):
             compensation,
             dict(slim.patched),
             tuple(sorted({layer_of(name) for name in left})),
+            keep.coupling.program.notes,
         )
 
     @property

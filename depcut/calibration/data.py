@@ -223,6 +223,7 @@ class _Reader:
     def batch(self, item: Any, place: str) -> Batch:
         inputs, target = self._split(item)
         args, kwargs = self._bound(arguments(inputs, place), place)
+        args, kwargs = _in_order((args, kwargs), (self.program.args, self.program.kwargs))
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if spec != self.spec:
             raise InputError(
@@ -260,6 +261,10 @@ class _Reader:
         """The arguments passed as they were at the capture; keywords not used there are dropped."""
         args, kwargs = given
         program = self.program
+        if not args and not program.kwargs and len(program.args) == 1:
+            only = program.args[0]
+            if isinstance(only, dict) and kwargs.keys() == only.keys():
+                return (kwargs,), {}  # the forward takes one dict
         if not args and not program.args and program.kwargs.keys() <= kwargs.keys():
             return (), {name: kwargs[name] for name in program.kwargs}
         if not args:
@@ -322,6 +327,15 @@ class _Reader:
                 remedy="clean the data; statistics of it would mean nothing",
             )
         return int(leaf.shape[0]) if fixed and self.rows[number] == self.batch_size else 0
+
+
+def _in_order(tree: Any, like: Any) -> Any:
+    """Nested arguments with the keys of each dict in the order of another tree of the same keys."""
+    if type(tree) is type(like) is dict and tree.keys() == like.keys():
+        return {key: _in_order(tree[key], like[key]) for key in like}
+    if type(tree) in (tuple, list) and type(like) is type(tree) and len(tree) == len(like):
+        return type(tree)(map(_in_order, tree, like))
+    return tree
 
 
 def _dtype(tensor: torch.Tensor) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import traceback as tb
 from dataclasses import replace
 from typing import Any
@@ -14,6 +13,13 @@ from torch.export.graph_signature import InputKind
 from torch.fx import traceback
 
 from depcut.capture import provenance
+from depcut.capture.batches import (
+    Batch,
+    batch_of,
+    dynamic_shapes,
+    share_batch,
+    ways,
+)
 from depcut.capture.calls import Recorder, TorchCall
 from depcut.capture.clone import clone, cloned_arguments
 from depcut.capture.inputs import Call, Inputs, example_calls
@@ -21,6 +27,7 @@ from depcut.capture.process_state import capturing
 from depcut.capture.program import ModuleCall, Program
 from depcut.capture.random_state import python_states, same_states
 from depcut.capture.refusals import check_inputs, check_model
+from depcut.capture.signature import name_keywords
 from depcut.capture.structure import structure_of
 from depcut.capture.wrappers import inline_wrappers
 from depcut.errors import CaptureError, in_call
@@ -43,7 +50,7 @@ def capture(model: nn.Module, inputs: Inputs = None) -> Program:
         InputError: The inputs are of the wrong kind, or the model does not take them.
     """
     check_model(model)
-    calls = example_calls(model, inputs)
+    calls = example_calls(model, inputs, widen=False)
     for number, call in enumerate(calls):
         with in_call(number, len(calls)):
             check_inputs(model, *call)
@@ -51,7 +58,7 @@ def capture(model: nn.Module, inputs: Inputs = None) -> Program:
     programs = []
     for number, call in enumerate(calls):
         with in_call(number, len(calls)):
-            programs.append(_capture(model, call, marks, frozenset(), number))
+            programs.append(_freest(model, call, marks, number))
     unused = frozenset.intersection(*(p.unused for p in programs))
     for number, program in enumerate(programs):
         if unused:
@@ -71,7 +78,7 @@ def _in_training(
     """
     call = (program.args, program.kwargs)
     try:
-        training = _capture(model, call, marks, _gates(model, unused), number)
+        training = _capture(model, call, marks, _gates(model, unused), number, program.batching)
     except CaptureError:
         return None
     return None if unused <= training.unused else training
@@ -84,6 +91,18 @@ def _merged(programs: list[Program], unused: frozenset[str]) -> Program:
     anonymous = frozenset(name for g in graphs for name in g.anonymous)
     first, *others = (replace(p, marks=marks, anonymous=anonymous, unused=unused) for p in programs)
     return replace(first, others=tuple(others))
+
+
+def _freest(model: nn.Module, call: Call, marks: list[fx.Node], number: int) -> Program:
+    """The program with its batch as free as the model's code lets it be."""
+    refused: CaptureError | None = None
+    for batching, wide in ways(model, *call):
+        try:
+            return _capture(model, wide, marks, frozenset(), number, batching)
+        except CaptureError as error:  # noqa: PERF203  each attempt may be refused
+            refused = refused or error
+    assert refused is not None
+    raise refused
 
 
 def _gates(model: nn.Module, unused: frozenset[str]) -> frozenset[str]:
@@ -134,25 +153,15 @@ class _Mark(int):
     """A module call's reference to a node, until the final graph is known."""
 
 
-def _dynamic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    def spec(leaf: Any) -> Any:
-        batched = isinstance(leaf, torch.Tensor) and leaf.ndim > 0
-        return {0: torch.export.Dim.AUTO} if batched else None
-
-    signature = inspect.signature(model.forward)
-    kinds = {p.kind for p in signature.parameters.values()}
-    if args and inspect.Parameter.VAR_POSITIONAL in kinds:
-        return pytree.tree_map(spec, dict(signature.bind(*args, **kwargs).arguments))
-    return pytree.tree_map(spec, kwargs if kwargs else args)
-
-
 def _export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Batch
 ) -> torch.export.ExportedProgram:
+    name_keywords(model, kwargs)
+    shapes = dynamic_shapes(model, args, kwargs, batch)
+    if batch is Batch.SHARED:
+        share_batch(model)
     try:
-        return torch.export.export(
-            model, args, kwargs, dynamic_shapes=_dynamic(model, args, kwargs), strict=False
-        )
+        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except (KeyboardInterrupt, MemoryError):
         raise
     except Exception as error:
@@ -188,22 +197,30 @@ def _capture(
     marks: list[fx.Node],
     training: frozenset[str],
     number: int,
+    batching: Batch,
 ) -> Program:
     """One graph of one example call, with some modules in training mode."""
     calls: list[ModuleCall] = []
     seen = clone(model, training=training)
     recorder = Recorder()
-    exported, states = _traced(seen, call, marks, calls, recorder)
+    exported, states = _traced(seen, call, batching, marks, calls, recorder)
     program = _program(model, exported, calls, *call)
     suffix = (f"_call{number}" if number else "") + ("_training" if training else "")
     for node in program.graph.graph.nodes if suffix else ():
         node.name += suffix  # messages name nodes, so no two graphs share a name
-    return replace(program, torch_calls=tuple(recorder.calls), states=states)
+    return replace(
+        program,
+        torch_calls=tuple(recorder.calls),
+        states=states,
+        batching=batching,
+        batch=batch_of(*call) if batching is Batch.FIXED else program.batch,
+    )
 
 
 def _traced(
     seen: nn.Module,
     call: Call,
+    batching: Batch,
     marks: list[fx.Node],
     calls: list[ModuleCall],
     recorder: Recorder,
@@ -218,18 +235,20 @@ def _traced(
         traceback.preserve_node_meta(),
     ):
         states = python_states()
-        exported = _export(seen, *cloned_arguments(call))
+        given, keywords = cloned_arguments(call)
+        exported = _export(seen, given, keywords, batching)
         return exported, None if same_states(states, python_states()) else states
 
 
 def corrected_calls(
-    model: nn.Module, call: Call, correct: provenance.Corrector
+    model: nn.Module, call: Call, batching: Batch, correct: provenance.Corrector
 ) -> tuple[TorchCall, ...]:
     """The calls that a model makes when it is captured, some with other arguments.
 
     Args:
         model: Any module; it is only read.
         call: The example call.
+        batching: How the first dimensions of the inputs are captured.
         correct: Gives the arguments that a call gets in place of those it was made with.
 
     Returns:
@@ -237,7 +256,7 @@ def corrected_calls(
     """
     recorder = Recorder()
     with contextlib.suppress(CaptureError):  # what ran until then was seen
-        _traced(clone(model), call, [], [], recorder, correct)
+        _traced(clone(model), call, batching, [], [], recorder, correct)
     return tuple(recorder.calls)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from depcut.capture.batches import Batch
 from depcut.capture.calls import TorchCall
 from depcut.capture.structure import Structure
 from depcut.support.torch_private import pytree
@@ -65,6 +66,7 @@ class Program:
             code drew from them: another course of it would be another graph.
         structure: The model's modules and attributes when it was captured.
         around: Tensors of the model that its code reaches by another way than by their attributes.
+        batching: How the first dimensions of the inputs were captured.
     """
 
     graph: fx.GraphModule
@@ -89,6 +91,13 @@ class Program:
     states: tuple[Any, ...] | None = None
     around: frozenset[str] = field(default_factory=frozenset)
     structure: Structure = field(default_factory=dict)
+
+    batching: Batch = Batch.FREE
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the capture had to assume, in words."""
+        return () if self.batching is Batch.FREE else (self.batching.value,)
 
     @property
     def examples(self) -> tuple[Program, ...]:

@@ -169,7 +169,7 @@ def session_tensors(session: InferenceSession, values: Mapping[str, Any]) -> dic
 
 
 def batch_size(arguments: inspect.BoundArguments) -> int:
-    """Dimension 0 of the first tensor that has one.
+    """Dimension 0 of the first tensor of two dimensions or more, else of the first vector.
 
     Args:
         arguments: What `bind_inputs` returned.
@@ -181,10 +181,11 @@ def batch_size(arguments: inspect.BoundArguments) -> int:
         InputError: No argument is a tensor with a dimension.
     """
     leaves = pytree.tree_leaves(dict(arguments.arguments))
-    sizes = [leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0]
-    if not sizes:
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0]
+    if not tensors:
         raise InputError("no tensor among the inputs", remedy="pass the tensors forward works on")
-    return int(sizes[0])
+    # A vector of one number may belong to the whole call (the time of a diffusion step).
+    return int(next((t for t in tensors if t.dim() > 1), tensors[0]).shape[0])
 
 
 def resized(arguments: inspect.BoundArguments, batch: int) -> inspect.BoundArguments:

@@ -97,7 +97,7 @@ def observe(slim: nn.Module, keep: Keep, others: Collection[str] = ()) -> list[M
     for each in keep.calls:
         observer = _Observer(each, others)
         program = each.coupling.program
-        corrected_calls(slim, (program.args, program.kwargs), observer)
+        corrected_calls(slim, (program.args, program.kwargs), program.batching, observer)
         found += observer.found
     return found
 
