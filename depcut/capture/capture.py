@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import traceback as tb
 from dataclasses import replace
 from typing import Any
 
@@ -14,12 +13,14 @@ from torch.fx import traceback
 
 from depcut.capture import provenance
 from depcut.capture.clone import clone, cloned_arguments
-from depcut.capture.inputs import Inputs, normalize
+from depcut.capture.eager import refuse_failing_call, user_line
+from depcut.capture.inputs import Inputs, arguments, normalize
 from depcut.capture.process_state import capturing
 from depcut.capture.program import ModuleCall, Program
 from depcut.capture.refusals import check_inputs, check_model
 from depcut.capture.wrappers import inline_wrappers
 from depcut.errors import CaptureError
+from depcut.support.failures import first_line, reraise_fatal
 from depcut.support.torch_private import buffers_of, parameters_of, pytree
 
 
@@ -38,7 +39,12 @@ def capture(model: nn.Module, inputs: Inputs = None) -> Program:
     args, kwargs = normalize(model, inputs)
     check_inputs(model, args, kwargs)
     marks: list[fx.Node] = []
-    program = _capture(model, args, kwargs, marks, frozenset())
+    try:
+        program = _capture(model, args, kwargs, marks, frozenset())
+    except CaptureError:
+        given = (args, kwargs) if inputs is None else arguments(inputs)
+        refuse_failing_call(model, ("", *given))
+        raise
     if not program.unused:
         return program
     # Parts that only run in training (auxiliary heads, mask tokens) must shrink along.
@@ -116,33 +122,14 @@ def _export(
         return torch.export.export(
             model, args, kwargs, dynamic_shapes=_dynamic(model, args, kwargs), strict=False
         )
-    except (KeyboardInterrupt, MemoryError):
-        raise
     except Exception as error:
+        reraise_fatal(error)
         raise CaptureError(
-            f"torch.export cannot capture the model: {_first_line(error)}",
-            where=_user_line(error, model),
+            f"torch.export cannot capture the model: {first_line(error)}",
+            where=user_line(error, model),
             remedy="make that line traceable (no branches on tensor values, no .item()), "
             "or pass other inputs=; torch.export.export(model, args, strict=False) reproduces it",
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
-
-
-def _user_line(error: BaseException, model: nn.Module) -> str:
-    """The innermost line of the traceback outside of torch."""
-    frames = [
-        f
-        for f in tb.extract_tb(error.__traceback__)
-        if "/torch/" not in f.filename and "/depcut/" not in f.filename and f.filename[0] != "<"
-    ]
-    if not frames:
-        return type(model).__name__
-    last = frames[-1]
-    return f"{last.filename}:{last.lineno}: {last.line}"
 
 
 def _capture(

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from depcut.capture.clone import clone
 from depcut.capture.process_state import capturing
 from depcut.errors import InputError
+from depcut.support.failures import reraise_fatal
 from depcut.support.torch_private import FakeTensorMode, pytree
 
 Inputs = torch.Tensor | tuple[Any, ...] | list[Any] | dict[str, Any] | None
@@ -33,6 +35,13 @@ def normalize(model: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], dict[s
     args, kwargs = arguments(infer_inputs(model) if inputs is None else inputs)
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
     device = device_of(model)
+    empty = next((t for t in tensors if t.is_meta and device.type != "meta"), None)
+    if empty is not None:
+        raise InputError(
+            f"an input of shape {tuple(empty.shape)} is on the meta device, the model on {device}",
+            where="inputs=",
+            remedy="pass tensors with values; their device is changed where it must be",
+        )
     single = tensors[0].ndim > 0 and tensors[0].shape[0] == 1
 
     def prepare(leaf: Any) -> Any:
@@ -66,9 +75,22 @@ def arguments(inputs: Inputs, where: str = "inputs=") -> tuple[tuple[Any, ...], 
     elif isinstance(inputs, Mapping):
         kwargs = dict(inputs)
     else:
-        name = where.removesuffix("=")
-        raise InputError(f"{name} is a {type(inputs).__name__}", where=where, remedy=_HOW)
-    if not any(isinstance(t, torch.Tensor) for t in pytree.tree_leaves((args, kwargs))):
+        name, array = where.removesuffix("="), isinstance(inputs, np.ndarray)
+        remedy = "pass torch.from_numpy(array)" if array else _HOW
+        raise InputError(f"{name} is a {type(inputs).__name__}", where=where, remedy=remedy)
+    try:
+        leaves = pytree.tree_leaves((args, kwargs))
+    except RecursionError as error:
+        raise InputError(
+            f"{where.removesuffix('=')} is nested too deeply", where=where, remedy=_HOW
+        ) from error
+    if any(isinstance(leaf, np.ndarray) for leaf in leaves):
+        raise InputError(
+            f"{where.removesuffix('=')} holds a NumPy array",
+            where=where,
+            remedy="pass torch.from_numpy(array)",
+        )
+    if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
         raise InputError(f"{where.removesuffix('=')} holds no tensor", where=where, remedy=_HOW)
     return args, kwargs
 
@@ -138,7 +160,8 @@ def _runs(model: nn.Module, example: torch.Tensor) -> bool:
             }
             torch.func.functional_call(seen, parameters, (fake.from_tensor(example),))
         return True
-    except Exception:  # noqa: BLE001  any failure of the user's forward means: not this size
+    except Exception as error:  # noqa: BLE001  any failure of the user's forward: not this size
+        reraise_fatal(error)
         return False
 
 
@@ -149,7 +172,8 @@ def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
 def _dummy_inputs(model: nn.Module) -> dict[str, Any] | None:
     try:
         dummy = getattr(model, "dummy_inputs", None)
-    except (AttributeError, NotImplementedError, ValueError):
+    except Exception as error:  # noqa: BLE001  a property of the user's class
+        reraise_fatal(error)
         return None
     if not isinstance(dummy, dict):
         return None

@@ -19,6 +19,7 @@ from torch import nn
 
 from depcut.errors import TrainingError
 from depcut.support import codec, files
+from depcut.support.checks import check_path
 from depcut.support.weights import read_tensors, write_tensors
 
 _STEP = re.compile(r"step-(\d{9})")
@@ -59,7 +60,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
+        self.folder = check_path(folder, "checkpoint")
         files.make_folder(self.folder, f"checkpoint={self.folder}", TrainingError)
 
     def _folders(self) -> list[Path]:

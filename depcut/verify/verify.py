@@ -22,6 +22,7 @@ from depcut.reference.slices import take
 from depcut.rewrite.build import Slim
 from depcut.rewrite.copying import copied
 from depcut.support.closeness import relative_error
+from depcut.support.failures import first_line, reraise_fatal
 from depcut.support.torch_private import pytree
 from depcut.verify.culprit import RUNTIME_ERRORS, culprits
 from depcut.verify.module_results import Trial, module_results
@@ -32,6 +33,7 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torc
 
 
 _ROUNDING = 0.05  # a relative difference that single precision may cause in a deep model
+_WITH_WEIGHTS = "apply the plan to the model with its weights, where depcut can repair this"
 _CERTAIN = 3e-6  # a smaller one needs no second look in double precision
 
 
@@ -108,8 +110,9 @@ def verify(slim: Slim, model: nn.Module) -> float:
         try:
             wrong = culprits(slim, model, _CERTAIN if attempt.size <= limit else limit)
         except RUNTIME_ERRORS as problem:
+            reraise_fatal(problem)
             raise VerificationError(
-                f"the captured graph cannot be narrowed: {problem}"[:300],
+                f"the captured graph cannot be narrowed: {first_line(problem)}",
                 where=_place(keep, suspect or ""),
                 remedy="a rule is wrong: keep the layers concerned with ignore=, and report it",
             ) from problem
@@ -190,7 +193,8 @@ def _try(slim: Slim, model: nn.Module, trial: Trial, limit: float) -> Attempt:
         expected = _expected(slim.keep, model, trial)
         size, message = _compare(slim, expected, trial)
     except RUNTIME_ERRORS as problem:
-        return Attempt(math.inf, f"{type(problem).__name__}: {problem}"[:300], problem)
+        reraise_fatal(problem)
+        return Attempt(math.inf, first_line(problem), problem)
     if message or size > limit or not slim.generated:
         return Attempt(size, message)
     args, kwargs = example(slim.keep, rows=trial.rows, dtype=trial.dtype)
@@ -200,7 +204,8 @@ def _try(slim: Slim, model: nn.Module, trial: Trial, limit: float) -> Attempt:
             result = clone(slim.model, buffers=True)(*args, **kwargs)
         plain, message = relative_error(expected[0], pytree.tree_leaves(result))
     except RUNTIME_ERRORS as problem:
-        return Attempt(math.inf, str(problem)[:300], problem, beside=True)
+        reraise_fatal(problem)
+        return Attempt(math.inf, first_line(problem), problem, beside=True)
     failed = bool(message) or plain > limit
     if not failed:
         _check_tensors(slim, model)
@@ -245,14 +250,21 @@ def _verify_shapes(slim: Slim, model: nn.Module) -> float:
     """
     try:
         module_results(model, Keep(slim.keep.coupling, {}), Trial())
-    except RUNTIME_ERRORS:
+    except RUNTIME_ERRORS as problem:
+        reraise_fatal(problem)
         return math.nan
-    seen = module_results(slim.model, slim.keep, Trial())
+    try:
+        seen = module_results(slim.model, slim.keep, Trial())
+    except RUNTIME_ERRORS as problem:
+        reraise_fatal(problem)
+        raise VerificationError(
+            first_line(problem), where="a model on the meta device", remedy=_WITH_WEIGHTS
+        ) from problem
     if seen.shape:
         raise VerificationError(
             seen.shape,
             where="a model on the meta device",
-            remedy="apply the plan to the model with its weights, where depcut can repair this",
+            remedy=_WITH_WEIGHTS,
         )
     return 0.0
 
@@ -270,7 +282,8 @@ def _exact(slim: Slim, model: nn.Module) -> bool | None:
         double = Slim(copied(slim.model, {}).double(), slim.keep, model)
         trial = Trial(dtype=torch.float64)
         return _compare(double, _expected(slim.keep, model, trial), trial)[0] < 1e-6
-    except RuntimeError:
+    except RUNTIME_ERRORS as problem:
+        reraise_fatal(problem)
         return None  # the code insists on a precision
 
 
