@@ -16,14 +16,14 @@ from depcut.calibration.data import BATCHES
 from depcut.errors import InputError, listed
 from depcut.plan.cost import COSTS
 from depcut.scores import CRITERIA, Criterion, Score, score_name
+from depcut.support import files
 from depcut.support.checks import (
-    SEED,
+    LARGEST,
     THREADS,
     check_flag,
     check_integer,
     check_names,
     check_number,
-    check_path,
 )
 from depcut.support.failures import shown
 from depcut.support.keywords import option
@@ -47,7 +47,7 @@ class Common:
     progress: bool = option(True, "Whether to show progress on standard error.")
 
     def __post_init__(self) -> None:
-        self._integer("seed", 0, SEED)
+        self._integer("seed", 0, LARGEST)
         for name in ("resume", "progress"):
             self._flag(name)
 
@@ -238,8 +238,10 @@ class Options(Common):
             InputError: It cannot be read, names an unknown option, or a value is wrong.
         """
         try:
-            values = tomllib.loads(check_path(path, "path").read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as error:
+            values = tomllib.loads(files.read_text(path))
+        except InputError:
+            raise
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(
                 f"no options can be read: {error}",
                 where=str(path),

@@ -11,7 +11,7 @@ from torch import nn
 
 from depcut.capture.clone import clone
 from depcut.capture.process_state import capturing
-from depcut.errors import InputError
+from depcut.errors import InputError, listed
 from depcut.support.failures import reraise_fatal
 from depcut.support.torch_private import FakeTensorMode, pytree
 
@@ -41,6 +41,12 @@ def normalize(model: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], dict[s
             f"an input of shape {tuple(empty.shape)} is on the meta device, the model on {device}",
             where="inputs=",
             remedy="pass tensors with values; their device is changed where it must be",
+        )
+    if not any(t.numel() for t in tensors):
+        raise InputError(
+            f"the inputs are empty: {listed([str(tuple(t.shape)) for t in tensors], 3)}",
+            where="inputs=",
+            remedy="pass an example with values: what is computed on none cannot be compared",
         )
     single = tensors[0].ndim > 0 and tensors[0].shape[0] == 1
 

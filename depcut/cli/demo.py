@@ -22,7 +22,7 @@ from depcut.deploy.export import ExportReport, export
 from depcut.errors import DepcutError, InputError
 from depcut.plan.cost import count_macs, count_params
 from depcut.support import files
-from depcut.support.checks import SEED, check_integer
+from depcut.support.checks import LARGEST, check_integer
 from depcut.timing.bench import BenchResult, bench, check_timing
 from depcut.timing.comparison import quantity
 
@@ -131,7 +131,7 @@ def run_demo(
     check_timing(threads, rounds, 0, None, memory=False)
     for name, value in (("epochs", epochs), ("retrain_epochs", retrain_epochs)):
         check_integer(value, name, 0, _MOST_EPOCHS)
-    seed = check_integer(seed, "seed", 0, SEED)
+    seed = check_integer(seed, "seed", 0, LARGEST)
     console = console or Console()
     digits = load_digits(seed)
     folder = Path(tempfile.mkdtemp(prefix="depcut-demo-")) if out is None else out

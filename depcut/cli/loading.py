@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from depcut.errors import InputError
-from depcut.support.failures import first_line, reraise_fatal
+from depcut.support.failures import first_line, reraise_fatal, shown
 
 _MOST = 2**28  # elements of an example
 _DTYPES = {
@@ -140,7 +140,7 @@ def _example(text: str, generator: torch.Generator) -> Tensor:
     sizes_read = all(part.isdecimal() and len(part) < 20 and int(part) > 0 for part in parts)
     if dtype is None or not sizes_read:
         raise InputError(
-            f"cannot read the input shape {text!r}",
+            f"cannot read the input shape {shown(text)}",
             where="--input-shape",
             remedy=f"write sizes like 2,3,224,224 or 2,32:int64; types: {', '.join(_DTYPES)}",
         )

@@ -15,7 +15,7 @@ from depcut.support.failures import first_line, reraise_fatal, shown
 
 KindT = TypeVar("KindT")
 
-SEED = 2**63 - 1  # the largest that torch's generators take
+LARGEST = 2**63 - 1  # of a seed that torch takes, and of a step
 THREADS = 1024  # more than any machine has that one operator could use
 
 

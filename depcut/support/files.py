@@ -143,14 +143,27 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         OSError: It cannot be read.
         ValueError: It holds something else: bad syntax, a name twice, nesting beyond all need.
     """
+    try:
+        return json.loads(read_text(path), object_pairs_hook=_once)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text of a file; what is no regular file (a device, a FIFO) is not opened.
+
+    Args:
+        path: The file.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It holds no UTF-8.
+    """
     file = check_path(path, "path")
     kind = _kind(file)
     if kind not in (None, "file"):
         raise OSError(f"{file} is a {kind}")
-    try:
-        return json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_once)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+    return file.read_text(encoding="utf-8")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from depcut.capture.inputs import Inputs
 from depcut.errors import InputError, PlanError, listed
 from depcut.plan import cost
 from depcut.rewrite.generated import GeneratedModule
-from depcut.support.checks import SEED, check_integer, check_kind
+from depcut.support.checks import LARGEST, check_integer, check_kind
 from depcut.support.failures import shown
 from depcut.support.torch_private import RESET_METHODS
 
@@ -62,7 +62,7 @@ def fresh(
         PlanError: The model has another architecture.
     """
     check_kind(plan, Plan, "plan", "pass what analysis.plan(...) returned")
-    seed = check_integer(seed, "seed", 0, SEED)
+    seed = check_integer(seed, "seed", 0, LARGEST)
     if (
         init is not None
         and not callable(init)

@@ -259,7 +259,7 @@ def _accelerated(given: Any, mixed_precision: str | None) -> Iterator[Any]:
         ) from error
     existed = state.is_initialized()
     try:
-        accelerator = given or Accelerator(mixed_precision=mixed_precision)
+        accelerator = given if given is not None else Accelerator(mixed_precision=mixed_precision)
     except ValueError as error:
         raise InputError(
             f"accelerate refuses: {error}",

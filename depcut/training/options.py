@@ -102,7 +102,7 @@ class TrainingOptions(Common):
             remedy = "pass depcut.training.Distillation(dense, slim, plan)"
             check_kind(self.distillation, Distillation, "distillation", remedy)
         if self.accelerator is not None and not callable(
-            getattr(self.accelerator, "backward", None)
+            getattr(self.accelerator, "prepare", None)
         ):
             raise InputError(
                 f"accelerator is a {type(self.accelerator).__name__}",

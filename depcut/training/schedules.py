@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,6 +25,7 @@ from depcut.support.checks import check_integer, check_items, check_kind, check_
 from depcut.support.failures import shown
 from depcut.support.torch_private import set_epoch
 
+_MOST = 10**12  # steps
 Rates = Callable[[int], float] | Sequence[float]
 
 
@@ -45,13 +46,23 @@ class OriginalSchedule:
     def __post_init__(self) -> None:
         where = "OriginalSchedule({}=)".format
         if self.rates is not None and not callable(self.rates):
-            check_items(self.rates, "rates", "pass a sequence of rates, or a function")
+            self._check_sequence()
         if self.length is not None:
             _whole(self.length, where("length"))
         if self.peak is not None:
             remedy = "pass a positive number"
             what = f"the peak rate is {shown(self.peak)}"
             check_number(self.peak, "original", remedy, above=0, what=what)
+
+    def _check_sequence(self) -> None:
+        rates: Any = self.rates
+        texts = isinstance(rates, str | bytes | bytearray | Mapping)
+        if texts or not hasattr(rates, "__len__") or not hasattr(rates, "__getitem__"):
+            raise InputError(
+                f"rates is a {type(rates).__name__}",
+                where="OriginalSchedule(rates=)",
+                remedy="pass a sequence of rates, or a function from the step to the rate",
+            )
 
     @cached_property
     def steps(self) -> int | None:
@@ -363,4 +374,6 @@ def named(name: str) -> type[RetrainingSchedule]:
 
 
 def _whole(steps: Any, place: str) -> int:
-    return check_integer(steps, "steps", 1, what=f"a schedule of {shown(steps)} steps", where=place)
+    return check_integer(
+        steps, "steps", 1, _MOST, what=f"a schedule of {shown(steps)} steps", where=place
+    )

@@ -24,6 +24,7 @@ from depcut.errors import InputError, listed
 from depcut.rewrite.copying import copied
 from depcut.support import files
 from depcut.support.checks import (
+    LARGEST,
     check_function,
     check_integer,
     check_items,
@@ -56,7 +57,7 @@ class Snapshots:
         remedy = "pass numbers of steps, such as (0, 500)"
         listed_steps = check_items(steps, "steps", remedy)
         self.wanted = frozenset(
-            check_integer(step, "steps", 0, remedy=remedy) for step in listed_steps
+            check_integer(step, "steps", 0, LARGEST, remedy=remedy) for step in listed_steps
         )
         self.folder = None if folder is None else check_path(folder, "folder")
         self._held: dict[int, dict[str, torch.Tensor]] = {}
@@ -80,7 +81,7 @@ class Snapshots:
         Raises:
             DepcutError: The file cannot be written.
         """
-        model, step = check_module(model), check_integer(step, "step", 0)
+        model, step = check_module(model), check_integer(step, "step", 0, LARGEST)
         if self.folder is not None:
             save_weights(model, self._path(step))
         else:
@@ -105,7 +106,7 @@ class Snapshots:
         Raises:
             InputError: There is no such snapshot, or it is of another architecture.
         """
-        model, step = check_module(model), check_integer(step, "step", 0)
+        model, step = check_module(model), check_integer(step, "step", 0, LARGEST)
         if step not in self.taken:
             raise InputError(
                 f"there is no snapshot of step {step}",
