@@ -26,6 +26,7 @@ from depcut.apply.plan import Plan, planned
 from depcut.axes import Indices
 from depcut.branches.branch import Branch, Residuals
 from depcut.branches.find import residuals
+from depcut.calibration.calls import blaming_calls, refuse_lone_loss
 from depcut.calibration.data import Calibration, Data, Loss, calibrate
 from depcut.capture.capture import capture
 from depcut.capture.inputs import Inputs
@@ -41,6 +42,7 @@ from depcut.options import CalibrateKeywords, Options, PlanKeywords
 from depcut.plan import cost
 from depcut.plan.cost import Cost
 from depcut.plan.data import PlanData
+from depcut.support.checks import check_kind
 from depcut.support.keywords import settled, takes_options
 
 if TYPE_CHECKING:
@@ -149,8 +151,9 @@ class Analysis:
             chosen.seed,
             calibration,
         )
-        chooser = Chooser(self.coupling, self.model, request)
-        plan = self._within(ratio, of, chooser, chosen)
+        with blaming_calls(self.model, self.program, calibration):
+            chooser = Chooser(self.coupling, self.model, request)
+            plan = self._within(ratio, of, chooser, chosen)
         settings = {**plan.settings, "options": chosen.record()}
         return Plan.of(replace(plan, settings=settings), self.coupling, self.model)
 
@@ -195,6 +198,7 @@ class Analysis:
         """
         chosen = settled(Options, options, given, CalibrateKeywords, "calibrate", one_stage=True)
         if data is None:
+            refuse_lone_loss(loss)
             return None
         return calibrate(
             self.program,
@@ -288,6 +292,7 @@ class Analysis:
         Raises:
             InputError: The model has no such layer.
         """
+        check_kind(name, str, "name", "pass the name of a module or parameter")
         tensors = [
             n
             for n in self.coupling.dims
@@ -320,11 +325,7 @@ class Analysis:
                     f"group {group.name!r}, {group.size} units"
                     + (f", with {listed(others, 6)}" if others else "")
                     + (f", as many as its tie {group.tied}" if group.tied is not None else "")
-                    + (
-                        f", chosen in each of {group.rows} rows"
-                        if group.row_axis is not None
-                        else ""
-                    )
+                    + f", chosen in each of {group.rows} rows" * (group.row_axis is not None)
                 )
         texts += [
             f"frozen: {frozen.reason} [{frozen.where}]"

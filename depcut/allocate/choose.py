@@ -24,6 +24,7 @@ from depcut.plan.data import PlanData, make_plan
 from depcut.plan.preferences import preferences
 from depcut.scores import Criterion, Score, Scores, is_additive, score, score_name
 from depcut.support.checks import check_number
+from depcut.support.failures import shown
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,9 @@ def criterion_or_default(
         score: A criterion, or None.
         has_data: Whether there is calibration data.
     """
-    return score or ("obs" if has_data else "magnitude")
+    if score is None:
+        return "obs" if has_data else "magnitude"
+    return score
 
 
 def allocation_or_default(
@@ -265,7 +268,7 @@ def check_ratio(ratio: object, where: str) -> None:
     Raises:
         InputError: It is something else.
     """
-    what = f"the ratio is {ratio!r}; it is the fraction removed, between 0 and 1 exclusive"
+    what = f"the ratio is {shown(ratio)}; it is the fraction removed, between 0 and 1 exclusive"
     remedy = "pass e.g. 0.5 to remove half"
     check_number(ratio, "ratio", remedy, above=0, below=1, what=what, where=where)
 

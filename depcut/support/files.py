@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from depcut.errors import DepcutError
+from depcut.support.checks import check_path
 
 DRAFT = ".draft-"  # what the names of unfinished files and folders begin with
 
@@ -44,7 +45,7 @@ def target_of(
     Raises:
         DepcutError: There is something else than a file, or no folder to hold one; as `error`.
     """
-    target = Path(path)
+    target = check_path(path, what, error)
     with _translated(target, what, error):
         if target.is_symlink():
             target = Path(os.path.realpath(target))
@@ -130,6 +131,49 @@ def write_json(
         draft.open("w", encoding="utf-8") as file,
     ):
         json.dump(data, file, indent=indent)
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The plain data of a JSON file; what is no regular file is not opened.
+
+    Args:
+        path: The file.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It holds something else: bad syntax, a name twice, nesting beyond all need.
+    """
+    try:
+        return json.loads(read_text(path), object_pairs_hook=_once)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text of a file; what is no regular file (a device, a FIFO) is not opened.
+
+    Args:
+        path: The file.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It holds no UTF-8.
+    """
+    file = check_path(path, "path")
+    kind = _kind(file)
+    if kind not in (None, "file"):
+        raise OSError(f"{file} is a {kind}")
+    return file.read_text(encoding="utf-8")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A dictionary of JSON, each of whose names occurs once."""
+    names: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in names:
+            raise ValueError(f"{name!r} occurs twice in one object")
+        names[name] = value
+    return names
 
 
 def move(draft: Path, target: Path) -> None:
@@ -231,6 +275,7 @@ def make_folder(path: Path, where: str, error: type[DepcutError] = DepcutError) 
     Raises:
         DepcutError: It cannot be made; as `error`.
     """
+    path = check_path(path, where.removesuffix("="), error)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as refusal:

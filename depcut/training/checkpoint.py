@@ -19,6 +19,7 @@ from torch import nn
 
 from depcut.errors import TrainingError
 from depcut.support import codec, files
+from depcut.support.checks import check_path
 from depcut.support.weights import read_tensors, write_tensors
 
 _STEP = re.compile(r"step-(\d{9})")
@@ -59,7 +60,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
+        self.folder = check_path(folder, "checkpoint")
         files.make_folder(self.folder, f"checkpoint={self.folder}", TrainingError)
 
     def _folders(self) -> list[Path]:
@@ -102,13 +103,14 @@ class Checkpoints:
             return None
         try:
             state = codec.load(folders[-1])
+            if not isinstance(state, dict) or not isinstance(state.get("run"), dict):
+                raise ValueError("it is no state of a training")
         except (OSError, ValueError) as error:
             raise TrainingError(
                 f"the checkpoint cannot be read: {error}",
                 where=str(folders[-1]),
                 remedy="delete this folder, or pass resume=False to start anew",
             ) from error
-        assert isinstance(state, dict)
         return state
 
     def asked(self) -> dict[str, Any]:
@@ -116,7 +118,7 @@ class Checkpoints:
         folders = self._folders()
         try:
             return dict(codec.load_entry(folders[-1], "run")) if folders else {}
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError):
             return {}  # `latest`, which needs the tensors as well, says what is wrong with it
 
     def clear(self) -> None:

@@ -18,6 +18,7 @@ from depcut.reference.run import masked_outputs
 from depcut.rewrite.build import Slim
 from depcut.rewrite.copying import copied
 from depcut.support.closeness import relative_error
+from depcut.support.failures import first_line, reraise_fatal
 from depcut.verify.compare import CERTAIN, Expected, Found, compare
 from depcut.verify.culprit import RUNTIME_ERRORS, culprits
 from depcut.verify.exciting import exciting
@@ -28,6 +29,8 @@ from depcut.verify.replay import Replay, is_drawing
 from depcut.verify.tensors import check_tensors
 
 __all__ = ["TOLERANCE", "masked_outputs", "verify", "verify_equal"]
+
+_WITH_WEIGHTS = "apply the plan to the model with its weights, where depcut can repair this"
 
 
 @preserved()
@@ -67,8 +70,7 @@ class Attempt:
 
 
 def _failed(problem: Exception) -> Found:
-    message = f"{type(problem).__name__}: {problem}"[:300]
-    return Found(math.inf, math.inf, False, message)
+    return Found(math.inf, math.inf, False, first_line(problem))
 
 
 @dataclass
@@ -221,8 +223,9 @@ class _Verification:
             limit = CERTAIN if found.size <= limit else limit
             wrong = culprits(self.slim, self.model, limit, self.whole)
         except RUNTIME_ERRORS as problem:
+            reraise_fatal(problem)
             raise VerificationError(
-                f"the captured graph cannot be narrowed: {problem}"[:300],
+                f"the captured graph cannot be narrowed: {first_line(problem)}",
                 where=_place(self.keep, self.suspect or ""),
                 remedy="a rule is wrong: keep the layers concerned with ignore=, and report it",
             ) from problem
@@ -306,14 +309,21 @@ def _verify_shapes(slim: Slim, model: nn.Module) -> float:
     """
     try:
         module_results(model, Keep(slim.keep.coupling, {}), Trial())
-    except RUNTIME_ERRORS:
+    except RUNTIME_ERRORS as problem:
+        reraise_fatal(problem)
         return math.nan
-    seen = module_results(slim.model, slim.keep, Trial())
+    try:
+        seen = module_results(slim.model, slim.keep, Trial())
+    except RUNTIME_ERRORS as problem:
+        reraise_fatal(problem)
+        raise VerificationError(
+            first_line(problem), where="a model on the meta device", remedy=_WITH_WEIGHTS
+        ) from problem
     if seen.shape:
         raise VerificationError(
             seen.shape,
             where="a model on the meta device",
-            remedy="apply the plan to the model with its weights, where depcut can repair this",
+            remedy=_WITH_WEIGHTS,
         )
     return 0.0
 
