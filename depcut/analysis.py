@@ -54,7 +54,7 @@ class Analysis:
     Attributes:
         model: The model analysed; it is only read.
         coupling: The result of inference: groups and frozen dimensions.
-        inputs: The example inputs as they were given; time is measured on them.
+        inputs: The example inputs as they were given; time is measured on the first call's.
     """
 
     model: nn.Module
@@ -63,7 +63,7 @@ class Analysis:
 
     @property
     def program(self) -> Program:
-        """The captured model."""
+        """The captured model, by its first example call."""
         return self.coupling.program
 
     @property
@@ -78,12 +78,12 @@ class Analysis:
 
     @cached_property
     def costs(self) -> dict[str, Cost]:
-        """MACs, parameters and channels as functions of the kept counts."""
+        """MACs (of the first example call), parameters and channels by the kept counts."""
         return {name: build(self.coupling) for name, build in cost.COSTS.items()}
 
     @property
     def macs(self) -> int:
-        """MACs of one example of the dense model."""
+        """MACs of one example of the dense model, in the first example call."""
         return round(self.costs["macs"].total)
 
     @property
@@ -104,17 +104,7 @@ class Analysis:
     @cached_property
     def graph(self) -> nx.DiGraph:
         """Layers and groups: edges from a layer to the groups it produces and to their readers."""
-        import networkx as nx
-
-        graph = nx.DiGraph()
-        for group in self.groups:
-            graph.add_node(group.name, kind="group", size=group.size, tied=group.tied)
-            for member in group.members:
-                layer = "layer:" + layer_of(member.tensor)
-                graph.add_node(layer, kind="layer")
-                ends = (layer, group.name) if member.role == "producer" else (group.name, layer)
-                graph.add_edge(*ends, tensor=member.tensor, dim=member.dim)
-        return graph
+        return self.coupling.graph()
 
     @takes_options(Options, PlanKeywords)
     @preserved()
@@ -128,6 +118,9 @@ class Analysis:
         **given: Unpack[PlanKeywords],
     ) -> Plan:
         """Choose the units that stay.
+
+        Of several example calls, the first is what MACs and time are budgeted of, and what data
+        goes to; layers that only the others run shrink by the same share as the rest, on average.
 
         Args:
             ratio: Fraction removed of the quantity named by `of`, in (0, 1).
@@ -254,7 +247,7 @@ class Analysis:
     def _inputs(self) -> Inputs:
         """The inputs to time: as given, else a single one of those that were inferred."""
         if self.inputs is not None:
-            return self.inputs
+            return self.inputs[0] if isinstance(self.inputs, list) else self.inputs
         given = self.program.kwargs or tuple(self.program.args)
         single = resized(bind_inputs(self.model, given), 1)
         return dict(single.arguments) if single.kwargs else tuple(single.args)
@@ -372,6 +365,11 @@ class Analysis:
         console.print(
             f"{self.macs:,} MACs, {self.params:,} parameters, {self.frozen_share:.1%} frozen"
         )
+        if self.program.others:
+            console.print(f"  {len(self.program.examples)} example calls; MACs are of the first")
+        if self.program.unused:
+            names = listed(sorted(self.program.unused), 4)
+            console.print(f"  no example call uses: {names}", highlight=False)
         if self.branches:
             names = listed([b.name for b in self.branches], 4)
             console.print(f"  residual branches (depth=True): {names}", highlight=False)
@@ -379,6 +377,8 @@ class Analysis:
             console.print(f"  frozen: {why} ({times} dimensions)", highlight=False)
         for target, nodes in self.coupling.unknown.items():
             console.print(f"  no working rule: {target} at {listed(nodes, 3)}", highlight=False)
+        for note in self.program.notes:
+            console.print(f"  note: {note}", highlight=False)
         file: Any = console.file
         return str(file.getvalue()).rstrip()
 
@@ -388,8 +388,11 @@ def analyze(model: nn.Module, inputs: Inputs = None) -> Analysis:
 
     Args:
         model: Any module that torch.export can capture.
-        inputs: A tensor, a tuple of positional or a dict of keyword arguments; left out, inferred
-            from the first layer where that is unambiguous.
+        inputs: A tensor, a tuple of positional or a dict of keyword arguments; or a list of several
+            such example calls, for a model that runs other layers in each (`which="b"`, early
+            exits, other lengths): an axis that one of them freezes stays, and nothing that any of
+            them runs keeps its dense width for want of a call. Left out, inferred from the first
+            layer where that is unambiguous.
 
     Raises:
         CaptureError: The model cannot be captured.

@@ -13,7 +13,7 @@ import numpy as np
 from torch import nn
 
 from depcut.allocate.lagrange import least_loss, nudged
-from depcut.allocate.order import meet, order
+from depcut.allocate.order import along, meet, order
 from depcut.allocate.space import Counts, Space, space
 from depcut.axes import Indices
 from depcut.calibration.data import Calibration
@@ -185,10 +185,12 @@ class Chooser:
 
     def _allocated(self, where: Space, cost: Cost, target: float, of: str) -> Counts:
         if of == "latency" and self.request.allocation == "global":
-            return least_loss(where, self.scores, cost, target, of, self.additive)
-        allocation = "uniform" if of == "channels" else self.request.allocation
-        sequence = order(allocation, where, self.scores, cost, self.additive)
-        return meet(where, sequence, cost, target, of)
+            counts = least_loss(where, self.scores, cost, target, of, self.additive)
+        else:
+            allocation = "uniform" if of == "channels" else self.request.allocation
+            sequence = order(allocation, where, self.scores, cost, self.additive)
+            counts = meet(where, sequence, cost, target, of)
+        return along(where, counts, cost) if self.coupling.program.others else counts
 
 
 def criterion_or_default(

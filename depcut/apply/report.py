@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from depcut.errors import InputError, PlanError
+from depcut.errors import InputError, PlanError, listed
 from depcut.repair.compensate import Compensation, Repair
 
 # A string: deepcopy and pickle take it along, and nothing of depcut is needed to load it.
@@ -31,7 +31,11 @@ class Report:
         macs: MACs of one example, dense and now.
         params: Number of parameters, dense and now.
         compensation: What was re-solved on data, None without.
-        patched: Modules whose own class was made to fit the new sizes, with what was done.
+        patched: Modules whose class was patched where its code gets numbers wrong, with what
+            changed: a diff of the source.
+        unreached: Layers with parameters that the example call did not run; they are as wide as
+            they were, and may not fit what feeds them.
+        notes: What the capture had to assume, in words.
     """
 
     digest: str
@@ -42,12 +46,21 @@ class Report:
     params: tuple[int, int] = (0, 0)
     compensation: Compensation | None = None
     patched: Mapping[str, str] = field(default_factory=dict)
+    unreached: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def lineage(self) -> dict[str, str]:
         """The plan's digest and request, for the metadata of exported files."""
         request = {n: str(self.settings[n]) for n in ("ratio", "of") if n in self.settings}
         return {"plan_digest": self.digest, **request}
+
+    def _patches(self) -> dict[str, list[str]]:
+        """Modules by what was changed in them."""
+        out: dict[str, list[str]] = {}
+        for name, change in self.patched.items():
+            out.setdefault(change, []).append(name or "the model itself")
+        return out
 
     def __str__(self) -> str:
         lines = [f"plan {self.digest}"]
@@ -56,12 +69,16 @@ class Report:
             lines.append(f"  {name}: {dense:,} -> {now:,}{share}")
         lines.append(f"  largest difference seen by verification: {self.error:.2g} of the scale")
         lines += [
-            f"  patched {name or 'the whole model'}: {what}" for name, what in self.patched.items()
-        ]
-        lines += [
             f"  generated in place of {name or 'the whole model'}: {why}"
             for name, why in self.generated.items()
         ]
+        for change, names in self._patches().items():
+            lines.append(f"  patched: {listed(names)}")
+            lines += [f"    {line}" for line in change.splitlines()]
+        if self.unreached:
+            left = listed(list(self.unreached))
+            lines.append(f"  not reached by the example inputs, left as wide as it was: {left}")
+        lines += [f"  note: {note}" for note in self.notes]
         if self.compensation is not None:
             lines += [f"  {line}" for line in str(self.compensation).splitlines()]
         return "\n".join(lines)
@@ -117,7 +134,8 @@ def report(model: nn.Module) -> Report:
     done = data.pop("compensation")
     if done is not None:
         done = Compensation(tuple(Repair(**r) for r in done["repairs"]), done["left"])
-    data |= {name: tuple(data[name]) for name in ("macs", "params")}
+    data |= {name: tuple(data.get(name, ())) for name in ("macs", "params", "unreached")}
+    data |= {name: tuple(data[name]) for name in ("macs", "params", "notes")}
     return Report(**data, compensation=done)
 
 

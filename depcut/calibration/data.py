@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from depcut.calibration.identity import check_same_loss, check_same_model
 from depcut.capture.capture import is_symbolic
 from depcut.capture.clone import clone
 from depcut.capture.inputs import Inputs, arguments, device_of
@@ -107,7 +108,8 @@ def calibrate(
         program: The captured model.
         model: The model itself.
         data: Any iterable of what the model takes (tensor, tuple, dict), or of (input, target)
-            pairs; without a loss, targets are left aside. What this returned before is handed back.
+            pairs; without a loss, targets are left aside. What this returned before for this model,
+            or for another instance of its architecture, is taken over.
         loss: A function of (output, target) that returns a scalar. Of an item that is no pair,
             it gets the whole item as target.
         batches: How many items to read at most.
@@ -116,10 +118,14 @@ def calibrate(
 
     Raises:
         InputError: The data is empty, has other shapes or types than the captured inputs, holds
-            NaN, or the loss fails or returns no scalar.
+            NaN, or the loss fails or returns no scalar; or what was calibrated is another model, or
+            with another loss.
     """
     if isinstance(data, Calibration):
-        return data
+        check_same_loss(data.loss, loss)
+        if data.program is not program:
+            check_same_model(data.program, program)
+        return replace(data, program=program, device=device_of(model))
     if loss is not None and not callable(loss):
         raise InputError(
             f"loss is a {type(loss).__name__}, not a function",
@@ -195,6 +201,8 @@ def read_with_inputs(
     items = read_items(data, batches)
     if inputs is None and isinstance(model, nn.Module):
         inputs = inputs_of(items[0], model, pairs)
+        # Loaders collate to lists; as inputs= a list would be several example calls.
+        inputs = tuple(inputs) if isinstance(inputs, list) else inputs
     return items, inputs
 
 
@@ -215,6 +223,7 @@ class _Reader:
     def batch(self, item: Any, place: str) -> Batch:
         inputs, target = self._split(item)
         args, kwargs = self._bound(arguments(inputs, place), place)
+        args, kwargs = _in_order((args, kwargs), (self.program.args, self.program.kwargs))
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if spec != self.spec:
             raise InputError(
@@ -252,6 +261,10 @@ class _Reader:
         """The arguments passed as they were at the capture; keywords not used there are dropped."""
         args, kwargs = given
         program = self.program
+        if not args and not program.kwargs and len(program.args) == 1:
+            only = program.args[0]
+            if isinstance(only, dict) and kwargs.keys() == only.keys():
+                return (kwargs,), {}  # the forward takes one dict
         if not args and not program.args and program.kwargs.keys() <= kwargs.keys():
             return (), {name: kwargs[name] for name in program.kwargs}
         if not args:
@@ -314,6 +327,15 @@ class _Reader:
                 remedy="clean the data; statistics of it would mean nothing",
             )
         return int(leaf.shape[0]) if fixed and self.rows[number] == self.batch_size else 0
+
+
+def _in_order(tree: Any, like: Any) -> Any:
+    """Nested arguments with the keys of each dict in the order of another tree of the same keys."""
+    if type(tree) is type(like) is dict and tree.keys() == like.keys():
+        return {key: _in_order(tree[key], like[key]) for key in like}
+    if type(tree) in (tuple, list) and type(like) is type(tree) and len(tree) == len(like):
+        return type(tree)(map(_in_order, tree, like))
+    return tree
 
 
 def _dtype(tensor: torch.Tensor) -> str:

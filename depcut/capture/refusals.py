@@ -69,10 +69,12 @@ def check_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
             raise TypeError(f"unexpected keyword {listed(unknown)}")
         signature.bind(*args, **kwargs)
     except TypeError as error:
+        one = len(signature.parameters) == 1 and not args
         raise InputError(
             f"the model does not take these inputs: {error}",
             where=f"{type(model).__name__}.forward{signature}",
-            remedy="pass inputs= as a tuple of its positional or a dict of its keyword arguments",
+            remedy="pass inputs= as a tuple of its positional or a dict of its keyword arguments"
+            + (", ({...},) if it takes one dict" if one else ""),
         ) from None
 
 

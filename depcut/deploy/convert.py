@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from depcut.apply.report import lineage_of
+from depcut.capture.batches import Batch, dynamic_shapes, widened
 from depcut.capture.clone import clone, cloned_arguments
 from depcut.capture.process_state import converting
-from depcut.deploy.runtime import batch_size, bind_inputs, first_line, resized
+from depcut.capture.signature import name_keywords
+from depcut.deploy.runtime import batch_size, bind_inputs, first_line
 from depcut.errors import ExportError, InputError
 from depcut.support.checks import check_integer
-from depcut.support.torch_private import pytree
 from depcut.version import __version__
 
 if TYPE_CHECKING:
@@ -111,14 +112,17 @@ def _capture(
     model: nn.Module, arguments: inspect.BoundArguments, *, free_batch: bool = True
 ) -> tuple[inspect.BoundArguments, torch.export.ExportedProgram]:
     """The exported program, and the arguments it was made with."""
-    if free_batch and batch_size(arguments) == 1:
+    args, kwargs = widened(model, arguments.args, arguments.kwargs)
+    wide = arguments.signature.bind(*args, **kwargs)
+    if free_batch and batch_size(wide) > batch_size(arguments):
         # torch.export takes a dimension of one for a constant.
         with contextlib.suppress(ExportError):
-            return _capture(model, resized(arguments, 2))
-    shapes = pytree.tree_map(_free_batch, dict(arguments.arguments)) if free_batch else None
+            return _capture(model, wide)
     # Kernels are chosen by what is to be differentiated: here and in the conversion, nothing.
     seen = clone(model, requires_grad=False)
     args, kwargs = cloned_arguments((arguments.args, arguments.kwargs))
+    name_keywords(seen, kwargs)
+    shapes = dynamic_shapes(seen, args, kwargs, Batch.FREE if free_batch else Batch.FIXED)
     try:
         with torch.no_grad():
             program = torch.export.export(seen, args, kwargs, dynamic_shapes=shapes, strict=False)
@@ -129,12 +133,6 @@ def _capture(
             remedy="its forward must not branch on the values of tensors; see the chained error",
         ) from error
     return arguments, program
-
-
-def _free_batch(leaf: Any) -> dict[int, Any] | None:
-    """The dynamic-shape entry of one argument."""
-    is_batched = isinstance(leaf, Tensor) and leaf.dim() > 0
-    return {0: torch.export.Dim.AUTO} if is_batched else None
 
 
 def _convert(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from depcut.capture.inputs import infer_inputs
+from depcut.capture.inputs import infer_inputs, only_call
 from depcut.errors import ExportError, InputError
 from depcut.support.torch_private import pytree
 
@@ -41,7 +41,7 @@ def bind_inputs(model: nn.Module, inputs: Any) -> inspect.BoundArguments:
         InputError: The kind of `inputs` is none of these, forward does not take them, or they
             cannot be inferred.
     """
-    given = infer_inputs(model) if inputs is None else inputs
+    given = infer_inputs(model) if inputs is None else only_call(inputs)
     given = dict(given) if isinstance(given, Mapping) else given
     if isinstance(given, Tensor):
         given = (given,)
@@ -169,7 +169,7 @@ def session_tensors(session: InferenceSession, values: Mapping[str, Any]) -> dic
 
 
 def batch_size(arguments: inspect.BoundArguments) -> int:
-    """Dimension 0 of the first tensor that has one.
+    """Dimension 0 of the first tensor of two dimensions or more, else of the first vector.
 
     Args:
         arguments: What `bind_inputs` returned.
@@ -181,10 +181,11 @@ def batch_size(arguments: inspect.BoundArguments) -> int:
         InputError: No argument is a tensor with a dimension.
     """
     leaves = pytree.tree_leaves(dict(arguments.arguments))
-    sizes = [leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0]
-    if not sizes:
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0]
+    if not tensors:
         raise InputError("no tensor among the inputs", remedy="pass the tensors forward works on")
-    return int(sizes[0])
+    # A vector of one number may belong to the whole call (the time of a diffusion step).
+    return int(next((t for t in tensors if t.dim() > 1), tensors[0]).shape[0])
 
 
 def resized(arguments: inspect.BoundArguments, batch: int) -> inspect.BoundArguments:

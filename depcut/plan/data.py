@@ -15,6 +15,7 @@ from torch import nn
 from depcut.axes import Indices
 from depcut.branches.branch import Residuals, bypass
 from depcut.branches.find import residuals as find_residuals
+from depcut.capture.program import Program
 from depcut.coupling.groups import Coupling
 from depcut.errors import PlanError, listed
 from depcut.graph.liveness import Bypass
@@ -43,7 +44,8 @@ class PlanData:
         shapes: Dense shape of every parameter and buffer.
         fingerprint: Of the architecture's tensors and groups.
         settings: How it was made (ratio, of, score, ...).
-        inputs: Shapes and dtypes of the inputs it was made with.
+        inputs: Shapes and dtypes of the example call it was made with, by "args" and "kwargs"; of
+            several calls those of the first, and a list of the others under "others".
         dropped: Names of the residual branches that go, sorted.
     """
 
@@ -138,10 +140,9 @@ class PlanData:
             sizes = {str(n): int(s) for n, s in data["sizes"].items()}
             kept = {n: units_of(n, sizes, k) for n, k in data["kept"].items()}
             shapes = {str(n): [int(i) for i in s] for n, s in data["shapes"].items()}
-            if not isinstance(data["inputs"]["args"], list) or not isinstance(
-                data["inputs"]["kwargs"], dict
-            ):
-                raise TypeError("inputs= is no list and dict")
+            for call in (data["inputs"], *data["inputs"].get("others", [])):
+                if not isinstance(call["args"], list) or not isinstance(call["kwargs"], dict):
+                    raise TypeError("inputs= is no list and dict")
             rest = (str(data["fingerprint"]), dict(data["settings"]), data["inputs"])
             dropped = data.get("dropped", [])  # plans of before there were any have none
             if not isinstance(dropped, list) or not all(isinstance(n, str) for n in dropped):
@@ -216,12 +217,17 @@ def make_plan(
                 remedy="keep more: its code squeezes a dimension of size 1 away",
             )
     units = {n: u for n, u in units.items() if u.shape[-1] < sizes[n]}
-    inputs = pytree.tree_map(
-        described, {"args": list(coupling.program.args), "kwargs": coupling.program.kwargs}
-    )
+    first, *others = map(_call, coupling.program.examples)
+    inputs = {**first, "others": others} if others else first
     shapes = {n: list(t.shape) for n, t in model.state_dict(keep_vars=True).items()}
     digest = fingerprint(coupling)
     names = [dropped] if isinstance(dropped, str) else list(dropped)
     removed = find_residuals(coupling).named(names) if names else ()
     branches = tuple(sorted(b.name for b in removed))
     return PlanData(units, sizes, shapes, digest, dict(settings), inputs, branches)
+
+
+def _call(program: Program) -> dict[str, Any]:
+    """An example call as plain data."""
+    call = {"args": list(program.args), "kwargs": program.kwargs}
+    return dict(pytree.tree_map(described, call))

@@ -19,8 +19,11 @@ def example_of(inputs: Any, model: nn.Module) -> Any:
     """Inputs of recorded shapes: small integers for ids, noise for the rest.
 
     Args:
-        inputs: As `described`.
+        inputs: As `PlanData.inputs`.
         model: Whose device they go to.
+
+    Returns:
+        What `capture` takes: one call, or a list of several.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -34,11 +37,15 @@ def example_of(inputs: Any, model: nn.Module) -> Any:
             tensor = torch.ones(leaf["shape"], dtype=dtype)
         return tensor.to(device_of(model))
 
-    args, kwargs = inputs["args"], inputs["kwargs"]
-    arguments = pytree.tree_map(
-        example, (args, kwargs), is_leaf=lambda v: isinstance(v, dict) and "shape" in v
-    )
-    return arguments[1] if arguments[1] else tuple(arguments[0])
+    calls = []
+    for call in (inputs, *inputs.get("others", ())):
+        args, kwargs = pytree.tree_map(
+            example,
+            (call["args"], call["kwargs"]),
+            is_leaf=lambda v: isinstance(v, dict) and "shape" in v,
+        )
+        calls.append(kwargs or tuple(args))
+    return calls if len(calls) > 1 else calls[0]
 
 
 def described(leaf: Any) -> Any:

@@ -43,6 +43,7 @@ from depcut.support.closeness import relative_error
 from depcut.support.torch_private import pytree
 
 _TOLERANCE = 1e-2  # relative, between the repaired graph and model: rounding alone
+_ELSEWHERE = "only other example calls than that of the data run it"
 _COMPUTED = "its weight or bias is computed, or is part of a larger tensor"
 _SAME = 1e-6  # relative difference of inputs that counts as rounding
 
@@ -267,7 +268,7 @@ class _Repairer:
 
     def _unread(self) -> dict[str, str]:
         """Layers that contract narrowed axes and have no calibration site, with the reason."""
-        unread: dict[str, str] = {}
+        unread = self._elsewhere()
         weights = Weights(self.program)
         for node, effects in self.keep.coupling.effects.items():
             if node.graph is not self.program.graph.graph or node in self.sites:
@@ -279,6 +280,16 @@ class _Repairer:
                 if narrowed and name:
                     unread[layer_of(name)] = _COMPUTED
         return unread
+
+    def _elsewhere(self) -> dict[str, str]:
+        """Layers whose narrowed weights only other example calls read, with the reason."""
+        return {
+            layer_of(member.tensor): _ELSEWHERE
+            for number in self.keep.units
+            for member in self.keep.coupling.groups[number].members
+            if member.role == "consumer" and member.tensor in self.program.parameters
+            if self.program.others and member.tensor not in self.program.read
+        }
 
     def _statistics(self, norm: fx.Node) -> tuple[str, ...]:
         """Names of a batch norm's running mean and variance, where they can be changed."""

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from depcut.capture.capture import held_tensors
 from depcut.plan.keep import Keep
 from depcut.repair.contractions import Contraction, find_contractions
+from depcut.repair.other_sizes import lasting
 
 
 def contributions(keep: Keep, contractions: Sequence[Contraction]) -> dict[str, Tensor]:
@@ -48,6 +49,19 @@ def contributions(keep: Keep, contractions: Sequence[Contraction]) -> dict[str, 
     return out
 
 
+def absorbed(contractions: Sequence[Contraction]) -> dict[fx.Node, tuple[fx.Node, int, Tensor]]:
+    """Where removed constant units go on to contribute, see `depcut.reference.run.Reference`.
+
+    Args:
+        contractions: What reads the groups of the dense model.
+    """
+    return {
+        c.node: (c.form.operands[0], c.form.channel, c.fixed)
+        for c in contractions
+        if c.absorber is not None and c.fixed is not None
+    }
+
+
 def may_fold(keep: Keep, model: nn.Module) -> bool:
     """Whether a removed unit may be a constant: whether a parameter that makes one is zero there.
 
@@ -81,7 +95,8 @@ def fold_constants(
 ) -> tuple[str, ...]:
     """Add to the biases of a slim model what its removed units contributed as constants.
 
-    Exact for every unit whose value does not depend on the input; of the others nothing is folded.
+    Exact for every unit whose value depends neither on the input nor on its size; of the others
+    nothing is folded.
 
     Args:
         keep: What stays of the dense model.
@@ -94,6 +109,8 @@ def fold_constants(
     """
     if contractions is None:
         contractions = find_contractions(keep.coupling, model)
+        if contributions(keep, contractions):
+            contractions = lasting(keep.coupling.program, model, contractions)
     held, changed = held_tensors(slim), []
     for name, dense in contributions(keep, contractions).items():
         if name not in held:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pkgutil import iter_modules
 
@@ -65,9 +66,10 @@ def score(
         check_criterion(criterion, calibration)
         wanted = Score(criterion) if isinstance(criterion, str) else criterion
         label, method = repr(wanted.name), CRITERIA[wanted.name]
-        results = method.function(
-            Context(coupling, model, seed, method.settle(wanted), calibration)
-        )
+        context = Context(coupling, model, seed, method.settle(wanted), calibration)
+        results = method.function(context)
+        if method.needs and coupling.program.others:
+            results = _or_norms(results, context)
     try:
         scores = [np.asarray(s, dtype=np.float64) for s in results]
     except (TypeError, ValueError):
@@ -90,6 +92,20 @@ def score(
                 remedy="look for NaN or infinite weights in its layers, or use another criterion",
             )
     return scores
+
+
+def _or_norms(scores: Scores, context: Context) -> Scores:
+    """The scores; L2 norms for groups whose weights only other example calls than the data's run.
+
+    Without gradients and activations, all of their units would be equal.
+    """
+    read = context.coupling.program.read
+    norms = CRITERIA["l2"]
+    plain = norms.function(replace(context, score=norms.settle(Score("l2")), calibration=None))
+    return [
+        norm if read.isdisjoint(m.tensor for m in group.members) and not np.ptp(values) else values
+        for group, values, norm in zip(context.coupling.groups, scores, plain, strict=True)
+    ]
 
 
 def check_criterion(criterion: str | Score | Criterion, calibration: Calibration | None) -> None:

@@ -7,6 +7,7 @@ one that goes or changes. No other module spells a private name of a library; th
 |---|---|
 | `torch.utils._pytree` | the specs of nested arguments in what torch.export returns are of it |
 | `torch._subclasses.fake_tensor.FakeTensorMode` | shapes of a forward without computing it |
+| `torch.utils._python_dispatch.TorchDispatchMode` | sees the operators that a forward executes |
 | `torch.amp.autocast_mode._enter_autocast`, `_exit_autocast` | what a graph holds for autocast |
 | `torch.fx.experimental.proxy_tensor`, its `_ModuleStackTracer` | nodes of a capture |
 | `OpOverload._schema` | argument names, defaults and effects of an operator |
@@ -45,6 +46,7 @@ from torch.nn.modules.conv import _ConvNd as ConvNd
 from torch.nn.utils import prune
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "COMPILER_FLAGS",
@@ -52,6 +54,7 @@ __all__ = [
     "ConvNd",
     "FakeTensorMode",
     "NormBase",
+    "TorchDispatchMode",
     "buffers_of",
     "canonical_mask",
     "check_attention_shapes",
