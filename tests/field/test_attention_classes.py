@@ -38,7 +38,7 @@ def test_the_report_names_the_heads_and_their_sizes() -> None:
     assert report.patched == {
         "attention": "4 heads of 6 -> 1 head of 4, a slim torch.nn.MultiheadAttention"
     }
-    assert "patched attention: 4 heads of 6" in str(report)
+    assert "patched: attention\n    4 heads of 6 -> 1 head of 4" in str(report)
     attention = slim.attention
     assert isinstance(attention, nn.MultiheadAttention)
     assert (attention.num_heads, attention.head_dim, attention.embed_dim) == (1, 4, WIDTH)

@@ -95,6 +95,23 @@ def test_encoder_layers_take_no_inference_path_that_is_wrong_for_them(norm_first
     torch.testing.assert_close(one, slim(x, mask=causal(7, 7))[0], rtol=1e-4, atol=1e-5)
 
 
+@NESTED
+@pytest.mark.parametrize("narrow", [{HEADS: 3, SIZE: 4}, {20: 11}])
+def test_an_encoder_captured_with_padding_is_not_generated(narrow: dict[int, int]) -> None:
+    """On its inference path, torch's encoder returns zeros at the padded positions."""
+    torch.manual_seed(0)
+    net, x = Encoder(norm_first=False).eval(), drawn(2, 7, WIDTH)
+    args = {"x": x, "src_key_padding_mask": torch.arange(7) >= torch.tensor([[7], [4]])}
+    slim, indices = narrowed(net, args, narrow)
+    assert depcut.report(slim).generated == {}
+    dense = expanded(net, slim, indices, "")
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            made, full = slim(**args), dense(**args)
+        torch.testing.assert_close(made, full, rtol=1e-4, atol=1e-5)
+        assert bool(made[1, 4:].any()) == grad
+
+
 def test_a_dropped_in_encoder_trains_without_dropout_as_it_evaluates() -> None:
     slim = copy.deepcopy(encoders(False)[0])
     x = drawn(3, 7, WIDTH)
