@@ -27,6 +27,7 @@ from depcut.calibration.solve import solve
 from depcut.calibration.visits import check_finite
 from depcut.capture.capture import held_tensors
 from depcut.capture.clone import clone
+from depcut.capture.process_state import as_captured
 from depcut.capture.program import layer_of
 from depcut.capture.random_state import preserved
 from depcut.errors import VerificationError
@@ -318,7 +319,8 @@ class _Repairer:
     def _verify(self, expected: list[Any]) -> None:
         """Refuse a model that gives other outputs than the graph that was repaired."""
         args, kwargs = self.calibration.arguments(self.calibration.batches[0])
-        outputs = pytree.tree_leaves(clone(self.slim, buffers=True)(*args, **kwargs))
+        with as_captured():
+            outputs = pytree.tree_leaves(clone(self.slim, buffers=True)(*args, **kwargs))
         size, message = relative_error(expected, outputs)
         if message or not size <= _TOLERANCE:
             raise VerificationError(

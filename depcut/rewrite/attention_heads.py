@@ -167,10 +167,14 @@ def _widths(module: nn.MultiheadAttention) -> tuple[int, int, int]:
 
 
 def _fits_stock(module: nn.MultiheadAttention, dense: nn.MultiheadAttention, left: _Heads) -> bool:
-    """Whether the stock class, with its one width and its scale, computes the same."""
+    """Whether the stock class, with its one width and its scale, computes the same.
+
+    It takes nested tensors, which `nn.TransformerEncoder` makes, only where heads are even.
+    """
     width = _widths(module)[0]
     return (
         not isinstance(dense, SlimMultiheadAttention)
+        and (len(left.kept) % 2 == 0 or dense.num_heads % 2 == 1)
         and left.head_dim == left.value_head_dim == dense.head_dim
         and len(left.kept) * left.head_dim == width == module.out_proj.weight.shape[0]
     )
