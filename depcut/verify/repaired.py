@@ -81,7 +81,7 @@ def _compared(
         trial,
         looks=draws,
         sliced=spared is None,
-        tensors=held_tensors(slim) if spared is None else None,
+        tensors=_tensors(slim, keep) if spared is None else None,
         spared=spared,
     )
     replay = Replay(keep, expected.recording, sliced=spared is None) if draws else None
@@ -96,3 +96,12 @@ def _compared(
         ):
             return Found(message="no output is finite")
     return compare(keep, expected, seen, replay, double=dtype == torch.float64)
+
+
+def _tensors(slim: nn.Module, keep: Keep) -> dict[str, torch.Tensor]:
+    """The smaller model's own tensors; copies of those that a forward may write to."""
+    parameters = keep.coupling.program.parameters
+    return {
+        name: tensor.detach() if name in parameters else tensor.detach().clone()
+        for name, tensor in held_tensors(slim).items()
+    }
