@@ -19,6 +19,7 @@ from depcut.errors import InputError, listed
 from depcut.repair.contractions import Contraction, find_contractions
 from depcut.repair.dead import Stuck, find_dead
 from depcut.repair.folding import contributions, fold_constants
+from depcut.repair.other_sizes import lasting
 from depcut.rewrite.masks import without_masks
 from depcut.verify.verify import verify_equal
 
@@ -104,6 +105,9 @@ def compaction(model: nn.Module, inputs: Inputs = None) -> Compaction:
         )
     contractions = find_contractions(coupling, plain)
     dead = find_dead(coupling, contractions)
+    if dead.units:
+        contractions = lasting(coupling.program, plain, contractions)
+        dead = find_dead(coupling, contractions)
     kept = {
         coupling.groups[i].name: np.setdiff1d(np.arange(coupling.groups[i].size), units)
         for i, units in dead.units.items()

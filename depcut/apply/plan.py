@@ -16,7 +16,7 @@ from depcut.branches.branch import Residuals
 from depcut.calibration.data import Calibration, Data, calibrate
 from depcut.capture.capture import capture
 from depcut.capture.inputs import Inputs
-from depcut.coupling.groups import Coupling
+from depcut.coupling.groups import Coupling, layer_of
 from depcut.coupling.infer import infer_coupling
 from depcut.errors import PlanError
 from depcut.options import ApplyKeywords, Options
@@ -24,11 +24,13 @@ from depcut.plan import cost
 from depcut.plan.data import PlanData, make_plan
 from depcut.plan.fingerprint import example_of
 from depcut.plan.keep import Keep
+from depcut.plan.unchanged import check_unchanged
 from depcut.repair.after_rewrite import repair, wants_repair
 from depcut.repair.compensate import Compensation
-from depcut.rewrite.build import rewrite
+from depcut.rewrite.build import Slim, rewrite
 from depcut.rewrite.optimizer import check_optimizer, narrow_optimizer
 from depcut.support.keywords import settled, takes_options
+from depcut.verify.ownership import check_own_tensors
 from depcut.verify.verify import verify
 
 
@@ -91,7 +93,7 @@ class Plan(PlanData):
 
         Raises:
             InputError: The data does not fit the model.
-            PlanError: The model has another architecture.
+            PlanError: The model has another architecture, or has changed since it was analysed.
             VerificationError: The smaller model does not compute what it should.
         """
         chosen = settled(Options, options, given, ApplyKeywords, "apply", one_stage=True)
@@ -104,6 +106,8 @@ class Plan(PlanData):
             coupling = infer_coupling(
                 capture(model, inputs if inputs is not None else example_of(self.inputs, model))
             )
+        else:
+            check_unchanged(coupling.program, model)
         keep = self.keep(coupling)
         calibration = None
         if repairs and data is not None:
@@ -117,26 +121,31 @@ class Plan(PlanData):
             )
         slim = rewrite(model, keep)
         error = verify(slim, model)
+        check_own_tensors(slim.model, model, keep)
         compensation = repair(slim.model, model, keep, calibration) if chosen.compensate else None
         if optimizer is not None:
             narrow_optimizer(optimizer, model, slim.model, keep)
-        record(slim.model, self._report(keep, slim.generated, error, compensation))
+        record(slim.model, self._report(slim, error, compensation))
         return slim.model
 
-    def _report(
-        self,
-        keep: Keep,
-        generated: Mapping[str, str],
-        error: float,
-        compensation: Compensation | None,
-    ) -> Report:
+    def _report(self, slim: Slim, error: float, compensation: Compensation | None) -> Report:
         """The report on the smaller model."""
+        keep = slim.keep
         macs, params = (
             (round(of(keep.coupling).total), round(of(keep.coupling, keep.gone)(keep.counts)))
             for of in (cost.macs, cost.params)
         )
+        left = set(slim.model.state_dict(keep_vars=True)) & keep.coupling.program.unused
         return Report(
-            self.digest, dict(self.settings), dict(generated), error, macs, params, compensation
+            self.digest,
+            dict(self.settings),
+            dict(slim.generated),
+            error,
+            macs,
+            params,
+            compensation,
+            dict(slim.patched),
+            tuple(sorted({layer_of(name) for name in left})),
         )
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from depcut.calibration.identity import check_same_loss, check_same_model
 from depcut.capture.capture import is_symbolic
 from depcut.capture.clone import clone
 from depcut.capture.inputs import Inputs, arguments, device_of
@@ -107,7 +108,8 @@ def calibrate(
         program: The captured model.
         model: The model itself.
         data: Any iterable of what the model takes (tensor, tuple, dict), or of (input, target)
-            pairs; without a loss, targets are left aside. What this returned before is handed back.
+            pairs; without a loss, targets are left aside. What this returned before for this model,
+            or for another instance of its architecture, is taken over.
         loss: A function of (output, target) that returns a scalar. Of an item that is no pair,
             it gets the whole item as target.
         batches: How many items to read at most.
@@ -116,10 +118,14 @@ def calibrate(
 
     Raises:
         InputError: The data is empty, has other shapes or types than the captured inputs, holds
-            NaN, or the loss fails or returns no scalar.
+            NaN, or the loss fails or returns no scalar; or what was calibrated is another model, or
+            with another loss.
     """
     if isinstance(data, Calibration):
-        return data
+        check_same_loss(data.loss, loss)
+        if data.program is not program:
+            check_same_model(data.program, program)
+        return replace(data, program=program, device=device_of(model))
     if loss is not None and not callable(loss):
         raise InputError(
             f"loss is a {type(loss).__name__}, not a function",

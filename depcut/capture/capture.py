@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import traceback as tb
 from dataclasses import replace
@@ -13,12 +14,14 @@ from torch.export.graph_signature import InputKind
 from torch.fx import traceback
 
 from depcut.capture import provenance
+from depcut.capture.calls import Recorder, TorchCall
 from depcut.capture.clone import clone, cloned_arguments
 from depcut.capture.inputs import Inputs, normalize
 from depcut.capture.process_state import capturing
 from depcut.capture.program import ModuleCall, Program
 from depcut.capture.random_state import python_states, same_states
 from depcut.capture.refusals import check_inputs, check_model
+from depcut.capture.structure import structure_of
 from depcut.capture.wrappers import inline_wrappers
 from depcut.errors import CaptureError
 from depcut.support.torch_private import buffers_of, parameters_of, pytree
@@ -66,7 +69,9 @@ def _gates(model: nn.Module, unused: frozenset[str]) -> frozenset[str]:
     return frozenset(n for n in names if any(True for _ in model.get_submodule(n).children()))
 
 
-def _record_calls(model: nn.Module, marks: list[fx.Node], calls: list[ModuleCall]) -> None:
+def _record_calls(
+    model: nn.Module, marks: list[fx.Node], calls: list[ModuleCall], modules: list[str]
+) -> None:
     """Note for every module call which nodes are its arguments and results, by hooks that stay."""
     open_calls: list[tuple[tuple[Any, ...], pytree.TreeSpec]] = []
 
@@ -81,9 +86,11 @@ def _record_calls(model: nn.Module, marks: list[fx.Node], calls: list[ModuleCall
     def listen(name: str, module: nn.Module) -> None:
         def before(_: nn.Module, args: Any, kwargs: Any) -> None:
             open_calls.append(flat((args, kwargs)))
+            modules.append(name)
 
         def after(_: nn.Module, _args: Any, _kwargs: Any, result: Any) -> None:
             leaves, spec = open_calls.pop()
+            modules.pop()
             calls.append(ModuleCall(name, leaves, spec, *flat(result)))
 
         module.register_forward_pre_hook(before, with_kwargs=True)
@@ -155,18 +162,52 @@ def _capture(
 ) -> Program:
     calls: list[ModuleCall] = []
     seen = clone(model, training=training)
+    recorder = Recorder()
+    exported, states = _traced(seen, args, kwargs, marks, calls, recorder)
+    program = _program(model, exported, calls, args, kwargs)
+    return replace(program, torch_calls=tuple(recorder.calls), states=states)
+
+
+def _traced(
+    seen: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    marks: list[fx.Node],
+    calls: list[ModuleCall],
+    recorder: Recorder,
+    correct: provenance.Corrector | None = None,
+) -> tuple[torch.export.ExportedProgram, tuple[Any, ...] | None]:
+    """Export a clone and record its calls on the way; random states where its code drew."""
     provenance.trace_attributes(seen)
-    _record_calls(seen, marks, calls)
+    _record_calls(seen, marks, calls, recorder.modules)
     with (
         capturing(root=provenance.root),
-        provenance.ProvenanceMode(marks),
+        provenance.ProvenanceMode(marks, recorder, correct),
         traceback.preserve_node_meta(),
     ):
         states = python_states()
         exported = _export(seen, *cloned_arguments((args, kwargs)))
-        drew = not same_states(states, python_states())
-    program = _program(model, exported, calls, args, kwargs)
-    return replace(program, states=states) if drew else program
+        return exported, None if same_states(states, python_states()) else states
+
+
+def corrected_calls(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], correct: provenance.Corrector
+) -> tuple[TorchCall, ...]:
+    """The calls that a model makes when it is captured, some with other arguments.
+
+    Args:
+        model: Any module; it is only read.
+        args: Positional example inputs.
+        kwargs: Keyword example inputs.
+        correct: Gives the arguments that a call gets in place of those it was made with.
+
+    Returns:
+        All calls, or those up to the one that raised.
+    """
+    recorder = Recorder()
+    with contextlib.suppress(CaptureError):  # what ran until then was seen
+        _traced(clone(model), args, kwargs, [], [], recorder, correct)
+    return tuple(recorder.calls)
 
 
 def _program(
@@ -180,8 +221,9 @@ def _program(
     inline_wrappers(graph_module)
     graph = graph_module.graph
     named = {n.name: n for n in graph.nodes if n.op == "placeholder"}
-    tensors, parameters, anonymous = {}, set(), set()
-    held = {id(t) for t in held_tensors(model).values()}
+    tensors, parameters, anonymous, around = {}, set(), set(), set()
+    own = held_tensors(model)
+    held, places = {id(t) for t in own.values()}, {_memory(t): n for n, t in own.items()}
     for spec in exported.graph_signature.input_specs:
         if spec.kind == InputKind.USER_INPUT or spec.target is None:
             continue
@@ -190,7 +232,14 @@ def _program(
             parameters.add(spec.target)
         elif spec.kind == InputKind.CONSTANT_TENSOR:
             constant = exported.constants.get(spec.target)
-            if id(constant) not in held and attribute(model, spec.target) is None:
+            owned = None if constant is None else places.get(_memory(constant))
+            if owned is not None and attribute(model, spec.target) is None:
+                # A function that closes over it, say: export sees no attribute that holds it.
+                tensors[named[spec.arg.name]] = owned
+                around.add(owned)
+                if isinstance(own[owned], nn.Parameter):
+                    parameters.add(owned)
+            elif id(constant) not in held and attribute(model, spec.target) is None:
                 anonymous.add(spec.target)
     marks = {n.meta[provenance.MARK]: n for n in graph.nodes if provenance.MARK in n.meta}
     symbolic = [
@@ -218,7 +267,15 @@ def _program(
         out_spec=exported.call_spec.out_spec,
         constants={n: exported.constants[n] for n in anonymous},
         unused=frozenset(parameters - used),
+        around=frozenset(around),
+        structure=structure_of(model),
     )
+
+
+def _memory(tensor: torch.Tensor) -> Any:
+    """What a tensor shares with its detached self, and with no other one."""
+    at = tensor.data_ptr() if tensor.layout is torch.strided else 0
+    return (at, tensor.shape, tensor.stride(), tensor.dtype) if at else id(tensor)
 
 
 def _resolved(call: ModuleCall, marks: dict[int, fx.Node]) -> ModuleCall:
@@ -277,13 +334,16 @@ def is_symbolic(value: Any) -> bool:
 def _sizes(value: Any) -> Any:
     """Sizes of a tensor, or of each tensor of a list; symbolic ones as hints."""
     if isinstance(value, torch.Tensor):
-        return tuple(s if type(s) is int else _hint(s) for s in value.shape)
+        return tuple(s if type(s) is int else hint(s) for s in value.shape)
     if isinstance(value, list | tuple):
         return [_sizes(v) for v in value] if not value or _has_tensor(value) else None
     return None
 
 
-def _hint(size: Any) -> int:
+def hint(size: Any) -> int:
+    """The value of a size, symbolic or not, in the example."""
+    if isinstance(size, int):
+        return int(size)
     return int(size.node.hint) if size.node.hint is not None else 1
 
 

@@ -21,14 +21,9 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-# Of exactly these types, nothing can change.
-_ATOMS = frozenset(
-    (
-        *(int, float, complex, bool, str, bytes, type(None), type(Ellipsis), range, slice, object),
-        *(torch.dtype, torch.device, torch.memory_format, torch.layout, torch.Size),
-        *(types.ModuleType, types.CodeType, type),
-    )
-)
+from depcut.capture.references import ATOMS, reaches, referent_of
+from depcut.support.torch_private import buffers_of, parameters_of
+
 # A change of these would not be seen in the model, or they cannot exist twice.
 _SHARED = (type, enum.Enum, np.generic, np.dtype, np.memmap, fx.Graph, fx.Node)
 _REGISTRIES = frozenset(("_parameters", "_buffers", "_modules"))  # of a module, never caches
@@ -51,6 +46,7 @@ class Copier:
         self._alive: list[Any] = []  # an id stays one object's as long as that lives
         self._open: list[tuple[Any, Any]] = []
         self._inside: set[int] = set()
+        self._outside: set[int] = set()  # leads to nothing inside
 
     def tensor(self, value: torch.Tensor) -> torch.Tensor:
         """The tensor that takes the place of one: itself, or a copy."""
@@ -59,6 +55,10 @@ class Copier:
     def follows(self, value: Any) -> bool:
         """Whether a function gets a copy of its own of a value that it closes over."""
         raise NotImplementedError
+
+    def leads_inside(self, value: Any) -> bool:
+        """Whether a value refers to a module, a tensor or a container of the tree copied."""
+        return reaches(value, self._inside, self._outside)
 
     def as_its_class_says(self, kind: type) -> bool:
         """Whether `__getstate__`, `__setstate__` and, for modules, `__deepcopy__` are heeded."""
@@ -73,7 +73,10 @@ class Copier:
         if isinstance(value, nn.Module):
             for module in value.modules():
                 self._inside.add(id(module))
-                self._inside.update(id(v) for v in vars(module).values() if isinstance(v, dict))
+                fields = [v for v in vars(module).values() if isinstance(v, dict | list | set)]
+                self._inside.update(map(id, fields))
+                for held in (parameters_of(module), buffers_of(module)):
+                    self._inside.update(id(t) for t in held.values() if t is not None)
         copied = self._copy_of(value)
         self._fill()
         return copied
@@ -81,7 +84,7 @@ class Copier:
     def _copy_of(self, value: Any) -> Any:
         """The copy of a value; if it holds others, they may still be missing."""
         kind = type(value)
-        if kind in _ATOMS:
+        if kind in ATOMS:
             return value
         known = self.memo.get(id(value))
         if known is not None:
@@ -144,11 +147,11 @@ class Copier:
         return self._copy_of(value) if by_identity else value
 
     def _list(self, value: list[Any]) -> Any:
-        return value[:] if _ATOMS.issuperset(map(type, value)) else self._shell(value, [])
+        return value[:] if ATOMS.issuperset(map(type, value)) else self._shell(value, [])
 
     def _dict(self, value: dict[Any, Any]) -> Any:
-        flat = _ATOMS.issuperset(map(type, value.copy().values()))
-        flat = flat and _ATOMS.issuperset(map(type, value.copy()))
+        flat = ATOMS.issuperset(map(type, value.copy().values()))
+        flat = flat and ATOMS.issuperset(map(type, value.copy()))
         return value.copy() if flat else self._shell(value, type(value)())
 
     def _set(self, value: set[Any]) -> Any:
@@ -176,12 +179,14 @@ class Copier:
             return value
         return functools.lru_cache(**value.cache_parameters())(wrapped)
 
-    def _weak(self, value: weakref.ref[Any]) -> Any:
-        referent = value()
+    def _weak(self, value: Any) -> Any:
+        referent = referent_of(value)
         if id(referent) not in self._inside and id(referent) not in self.memo:
             return value
         copied = self._copy_of(referent)
-        return value if copied is referent else weakref.ref(copied)
+        if copied is referent:
+            return value
+        return weakref.ref(copied) if type(value) is weakref.ref else weakref.proxy(copied)
 
     def _generator(self, value: torch.Generator) -> Any:
         return value.clone_state()
@@ -190,20 +195,21 @@ class Copier:
         return value.copy() if value.dtype.kind != "O" else copy.deepcopy(value, self.memo)
 
     def _function(self, value: types.FunctionType) -> Any:
-        if not value.__closure__ and not value.__defaults__ and not value.__dict__:
+        cells, given = value.__closure__ or (), value.__kwdefaults__ or {}
+        if not (cells or given or value.__defaults__ or value.__dict__):
             return value
-        cells = value.__closure__ or ()
         new_cells = tuple(map(self._cell, cells))
         defaults = value.__defaults__ and self._closed_over(value.__defaults__)
+        keywords = {k: self._closed_over(v) for k, v in given.items()}
         attributes = {k: self._closed_over(v) for k, v in value.__dict__.items()}
-        same = all(map(operator.is_, new_cells, cells)) and defaults is value.__defaults__
-        if same and all(map(operator.is_, attributes.values(), value.__dict__.values())):
+        old = (*cells, value.__defaults__, *given.values(), *value.__dict__.values())
+        new = (*new_cells, defaults, *keywords.values(), *attributes.values())
+        if all(map(operator.is_, new, old)):
             return value
         copied = types.FunctionType(
             value.__code__, value.__globals__, value.__name__, defaults, new_cells
         )
-        given = value.__kwdefaults__
-        copied.__kwdefaults__ = given and {k: self._closed_over(v) for k, v in given.items()}
+        copied.__kwdefaults__ = keywords or None
         copied.__qualname__, copied.__module__ = value.__qualname__, value.__module__
         copied.__doc__, copied.__annotations__ = value.__doc__, value.__annotations__
         copied.__dict__.update(attributes)
@@ -236,7 +242,7 @@ class Copier:
 
     def _may_change(self, content: Any) -> bool:
         """Whether code may give a variable another value where a copy must not see it."""
-        return type(content) in _ATOMS and self.follows(content)
+        return type(content) in ATOMS and self.follows(content)
 
     def _module(self, module: nn.Module) -> Any:
         if isinstance(module, torch.jit.ScriptModule) or self.as_its_class_says(type(module)):
@@ -325,6 +331,8 @@ _MAKERS: dict[type, Callable[[Any, Any], Any]] = {
     types.BuiltinMethodType: Copier._builtin,
     types.FunctionType: Copier._function,
     weakref.ref: Copier._weak,
+    weakref.ProxyType: Copier._weak,
+    weakref.CallableProxyType: Copier._weak,
     torch.Generator: Copier._generator,
     np.ndarray: Copier._array,
     type(functools.lru_cache(len)): Copier._cached,

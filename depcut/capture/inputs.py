@@ -105,7 +105,7 @@ def infer_inputs(model: nn.Module) -> Inputs:
         else:
             example = torch.randn(shape, generator=generator).to(dtype)
         example = example.to(device_of(model))
-        if _runs(model, example):
+        if runs(model, (example,), {}):
             return example
         tried.append(str(tuple(shape)))
     raise InputError(
@@ -129,14 +129,22 @@ def _candidates(first: nn.Module) -> list[tuple[int, ...]]:
     return [(2, first.in_channels, *([size] * rank)) for size in sizes]
 
 
-def _runs(model: nn.Module, example: torch.Tensor) -> bool:
+def runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a model takes these arguments, tried on shapes alone.
+
+    Args:
+        model: The model; it is only read.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+    """
     seen = clone(model)
     try:
         with capturing(), FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
             parameters: dict[str, torch.Tensor] = {
                 n: fake.from_tensor(t) for n, t in _tensors(seen)
             }
-            torch.func.functional_call(seen, parameters, (fake.from_tensor(example),))
+            given = pytree.tree_map_only(torch.Tensor, fake.from_tensor, (args, kwargs))
+            torch.func.functional_call(seen, parameters, *given)
         return True
     except Exception:  # noqa: BLE001  any failure of the user's forward means: not this size
         return False

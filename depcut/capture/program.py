@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from depcut.capture.calls import TorchCall
+from depcut.capture.structure import Structure
 from depcut.support.torch_private import pytree
 
 Sizes = tuple[int, ...]
@@ -56,8 +58,11 @@ class Program:
         training: The model as it runs in training, where it has parts that run only then
             (auxiliary heads, mask tokens); for couplings alone.
         unused: Parameters that neither graph uses.
+        torch_calls: Every call of the torch API, in order.
         states: Random states of Python and numpy that the capture started from, where the model's
             code drew from them: another course of it would be another graph.
+        structure: The model's modules and attributes when it was captured.
+        around: Tensors of the model that its code reaches by another way than by their attributes.
     """
 
     graph: fx.GraphModule
@@ -77,7 +82,10 @@ class Program:
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     training: Program | None = None
     unused: frozenset[str] = field(default_factory=frozenset)
+    torch_calls: tuple[TorchCall, ...] = ()
     states: tuple[Any, ...] | None = None
+    around: frozenset[str] = field(default_factory=frozenset)
+    structure: Structure = field(default_factory=dict)
 
     @cached_property
     def inputs(self) -> list[fx.Node]:

@@ -132,18 +132,39 @@ def _demands(keep: Keep) -> Iterator[_Demand]:
 
 def by_path(node: fx.Node) -> dict[tuple[int | str, ...], Expr | None]:
     """Provenance of every int argument, matched in order with the ints that the call received."""
-    received = [(v, e) for v, e in literals_of(node) if type(v) is int]
-    out: dict[tuple[int | str, ...], Expr | None] = {}
-    if not received:
+    received = literals_of(node)
+    return {path: None if at is None else received[at][1] for path, at in _matched(node).items()}
+
+
+def number_of(node: fx.Node, path: tuple[int | str, ...]) -> int | None:
+    """Which of the numbers that the call received became an argument of the node.
+
+    Args:
+        node: A node that the call created.
+        path: Of an int among the node's arguments.
+
+    Returns:
+        An index into `literals_of(node)`; None where torch computed it.
+    """
+    return _matched(node).get(path)
+
+
+def _matched(node: fx.Node) -> dict[tuple[int | str, ...], int | None]:
+    received = literals_of(node)
+    ints = [i for i, (value, _) in enumerate(received) if type(value) is int]
+    out: dict[tuple[int | str, ...], int | None] = {}
+    if not ints:
         return out
     at = 0
     for path, value in _ints(node):
-        match = next((i for i in range(at, len(received)) if received[i][0] == value), None)
+        match = next((k for k in range(at, len(ints)) if received[ints[k]][0] == value), None)
         if match is not None:
-            out[path] = received[match][1]
+            out[path] = ints[match]
             at = match + 1
         else:
-            out[path] = next((e for v, e in received if v == value and e is not None), None)
+            equal = [i for i in ints if received[i][0] == value]
+            known = (i for i in equal if received[i][1] is not None)
+            out[path] = next(known, equal[0] if equal else None)
     return out
 
 

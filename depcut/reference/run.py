@@ -24,6 +24,7 @@ from depcut.graph.interpreter import Interpreter, Pausing, finished
 from depcut.graph.operators import is_aten, is_size
 from depcut.ops.registry import Output
 from depcut.plan.keep import Keep
+from depcut.reference.norms import estimate, estimates
 from depcut.reference.slices import index_tensors, take
 from depcut.support.torch_private import pytree
 
@@ -88,6 +89,7 @@ class Reference:
         self.keep, self.sliced, self.spared = keep, sliced, spared or {}
         self.held = held_tensors(model)
         self.program = keep.coupling.program
+        self.norms = estimates(self.program)
 
     def run(
         self,
@@ -160,7 +162,7 @@ class ReferenceRun(Interpreter):
         watched: Watched | None,
     ) -> None:
         super().__init__(reference.program)
-        self.keep, self.held = reference.keep, reference.held
+        self.keep, self.held, self.norms = reference.keep, reference.held, reference.norms
         self.sliced, self.dtype, self.tensors = reference.sliced, dtype, tensors
         self.spared = reference.spared
         self.watch, self.watched = watch, watched
@@ -229,6 +231,9 @@ class ReferenceRun(Interpreter):
     def call(self, node: fx.Node) -> Any:
         """The value of a node: on slices, on the kept indices, or with zeros."""
         target: Any = node.target
+        if node in self.norms:
+            whole = estimate(node, self.program, lambda name: self.held[name].detach())
+            return cast(whole, self.dtype)
         effects = self.keep.coupling.effects.get(node)
         if self.dtype is not None and is_aten(node, "_assert_tensor_metadata"):
             return None  # it expects the captured precision

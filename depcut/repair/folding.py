@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from depcut.capture.capture import held_tensors
 from depcut.plan.keep import Keep
 from depcut.repair.contractions import Contraction, find_contractions
+from depcut.repair.other_sizes import lasting
 
 
 def contributions(keep: Keep, contractions: Sequence[Contraction]) -> dict[str, Tensor]:
@@ -94,7 +95,8 @@ def fold_constants(
 ) -> tuple[str, ...]:
     """Add to the biases of a slim model what its removed units contributed as constants.
 
-    Exact for every unit whose value does not depend on the input; of the others nothing is folded.
+    Exact for every unit whose value depends neither on the input nor on its size; of the others
+    nothing is folded.
 
     Args:
         keep: What stays of the dense model.
@@ -107,6 +109,8 @@ def fold_constants(
     """
     if contractions is None:
         contractions = find_contractions(keep.coupling, model)
+        if contributions(keep, contractions):
+            contractions = lasting(keep.coupling.program, model, contractions)
     held, changed = held_tensors(slim), []
     for name, dense in contributions(keep, contractions).items():
         if name not in held:

@@ -30,8 +30,8 @@ class _Deep(Copier):
         return new
 
     def follows(self, value: Any) -> bool:
-        """Modules only: other objects that a hook closes over stay shared with the original."""
-        return isinstance(value, nn.Module)
+        """What leads to the tree; what a hook collects in, say, stays shared with the original."""
+        return isinstance(value, nn.Module) or self.leads_inside(value)
 
     def as_its_class_says(self, kind: type) -> bool:
         """Whether the class has a protocol of its own."""

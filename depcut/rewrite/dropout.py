@@ -83,6 +83,8 @@ class _Recorder(TorchFunctionMode):
             )
         elif func is functional.multi_head_attention_forward:
             bound = inspect.signature(func).bind(*args, **kwargs).arguments
+            if bound.get("need_weights", True):
+                return func(*args, **kwargs)  # it is not fused, and not among the nodes
             drops = bound.get("training", True)
             self.probabilities.append(float(bound["dropout_p"]) if drops else 0.0)
         return func(*args, **kwargs)

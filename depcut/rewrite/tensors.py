@@ -9,6 +9,7 @@ from torch import nn
 
 from depcut.capture.capture import attribute, held_tensors
 from depcut.plan.keep import Keep
+from depcut.reference.norms import estimate, estimates, kept_alone
 from depcut.reference.slices import take
 from depcut.rewrite.copying import copied, like
 
@@ -30,7 +31,20 @@ def narrowed_copy(model: nn.Module, keep: Keep) -> nn.Module:
             memo[id(old)] = like(old, take(old, picked))
     slim: nn.Module = copied(model, memo)
     _rescale(model, slim, keep)
+    _restore_norms(held, slim, keep)
     return slim
+
+
+def _restore_norms(held: dict[str, torch.Tensor], slim: nn.Module, keep: Keep) -> None:
+    """Scale a factor of each spectral norm so that the norm, in eval mode, is the dense one's."""
+    program = keep.coupling.program
+    for node, name in estimates(program).items():
+        if held[name].is_meta:
+            continue
+        dense = estimate(node, program, lambda n: held[n].detach())
+        small = estimate(node, program, kept_alone(held, keep.tensors))
+        if float(small) != float(dense) and float(small) != 0.0:
+            attribute(slim, name).mul_(dense / small)
 
 
 def _rescale(model: nn.Module, slim: nn.Module, keep: Keep) -> None:

@@ -16,6 +16,7 @@ one that goes or changes. No other module spells a private name of a library; th
 | `nn.Module._forward_pre_hooks`, `BasePruningMethod._tensor_name` | masks of `nn.utils.prune` |
 | `nn.modules.conv._ConvNd`, `nn.modules.batchnorm._NormBase` | what all of these layers share |
 | `nn.MultiheadAttention._reset_parameters` | its initialisation has no public name |
+| `functional._canonical_mask`, `_mha_shape_check` | attention's masks and refusals, slim as stock |
 | `Tensor._make_subclass` | a parameter of the user's own class |
 | `torch.export._trace`, `torch.fx._symbolic_trace` | what torch.export changes for all threads |
 | `torch.compiler._is_compiling_flag`, `_is_exporting_flag` | they are to be on in one thread |
@@ -36,6 +37,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast as enter_autocast
 from torch.amp.autocast_mode import _exit_autocast as exit_autocast
 from torch.fx.experimental import proxy_tensor
+from torch.nn.functional import _canonical_mask as canonical_mask
+from torch.nn.functional import (  # type: ignore[attr-defined]
+    _mha_shape_check as check_attention_shapes,
+)
 from torch.nn.modules.batchnorm import _NormBase as NormBase
 from torch.nn.modules.conv import _ConvNd as ConvNd
 from torch.nn.utils import prune
@@ -51,6 +56,8 @@ __all__ = [
     "NormBase",
     "TorchDispatchMode",
     "buffers_of",
+    "canonical_mask",
+    "check_attention_shapes",
     "children_of",
     "compile_settings",
     "enter_autocast",

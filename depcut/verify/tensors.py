@@ -11,6 +11,7 @@ from depcut.capture.capture import held_tensors
 from depcut.errors import VerificationError
 from depcut.graph.liveness import enclosing
 from depcut.plan.keep import Keep
+from depcut.reference.norms import estimates
 from depcut.reference.slices import take
 
 
@@ -36,7 +37,7 @@ def check_tensors(
     program, small = keep.coupling.program, held_tensors(slim)
     rescaled = {
         program.tensors.get(g) for e in keep.coupling.effects.values() for g, _, _ in e.rescales
-    }
+    } | set(estimates(program).values())
     shared = {alias for name in besides for alias in program.aliases.get(name, (name,))}
     for name, tensor in held_tensors(model).items():
         if name in rescaled or name in shared or name not in small:
