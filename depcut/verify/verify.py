@@ -21,6 +21,7 @@ from depcut.support.closeness import relative_error
 from depcut.verify.compare import CERTAIN, Expected, Found, compare
 from depcut.verify.culprit import RUNTIME_ERRORS, culprits
 from depcut.verify.exciting import exciting
+from depcut.verify.lengths import Difference, differs_elsewhere, may_depend_on_a_length
 from depcut.verify.module_results import ModuleResults, Trial, module_results, run_plain
 from depcut.verify.precision import TOLERANCE, is_half
 from depcut.verify.reference_values import reference_values
@@ -78,11 +79,14 @@ class _Verification:
     Attributes:
         slim: The smaller model; modules of it are generated.
         model: The dense model.
+        suspect: The module that was wrong first.
+        follows: Whether another length is tried; None: not known yet.
     """
 
     slim: Slim
     model: nn.Module
     suspect: str | None = None
+    follows: bool | None = None
     _expected: dict[Trial, Expected] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -108,13 +112,23 @@ class _Verification:
         while True:
             attempt = self._compared()
             if attempt.found.good:
-                return attempt.found.size
+                difference = self._elsewhere()
+                if difference is None:
+                    return attempt.found.size
+                _replace(self.slim, [difference.module], difference.why)
+                continue
             if attempt.beside:
                 for name in [n for n in self.slim.generated if n]:
                     why = f"its code does more with {name!r} than call it"
                     self.slim.replace(parent_of(name), why)
                 continue
             self._deal_with(attempt)
+
+    def _elsewhere(self) -> Difference | None:
+        """Where it does not follow the dense model at another length, if anywhere."""
+        if self.follows is None:
+            self.follows = may_depend_on_a_length(self.slim, self.model)
+        return differs_elsewhere(self.slim, self.model) if self.follows else None
 
     def _compared(self) -> Attempt:
         """What was wrong in the first trial that was; else the largest difference of all."""

@@ -593,7 +593,9 @@ def test_a_slim_attention_shrinks_again(name: str) -> None:
     once = narrowed(net, inputs(), {HEADS: 3, SIZE: 4, WIDTH: 20})
     analysis = depcut.analyze(once, inputs())
     counts = {3: [0, 2], 4: [1, 3], 20: list(range(3, 19)), 10: list(range(8))}
-    plan = analysis.plan_keeping({g.name: counts[g.size] for g in analysis.groups if g.size in counts})
+    plan = analysis.plan_keeping(
+        {g.name: counts[g.size] for g in analysis.groups if g.size in counts}
+    )
     again = plan.apply(once)
     report = depcut.report(again)
     assert report.generated == {}

@@ -478,3 +478,123 @@ def test_a_compensated_model_computes_what_its_weights_say(
     monkeypatch.setattr(depcut.repair.after_rewrite, "compensate", careless)
     with pytest.raises(VerificationError, match="after the repair"):
         plan.apply(model, data=[normal(32, 6)])
+
+
+# Another batch, another length --------------------------------------------------------------------
+
+
+def changed(slim: nn.Module) -> dict[str, str]:
+    """Modules that were patched or generated."""
+    report = depcut.report(slim)
+    return {**report.patched, **report.generated}
+
+
+def halves(model: nn.Module, inputs: Tensor) -> Any:
+    """A plan that keeps half of every group, evenly."""
+    analysis = depcut.analyze(model, inputs)
+    return analysis.plan_keeping({g.name: range(0, g.size, 2) for g in analysis.groups})
+
+
+class Limited(nn.Module):
+    """One attribute is a width in one place and a length in another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n = 12
+        self.up, self.down = nn.Linear(6, 12), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x).view(x.shape[0], -1, self.n)
+        if x.shape[1] > self.n:
+            y = y.tanh()
+        return self.down(y)
+
+
+def test_a_width_that_is_a_length_elsewhere_is_found_at_another_length() -> None:
+    model, inputs = seeded(Limited, 0).eval(), normal(2, 18, 6)
+    plan = halves(model, inputs)
+    slim = plan.apply(model)
+    for length in (18, 9):
+        x = normal(2, length, 6)
+        try:
+            out = slim(x)
+        except depcut.errors.DepcutError:
+            continue
+        with torch.no_grad():
+            y = model.up(x)[..., ::2]
+            y = y.tanh() if length > 12 else y
+            right = functional.linear(y, model.down.weight[:, ::2], model.down.bias)
+        torch.testing.assert_close(out, right)
+    assert changed(slim)
+
+
+class Follows(nn.Module):
+    """Takes any length, and reads an attribute for a width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 4
+        self.q, self.out = nn.Linear(6, 12), nn.Linear(12, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x).view(*x.shape[:2], self.heads, 3).transpose(1, 2)
+        y = functional.scaled_dot_product_attention(q, q, q)
+        return self.out(y.transpose(1, 2).flatten(2)) * (x.shape[1] ** -0.5)
+
+
+@pytest.fixture
+def lengths(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every other length that was tried."""
+    seen: list[Any] = []
+    module = depcut.verify.verify
+    differs = module.differs_elsewhere
+    monkeypatch.setattr(
+        module, "differs_elsewhere", lambda *a: seen.append(differs(*a)) or seen[-1]
+    )
+    return seen
+
+
+def heads_of(model: nn.Module, inputs: Tensor) -> Any:
+    analysis = depcut.analyze(model, inputs)
+    return analysis.plan_keeping({g.name: [0, 2] for g in analysis.groups if g.size == 4})
+
+
+def test_code_that_follows_its_length_is_tried_and_left_alone(lengths: list[Any]) -> None:
+    model = seeded(Follows, 0).eval()
+    slim = heads_of(model, normal(2, 8, 6)).apply(model)
+    assert lengths == [None]
+    assert not changed(slim)
+    assert slim(normal(2, 5, 6)).shape == (2, 5, 6)
+
+
+def test_plain_slicing_tries_no_other_length(lengths: list[Any]) -> None:
+    model = seeded(Bare, 0).eval()
+    plan_of(model, normal(2, 6)).apply(model)
+    assert lengths == []
+
+
+def test_a_fault_at_another_length_is_found(tamper: Callable[[Change], None]) -> None:
+    model = seeded(Follows, 0).eval()
+    plan = heads_of(model, normal(2, 8, 6))
+
+    def change(slim: nn.Module) -> None:
+        forward = slim.forward
+        slim.forward = lambda x: forward(x) if x.shape[1] == 8 else 2 * forward(x)
+
+    tamper(change)
+    assert "another length" in changed(plan.apply(model))[""]
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_fault_at_another_batch_size_is_found(
+    rows: int, tamper: Callable[[Change], None]
+) -> None:
+    plan = plan_of(seeded(Bare, 0), normal(3, 6))
+    plan.apply(plan.model)
+
+    def change(slim: nn.Module) -> None:
+        forward = slim.down.forward
+        slim.down.forward = lambda x: 2 * forward(x) if x.shape[0] == rows else forward(x)
+
+    tamper(change)
+    assert_refused(plan)
