@@ -109,14 +109,16 @@ def other_inputs(keep: Keep, model: nn.Module) -> list[Any] | None:
     Returns:
         None where it takes none of those tried.
     """
-    args, kwargs = example(keep, rows=2)
-    leaves = pytree.tree_leaves((args, kwargs))
+    leaves = pytree.tree_leaves(example(keep, rows=1))
+    seen = clone(model, buffers=True)
     for tried, (size, other) in enumerate(_sizes(leaves)):
         if tried == _TRIES:
             return None
         changed = [_resized(leaf, size, other) for leaf in leaves]
+        args, kwargs = example(keep, leaves=changed)
         try:
-            traced(model, keep, changed)
+            with torch.no_grad():
+                seen(*args, **kwargs)
         except Exception:  # noqa: BLE001  whatever the model's code raises: it does not take them
             continue
         return changed
@@ -198,7 +200,7 @@ def differs_elsewhere(slim: Slim, model: nn.Module) -> Difference | None:
     other = other_inputs(keep, model)
     if other is None:
         return None
-    given = pytree.tree_leaves(example(keep, rows=2))
+    given = pytree.tree_leaves(example(keep, rows=1))
     generated = {*slim.generated, *slim.inlined}
     dense = traced(model, keep, given), traced(model, keep, other)
     first, second = traced(slim.model, keep, given), Trace()

@@ -16,6 +16,7 @@ from depcut.rewrite.copying import copied
 from depcut.verify.compare import Found, compare
 from depcut.verify.culprit import RUNTIME_ERRORS
 from depcut.verify.exciting import exciting
+from depcut.verify.flags import flags_as_before
 from depcut.verify.module_results import ModuleResults, Trial, module_results
 from depcut.verify.reference_values import reference_values
 from depcut.verify.replay import Replay, is_drawing
@@ -23,6 +24,7 @@ from depcut.verify.tensors import check_tensors
 
 
 @preserved()
+@flags_as_before()
 def verify_repaired(
     slim: nn.Module,
     keep: Keep,

@@ -21,6 +21,7 @@ from depcut.support.closeness import relative_error
 from depcut.verify.compare import CERTAIN, Expected, Found, compare
 from depcut.verify.culprit import RUNTIME_ERRORS, culprits
 from depcut.verify.exciting import exciting
+from depcut.verify.flags import flags_as_before
 from depcut.verify.lengths import Difference, differs_elsewhere, may_depend_on_a_length
 from depcut.verify.module_results import ModuleResults, Trial, module_results, run_plain
 from depcut.verify.precision import TOLERANCE, is_half
@@ -32,6 +33,7 @@ __all__ = ["TOLERANCE", "masked_outputs", "verify", "verify_equal"]
 
 
 @preserved()
+@flags_as_before()
 def verify(slim: Slim, model: nn.Module) -> float:
     """Check the smaller model, generating the modules that turn out not to express their sizes.
 
@@ -262,6 +264,7 @@ def _replace(slim: Slim, names: Sequence[str], why: str) -> None:
 
 
 @preserved()
+@flags_as_before()
 def verify_equal(slim: nn.Module, keep: Keep, model: nn.Module) -> float:
     """Check that the smaller model computes what the dense one does, nothing zeroed.
 

@@ -598,3 +598,54 @@ def test_a_fault_at_another_batch_size_is_found(
 
     tamper(change)
     assert_refused(plan)
+
+
+# No trace -----------------------------------------------------------------------------------------
+
+
+class Leaves(nn.Module):
+    """Counts, caches, draws, sets flags; and may raise at another width, in the middle of it."""
+
+    def __init__(self, raises: bool) -> None:
+        super().__init__()
+        self.up, self.down, self.raises = nn.Linear(6, 12), nn.Linear(12, 5), raises
+        self.calls, self.cache, self.notes = 0, {}, []
+        self.register_buffer("seen", torch.zeros(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.cache[self.calls] = x.shape
+        self.notes.append(self.calls)
+        self.seen.add_(1)
+        y = functional.dropout(self.up(x), 0.1, training=True)
+        if not torch.compiler.is_compiling():
+            torch.set_default_dtype(torch.float64)
+            if self.raises and y.shape[-1] < 12:
+                torch.set_grad_enabled(False)
+                raise ValueError("too narrow")
+        return self.down(y) + 0 * self.seen
+
+
+@pytest.mark.parametrize("fault", ["none", "raises", "refused"])
+def test_a_check_leaves_no_trace(fault: str, tamper: Callable[[Change], None]) -> None:
+    model, inputs = seeded(lambda: Leaves(fault == "raises"), 0).eval(), normal(2, 6)
+    plan = plan_of(model, inputs)
+    weights = {n: t.clone() for n, t in model.state_dict().items()}
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    slims: list[nn.Module] = []
+    tamper(slims.append)
+    if fault == "refused":
+        tamper(scaled("down.weight", 2))
+        assert_refused(plan)
+    else:
+        slims.append(plan.apply(model))
+    now = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    assert torch.equal(now[0], states[0])
+    assert now[1:] == states[1:]
+    assert torch.is_grad_enabled()
+    assert torch.get_default_dtype() == torch.float32
+    assert all(torch.equal(weights[n], t) for n, t in model.state_dict().items())
+    for one in (model, *slims):
+        assert (one.calls, one.cache, one.notes) == (0, {}, [])
+        assert not one.seen.any()
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in one.modules())
