@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,10 +19,11 @@ from depcut.rewrite.copying import copied
 from depcut.support.closeness import relative_error
 from depcut.verify.compare import CERTAIN, Expected, Found, compare
 from depcut.verify.culprit import RUNTIME_ERRORS, culprits
+from depcut.verify.equal import verify_equal
 from depcut.verify.exciting import exciting
 from depcut.verify.flags import flags_as_before
 from depcut.verify.lengths import Difference, differs_elsewhere, may_depend_on_a_length
-from depcut.verify.module_results import ModuleResults, Trial, module_results, run_plain
+from depcut.verify.module_results import Trial, module_results, run_plain
 from depcut.verify.precision import TOLERANCE, is_half
 from depcut.verify.reference_values import reference_values
 from depcut.verify.replay import Replay, is_drawing
@@ -261,54 +261,6 @@ def _replace(slim: Slim, names: Sequence[str], why: str) -> None:
     for name in names[1:]:
         if name not in slim.generated and name not in slim.inlined:
             slim.replace(name, why)
-
-
-@preserved()
-@flags_as_before()
-def verify_equal(slim: nn.Module, keep: Keep, model: nn.Module) -> float:
-    """Check that the smaller model computes what the dense one does, nothing zeroed.
-
-    Args:
-        slim: The smaller model.
-        keep: What stays.
-        model: The dense model.
-
-    Returns:
-        The largest difference of an output, relative to the output's scale.
-
-    Raises:
-        VerificationError: They differ by more than rounding.
-    """
-    whole = Keep(keep.coupling, {})
-    draws = is_drawing(keep.coupling.program)
-
-    def compared(candidate: nn.Module, trial: Trial) -> Found:
-        expected = reference_values(whole, model, trial, looks=draws)
-        replay = Replay(keep, expected.recording) if draws else None
-        seen = module_results(candidate, keep, trial, replay)
-        # Modules may return something else: units that nobody reads are gone.
-        double = trial.dtype == torch.float64
-        return compare(keep, expected, ModuleResults(seen.outputs), replay, double=double)
-
-    def is_rounding(leaves: tuple[Any, ...] | None) -> bool:
-        try:
-            trial = Trial(dtype=torch.float64, leaves=leaves)
-            return compared(copied(slim, {}).double(), trial).good
-        except RUNTIME_ERRORS:
-            return False
-
-    size, drawn = 0.0, exciting(whole, model)
-    for leaves in (None, drawn) if drawn is not None else (None,):
-        found = compared(slim, Trial(leaves=leaves))
-        size = max(size, found.size)
-        if not found.good and (found.message or not is_rounding(leaves)):
-            raise VerificationError(
-                found.message
-                or f"outputs differ from the dense model's by {found.size:.3g} of their scale",
-                where="units that were taken to be dead",
-                remedy="please report the model; depcut.shrink does not rely on dead units",
-            )
-    return size
 
 
 def _on_meta(model: nn.Module) -> bool:

@@ -600,6 +600,35 @@ def test_a_fault_at_another_batch_size_is_found(
     assert_refused(plan)
 
 
+class Padded(nn.Sequential):
+    """A constant channel's contribution depends on how much of the image is border."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.append(nn.Linear(8, 5))
+
+
+def test_what_is_folded_is_compared_at_another_image_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = seeded(Padded, 0).eval()
+    with torch.no_grad():
+        model[0].weight[:3] = 0
+    inputs = normal(2, 3, 8, 8)
+    depcut.compact(model, inputs)
+    apply = depcut.dead_units.Plan.apply
+
+    def careless(self: Any, *args: Any, **given: Any) -> nn.Module:
+        slim = apply(self, *args, **given)
+        forward = slim.forward
+        slim.forward = lambda x: forward(x) * (x.shape[-1] / 8)
+        return slim
+
+    monkeypatch.setattr(depcut.dead_units.Plan, "apply", careless)
+    with pytest.raises(VerificationError, match="another length or image size"):
+        depcut.compact(model, inputs)
+
+
 # No trace -----------------------------------------------------------------------------------------
 
 
