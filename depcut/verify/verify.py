@@ -231,19 +231,8 @@ class _Verification:
         Raises:
             VerificationError: The whole model is generated already, or cannot be.
         """
-        found, named = attempt.found, attempt.found.module
-        try:
-            limit = TOLERANCE[self._precision]
-            limit = CERTAIN if found.size <= limit else limit
-            wrong = culprits(self.slim, self.model, limit, self.whole)
-        except RUNTIME_ERRORS as problem:
-            raise VerificationError(
-                f"the captured graph cannot be narrowed: {problem}"[:300],
-                where=_place(self.keep, self.suspect or ""),
-                remedy="a rule is wrong: keep the layers concerned with ignore=, and report it",
-            ) from problem
-        if wrong == [""] and named is not None and named not in self.slim.generated:
-            wrong = [named]
+        found = attempt.found
+        wrong = self._wrong(found)
         self.suspect = wrong[0] if self.suspect is None else self.suspect
         if "" in self.slim.generated:
             raise VerificationError(
@@ -253,6 +242,28 @@ class _Verification:
             ) from attempt.problem
         why = found.message or "its code computes other values at the new sizes"
         _replace(self.slim, wrong, why)
+
+    def _wrong(self, found: Found) -> list[str]:
+        """Names of modules that are wrong.
+
+        Raises:
+            VerificationError: The captured graph itself cannot be narrowed.
+        """
+        limit, named = TOLERANCE[self._precision], found.module
+        known = named is not None and named not in {*self.slim.generated, *self.slim.inlined}
+        if known and found.size <= limit:
+            return [named or ""]  # in single precision, rounding would name others beside it
+        try:
+            wrong = culprits(
+                self.slim, self.model, CERTAIN if found.size <= limit else limit, self.whole
+            )
+        except RUNTIME_ERRORS as problem:
+            raise VerificationError(
+                f"the captured graph cannot be narrowed: {problem}"[:300],
+                where=_place(self.keep, self.suspect or ""),
+                remedy="a rule is wrong: keep the layers concerned with ignore=, and report it",
+            ) from problem
+        return [named or ""] if known and wrong == [""] else wrong
 
 
 def _replace(slim: Slim, names: Sequence[str], why: str) -> None:
