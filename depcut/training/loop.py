@@ -14,6 +14,7 @@ from typing_extensions import Unpack
 
 from depcut.apply.plan import Plan
 from depcut.capture.inputs import device_of
+from depcut.capture.process_state import importing
 from depcut.capture.random_state import preserved
 from depcut.errors import DepcutError, InputError, TrainingError
 from depcut.rewrite.copying import copied
@@ -255,6 +256,7 @@ def _check(
 def _accelerated(given: Any, mixed_precision: str | None) -> Iterator[Any]:
     """An Accelerator; the process-wide state that making it set is taken back."""
     try:
+        importing("accelerate")
         from accelerate import Accelerator, state
     except ImportError as error:
         raise DepcutError(
