@@ -24,6 +24,7 @@ from depcut.support.keywords import settled, takes_options
 from depcut.training.batches import Loader, open_loader
 from depcut.training.checkpoint import Checkpoints, digest
 from depcut.training.distillation import Distillation
+from depcut.training.identity import callable_text, structure_text
 from depcut.training.optimizers import Build, optimizer_for
 from depcut.training.options import RetrainKeywords, TrainingOptions
 from depcut.training.rates import Start, peak_rate, schedule_of
@@ -131,7 +132,9 @@ def retrain(
             rates, settings = schedule_of(chosen.schedule, own_optimizer, steps, start, **how)
         settings["optimizer"] = type(own_optimizer).__name__
         settings["mixed_precision"] = accelerator.mixed_precision
-        run = {} if store is None else _identity(model, data, course, settings, accelerator)
+        run = {}
+        if store is not None:
+            run = _identity(model, data, course, settings, accelerator, teaching)
         teacher = None if teaching is None else teaching.of(net, accelerator.device)
         trainer = Trainer(
             net, data, judged, course, own_optimizer, rates, accelerator, teacher, store, run
@@ -153,7 +156,12 @@ def _trained(trainer: Trainer, teacher: Distillation | None, shown: bool) -> int
 
 
 def _identity(
-    model: nn.Module, data: Loader, options: Settings, settings: dict[str, Any], accelerator: Any
+    model: nn.Module,
+    data: Loader,
+    options: Settings,
+    settings: dict[str, Any],
+    accelerator: Any,
+    teaching: Distillation | None,
 ) -> dict[str, Any]:
     """What a checkpoint must have in common with the training that goes on from it."""
     return {
@@ -165,7 +173,12 @@ def _identity(
         "max_grad_norm": options.max_grad_norm,
         "processes": accelerator.num_processes,
         "patience": options.patience,
+        "structure": structure_text(model),
         "weights": digest(model),
+        "loss": callable_text(options.loss),
+        "metric": callable_text(options.metric),
+        "distillation": callable_text(teaching),
+        "teacher": None if teaching is None else digest(teaching.dense),
     }
 
 
