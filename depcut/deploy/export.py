@@ -107,6 +107,7 @@ def export(
         InputError: `inputs` does not fit the model's forward, or an option is wrong.
     """
     started = time.perf_counter()
+    path = _checked_name(path)
     with files.workplace(path, "ONNX file", ExportError) as (target, folder), preserved():
         file = folder / target.name
         arguments, proto, session = _loaded(model, inputs, file, metadata, opset)
@@ -114,11 +115,11 @@ def export(
         errors = [
             compare_outputs(model, session, arguments, size, rtol=rtol, atol=atol) for size in sizes
         ]
-        _check_link(Path(path), target, folder)
+        _check_link(path, target, folder)
         del session  # some systems cannot rename a file that is mapped
         written = publish(file, target)
     return ExportReport(
-        path=Path(path),
+        path=path,
         bytes=written,
         opset=next(entry.version for entry in proto.opset_import if entry.domain == ""),
         inputs=tuple(entry.name for entry in proto.graph.input),
@@ -128,6 +129,20 @@ def export(
         max_rel_error=max(relative for _, relative in errors),
         seconds=time.perf_counter() - started,
     )
+
+
+def _checked_name(path: str | os.PathLike[str]) -> Path:
+    """The path, refused where onnx cannot name it: it takes UTF-8 alone."""
+    name = files.as_path(path, "path", ExportError)
+    try:
+        str(name.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise ExportError(
+            "the ONNX file cannot be written: its path is no valid UTF-8",
+            where=ascii(str(name)),
+            remedy="export to another folder, and move the file from there",
+        ) from error
+    return name
 
 
 def _loaded(

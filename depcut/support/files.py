@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,71 @@ _KINDS = {
 }
 
 
+_PATIENCE = 6.0  # seconds; the workers of a data loader outlive a process that is killed by five
+
+
+def as_path(
+    path: str | bytes | os.PathLike[str], where: str, error: type[DepcutError] = DepcutError
+) -> Path:
+    """A path as the caller gave it.
+
+    Args:
+        path: A string, bytes, or a path.
+        where: The argument, for messages.
+        error: What to raise.
+
+    Raises:
+        DepcutError: It is something else, or no system has such names; as `error`.
+    """
+    try:
+        text = os.fsdecode(path)
+    except TypeError:
+        text = "\0"
+    if "\0" in text:
+        given = repr(path) if isinstance(path, str | bytes) else f"a {type(path).__name__}"
+        raise error(f"{given} is no path", where=where, remedy="pass a string or a pathlib.Path")
+    return Path(text)
+
+
+@contextmanager
+def claimed(folder: Path, where: str, error: type[DepcutError] = DepcutError) -> Iterator[None]:
+    """A folder that no other process, or thread, claims for the time of the context.
+
+    Args:
+        folder: It exists.
+        where: The argument that names it.
+        error: What to raise.
+
+    Raises:
+        DepcutError: Another one has claimed it; as `error`.
+    """
+    try:
+        import fcntl
+    except ImportError:  # no such locks on this system
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise error(
+                        "another run is writing to the folder",
+                        where=where,
+                        remedy="wait until it has ended, or choose another folder",
+                    ) from None
+                time.sleep(0.1)
+            except OSError:  # a file system without locks
+                break
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def target_of(
     path: str | os.PathLike[str], what: str = "file", error: type[DepcutError] = DepcutError
 ) -> Path:
@@ -44,7 +110,7 @@ def target_of(
     Raises:
         DepcutError: There is something else than a file, or no folder to hold one; as `error`.
     """
-    target = Path(path)
+    target = as_path(path, what, error)
     with _translated(target, what, error):
         if target.is_symlink():
             target = Path(os.path.realpath(target))
@@ -232,7 +298,7 @@ def make_folder(path: Path, where: str, error: type[DepcutError] = DepcutError) 
         DepcutError: It cannot be made; as `error`.
     """
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        as_path(path, where, error).mkdir(parents=True, exist_ok=True)
     except OSError as refusal:
         raise error(
             f"the folder cannot be made: {refusal}",

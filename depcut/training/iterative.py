@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -30,6 +31,7 @@ from depcut.repair.after_rewrite import wants_repair
 from depcut.rewrite.optimizer import check_optimizer
 from depcut.scores import score_name
 from depcut.support.checks import check_integer
+from depcut.support.files import claimed
 from depcut.support.keywords import settled, takes_options
 from depcut.training.checkpoint import digest
 from depcut.training.compose import TensorIndices, composed
@@ -164,7 +166,8 @@ def iterate(
         }
     disk = None if checkpoint is None else RunFolder(checkpoint, request, chosen.resume)
     turns = _Turns(dense, targets, retrain, optimizer, loss, items, disk, chosen)
-    run = turns.run()
+    with nullcontext() if disk is None else claimed(disk.folder, "checkpoint=", InputError):
+        run = turns.run()
     settings = {
         "ratio": targets[-1],
         "of": chosen.of,

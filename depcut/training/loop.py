@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from depcut.errors import DepcutError, InputError, TrainingError
 from depcut.rewrite.copying import copied
 from depcut.support.accelerate_private import TRACES, reset_state
 from depcut.support.checks import check_integer
+from depcut.support.files import claimed
 from depcut.support.keywords import settled, takes_options
 from depcut.training.batches import Loader, open_loader
 from depcut.training.checkpoint import Checkpoints, digest
@@ -114,14 +115,18 @@ def retrain(
     _check(model, course, valid is not None, chosen.distillation)
     peak = peak_rate(chosen.lr, chosen.original, optimizer)
     teaching = chosen.distillation
-    with _accelerated(chosen.accelerator, chosen.mixed_precision) as accelerator, preserved():
+    with (
+        _accelerated(chosen.accelerator, chosen.mixed_precision) as accelerator,
+        preserved(),
+        ExitStack() as claim,
+    ):
         ranks = {"rank": accelerator.process_index, "world": accelerator.num_processes}
         data = open_loader(train, "train=", model, pairs=loss is not None, **ranks)
         pairs = loss is not None or metric is not None
         judged = None
         if valid is not None:
             judged = open_loader(valid, "valid=", model, pairs=pairs, **ranks)
-        store = _opened(checkpoint, chosen.resume, accelerator)
+        store = claim.enter_context(_opened(checkpoint, chosen.resume, accelerator))
         steps = epochs * -(-data.own // chosen.gradient_accumulation)
         with nullcontext() if teaching is None else teaching.paused():
             net = copied(model, {}).to(accelerator.device)
@@ -182,15 +187,18 @@ def _identity(
     }
 
 
-def _opened(folder: Any, resume: bool, accelerator: Any) -> Checkpoints | None:
-    """The checkpoints of a folder, cleared first unless the run resumes."""
+@contextmanager
+def _opened(folder: Any, resume: bool, accelerator: Any) -> Iterator[Checkpoints | None]:
+    """The checkpoints of a folder that no other run uses, cleared first unless the run resumes."""
     if folder is None:
-        return None
-    store = Checkpoints(folder)
-    if not resume and accelerator.is_main_process:
-        store.clear()
-    accelerator.wait_for_everyone()
-    return store
+        yield None
+        return
+    store, writes = Checkpoints(folder), accelerator.is_main_process
+    with claimed(store.folder, "checkpoint=", TrainingError) if writes else nullcontext():
+        if writes and not resume:
+            store.clear()
+        accelerator.wait_for_everyone()
+        yield store
 
 
 def _result(

@@ -46,7 +46,7 @@ class Snapshots:
         self, steps: Collection[int] = (0,), folder: str | os.PathLike[str] | None = None
     ) -> None:
         self.wanted = frozenset(steps)
-        self.folder = None if folder is None else Path(folder)
+        self.folder = None if folder is None else files.as_path(folder, "folder=", InputError)
         self._held: dict[int, dict[str, torch.Tensor]] = {}
         if self.folder is not None:
             files.make_folder(self.folder, "folder=", InputError)

@@ -132,12 +132,15 @@ class Trainer:
                     where=f"checkpoint={self.checkpoints.folder}",
                     remedy="pass another folder, or resume=False to start anew in this one",
                 )
-        load_tensors(self.net, state["model"])
-        load_named_state(self.plain_optimizer, self.names, state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        if self.accelerator.scaler is not None and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.course = Course(**state["course"])
+        try:
+            load_tensors(self.net, state["model"])
+            load_named_state(self.plain_optimizer, self.names, state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            if self.accelerator.scaler is not None and state["scaler"]:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+            self.course = Course(**state["course"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise self.checkpoints.damaged(error) from error
         return self.course.step
 
     def run(self, progress: Progress) -> None:
