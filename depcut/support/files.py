@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 import stat
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from depcut.errors import DepcutError
+
+if sys.platform != "win32":
+    import fcntl
 
 DRAFT = ".draft-"  # what the names of unfinished files and folders begin with
 
@@ -70,9 +74,7 @@ def claimed(folder: Path, where: str, error: type[DepcutError] = DepcutError) ->
     Raises:
         DepcutError: Another one has claimed it; as `error`.
     """
-    try:
-        import fcntl
-    except ImportError:  # no such locks on this system
+    if sys.platform == "win32":  # it has no such locks
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
