@@ -13,6 +13,8 @@ import os
 import secrets
 import shutil
 import stat
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,9 @@ from typing import Any
 
 from depcut.errors import DepcutError
 from depcut.support.checks import check_path
+
+if sys.platform != "win32":
+    import fcntl
 
 DRAFT = ".draft-"  # what the names of unfinished files and folders begin with
 
@@ -30,6 +35,46 @@ _KINDS = {
     stat.S_IFCHR: "device",
     stat.S_IFBLK: "device",
 }
+
+
+_PATIENCE = 6.0  # seconds; the workers of a data loader outlive a process that is killed by five
+
+
+@contextmanager
+def claimed(folder: Path, where: str, error: type[DepcutError] = DepcutError) -> Iterator[None]:
+    """A folder that no other process, or thread, claims for the time of the context.
+
+    Args:
+        folder: It exists.
+        where: The argument that names it.
+        error: What to raise.
+
+    Raises:
+        DepcutError: Another one has claimed it; as `error`.
+    """
+    if sys.platform == "win32":  # it has no such locks
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise error(
+                        "another run is writing to the folder",
+                        where=where,
+                        remedy="wait until it has ended, or choose another folder",
+                    ) from None
+                time.sleep(0.1)
+            except OSError:  # a file system without locks
+                break
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def target_of(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -30,9 +31,12 @@ from depcut.repair.after_rewrite import wants_repair
 from depcut.rewrite.optimizer import check_optimizer
 from depcut.scores import score_name
 from depcut.support.checks import check_integer, check_items
+from depcut.support.files import claimed
 from depcut.support.keywords import settled, takes_options
+from depcut.training.checkpoint import digest
 from depcut.training.compose import TensorIndices, composed
 from depcut.training.folders import RunFolder
+from depcut.training.identity import callable_text, data_text, structure_text
 from depcut.training.optimizers import made_by
 
 Retrain = Callable[..., nn.Module | None]
@@ -123,8 +127,8 @@ def iterate(
         optimizer: A function from a model to its optimizer.
         checkpoint: Folder to which every finished step is written: plan (JSON), weights and
             optimizer state (safetensors), torch's random state. Data loaders and other sources of
-            chance are the caller's to seed, by step. The model passed must be the dense one of
-            the run that is resumed.
+            chance are the caller's to seed, by step. A run is resumed with the same dense model,
+            functions and data: others are refused.
         options: What else is chosen, as one object; the keywords that follow go before it.
         **given: The fields of `depcut.Options`.
 
@@ -152,9 +156,19 @@ def iterate(
         "optimizer_state": chosen.optimizer_state if optimizer is not None else None,
         "architecture": fingerprint(dense.coupling),
     }
+    if checkpoint is not None:
+        request |= {
+            "structure": structure_text(model),
+            "weights": digest(model),
+            "retrain": callable_text(retrain),
+            "optimizer": callable_text(optimizer),
+            "loss": callable_text(loss),
+            "data": None if items is None else f"{len(items)} items {data_text(items[:1])}",
+        }
     disk = None if checkpoint is None else RunFolder(checkpoint, request, chosen.resume)
     turns = _Turns(dense, targets, retrain, optimizer, loss, items, disk, chosen)
-    run = turns.run()
+    with nullcontext() if disk is None else claimed(disk.folder, "checkpoint=", InputError):
+        run = turns.run()
     settings = {
         "ratio": targets[-1],
         "of": chosen.of,

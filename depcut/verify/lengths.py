@@ -24,6 +24,7 @@ from depcut.plan.attributes import attribute_value, solve
 from depcut.plan.keep import Keep
 from depcut.reference.run import example
 from depcut.rewrite.build import Slim
+from depcut.support.failures import first_line
 from depcut.support.torch_private import TorchDispatchMode, pytree
 from depcut.verify.module_results import follow
 from depcut.verify.replay import are_close, numbers_of
