@@ -152,9 +152,12 @@ def verify_equal(slim: nn.Module, keep: Keep, model: nn.Module) -> float:
     whole = Keep(keep.coupling, {})
 
     def difference(candidate: nn.Module, trial: Trial) -> tuple[float, str]:
-        return relative_error(
-            _expected(whole, model, trial)[0], module_results(candidate, keep, trial).outputs
-        )
+        try:
+            outputs = module_results(candidate, keep, trial).outputs
+        except RUNTIME_ERRORS as problem:
+            reraise_fatal(problem)
+            return math.inf, first_line(problem)
+        return relative_error(_expected(whole, model, trial)[0], outputs)
 
     size, message = difference(slim, Trial())
     if _is_random(keep) and not message:

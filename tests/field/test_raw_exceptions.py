@@ -185,6 +185,41 @@ def test_what_cannot_be_copied_is_shared(what: str) -> None:
             held.close()
 
 
+class CopiesItself(nn.Module):
+    """A class whose protocol for copies fails, as that of one that holds a lock."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Net()
+        self.lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__}
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.lock:
+            return self.inner(x)
+
+
+def test_a_module_whose_own_protocol_of_copies_fails_is_copied_all_the_same() -> None:
+    model = seeded(CopiesItself, 0)
+    before = snapshot(model)
+    slim = depcut.shrink(model, 0.5, X, align=1)
+    assert slim(X).shape == (3, 4)
+    assert slim.lock is model.lock
+    assert slim.inner is not model.inner
+    assert_untouched(model, before)
+
+
+def test_a_forward_without_a_signature(tmp_path: Path) -> None:
+    model = net()
+    model.forward = torch.relu  # type: ignore[method-assign]
+    with refused("forward"):
+        depcut.shrink(model, 0.5, X)
+    with refused("forward"):
+        depcut.export(model, tmp_path / "a.onnx", X)
+
+
 def test_lazy_parameters_are_named_with_what_settles_them(tmp_path: Path) -> None:
     model = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 2))
     for call in (
