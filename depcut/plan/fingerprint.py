@@ -49,6 +49,7 @@ def check_described(inputs: Any) -> None:
         and inputs.keys() == {"args", "kwargs"}
         and isinstance(inputs["args"], list)
         and isinstance(inputs["kwargs"], dict)
+        and not _is_tensor(inputs["kwargs"])
     ):
         raise ValueError("the inputs are no list of arguments with a dictionary of others")
     for leaf in pytree.tree_leaves([inputs["args"], inputs["kwargs"]], is_leaf=_is_tensor):
