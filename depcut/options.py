@@ -139,7 +139,7 @@ class Options(Common):
         self._check_latency()
         self._check_score()
         self._integer("batches", 1, sys.maxsize)
-        self._integer("align", 1)
+        self._integer("align", 1, LARGEST)
         self._integer("threads", 1, THREADS)
         for name in ("low_memory", "depth"):
             self._flag(name)
