@@ -390,6 +390,46 @@ def test_halves_that_are_shuffled_again_and_again(units: int, first: bool) -> No
     assert len({group.tied for group in analysis.groups}) == 1
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs", "kept"),
+    [
+        ((4, 6), (6, 4), [2, 2]),
+        ((4, 3), (6, 2), [2]),
+        ((3, 4), (2, 6), [2]),
+        ((5, 4, 9), (5, 6, 6), [5, 2, 3]),
+        ((3, 2), (2, 3), []),
+    ],
+)
+def test_views_that_clash_keep_what_they_have_in_common(
+    ours: tuple[int, ...], theirs: tuple[int, ...], kept: list[int]
+) -> None:
+    """Outside and inside of the factors that cannot be aligned."""
+    a, b = (axes.product(*map(axes.axis, factors)) for factors in (ours, theirs))
+    axes.unify(a, b)
+    for term in (a, b):
+        assert [x.size for x in axes.leaves(axes.resolve(term)) if not x.reason] == kept
+
+
+class Regrouped(nn.Module):
+    """Channels scaled as a matrix of one shape, then as one of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 24, 1), nn.Linear(24, 5)
+        self.one, self.other = nn.Parameter(torch.rand(4, 6)), nn.Parameter(torch.rand(6, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu().mean((2, 3))
+        for scale in (self.one, self.other):
+            x = (x.unflatten(1, tuple(scale.shape)) * scale).flatten(1)
+        return self.head(x)
+
+
+def test_channels_viewed_as_matrices_of_two_shapes() -> None:
+    analysis = check(Regrouped().eval(), image, alone=True)
+    assert sorted(group.size for group in analysis.groups) == [2, 2]
+
+
 # Ties ---------------------------------------------------------------------------------------------
 
 
