@@ -13,7 +13,7 @@ import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -95,6 +95,20 @@ class TorchCall:
     left: bool | None = None
 
 
+class Comparison(NamedTuple):
+    """Two numbers that the model's code compares, one of which is an attribute or a size.
+
+    Attributes:
+        operator: Such as "__gt__".
+        left: Provenance of the first.
+        right: Provenance of the second; None for a size that is a multiple of the batch.
+    """
+
+    operator: str
+    left: Any
+    right: Any
+
+
 @dataclass
 class Recorder:
     """Makes the record of each call.
@@ -102,10 +116,12 @@ class Recorder:
     Attributes:
         calls: All calls so far, in order.
         modules: Those whose forward runs now, the innermost last.
+        compared: What the model's code has compared so far.
     """
 
     calls: list[TorchCall] = field(default_factory=list)
     modules: list[str] = field(default_factory=lambda: [""])
+    compared: set[Comparison] = field(default_factory=set)
     _nodes: dict[tuple[types.CodeType, int], ast.AST | None] = field(default_factory=dict)
 
     def record(
@@ -145,6 +161,20 @@ class Recorder:
             )
         )
         return len(self.calls) - 1
+
+    def compare(self, operator: str, left: Any, right: Any) -> None:
+        """Record a comparison if it is the model's code, and not torch's, that makes it.
+
+        Args:
+            operator: Such as "__gt__".
+            left: Provenance of the first number.
+            right: Provenance of the second.
+        """
+        frame = inspect.currentframe()
+        while frame is not None and _is_machinery(frame.f_code):  # `min` is torch's in a capture
+            frame = frame.f_back
+        if frame is not None and not frame.f_code.co_filename.startswith(_TORCH):
+            self.compared.add(Comparison(operator, left, right))
 
     def _node(self, frame: types.FrameType) -> ast.AST | None:
         import executing

@@ -194,6 +194,7 @@ def _capture(
     return replace(
         program,
         torch_calls=tuple(recorder.calls),
+        compared=frozenset(recorder.compared),
         states=states,
         batching=batching,
         batch=batch_of(*call) if batching is Batch.FIXED else program.batch,

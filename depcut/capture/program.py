@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from depcut.capture.batches import Batch
-from depcut.capture.calls import TorchCall
+from depcut.capture.calls import Comparison, TorchCall
 from depcut.capture.structure import Structure
 from depcut.support.torch_private import pytree
 
@@ -62,6 +62,7 @@ class Program:
             and verification are of all calls; data, scores, MACs and time of this one.
         unused: Parameters that no graph uses.
         torch_calls: Every call of the torch API, in order.
+        compared: Numbers that the model's code compares.
         states: Random states of Python and numpy that the capture started from, where the model's
             code drew from them: another course of it would be another graph.
         structure: The model's modules and attributes when it was captured.
@@ -88,6 +89,7 @@ class Program:
     others: tuple[Program, ...] = ()
     unused: frozenset[str] = field(default_factory=frozenset)
     torch_calls: tuple[TorchCall, ...] = ()
+    compared: frozenset[Comparison] = field(default_factory=frozenset)
     states: tuple[Any, ...] | None = None
     around: frozenset[str] = field(default_factory=frozenset)
     structure: Structure = field(default_factory=dict)

@@ -19,6 +19,7 @@ from torch import fx, nn
 from torch.fx import traceback
 from torch.fx.experimental import proxy_tensor
 from torch.overrides import TorchFunctionMode
+from typing_extensions import Self
 
 from depcut.capture.calls import Recorder, TorchCall, is_number
 from depcut.support.torch_private import pytree
@@ -124,10 +125,16 @@ for _symbol, _name in _METHODS.items():
         setattr(_kind, f"__r{_name}__", _traced_operator(_symbol, True))
 
 
+_recorders: list[Recorder] = []  # of the capture in progress, the last; captures take turns
+
+
 def _comparison(kind: type, name: str) -> Callable[[Any, Any], Any]:
     own = getattr(kind.__base__, name)
 
     def method(self: Any, other: Any) -> Any:
+        if _recorders and isinstance(other, int | float | torch.SymInt):
+            plain = None if isinstance(other, torch.SymInt) else _plain(other)
+            _recorders[-1].compare(name, self.expr, getattr(other, "expr", plain))
         if isinstance(other, torch.SymInt | torch.SymFloat):
             # Of an int that is no plain one, a SymInt says that it is another number.
             return getattr(operator, name)(_plain(self), other)
@@ -188,6 +195,17 @@ class ProvenanceMode(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.marks, self.recorder, self.correct = marks, recorder, correct
+
+    def __enter__(self) -> Self:
+        """Record comparisons, too."""
+        _recorders.append(self.recorder)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Record no more."""
+        _recorders.remove(self.recorder)
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self,

@@ -139,6 +139,12 @@ class Coupling:
         return graph
 
     @cached_property
+    def weight_axes(self) -> frozenset[Axis]:
+        """Every axis of a parameter or buffer: what has it has the same size in every call."""
+        terms = (axes.resolve(term) for dims in self.dims.values() for term in dims)
+        return frozenset(leaf for term in terms for leaf in axes.leaves(term))
+
+    @cached_property
     def group_of(self) -> dict[Axis, Group]:
         """The group that an axis is."""
         return {g.axis: g for g in self.groups}

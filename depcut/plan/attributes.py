@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ from depcut.axes import resolve
 from depcut.capture.program import module_of
 from depcut.capture.provenance import OPERATORS, Expr, literals_of
 from depcut.plan.keep import Keep
+from depcut.plan.lengths import is_fixed
 
 Attribute = tuple[str, tuple[Any, ...]]
 Lookup = Callable[[Attribute], int | None]
@@ -72,6 +74,7 @@ def solve(keep: Keep, model: nn.Module) -> Solution:
     for demand in demands:
         if isinstance(demand.expr, tuple) and evaluate(demand.expr, keep, settled) != demand.target:
             _derive_one(demand, keep, values, settled)
+    conflicts |= _compared(keep, values, settled, model)
     stuck = _stuck(demands, keep, conflicts, settled)
     return Solution({a: v for a, v in values.items() if a not in conflicts}, stuck)
 
@@ -90,6 +93,33 @@ def _assign(demands: list[_Demand], keep: Keep) -> tuple[dict[Attribute, int], s
     while any([_derive(demand, keep, values, values.get) for demand in composite]):  # noqa: C419
         pass
     return values, conflicts
+
+
+def _compared(
+    keep: Keep, values: Mapping[Attribute, int], settled: Lookup, model: nn.Module
+) -> set[Attribute]:
+    """Attributes whose new value would change how the code compares it.
+
+    An attribute that is compared with a length is one, too, whatever its width is.
+    """
+    changed = {a for a, value in values.items() if value != attribute_value(model, a)}
+    out: set[Attribute] = set()
+    for program in keep.coupling.program.examples if changed else ():
+        for name, left, right in program.compared:
+            mine = changed.intersection((*_attributes(left), *_attributes(right)))
+            if not mine:
+                continue
+            fixed = right is not None and all(is_fixed(e, keep.coupling) for e in (left, right))
+            if not fixed or _outcome(name, left, right, keep, settled) != _outcome(
+                name, left, right, Keep(keep.coupling, {}), lambda a: attribute_value(model, a)
+            ):
+                out |= mine
+    return out
+
+
+def _outcome(name: str, left: Expr, right: Expr, keep: Keep, lookup: Lookup) -> bool | None:
+    a, b = evaluate(left, keep, lookup), evaluate(right, keep, lookup)
+    return None if a is None or b is None else bool(getattr(operator, name)(a, b))
 
 
 def _stuck(

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from depcut import axes
 from depcut.capture.calls import Frame, Steps, TorchCall
-from depcut.capture.provenance import OPERATORS, Expr, call_of, literals_of
+from depcut.capture.provenance import Expr, call_of, literals_of
 from depcut.plan.keep import Keep
+from depcut.plan.lengths import is_fixed
 from depcut.rewrite.callees import by_name, importable_name
 from depcut.rewrite.functions import (
     NoSourceError,
@@ -237,34 +237,9 @@ class _Patcher:
         index = mismatch.index
         expr = exprs[index] if index is not None and index < len(exprs) else None
         if expr is not None:
-            return "set" if self._is_fixed(expr) else "scale"
+            return "set" if is_fixed(expr, self.keep.coupling) else "scale"
         typed = not place.steps and is_typed(place.node, source.tree)
         return "set" if typed else "swap"
-
-    def _is_fixed(self, expr: Expr) -> bool:
-        """Whether no size in an expression is the input's: all are widths of the weights."""
-        if not isinstance(expr, tuple) or expr[0] == "attr":
-            return True
-        if expr[0] in OPERATORS:
-            return all(map(self._is_fixed, expr[1:3]))
-        coupling = self.keep.coupling
-        node = coupling.program.marks.get(expr[1])
-        dims = coupling.env.get(node) if node is not None else None
-        if not isinstance(dims, tuple):
-            return False
-        read = dims[expr[2] : expr[2] + 1] if expr[0] == "size" else dims
-        return all(
-            leaf in self._weights for term in read for leaf in axes.leaves(axes.resolve(term))
-        )
-
-    @property
-    def _weights(self) -> set[Any]:
-        return {
-            leaf
-            for dims in self.keep.coupling.dims.values()
-            for term in dims
-            for leaf in axes.leaves(axes.resolve(term))
-        }
 
     def _keyword(self, call: TorchCall, mismatch: Mismatch, source: Source) -> Edit:
         node, name = call.frames[0].node, str(mismatch.steps[0])
