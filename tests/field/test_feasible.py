@@ -209,8 +209,12 @@ def test_a_row_for_the_whole_call_is_not_taken_for_a_batch() -> None:
 
 
 def test_a_number_beside_a_batch_of_one_in_a_file(tmp_path: Path) -> None:
-    slim = depcut.shrink(Denoiser("one number").eval(), 0.5, (torch.randn(1, 3, 4, 4), NUMBER["vector"]))
-    report = depcut.export(slim, tmp_path / "slim.onnx", (torch.randn(1, 3, 4, 4), NUMBER["vector"]))
+    slim = depcut.shrink(
+        Denoiser("one number").eval(), 0.5, (torch.randn(1, 3, 4, 4), NUMBER["vector"])
+    )
+    report = depcut.export(
+        slim, tmp_path / "slim.onnx", (torch.randn(1, 3, 4, 4), NUMBER["vector"])
+    )
     assert report.path.exists()
 
 
