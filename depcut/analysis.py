@@ -20,12 +20,15 @@ from depcut.allocate.choose import (
     allocation_or_default,
     check_budget,
     criterion_or_default,
+    refuse_frozen,
 )
 from depcut.allocate.depth import depth_and_width
+from depcut.apply.own_code import with_own_code
 from depcut.apply.plan import Plan, planned
 from depcut.axes import Indices
 from depcut.branches.branch import Branch, Residuals
 from depcut.branches.find import residuals
+from depcut.calibration.calls import blaming_calls, refuse_lone_loss
 from depcut.calibration.data import Calibration, Data, Loss, calibrate
 from depcut.capture.capture import capture
 from depcut.capture.inputs import Inputs
@@ -34,13 +37,14 @@ from depcut.capture.random_state import preserved
 from depcut.coupling.groups import Coupling, Frozen, Group, layer_of
 from depcut.coupling.infer import infer_coupling
 from depcut.deploy.runtime import bind_inputs, resized
-from depcut.errors import BudgetError, InputError, listed
+from depcut.errors import InputError, listed
 from depcut.latency.model import SAMPLES, LatencyModel, latency_model
 from depcut.latency.target import Goal, plan_for_latency
 from depcut.options import CalibrateKeywords, Options, PlanKeywords
 from depcut.plan import cost
 from depcut.plan.cost import Cost
 from depcut.plan.data import PlanData
+from depcut.support.checks import check_kind
 from depcut.support.keywords import settled, takes_options
 
 if TYPE_CHECKING:
@@ -137,7 +141,7 @@ class Analysis:
         chosen = settled(Options, options, given, PlanKeywords, "plan", one_stage=True)
         of = check_budget(ratio, chosen.of, chosen.latency_ms, chosen.depth)
         if not self.groups:
-            self._nothing()
+            refuse_frozen(self.frozen, type(self.model).__name__)
         calibration = self.calibrate(data, loss=loss, options=chosen)
         score = criterion_or_default(chosen.score, has_data=data is not None)
         request = Request(
@@ -149,8 +153,15 @@ class Analysis:
             chosen.seed,
             calibration,
         )
-        chooser = Chooser(self.coupling, self.model, request)
-        plan = self._within(ratio, of, chooser, chosen)
+        with blaming_calls(self.model, self.program, calibration):
+            chooser = Chooser(self.coupling, self.model, request)
+
+            def choose(whole: frozenset[int]) -> PlanData:
+                return self._within(ratio, of, chooser.holding(whole), chosen)
+
+            never = chosen.generated == "never"
+            whole = frozenset[int]()
+            plan = with_own_code(choose, self.coupling, self.model) if never else choose(whole)
         settings = {**plan.settings, "options": chosen.record()}
         return Plan.of(replace(plan, settings=settings), self.coupling, self.model)
 
@@ -195,6 +206,7 @@ class Analysis:
         """
         chosen = settled(Options, options, given, CalibrateKeywords, "calibrate", one_stage=True)
         if data is None:
+            refuse_lone_loss(loss)
             return None
         return calibrate(
             self.program,
@@ -232,7 +244,7 @@ class Analysis:
             ExportError: The model cannot be exported or run.
         """
         if not self.groups:
-            self._nothing()
+            refuse_frozen(self.frozen, type(self.model).__name__)
         return latency_model(
             self.coupling,
             self.model,
@@ -267,18 +279,6 @@ class Analysis:
         """
         return planned(self.coupling, self.model, kept, {"units": "given"}, dropped)
 
-    def _nothing(self) -> None:
-        reasons: dict[str, list[str]] = {}
-        for f in self.frozen:
-            if f.size > 1:
-                reasons.setdefault(f.reason, []).append(f.tensor)
-        text = "; ".join(f"{why} ({listed(names, 2)})" for why, names in reasons.items())
-        raise BudgetError(
-            f"nothing can be removed: {text or 'the model has no parameters of two dimensions'}",
-            where=type(self.model).__name__,
-            remedy="see print(depcut.analyze(model, inputs)); a hidden layer is needed",
-        )
-
     def explain(self, name: str) -> str:
         """Why a layer can or cannot shrink, and with whom.
 
@@ -288,6 +288,7 @@ class Analysis:
         Raises:
             InputError: The model has no such layer.
         """
+        check_kind(name, str, "name", "pass the name of a module or parameter")
         tensors = [
             n
             for n in self.coupling.dims
@@ -320,11 +321,7 @@ class Analysis:
                     f"group {group.name!r}, {group.size} units"
                     + (f", with {listed(others, 6)}" if others else "")
                     + (f", as many as its tie {group.tied}" if group.tied is not None else "")
-                    + (
-                        f", chosen in each of {group.rows} rows"
-                        if group.row_axis is not None
-                        else ""
-                    )
+                    + f", chosen in each of {group.rows} rows" * (group.row_axis is not None)
                 )
         texts += [
             f"frozen: {frozen.reason} [{frozen.where}]"

@@ -37,6 +37,10 @@ class InputError(DepcutError, ValueError):
     """An argument has the wrong kind, range or name."""
 
 
+class CallError(CaptureError, InputError):
+    """The model itself raises on the inputs: they, or its own code, are wrong."""
+
+
 class BudgetError(DepcutError, ValueError):
     """The requested ratio cannot be reached, or nothing can be removed at all."""
 

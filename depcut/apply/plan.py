@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 from depcut.apply.report import Report, record
 from depcut.axes import Indices
 from depcut.branches.branch import Residuals
+from depcut.calibration.calls import blaming_calls
 from depcut.calibration.data import Calibration, Data, calibrate
 from depcut.capture.capture import capture
 from depcut.capture.inputs import Inputs
@@ -120,10 +121,12 @@ class Plan(PlanData):
                 low_memory=chosen.low_memory,
                 progress=chosen.progress,
             )
-        slim = rewrite(model, keep)
-        error = verify_calls(slim, model)
-        check_own_tensors(slim.model, model, keep)
-        compensation = repair(slim.model, model, keep, calibration) if chosen.compensate else None
+        with blaming_calls(model, coupling.program, calibration):
+            slim = rewrite(model, keep)
+            error = verify_calls(slim, model)
+            check_own_tensors(slim.model, model, keep)
+            repaired = chosen.compensate
+            compensation = repair(slim.model, model, keep, calibration) if repaired else None
         if optimizer is not None:
             narrow_optimizer(optimizer, model, slim.model, keep)
         record(slim.model, self._report(slim, error, compensation))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import traceback as tb
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +21,7 @@ from depcut.capture.batches import (
 )
 from depcut.capture.calls import Recorder, TorchCall
 from depcut.capture.clone import clone, cloned_arguments
+from depcut.capture.eager import refuse_failing_call, user_line
 from depcut.capture.inputs import Call, Inputs, example_calls
 from depcut.capture.process_state import capturing
 from depcut.capture.program import ModuleCall, Program
@@ -31,6 +31,7 @@ from depcut.capture.signature import name_keywords
 from depcut.capture.structure import structure_of
 from depcut.capture.wrappers import inline_wrappers
 from depcut.errors import CaptureError, in_call
+from depcut.support.failures import first_line, reraise_fatal
 from depcut.support.torch_private import buffers_of, parameters_of, pytree
 
 
@@ -102,6 +103,7 @@ def _freest(model: nn.Module, call: Call, marks: list[fx.Node], number: int) -> 
         except CaptureError as error:  # noqa: PERF203  each attempt may be refused
             refused = refused or error
     assert refused is not None
+    refuse_failing_call(model, ("", *call))
     raise refused
 
 
@@ -162,33 +164,14 @@ def _export(
         share_batch(model)
     try:
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-    except (KeyboardInterrupt, MemoryError):
-        raise
     except Exception as error:
+        reraise_fatal(error)
         raise CaptureError(
-            f"torch.export cannot capture the model: {_first_line(error)}",
-            where=_user_line(error, model),
+            f"torch.export cannot capture the model: {first_line(error)}",
+            where=user_line(error, model),
             remedy="make that line traceable (no branches on tensor values, no .item()), "
             "or pass other inputs=; torch.export.export(model, args, strict=False) reproduces it",
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
-
-
-def _user_line(error: BaseException, model: nn.Module) -> str:
-    """The innermost line of the traceback outside of torch."""
-    frames = [
-        f
-        for f in tb.extract_tb(error.__traceback__)
-        if "/torch/" not in f.filename and "/depcut/" not in f.filename and f.filename[0] != "<"
-    ]
-    if not frames:
-        return type(model).__name__
-    last = frames[-1]
-    return f"{last.filename}:{last.lineno}: {last.line}"
 
 
 def _capture(

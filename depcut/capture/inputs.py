@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from depcut.capture.batches import widened
 from depcut.capture.dry_run import result_shapes
-from depcut.errors import InputError, in_call
+from depcut.errors import InputError, in_call, listed
+from depcut.support.failures import reraise_fatal
 from depcut.support.torch_private import pytree
 
 Inputs = torch.Tensor | tuple[Any, ...] | list[Any] | dict[str, Any] | None
@@ -40,6 +42,14 @@ def normalize(
     """
     args, kwargs = arguments(infer_inputs(model) if inputs is None else inputs)
     device = device_of(model)
+    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    refuse_without_values((args, kwargs), device)
+    if not any(t.numel() for t in tensors):
+        raise InputError(
+            f"the inputs are empty: {listed([str(tuple(t.shape)) for t in tensors], 3)}",
+            where="inputs=",
+            remedy="pass an example with values: what is computed on none cannot be compared",
+        )
 
     def prepare(leaf: Any) -> Any:
         return leaf.detach().to(device) if isinstance(leaf, torch.Tensor) else leaf
@@ -117,11 +127,44 @@ def arguments(inputs: Inputs, where: str = "inputs=") -> tuple[tuple[Any, ...], 
     elif isinstance(inputs, Mapping):
         kwargs = dict(inputs)
     else:
-        name = where.removesuffix("=")
-        raise InputError(f"{name} is a {type(inputs).__name__}", where=where, remedy=_HOW)
-    if not any(isinstance(t, torch.Tensor) for t in pytree.tree_leaves((args, kwargs))):
+        name, array = where.removesuffix("="), isinstance(inputs, np.ndarray)
+        remedy = "pass torch.from_numpy(array)" if array else _HOW
+        raise InputError(f"{name} is a {type(inputs).__name__}", where=where, remedy=remedy)
+    try:
+        leaves = pytree.tree_leaves((args, kwargs))
+    except RecursionError as error:
+        raise InputError(
+            f"{where.removesuffix('=')} is nested too deeply", where=where, remedy=_HOW
+        ) from error
+    if any(isinstance(leaf, np.ndarray) for leaf in leaves):
+        raise InputError(
+            f"{where.removesuffix('=')} holds a NumPy array",
+            where=where,
+            remedy="pass torch.from_numpy(array)",
+        )
+    if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
         raise InputError(f"{where.removesuffix('=')} holds no tensor", where=where, remedy=_HOW)
     return args, kwargs
+
+
+def refuse_without_values(tree: Any, device: torch.device) -> None:
+    """Refuse tensors on the meta device for a model that has values.
+
+    Args:
+        tree: Arguments.
+        device: The model's.
+
+    Raises:
+        InputError: There is one.
+    """
+    for leaf in pytree.tree_leaves(tree):
+        if isinstance(leaf, torch.Tensor) and leaf.is_meta and device.type != "meta":
+            raise InputError(
+                f"an input of shape {tuple(leaf.shape)} is on the meta device, the model on "
+                f"{device}",
+                where="inputs=",
+                remedy="pass tensors with values; their device is changed where it must be",
+            )
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -183,7 +226,8 @@ def _candidates(first: nn.Module) -> list[tuple[int, ...]]:
 def _dummy_inputs(model: nn.Module) -> dict[str, Any] | None:
     try:
         dummy = getattr(model, "dummy_inputs", None)
-    except (AttributeError, NotImplementedError, ValueError):
+    except Exception as error:  # noqa: BLE001  a property of the user's class
+        reraise_fatal(error)
         return None
     if not isinstance(dummy, dict):
         return None

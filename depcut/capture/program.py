@@ -44,9 +44,9 @@ class Program:
         graph: The graph; nodes carry `meta["val"]`, source lines and literal provenance.
         tensors: Qualified parameter, buffer or constant name of each placeholder that is one.
         parameters: Names among these that are parameters.
-        anonymous: Names of constants typed into the code, which no attribute holds.
+        anonymous: Names of constants typed into the code, of any graph, which no attribute holds.
         sizes: Sizes (hints for dynamic ones) of every node that is a tensor or a list of tensors.
-        marks: Nodes by the numbers that provenance expressions use.
+        marks: Nodes, of any graph, by the numbers that provenance expressions use.
         calls: Every module call, in order of completion.
         args: Positional example inputs.
         kwargs: Keyword example inputs.
@@ -55,11 +55,11 @@ class Program:
         aliases: Names that share one tensor, by each of these names.
         in_spec: Structure of (args, kwargs).
         out_spec: Structure of the result.
-        constants: Values of the anonymous constants.
+        constants: Values of the anonymous constants of this graph.
         training: The model as it runs in training, where it has parts that run only then
             (auxiliary heads, mask tokens); for couplings alone.
-        others: The model as it runs in the other example calls; for all but what data, scores and
-            budgets are about, which is this call.
+        others: The model as it runs in the other example calls. Couplings, attributes, dead units
+            and verification are of all calls; data, scores, MACs and time of this one.
         unused: Parameters that no graph uses.
         torch_calls: Every call of the torch API, in order.
         states: Random states of Python and numpy that the capture started from, where the model's

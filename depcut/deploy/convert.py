@@ -16,11 +16,13 @@ from torch import nn
 from depcut.apply.report import lineage_of
 from depcut.capture.batches import Batch, dynamic_shapes, widened
 from depcut.capture.clone import clone, cloned_arguments
+from depcut.capture.eager import refuse_failing_call
 from depcut.capture.process_state import converting
 from depcut.capture.signature import name_keywords
-from depcut.deploy.runtime import batch_size, bind_inputs, first_line
+from depcut.deploy.runtime import batch_size, bind_inputs
 from depcut.errors import ExportError, InputError
 from depcut.support.checks import check_integer
+from depcut.support.failures import first_line, reraise_fatal, shown
 from depcut.version import __version__
 
 if TYPE_CHECKING:
@@ -75,7 +77,11 @@ def draft(
     version, entries = _checked_opset(opset), _checked_metadata(metadata)
     arguments = bind_inputs(model, inputs)
     with converting():
-        arguments, program = _capture(model, arguments, free_batch=free_batch)
+        try:
+            arguments, program = _capture(model, arguments, free_batch=free_batch)
+        except ExportError:
+            refuse_failing_call(model, ("inputs=", arguments.args, arguments.kwargs))
+            raise
         lineage = {"depcut_version": __version__, **lineage_of(model)}
         _convert(program, Path(path), {**lineage, **entries}, version)
     return arguments
@@ -90,18 +96,24 @@ def _checked_opset(opset: int | None) -> int:
         "opset",
         OPSETS[0],
         OPSETS[-1],
-        what=f"opset={opset!r} cannot be written",
+        what=f"opset={shown(opset)} cannot be written",
         remedy=f"pass an integer from {OPSETS[0]} to {OPSETS[-1]}, or leave it out for {OPSET}",
     )
 
 
 def _checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
     """The user's entries, all of them texts."""
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise InputError(
+            f"metadata is a {type(metadata).__name__}",
+            where="metadata=",
+            remedy="pass texts by name, such as {'author': 'me'}",
+        )
     entries = dict(metadata or {})
     for key, value in entries.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise InputError(
-                f"the entry {key!r}: {value!r} is no pair of texts",
+                f"the entry {shown(key)}: {shown(value)} is no pair of texts",
                 where="metadata=",
                 remedy="ONNX holds texts only: pass str(value)",
             )
@@ -127,6 +139,7 @@ def _capture(
         with torch.no_grad():
             program = torch.export.export(seen, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
+        reraise_fatal(error)
         raise ExportError(
             f"torch.export cannot capture the model: {first_line(error)}",
             where=type(model).__name__,
@@ -175,6 +188,7 @@ def _convert(
             remedy="free some space, or choose a folder that can be written to",
         ) from error
     except Exception as error:
+        reraise_fatal(error)
         raise ExportError(
             f"torch.onnx cannot convert the model: {first_line(_innermost(error))}",
             where=path.name,

@@ -27,6 +27,7 @@ from depcut.calibration.solve import solve
 from depcut.calibration.visits import check_finite
 from depcut.capture.capture import held_tensors
 from depcut.capture.clone import clone
+from depcut.capture.eager import user_line
 from depcut.capture.process_state import as_captured
 from depcut.capture.program import layer_of
 from depcut.capture.random_state import preserved
@@ -41,6 +42,7 @@ from depcut.ops.site import Site
 from depcut.plan.keep import Keep
 from depcut.reference.run import kept_part
 from depcut.support.closeness import relative_error
+from depcut.support.failures import first_line, reraise_fatal
 from depcut.support.torch_private import pytree
 
 _TOLERANCE = 1e-2  # relative, between the repaired graph and model: rounding alone
@@ -319,8 +321,16 @@ class _Repairer:
     def _verify(self, expected: list[Any]) -> None:
         """Refuse a model that gives other outputs than the graph that was repaired."""
         args, kwargs = self.calibration.arguments(self.calibration.batches[0])
-        with as_captured():
-            outputs = pytree.tree_leaves(clone(self.slim, buffers=True)(*args, **kwargs))
+        try:
+            with as_captured():
+                outputs = pytree.tree_leaves(clone(self.slim, buffers=True)(*args, **kwargs))
+        except Exception as error:
+            reraise_fatal(error)
+            raise VerificationError(
+                f"the smaller model raises {first_line(error)} on the data",
+                where=user_line(error, self.slim),
+                remedy="pass data of the shapes of inputs=, or hold the layers with ignore=",
+            ) from error
         size, message = relative_error(expected, outputs)
         if message or not size <= _TOLERANCE:
             raise VerificationError(

@@ -12,8 +12,9 @@ from torch import nn
 
 from depcut.calibration.data import Calibration
 from depcut.coupling.groups import Coupling
-from depcut.errors import InputError
+from depcut.errors import DepcutError, InputError
 from depcut.scores.context import CRITERIA, Context, Score, Scores
+from depcut.support.failures import first_line, reraise_fatal, shown
 
 __all__ = [
     "CRITERIA",
@@ -60,8 +61,8 @@ def score(
             than such vectors.
     """
     if callable(criterion):
-        label = repr(getattr(criterion, "__name__", criterion))
-        results = criterion(coupling, model, seed)
+        label = shown(getattr(criterion, "__name__", criterion))
+        results = _returned(criterion, label, coupling, model, seed)
     else:
         check_criterion(criterion, calibration)
         wanted = Score(criterion) if isinstance(criterion, str) else criterion
@@ -72,7 +73,8 @@ def score(
             results = _or_norms(results, context)
     try:
         scores = [np.asarray(s, dtype=np.float64) for s in results]
-    except (TypeError, ValueError):
+    except Exception as error:  # noqa: BLE001  (whatever it is: no vectors)
+        reraise_fatal(error)
         scores = []
     shapes = [((g.size,), (g.rows, g.size) if g.row_axis else None) for g in coupling.groups]
     if len(scores) != len(shapes) or not all(
@@ -108,6 +110,23 @@ def _or_norms(scores: Scores, context: Context) -> Scores:
     ]
 
 
+def _returned(
+    criterion: Criterion, label: str, coupling: Coupling, model: nn.Module, seed: int
+) -> Scores:
+    """What a user's function returns."""
+    try:
+        return criterion(coupling, model, seed)
+    except DepcutError:
+        raise
+    except Exception as error:
+        reraise_fatal(error)
+        raise InputError(
+            f"the criterion failed: {first_line(error)}",
+            where=f"score={label}",
+            remedy="it gets (coupling, model, seed) and returns one vector a group",
+        ) from error
+
+
 def check_criterion(criterion: str | Score | Criterion, calibration: Calibration | None) -> None:
     """Refuse, before any work, a criterion that is unknown or lacks what it needs.
 
@@ -123,7 +142,7 @@ def check_criterion(criterion: str | Score | Criterion, calibration: Calibration
     wanted = Score(criterion) if isinstance(criterion, str) else criterion
     if not isinstance(wanted, Score) or wanted.name not in CRITERIA:
         raise InputError(
-            f"unknown criterion {wanted.name if isinstance(wanted, Score) else wanted!r}",
+            f"unknown criterion {wanted.name if isinstance(wanted, Score) else shown(wanted)}",
             where="score=",
             remedy=f"use one of {', '.join(CRITERIA)}, or pass a function",
         )

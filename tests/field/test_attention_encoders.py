@@ -77,7 +77,7 @@ def encoders(norm_first: bool) -> tuple[nn.Module, nn.Module]:
 
 
 @NESTED
-@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("norm_first", [False, pytest.param(True, marks=pytest.mark.sweep)])
 def test_encoder_layers_take_no_inference_path_that_is_wrong_for_them(norm_first: bool) -> None:
     slim, dense = encoders(norm_first)
     x = drawn(3, 7, WIDTH)
@@ -142,6 +142,7 @@ def test_an_odd_number_of_heads_takes_the_nested_tensors_of_the_encoder() -> Non
 
 
 @NESTED
+@pytest.mark.sweep
 def test_repair_of_an_encoder_with_padding() -> None:
     net, args = padded()
     slim = depcut.shrink(net, 0.4, args, data=[args, args], of="channels", align=1)
