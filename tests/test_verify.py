@@ -186,6 +186,7 @@ def test_what_leaks_from_removed_channels_is_found(monkeypatch: pytest.MonkeyPat
     assert_refused(plan)
 
 
+@pytest.mark.usefixtures("only_generated")
 def test_a_wrong_shape_inside_is_found_and_repaired(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mean pooling and a head of zeros hide it from the outputs."""
     model = nn.Sequential(conv(3, 8), conv(8, 12), Head(12)).eval()
@@ -287,6 +288,7 @@ class ShapeScaled(nn.Module):
         return self.down(y * y.shape[-1] ** -0.5)
 
 
+@pytest.mark.usefixtures("only_generated")
 def test_a_number_computed_from_a_shape_is_pinned() -> None:
     model, inputs = seeded(ShapeScaled, 0), normal(2, 6)
     plan = plan_of(model, inputs)
