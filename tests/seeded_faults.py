@@ -44,6 +44,7 @@ class Fault:
 
 RULES = "tests/test_rules.py -k"
 CALLS = "tests/field/test_example_calls.py"
+ATTENTION = "tests/field/test_attention"
 FAULTS = [
     # Rules of operators, a fault in each file.
     Fault("ops", "op.unify(q[-1], k[-1])", "pass", f"{RULES} sdpa"),
@@ -192,6 +193,24 @@ FAULTS = [
     Fault("coupling", "in program.captured:\n        more", "in (program,):\n        more", CALLS),
     Fault("allocate", "return along(where, counts, cost) if", "return counts if", CALLS),
     Fault("rewrite", "and _form(a) == _form(b)", "and True", f"{CALLS} -k differently"),
+    Fault(
+        "rewrite",
+        "softmax_scale=math.sqrt(1.0 / float(module.head_dim))",
+        "softmax_scale=1.0",
+        f"{ATTENTION}.py -k stock_sizes",
+    ),
+    Fault(
+        "rewrite",
+        "and (len(left.kept) % 2 == 0 or dense.num_heads % 2 == 1)",
+        "",
+        f"{ATTENTION}_encoders.py -k odd",
+    ),
+    Fault(
+        "rewrite",
+        "tuple(was[i] for i in left.kept)",
+        "left.kept",
+        f"{ATTENTION}_classes.py -k again",
+    ),
     Fault("verify", "enumerate(whole.calls)", "enumerate(whole.calls[:1])", f"{CALLS} -k later"),
     Fault(
         "repair",

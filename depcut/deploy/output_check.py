@@ -14,6 +14,7 @@ from torch.utils.dlpack import from_dlpack
 
 from depcut.capture.clone import clone, cloned_arguments
 from depcut.capture.eager import user_line
+from depcut.capture.process_state import as_captured
 from depcut.deploy.runtime import Array, resized, session_tensors
 from depcut.errors import ExportError
 from depcut.rewrite.copying import copied
@@ -182,7 +183,7 @@ def _rounding(
 
 def _outputs(model: nn.Module, values: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Tensor]:
     args, kwargs = cloned_arguments(values)
-    with torch.no_grad():
+    with torch.no_grad(), as_captured():
         outputs = clone(model, buffers=True)(*args, **kwargs)
     return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
 

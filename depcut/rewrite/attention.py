@@ -311,4 +311,5 @@ def _merged(masks: _Masks, q: Tensor, k: Tensor) -> Tensor | None:
                 f"Expected key_padded_mask.shape[{i}] to be {wanted}, but got {padding.shape[i]}"
             )
     padding = padding[:, None, None]
-    return padding if attention is None else attention + padding
+    # Runtimes of ONNX files do not broadcast a mask along the queries.
+    return padding.expand(-1, -1, length, -1) if attention is None else attention + padding

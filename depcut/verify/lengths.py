@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from depcut.capture.clone import clone
+from depcut.capture.process_state import as_captured
 from depcut.errors import DepcutError
 from depcut.graph.liveness import enclosing
 from depcut.graph.operators import base_of
@@ -118,7 +119,7 @@ def other_inputs(keep: Keep, model: nn.Module) -> list[Any] | None:
         changed = [_resized(leaf, size, other) for leaf in leaves]
         args, kwargs = example(keep, leaves=changed)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), as_captured():
                 seen(*args, **kwargs)
         except Exception:  # noqa: BLE001  whatever the model's code raises: it does not take them
             continue
@@ -161,7 +162,7 @@ def traced(
     seen = clone(model, buffers=True)
     for name, module in seen.named_modules():
         follow(trace, name, module)
-    with torch.no_grad(), _Tracer(trace):
+    with torch.no_grad(), as_captured(), _Tracer(trace):
         trace.outputs = list(pytree.tree_leaves(seen(*args, **kwargs)))
     return trace
 

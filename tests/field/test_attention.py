@@ -134,7 +134,7 @@ def test_at_the_stock_sizes_it_is_the_stock_class(options: dict[str, Any]) -> No
 # Modes, precisions and copies ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("weights", [False, pytest.param(True, marks=pytest.mark.sweep)])
 def test_dropout_in_training_only_and_its_probability_can_be_set(weights: bool) -> None:
     both = pair("self", dropout=0.4)
     slim = copy.deepcopy(both.slim)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,7 @@ def encoders(norm_first: bool) -> tuple[nn.Module, nn.Module]:
 
 
 @NESTED
-@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("norm_first", [False, pytest.param(True, marks=pytest.mark.sweep)])
 def test_encoder_layers_take_no_inference_path_that_is_wrong_for_them(norm_first: bool) -> None:
     slim, dense = encoders(norm_first)
     x = drawn(3, 7, WIDTH)
@@ -110,6 +111,52 @@ def test_an_encoder_captured_with_padding_is_not_generated(narrow: dict[int, int
             made, full = slim(**args), dense(**args)
         torch.testing.assert_close(made, full, rtol=1e-4, atol=1e-5)
         assert bool(made[1, 4:].any()) == grad
+
+
+class Padded(nn.Module):
+    """An encoder between linear layers, so that its width is free, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner, self.head = nn.Linear(5, WIDTH), Encoder(False), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor, ignored: Tensor) -> Tensor:
+        return self.head(self.inner(self.stem(x), src_key_padding_mask=ignored))
+
+
+def padded() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    torch.manual_seed(0)
+    return Padded().eval(), (drawn(2, 7, 5), torch.arange(7) >= torch.tensor([[7], [4]]))
+
+
+@NESTED
+def test_an_odd_number_of_heads_takes_the_nested_tensors_of_the_encoder() -> None:
+    """It fits the stock class, which refuses nested tensors where its heads are odd."""
+    net, args = padded()
+    slim, _ = narrowed(net, args, {HEADS: 3, WIDTH: 18})
+    assert slim.inner.encoder.layers[0].self_attn.num_heads == 3
+    expected = slim(*args)
+    with torch.no_grad():
+        made = slim(*args)
+    torch.testing.assert_close(made[~args[1]], expected[~args[1]])
+
+
+@NESTED
+@pytest.mark.sweep
+def test_repair_of_an_encoder_with_padding() -> None:
+    net, args = padded()
+    slim = depcut.shrink(net, 0.4, args, data=[args, args], of="channels", align=1)
+    assert depcut.report(slim).compensation is not None
+    assert depcut.report(slim).generated == {}
+
+
+@NESTED
+@pytest.mark.sweep
+def test_an_encoder_with_padding_is_exported(tmp_path: Path) -> None:
+    """The stock class is not: its mask has one row, which onnxruntime refuses."""
+    net, args = padded()
+    slim, _ = narrowed(net, args, {HEADS: 3, SIZE: 4})
+    depcut.export(slim, tmp_path / "slim.onnx", args)
 
 
 def test_a_dropped_in_encoder_trains_without_dropout_as_it_evaluates() -> None:
