@@ -44,8 +44,7 @@ def verify_equal(slim: nn.Module, keep: Keep, model: nn.Module) -> float:
     size, drawn = check.size(Trial()), exciting(check.whole, model)
     if drawn is not None:
         size = max(size, check.size(Trial(leaves=drawn)))
-    other = None if check.draws else other_inputs(keep, model)
-    if other is not None:
+    for other in [] if check.draws else other_inputs(keep, model):
         check.elsewhere(Trial(leaves=tuple(other)))
     return size
 
