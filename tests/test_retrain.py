@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -284,22 +285,40 @@ class Stop(Exception):  # noqa: N818
     pass
 
 
+class Interrupt:
+    """When a training stops: at a call of its loss that is differentiated."""
+
+    at: int | None = None
+    calls = 0
+
+
+def interruptible(output: Tensor, target: Tensor) -> Tensor:
+    """The same function, whether it stops or not: another one would be another training."""
+    if torch.is_grad_enabled():
+        Interrupt.calls += 1
+        if Interrupt.calls - 1 == Interrupt.at:
+            raise Stop
+    return loss(output, target)
+
+
+@contextmanager
+def interrupted(at: int) -> Iterator[None]:
+    Interrupt.at, Interrupt.calls = at, 0
+    with pytest.raises(Stop):
+        yield
+    Interrupt.at = None
+
+
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, None])
 @pytest.mark.parametrize(("at", "every"), [(7, 1), (9, 2), (13, None)])
 def test_an_interrupted_run_ends_with_the_same_weights(
     at: int, every: int | None, optimizer: Any, tmp_path: Path
 ) -> None:
     options = {"valid": DataLoader(data(), batch_size=16), "epochs": 3, "optimizer": optimizer}
+    options["loss"] = interruptible
     whole = retrain(**options)
-    calls = iter(range(1000))
-
-    def failing(output: Tensor, target: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and next(calls) == at:
-            raise Stop
-        return loss(output, target)
-
-    with pytest.raises(Stop):
-        retrain(loss=failing, checkpoint=tmp_path, every=every, **options)
+    with interrupted(at):
+        retrain(checkpoint=tmp_path, every=every, **options)
     resumed = retrain(checkpoint=tmp_path, every=every, **options)
     assert resumed.resumed == {1: 7, 2: 8, None: 12}[every]
     assert same(resumed.model, whole.model)
@@ -323,16 +342,10 @@ def test_an_interrupted_run_ends_with_the_same_weights(
     ids=["accumulation", "workers", "generator", "bf16", "one cycle"],
 )
 def test_other_runs_resume_alike(options: dict[str, Any], tmp_path: Path) -> None:
+    options = {**options, "loss": interruptible}
     whole = retrain(**options)
-    calls = iter(range(1000))
-
-    def failing(output: Tensor, target: Tensor) -> Tensor:
-        if next(calls) == 11:
-            raise Stop
-        return loss(output, target)
-
-    with pytest.raises(Stop):
-        retrain(loss=failing, checkpoint=tmp_path, **options)
+    with interrupted(11):
+        retrain(checkpoint=tmp_path, **options)
     resumed = retrain(checkpoint=tmp_path, **options)
     assert resumed.resumed in (3, 10, 11)
     assert same(resumed.model, whole.model)
@@ -441,10 +454,10 @@ def test_a_checkpoint_of_other_weights_and_a_broken_one(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_names_its_step_and_keeps_the_checkpoint(tmp_path: Path) -> None:
-    calls = iter(range(100))
+    factors = [1.0] * 8 + [float("nan")] + [1.0] * 20
 
     def bad(output: Tensor, target: Tensor) -> Tensor:
-        return loss(output, target) * (float("nan") if next(calls) == 8 else 1.0)
+        return loss(output, target) * factors.pop(0)
 
     model = net()
     before = snapshot(model)
@@ -453,7 +466,7 @@ def test_a_loss_that_is_not_finite_names_its_step_and_keeps_the_checkpoint(tmp_p
     assert str(tmp_path) in str(e.value)
     assert "lower lr" in str(e.value)
     assert_untouched(model, before)
-    resumed = retrain(model, checkpoint=tmp_path, every=4)
+    resumed = retrain(model, loss=bad, checkpoint=tmp_path, every=4)
     assert resumed.resumed == 8
     assert all(p.isfinite().all() for p in resumed.model.parameters())
 

@@ -180,6 +180,7 @@ def generated(plan: Any, slim: nn.Module) -> dict[str, GeneratedModule]:
         ("split_typed", {("stem.0", 4): [0, 2]}, "", "typed into the code"),
     ],
 )
+@pytest.mark.usefixtures("only_generated")
 def test_what_a_class_cannot_express_is_generated_and_the_reason_recorded(
     name: str, keep: Any, module: str, reason: str
 ) -> None:
@@ -216,6 +217,7 @@ GENERATED = [
 
 
 @pytest.mark.parametrize("name", GENERATED)
+@pytest.mark.usefixtures("only_generated")
 def test_generated_modules_keep_keys_and_take_any_batch(name: str) -> None:
     model, slim, plan = cut_at_random(name)
     assert generated(plan, slim)
@@ -229,6 +231,7 @@ def test_generated_modules_keep_keys_and_take_any_batch(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", GENERATED)
+@pytest.mark.usefixtures("only_generated")
 def test_generated_modules_are_copied_and_loaded(name: str) -> None:
     _, slim, _ = cut_at_random(name)
     inputs = NETS[name].inputs(3)
@@ -247,6 +250,7 @@ def test_generated_modules_are_copied_and_loaded(name: str) -> None:
     assert torch.equal(outputs(twin, inputs)[0], expected)
 
 
+@pytest.mark.usefixtures("only_generated")
 def test_a_copy_uses_its_own_weights() -> None:
     _, slim, _ = cut_at_random("split_typed")
     inputs = NETS["split_typed"].inputs(2)
@@ -277,6 +281,7 @@ def flexible(inputs: Any) -> tuple[nn.Module, nn.Module]:
     return model, slim
 
 
+@pytest.mark.usefixtures("only_generated")
 def test_arguments_are_passed_by_position_or_by_name() -> None:
     x, y = normal(3, 6), normal(3, 5)
     _, slim = flexible((x, y))
@@ -288,6 +293,7 @@ def test_arguments_are_passed_by_position_or_by_name() -> None:
         assert torch.equal(made, expected)
 
 
+@pytest.mark.usefixtures("only_generated")
 def test_arguments_that_were_not_captured_are_refused() -> None:
     x, y = normal(3, 6), normal(3, 5)
     _, slim = flexible((x, y))
@@ -296,6 +302,7 @@ def test_arguments_that_were_not_captured_are_refused() -> None:
             call()
 
 
+@pytest.mark.usefixtures("only_generated")
 def test_a_number_that_was_captured_is_not_replaced_in_silence() -> None:
     x, y = normal(3, 6), normal(3, 5)
     model, slim = flexible((x, y, 2.0))
@@ -328,6 +335,7 @@ def slim_regularised(model: nn.Module) -> Any:
     return slim
 
 
+@pytest.mark.usefixtures("only_generated")
 def test_generated_modules_honour_train_and_eval() -> None:
     slim = slim_regularised(seeded(Regularised, 0))
     x = normal(4, 6)
@@ -339,6 +347,7 @@ def test_generated_modules_honour_train_and_eval() -> None:
     assert torch.equal(slim(x), slim(x))
 
 
+@pytest.mark.usefixtures("only_generated")
 def test_generated_modules_update_statistics_in_training_only() -> None:
     slim = slim_regularised(seeded(lambda: Regularised(0.0), 0))
     x = normal(4, 6)
@@ -355,6 +364,7 @@ def test_generated_modules_update_statistics_in_training_only() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.usefixtures("only_generated")
 def test_the_mode_of_the_capture_is_kept(training: bool) -> None:
     model = seeded(Regularised, 0).train(training)
     model.drop.train(not training)
@@ -390,6 +400,7 @@ class WithWeights(nn.Module):
 
 
 @pytest.mark.parametrize("before", [False, True])
+@pytest.mark.usefixtures("only_generated")
 def test_generated_attention_drops_in_training_only(before: bool) -> None:
     make = WithWeights if before else TypedDropout
     model = seeded(make, 0)
@@ -404,6 +415,7 @@ def test_generated_attention_drops_in_training_only(before: bool) -> None:
     assert torch.equal(slim.eval()(x), slim(x))
 
 
+@pytest.mark.usefixtures("only_generated")
 def test_hooks_stay_and_children_are_called() -> None:
     net = NETS["attention_typed_heads"]
     model, calls = net.build(), []
@@ -426,6 +438,7 @@ def test_hooks_stay_and_children_are_called() -> None:
     assert not torch.equal(changed, outputs(plan.apply(model), net.inputs(2))[0])
 
 
+@pytest.mark.usefixtures("only_generated")
 def test_generated_code_can_be_read() -> None:
     net = NETS["attention_typed_heads"]
     slim, _ = cut(net.build(), net.inputs(2), {("attention.k", 3): [0, 2]})
@@ -438,6 +451,7 @@ def test_generated_code_can_be_read() -> None:
 
 
 @pytest.mark.parametrize("name", ["attention_typed_heads", "attention_chunked"])
+@pytest.mark.usefixtures("only_generated")
 def test_a_model_with_a_generated_module_is_exported(name: str, tmp_path: Path) -> None:
     _, slim, plan = cut_at_random(name)
     assert generated(plan, slim)
@@ -454,6 +468,7 @@ def test_a_model_with_a_generated_module_is_exported(name: str, tmp_path: Path) 
     assert (tmp_path / "slim.onnx").stat().st_size > 1000
 
 
+@pytest.mark.usefixtures("only_generated")
 def test_a_model_generated_as_a_whole_is_exported(tmp_path: Path) -> None:
     _, slim, plan = cut_at_random("split_typed")
     assert list(generated(plan, slim)) == [""]
@@ -463,6 +478,7 @@ def test_a_model_generated_as_a_whole_is_exported(tmp_path: Path) -> None:
     assert (tmp_path / "slim.onnx").exists()
 
 
+@pytest.mark.usefixtures("only_generated")
 def test_a_generated_module_can_be_shrunk_again() -> None:
     net = NETS["attention_typed_heads"]
     slim, _ = cut(net.build(), net.inputs(2), {("attention.k", 3): [0, 2]})

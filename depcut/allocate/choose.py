@@ -13,17 +13,18 @@ import numpy as np
 from torch import nn
 
 from depcut.allocate.lagrange import least_loss, nudged
-from depcut.allocate.order import meet, order
+from depcut.allocate.order import along, meet, order
 from depcut.allocate.space import Counts, Space, space
 from depcut.axes import Indices
 from depcut.calibration.data import Calibration
-from depcut.coupling.groups import Coupling, Group, layer_of
-from depcut.errors import BudgetError, InputError
+from depcut.coupling.groups import Coupling, Frozen, Group, layer_of
+from depcut.errors import BudgetError, InputError, listed
 from depcut.plan.cost import Cost
 from depcut.plan.data import PlanData, make_plan
 from depcut.plan.preferences import preferences
 from depcut.scores import Criterion, Score, Scores, is_additive, score, score_name
 from depcut.support.checks import check_number
+from depcut.support.failures import shown
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,19 @@ class Chooser:
         self.scores: Scores = score(
             request.score, coupling, model, request.seed, request.calibration
         )
+
+    def holding(self, numbers: Collection[int]) -> Chooser:
+        """A chooser that keeps the width of further groups.
+
+        Args:
+            numbers: Of the groups.
+        """
+        if not numbers:
+            return self
+        other = copy.copy(self)
+        other.held = self.held | set(numbers)
+        other.fixed = _fixed(self.coupling, self.request.ratios, other.held)
+        return other
 
     def without(self, tensors: Collection[str]) -> Chooser:
         """A chooser for the model without these tensors, whose groups stay out of the allocation.
@@ -185,10 +199,12 @@ class Chooser:
 
     def _allocated(self, where: Space, cost: Cost, target: float, of: str) -> Counts:
         if of == "latency" and self.request.allocation == "global":
-            return least_loss(where, self.scores, cost, target, of, self.additive)
-        allocation = "uniform" if of == "channels" else self.request.allocation
-        sequence = order(allocation, where, self.scores, cost, self.additive)
-        return meet(where, sequence, cost, target, of)
+            counts = least_loss(where, self.scores, cost, target, of, self.additive)
+        else:
+            allocation = "uniform" if of == "channels" else self.request.allocation
+            sequence = order(allocation, where, self.scores, cost, self.additive)
+            counts = meet(where, sequence, cost, target, of)
+        return along(where, counts, cost) if self.coupling.program.others else counts
 
 
 def criterion_or_default(
@@ -200,7 +216,9 @@ def criterion_or_default(
         score: A criterion, or None.
         has_data: Whether there is calibration data.
     """
-    return score or ("obs" if has_data else "magnitude")
+    if score is None:
+        return "obs" if has_data else "magnitude"
+    return score
 
 
 def allocation_or_default(
@@ -263,7 +281,7 @@ def check_ratio(ratio: object, where: str) -> None:
     Raises:
         InputError: It is something else.
     """
-    what = f"the ratio is {ratio!r}; it is the fraction removed, between 0 and 1 exclusive"
+    what = f"the ratio is {shown(ratio)}; it is the fraction removed, between 0 and 1 exclusive"
     remedy = "pass e.g. 0.5 to remove half"
     check_number(ratio, "ratio", remedy, above=0, below=1, what=what, where=where)
 
@@ -346,3 +364,25 @@ def _fixed(coupling: Coupling, ratios: Mapping[str, float], held: set[int]) -> d
         if group.tied in by_tie:
             fixed[group.index] = by_tie[group.tied]
     return {i: n for i, n in fixed.items() if i not in held}
+
+
+def refuse_frozen(frozen: Sequence[Frozen], model: str) -> None:
+    """Refuse to choose where no group is free.
+
+    Args:
+        frozen: The dimensions, with the reasons.
+        model: The name of its class.
+
+    Raises:
+        BudgetError: Always.
+    """
+    reasons: dict[str, list[str]] = {}
+    for dimension in frozen:
+        if dimension.size > 1:
+            reasons.setdefault(dimension.reason, []).append(dimension.tensor)
+    text = "; ".join(f"{why} ({listed(names, 2)})" for why, names in reasons.items())
+    raise BudgetError(
+        f"nothing can be removed: {text or 'the model has no parameters of two dimensions'}",
+        where=model,
+        remedy="see print(depcut.analyze(model, inputs)); a hidden layer is needed",
+    )

@@ -35,6 +35,7 @@ class Report:
             changed: a diff of the source.
         unreached: Layers with parameters that the example call did not run; they are as wide as
             they were, and may not fit what feeds them.
+        notes: What the capture had to assume, in words.
     """
 
     digest: str
@@ -46,6 +47,7 @@ class Report:
     compensation: Compensation | None = None
     patched: Mapping[str, str] = field(default_factory=dict)
     unreached: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def lineage(self) -> dict[str, str]:
@@ -73,9 +75,16 @@ class Report:
         for change, names in self._patches().items():
             lines.append(f"  patched: {listed(names)}")
             lines += [f"    {line}" for line in change.splitlines()]
+        whole = self.settings.get("kept_whole")
+        if whole:
+            lines.append(
+                f"  kept whole, as their new widths need a generated module: "
+                f"{listed(whole['groups'])} ({whole['share_of_macs']:.1%} of the MACs)"
+            )
         if self.unreached:
             left = listed(list(self.unreached))
             lines.append(f"  not reached by the example inputs, left as wide as it was: {left}")
+        lines += [f"  note: {note}" for note in self.notes]
         if self.compensation is not None:
             lines += [f"  {line}" for line in str(self.compensation).splitlines()]
         return "\n".join(lines)
@@ -132,6 +141,7 @@ def report(model: nn.Module) -> Report:
     if done is not None:
         done = Compensation(tuple(Repair(**r) for r in done["repairs"]), done["left"])
     data |= {name: tuple(data.get(name, ())) for name in ("macs", "params", "unreached")}
+    data |= {name: tuple(data[name]) for name in ("macs", "params", "notes")}
     return Report(**data, compensation=done)
 
 

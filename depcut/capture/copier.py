@@ -6,6 +6,7 @@ to be done: deep structures need no deep recursion, and each object is visited o
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import enum
 import functools
@@ -22,6 +23,7 @@ import torch
 from torch import fx, nn
 
 from depcut.capture.references import ATOMS, reaches, referent_of
+from depcut.support.failures import first_line, reraise_fatal
 from depcut.support.torch_private import buffers_of, parameters_of
 
 # A change of these would not be seen in the model, or they cannot exist twice.
@@ -247,7 +249,15 @@ class Copier:
     def _module(self, module: nn.Module) -> Any:
         if isinstance(module, torch.jit.ScriptModule) or self.as_its_class_says(type(module)):
             self._meet_tensors(module)
-            return copy.deepcopy(module, self.memo)
+            before = dict(self.memo)
+            try:
+                return copy.deepcopy(module, self.memo)
+            except Exception as error:
+                reraise_fatal(error)
+                if isinstance(module, torch.jit.ScriptModule):
+                    raise
+                self.memo.clear()  # of copies that were not finished
+                self.memo.update(before)
         return self._shell(module, object.__new__(type(module)))
 
     def _object(self, value: Any) -> Any:
@@ -261,11 +271,9 @@ class Copier:
         if not own and not self.as_its_class_says(kind):
             if _is_constant(value):
                 return value
-            try:
-                copied = object.__new__(kind)
-            except TypeError:  # made in C
-                return self._by_protocol(value, self._reduced)
-            return self._shell(value, copied)
+            if not _holds_more(kind):
+                with contextlib.suppress(TypeError):  # made in C
+                    return self._shell(value, object.__new__(kind))
         return self._by_protocol(value, self._reduced)
 
     def _by_protocol(self, value: Any, copied: Callable[[Any, dict[int, Any]], Any]) -> Any:
@@ -275,7 +283,8 @@ class Copier:
             try:
                 return copied(value, self.memo)
             except Exception as error:  # noqa: BLE001, PERF203  (whatever it is: not to be copied)
-                if "during iteration" not in str(error):
+                reraise_fatal(error)
+                if "during iteration" not in first_line(error):
                     break
         self.memo[id(value)] = value
         return value
@@ -349,6 +358,13 @@ def _slots(kind: Any) -> tuple[Any, ...]:
         for attribute in vars(base).values()
         if isinstance(attribute, types.MemberDescriptorType)
     )
+
+
+def _holds_more(kind: Any) -> bool:
+    """Whether objects of a class hold more than attributes and slots: what C code put there."""
+    pointer = tuple.__itemsize__
+    known = object.__basicsize__ + pointer * (2 + len(_slots(kind)))  # attributes, weak references
+    return bool(kind.__basicsize__ > known)
 
 
 def _is_constant(value: Any) -> bool:

@@ -11,6 +11,7 @@ either acts in the capturing thread alone, or does not alter a result:
     nn.Module.__call__            torch.export's tracer sees the calls of the capturing thread only
     logging, stderr, warnings     of the capturing thread are dropped
     garbage collection            off during a conversion to ONNX, and while time is measured
+    the environment               without what torch adds to it
     attention kernels             the formula's in all threads, while second derivatives are taken
     random states                 as before afterwards
 
@@ -22,8 +23,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import logging
 import math
+import os
 import sys
 import threading
 import warnings
@@ -107,9 +110,49 @@ def capturing(root: Callable[[Any], Any] | None = None) -> Iterator[None]:
     Args:
         root: What stands for `math.sqrt`.
     """
-    with _LOCK, preserved(), quiet(), _own_export(), _no_fast_paths(), contextlib.ExitStack() as to:
+    importing("sympy")
+    states = (preserved(), same_environment(), quiet(), _own_export(), _no_fast_paths())
+    with _LOCK, contextlib.ExitStack() as to:
+        for state in states:
+            to.enter_context(state)
         if root is not None:
             to.enter_context(_patched(math, "sqrt", root))
+        yield
+
+
+def importing(name: str) -> None:
+    """Import a library without the warning filters that it sets for the process.
+
+    Args:
+        name: Of its outermost module.
+
+    Raises:
+        ImportError: It is not installed.
+    """
+    if name not in sys.modules:
+        with warnings.catch_warnings():
+            importlib.import_module(name)
+
+
+@contextlib.contextmanager
+def same_environment() -> Iterator[None]:
+    """Without the variables that torch adds to the environment when it is first at work."""
+    before = set(os.environ)
+    try:
+        yield
+    finally:
+        for name in set(os.environ) - before:
+            if name.startswith("TORCH"):
+                os.environ.pop(name, None)
+
+
+@contextlib.contextmanager
+def as_captured() -> Iterator[None]:
+    """The state in which a model's own code computes what its captured graph does.
+
+    Encoders of torch leave out padded positions on their inference path, and return zeros there.
+    """
+    with _LOCK, _no_fast_paths():
         yield
 
 

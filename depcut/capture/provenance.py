@@ -124,6 +124,23 @@ for _symbol, _name in _METHODS.items():
         setattr(_kind, f"__r{_name}__", _traced_operator(_symbol, True))
 
 
+def _comparison(kind: type, name: str) -> Callable[[Any, Any], Any]:
+    own = getattr(kind.__base__, name)
+
+    def method(self: Any, other: Any) -> Any:
+        if isinstance(other, torch.SymInt | torch.SymFloat):
+            # Of an int that is no plain one, a SymInt says that it is another number.
+            return getattr(operator, name)(_plain(self), other)
+        return own(self, other)
+
+    return method
+
+
+for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):
+    for _kind in (Traced, TracedFloat):
+        setattr(_kind, _name, _comparison(_kind, _name))
+
+
 _plain_root = math.sqrt
 
 

@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from depcut.capture.random_state import preserved
+from depcut.capture.refusals import check_module
 from depcut.deploy.convert import OLDER_OPSET, draft
 from depcut.deploy.output_check import TOLERANCES, compare_outputs
 from depcut.deploy.publish import publish
-from depcut.deploy.runtime import batch_size, first_line, open_session
+from depcut.deploy.runtime import batch_size, open_session
 from depcut.errors import ExportError
 from depcut.support import files
+from depcut.support.checks import check_number, check_path
+from depcut.support.failures import first_line
 
 if TYPE_CHECKING:
     import onnx
@@ -106,7 +109,12 @@ def export(
             with PyTorch. Nothing has been written then.
         InputError: `inputs` does not fit the model's forward, or an option is wrong.
     """
+    check_module(model)
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if value is not None:
+            check_number(value, name, "pass a number that is not negative", least=0)
     started = time.perf_counter()
+    path = _checked_name(path)
     with files.workplace(path, "ONNX file", ExportError) as (target, folder), preserved():
         file = folder / target.name
         arguments, proto, session = _loaded(model, inputs, file, metadata, opset)
@@ -114,11 +122,11 @@ def export(
         errors = [
             compare_outputs(model, session, arguments, size, rtol=rtol, atol=atol) for size in sizes
         ]
-        _check_link(Path(path), target, folder)
+        _check_link(path, target, folder)
         del session  # some systems cannot rename a file that is mapped
         written = publish(file, target)
     return ExportReport(
-        path=Path(path),
+        path=path,
         bytes=written,
         opset=next(entry.version for entry in proto.opset_import if entry.domain == ""),
         inputs=tuple(entry.name for entry in proto.graph.input),
@@ -128,6 +136,20 @@ def export(
         max_rel_error=max(relative for _, relative in errors),
         seconds=time.perf_counter() - started,
     )
+
+
+def _checked_name(path: str | os.PathLike[str]) -> Path:
+    """The path, refused where onnx cannot name it: it takes UTF-8 alone."""
+    name = check_path(path, "path", ExportError)
+    try:
+        str(name.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise ExportError(
+            "the ONNX file cannot be written: its path is no valid UTF-8",
+            where=ascii(str(name)),
+            remedy="export to another folder, and move the file from there",
+        ) from error
+    return name
 
 
 def _loaded(

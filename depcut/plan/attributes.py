@@ -97,8 +97,9 @@ def _stuck(
 ) -> dict[fx.Node, str]:
     """Nodes whose numbers the code will not compute, with the reason."""
     stuck: dict[fx.Node, str] = {}
-    captured = keep.coupling.program.sizes  # what runs in training only cannot be generated
-    for demand in (d for d in demands if d.node in captured):
+    graphs = [p.graph.graph for p in keep.coupling.program.examples]
+    # What runs in training only cannot be generated.
+    for demand in (d for d in demands if d.node.graph in graphs):
         why = _unmet(demand, keep, conflicts, settled)
         if why:
             stuck.setdefault(demand.node, why)
@@ -227,7 +228,7 @@ def _repurposed(
     One call may create several nodes, of which one holds the literal.
     """
     sizes = {(id(literals_of(d.node)), d.dense) for d in demands}
-    for node in keep.coupling.program.graph.graph.nodes:
+    for node in (n for p in keep.coupling.program.examples for n in p.graph.graph.nodes):
         received = () if node in keep.gone.nodes else literals_of(node)
         for value, expr in received:
             if expr is None or (id(received), value) in sizes:

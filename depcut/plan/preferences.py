@@ -90,7 +90,8 @@ def _place(coupling: Coupling, node: fx.Node, literal: Literal) -> Any:
     number, index = call_of(node), number_of(node, literal.path)
     if number is None or index is None:
         return None
-    call = coupling.program.torch_calls[number]
+    program = next(p for p in coupling.program.captured if node in p.sizes)
+    call = program.torch_calls[number]
     return call.module, tuple((f.code, f.span) for f in call.frames), call.numbers[index][0]
 
 
@@ -116,7 +117,7 @@ def _computed_with(coupling: Coupling) -> set[int]:
         if isinstance(value, int)
     }
     out: set[int] = set()
-    for node in coupling.program.graph.graph.nodes:
+    for node in (n for p in coupling.program.examples for n in p.graph.graph.nodes):
         received = literals_of(node)
         for value, expr in received:
             if isinstance(expr, tuple) and (id(received), value) not in sizes:

@@ -14,10 +14,11 @@ from depcut.errors import VerificationError
 from depcut.graph.liveness import rewritten
 from depcut.plan.attributes import solve
 from depcut.plan.keep import Keep
+from depcut.rewrite.alike import generate_alike
 from depcut.rewrite.attention_heads import in_attention, narrow_attention
 from depcut.rewrite.dropout import attention_dropout
 from depcut.rewrite.functions import NoSourceError
-from depcut.rewrite.graph import CannotGenerateError, generate
+from depcut.rewrite.graph import CannotGenerateError
 from depcut.rewrite.module import set_attributes
 from depcut.rewrite.observe import observe
 from depcut.rewrite.patches import apply_patch, difference
@@ -66,7 +67,9 @@ class Slim:
             problem = "its generated code differs, too"
             if name not in self.generated:
                 try:
-                    module = generate(self.model, self.keep, name, self.inlined, self._dropouts)
+                    module = generate_alike(
+                        self.model, self.keep, name, self.inlined, self._dropouts
+                    )
                     self._put(name, module)
                     self.generated[name] = why
                     self.patched.pop(name, None)
@@ -116,7 +119,8 @@ class Slim:
 
     @cached_property
     def _dropouts(self) -> dict[fx.Node, float]:
-        return attention_dropout(self.dense, self.keep.coupling.program)
+        programs = self.keep.coupling.program.examples
+        return {n: p for each in programs for n, p in attention_dropout(self.dense, each).items()}
 
     def _put(self, name: str, module: nn.Module) -> None:
         if not name:

@@ -173,9 +173,19 @@ def _asks_for_mode(kind: type[nn.Module]) -> bool:
         tree = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))
     except (OSError, TypeError, SyntaxError):
         return False
-    conditions = [n.test for n in ast.walk(tree) if isinstance(n, ast.If | ast.IfExp | ast.While)]
+    conditions = [
+        node.test
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If | ast.While)
+        # A choice between two numbers is a probability of dropout, which the graph follows.
+        or (isinstance(node, ast.IfExp) and _calls(node.body, node.orelse))
+    ]
     return any(
         isinstance(node, ast.Attribute) and node.attr == "training"
         for condition in conditions
         for node in ast.walk(condition)
     )
+
+
+def _calls(*nodes: ast.expr) -> bool:
+    return any(isinstance(inner, ast.Call) for node in nodes for inner in ast.walk(node))

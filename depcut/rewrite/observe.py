@@ -29,7 +29,7 @@ class Mismatch:
     """A number that the smaller model's code gets wrong.
 
     Attributes:
-        call: Number of the call in the dense program.
+        call: The call of the dense model.
         steps: Where it stands among (args, kwargs).
         actual: What the code gives; 0 where it gives none.
         wanted: What it should be.
@@ -38,7 +38,7 @@ class Mismatch:
         keyword: Whether it is an argument that the call leaves out.
     """
 
-    call: int
+    call: TorchCall
     steps: Steps
     actual: float
     wanted: float
@@ -62,10 +62,10 @@ class Wanted:
     keywords: dict[str, float] = field(default_factory=dict)
 
 
-def wanted(keep: Keep) -> dict[int, Wanted]:
-    """New arguments by the number of the call, for calls with a size or a default that changes."""
+def wanted(keep: Keep) -> dict[TorchCall, Wanted]:
+    """New arguments of the calls that have a size or a default that changes."""
     program = keep.coupling.program
-    out: dict[int, Wanted] = defaultdict(Wanted)
+    out: dict[TorchCall, Wanted] = defaultdict(Wanted)
     for node in keep.coupling.effects:
         number = call_of(node)
         if number is None or node not in program.sizes:
@@ -75,13 +75,13 @@ def wanted(keep: Keep) -> dict[int, Wanted]:
             if isinstance(value, int):
                 at = number_of(node, literal.path)
                 if at is not None:
-                    out[number].numbers[at] = literal.sign * count
+                    out[call].numbers[at] = literal.sign * count
             elif dense != count and isinstance(value, fx.Node):
                 expression = size_expression(value.meta["val"])
                 for i, (_, symbol) in enumerate(call.symbols):
                     if symbol == expression:
-                        out[number].symbols[i] = count, dense
-        out[number].keywords.update(keep.pins(node))
+                        out[call].symbols[i] = count, dense
+        out[call].keywords.update(keep.pins(node))
     return out
 
 
@@ -93,10 +93,13 @@ def observe(slim: nn.Module, keep: Keep, others: Collection[str] = ()) -> list[M
         keep: What stays.
         others: Modules that run other code than the dense model's.
     """
-    observer = _Observer(keep, others)
-    program = keep.coupling.program
-    corrected_calls(slim, program.args, program.kwargs, observer)
-    return observer.found
+    found: list[Mismatch] = []
+    for each in keep.calls:
+        observer = _Observer(each, others)
+        program = each.coupling.program
+        corrected_calls(slim, (program.args, program.kwargs), program.batching, observer)
+        found += observer.found
+    return found
 
 
 class _Observer:
@@ -122,11 +125,10 @@ class _Observer:
         dense = self._counterpart(call)
         if dense is None:
             return args, kwargs
-        before = self.program.torch_calls[dense]
         change = self.wanted.get(dense, Wanted())
         arguments: Any = {"args": args, "kwargs": kwargs}
         for i, ((steps, value), (_, old)) in enumerate(
-            zip(call.numbers, before.numbers, strict=True)
+            zip(call.numbers, dense.numbers, strict=True)
         ):
             new = change.numbers.get(i, old)
             if abs(new - value) > 1e-12 * abs(new):
@@ -142,18 +144,18 @@ class _Observer:
         return arguments["args"], arguments["kwargs"]
 
     def _symbol(
-        self, dense: int, i: int, steps: Steps, count: int, size: int, arguments: Any
+        self, dense: TorchCall, i: int, steps: Steps, count: int, size: int, arguments: Any
     ) -> Any:
         """Compare a multiple of the batch, by its value in the example."""
         value = _get(arguments, steps)
-        _, expression = self.program.torch_calls[dense].symbols[i]
+        _, expression = dense.symbols[i]
         actual, old = hint(value), _evaluated(expression, self.program)
         if old is None or actual == (new := old * count // size):
             return arguments
         self.found.append(Mismatch(dense, steps, actual, new, symbolic=True))
         return _put(arguments, steps, value * new // actual)
 
-    def _counterpart(self, call: TorchCall) -> int | None:
+    def _counterpart(self, call: TorchCall) -> TorchCall | None:
         """The same call of the dense model; None where the module's calls cannot be matched."""
         name = call.module
         stream, at = self.streams[name], self.at[name]
@@ -166,7 +168,7 @@ class _Observer:
             self.lost.add(name)
             return None
         self.at[name] = at + 1
-        return stream[at]
+        return self.program.torch_calls[stream[at]]
 
     def _same(self, call: TorchCall, dense: TorchCall) -> bool:
         return (

@@ -15,6 +15,7 @@ from depcut import axes
 from depcut.capture.calls import Frame, Steps, TorchCall
 from depcut.capture.provenance import OPERATORS, Expr, call_of, literals_of
 from depcut.plan.keep import Keep
+from depcut.rewrite.callees import by_name, importable_name
 from depcut.rewrite.functions import (
     NoSourceError,
     Source,
@@ -48,11 +49,11 @@ def patches(
     Returns:
         Patches by module, and why there is none by module.
     """
-    calls = keep.coupling.program.torch_calls
     wrong: dict[str, list[Mismatch]] = defaultdict(list)
     for mismatch in mismatches:
-        wrong[calls[mismatch.call].module].append(mismatch)
-    provenance, sizes = _provenance(keep), wanted(keep)
+        wrong[mismatch.call.module].append(mismatch)
+    provenance = _provenance(keep)
+    sizes = {call: change for each in keep.calls for call, change in wanted(each).items()}
     found: dict[str, Patch] = {}
     failed: dict[str, str] = {}
     for name, items in wrong.items():
@@ -65,13 +66,14 @@ def patches(
     return found, failed
 
 
-def _provenance(keep: Keep) -> dict[int, tuple[Expr | None, ...]]:
+def _provenance(keep: Keep) -> dict[TorchCall, tuple[Expr | None, ...]]:
     """Where the numbers of each call come from."""
     out = {}
-    for node in keep.coupling.program.graph.graph.nodes:
-        number = call_of(node)
-        if number is not None:
-            out[number] = tuple(expr for _, expr in literals_of(node))
+    for program in keep.coupling.program.examples:
+        for node in program.graph.graph.nodes:
+            number = call_of(node)
+            if number is not None:
+                out[program.torch_calls[number]] = tuple(e for _, e in literals_of(node))
     return out
 
 
@@ -82,6 +84,7 @@ class _Function:
     code: CodeType
     caller: _Function | None = None
     at: tuple[int, ...] = ()
+    module: str = ""
 
 
 @dataclass
@@ -91,10 +94,10 @@ class _Patcher:
     module: nn.Module
     name: str
     keep: Keep
-    provenance: dict[int, tuple[Expr | None, ...]]
-    wanted: dict[int, Wanted]
+    provenance: dict[TorchCall, tuple[Expr | None, ...]]
+    wanted: dict[TorchCall, Wanted]
     edits: dict[_Function, set[Edit]] = field(default_factory=dict)
-    inferred: set[tuple[int, Steps]] = field(default_factory=set)
+    inferred: set[tuple[TorchCall, Steps]] = field(default_factory=set)
 
     def attempt(self, mismatches: Sequence[Mismatch]) -> Patch | str:
         """The patch, or why there can be none."""
@@ -107,71 +110,67 @@ class _Patcher:
         """The edits of every function, methods first."""
         if "forward" in vars(self.module):
             raise CannotPatchError("its forward is set on the instance")
-        by_call: dict[int, list[Mismatch]] = defaultdict(list)
+        by_call: dict[TorchCall, list[Mismatch]] = defaultdict(list)
         for mismatch in mismatches:
             by_call[mismatch.call].append(mismatch)
         chains = self._chains(by_call)
-        for number, items in by_call.items():
-            function = self._function(chains[number])
+        for call, items in by_call.items():
+            function = self._function(chains[call])
             for item in items:
                 self._add(function, self._edit(item))
         for function in list(self.edits):
             self._calls(function)
         return self._ordered()
 
-    def _chains(self, wrong: dict[int, list[Mismatch]]) -> dict[int, tuple[Frame, ...]]:
+    def _chains(self, wrong: dict[TorchCall, list[Mismatch]]) -> dict[TorchCall, tuple[Frame, ...]]:
         """For each call, the frames (innermost first) up to the method that is patched.
 
         As few as tell it from the calls at the same place that need other numbers.
         """
-        calls = self.keep.coupling.program.torch_calls
-        mine = [i for i, call in enumerate(calls) if call.module == self.name and call.frames]
-        out: dict[int, tuple[Frame, ...]] = {}
-        for number in wrong:
-            frames = calls[number].frames
+        programs = self.keep.coupling.program.examples
+        mine = [call for p in programs for call in p.torch_calls if call.module == self.name]
+        out: dict[TorchCall, tuple[Frame, ...]] = {}
+        for call in wrong:
+            frames = call.frames
             if not frames:
                 raise CannotPatchError("a call of torch is not made by the model's code")
             length = self._to_method(frames, 1)
             while True:
                 key = _key(frames[:length])
-                alike = [i for i in mine if _key(calls[i].frames[:length]) == key]
+                alike = [c for c in mine if _key(c.frames[:length]) == key]
                 varying = self._varying(alike, wrong)
                 if not varying or length == len(frames):
                     break
                 length = self._to_method(frames, length + 1)
             if varying:
                 self._infer(alike, varying)
-            out[number] = frames[:length]
+            out[call] = frames[:length]
         lengths: dict[CodeType, int] = {}
         for frames in out.values():
             lengths[frames[0].code] = max(lengths.get(frames[0].code, 0), len(frames))
-        return {i: calls[i].frames[: max(len(f), lengths[f[0].code])] for i, f in out.items()}
+        return {c: c.frames[: max(len(f), lengths[f[0].code])] for c, f in out.items()}
 
-    def _varying(self, alike: Sequence[int], wrong: dict[int, list[Mismatch]]) -> set[Steps]:
+    def _varying(
+        self, alike: Sequence[TorchCall], wrong: dict[TorchCall, list[Mismatch]]
+    ) -> set[Steps]:
         """Where the calls of one expression need different numbers."""
-        calls = self.keep.coupling.program.torch_calls
-        steps = {m.steps for i in alike for m in wrong.get(i, ())}
+        steps = {m.steps for call in alike for m in wrong.get(call, ())}
         needed: dict[Steps, set[Any]] = {at: set() for at in steps}
-        for i in alike:
-            change = self.wanted.get(i, Wanted())
-            numbers = {
-                at: change.numbers.get(k, old) for k, (at, old) in enumerate(calls[i].numbers)
-            }
-            shares = {
-                at: change.symbols.get(k, (1, 1)) for k, (at, _) in enumerate(calls[i].symbols)
-            }
+        for call in alike:
+            change = self.wanted.get(call, Wanted())
+            numbers = {at: change.numbers.get(k, old) for k, (at, old) in enumerate(call.numbers)}
+            shares = {at: change.symbols.get(k, (1, 1)) for k, (at, _) in enumerate(call.symbols)}
             for at in steps:
                 needed[at].add(numbers.get(at, shares.get(at, change.keywords.get(str(at[0])))))
         return {at for at, values in needed.items() if len(values) > 1}
 
-    def _infer(self, alike: Sequence[int], varying: set[Steps]) -> None:
+    def _infer(self, calls: Sequence[TorchCall], varying: set[Steps]) -> None:
         """Leave the one size in which views at one place differ to torch."""
-        calls = [self.keep.coupling.program.torch_calls[i] for i in alike]
         views = all(getattr(call.function, "__name__", "") in _VIEWS for call in calls)
         if len(varying) > 1 or not views or any(v == -1 for c in calls for _, v in c.numbers):
             raise CannotPatchError("one line of its code would need several numbers")
         [steps] = varying
-        self.inferred |= {(i, steps) for i in alike}
+        self.inferred |= {(call, steps) for call in calls}
 
     def _to_method(self, frames: tuple[Frame, ...], length: int) -> int:
         while length <= len(frames):
@@ -190,7 +189,7 @@ class _Patcher:
             elif outer is not None and not holds(outer.code, frame.code):
                 if not isinstance(outer.node, ast.Call):
                     raise CannotPatchError(f"{frame.code.co_name} is not called by name")
-                function = _Function(frame.code, function, outer.span or ())
+                function = _Function(frame.code, function, outer.span or (), frame.module)
             outer = frame
         assert function is not None
         return function
@@ -213,7 +212,7 @@ class _Patcher:
                 return
 
     def _edit(self, mismatch: Mismatch) -> Edit:
-        call = self.keep.coupling.program.torch_calls[mismatch.call]
+        call = mismatch.call
         code = call.frames[0].code
         source = source_of(_outermost(type(self.module), code))
         if mismatch.keyword:
@@ -318,6 +317,9 @@ class _Patcher:
         name = ast.unparse(call.func) if call is not None else ""
         holder = resolved(caller, name, type(self.module)) if _is_dotted(name) else None
         innermost = reachable(holder, function.code) if holder is not None else None
+        if innermost is None:  # what the name stands for is known when it runs
+            name = importable_name(function.module, function.code) or ""
+            innermost = reachable(by_name(name), function.code) if name else None
         if innermost is None:
             raise CannotPatchError(f"{function.code.co_name} is not called by a name that lasts")
         return name, innermost
@@ -326,10 +328,24 @@ class _Patcher:
         source = source_of(caller.__code__)
         call = _call_at(source, function.at)
         assert call is not None
+        if ":" in name:
+            others = "others" if self._calls_others(function) else ""
+            return Edit(source.span(call.func), "callee", number, name=others)
         held = resolved(caller, name, type(self.module))
         first = caller.__code__.co_varnames[:1]
         bound = name.split(".")[:1] == list(first) and isinstance(held, FunctionType)
         return Edit(source.span(call.func), "function", number, name="method" if bound else "")
+
+    def _calls_others(self, function: _Function) -> bool:
+        """Whether the expression that calls a function calls others as well."""
+        assert function.caller is not None
+        for program in self.keep.coupling.program.examples:
+            for call in program.torch_calls:
+                for inner, frame in zip((None, *call.frames), call.frames, strict=False):
+                    if frame.code is function.caller.code and frame.span == function.at:
+                        if inner is None or not holds(function.code, inner.code):
+                            return True
+        return False
 
 
 def _call_at(source: Source, span: tuple[int, ...]) -> ast.Call | None:

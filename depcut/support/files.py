@@ -13,12 +13,18 @@ import os
 import secrets
 import shutil
 import stat
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from depcut.errors import DepcutError
+from depcut.support.checks import check_path
+
+if sys.platform != "win32":
+    import fcntl
 
 DRAFT = ".draft-"  # what the names of unfinished files and folders begin with
 
@@ -29,6 +35,46 @@ _KINDS = {
     stat.S_IFCHR: "device",
     stat.S_IFBLK: "device",
 }
+
+
+_PATIENCE = 6.0  # seconds; the workers of a data loader outlive a process that is killed by five
+
+
+@contextmanager
+def claimed(folder: Path, where: str, error: type[DepcutError] = DepcutError) -> Iterator[None]:
+    """A folder that no other process, or thread, claims for the time of the context.
+
+    Args:
+        folder: It exists.
+        where: The argument that names it.
+        error: What to raise.
+
+    Raises:
+        DepcutError: Another one has claimed it; as `error`.
+    """
+    if sys.platform == "win32":  # it has no such locks
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise error(
+                        "another run is writing to the folder",
+                        where=where,
+                        remedy="wait until it has ended, or choose another folder",
+                    ) from None
+                time.sleep(0.1)
+            except OSError:  # a file system without locks
+                break
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def target_of(
@@ -44,7 +90,7 @@ def target_of(
     Raises:
         DepcutError: There is something else than a file, or no folder to hold one; as `error`.
     """
-    target = Path(path)
+    target = check_path(path, what, error)
     with _translated(target, what, error):
         if target.is_symlink():
             target = Path(os.path.realpath(target))
@@ -130,6 +176,49 @@ def write_json(
         draft.open("w", encoding="utf-8") as file,
     ):
         json.dump(data, file, indent=indent)
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The plain data of a JSON file; what is no regular file is not opened.
+
+    Args:
+        path: The file.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It holds something else: bad syntax, a name twice, nesting beyond all need.
+    """
+    try:
+        return json.loads(read_text(path), object_pairs_hook=_once)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text of a file; what is no regular file (a device, a FIFO) is not opened.
+
+    Args:
+        path: The file.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It holds no UTF-8.
+    """
+    file = check_path(path, "path")
+    kind = _kind(file)
+    if kind not in (None, "file"):
+        raise OSError(f"{file} is a {kind}")
+    return file.read_text(encoding="utf-8")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A dictionary of JSON, each of whose names occurs once."""
+    names: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in names:
+            raise ValueError(f"{name!r} occurs twice in one object")
+        names[name] = value
+    return names
 
 
 def move(draft: Path, target: Path) -> None:
@@ -231,6 +320,7 @@ def make_folder(path: Path, where: str, error: type[DepcutError] = DepcutError) 
     Raises:
         DepcutError: It cannot be made; as `error`.
     """
+    path = check_path(path, where.removesuffix("="), error)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as refusal:

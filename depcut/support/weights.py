@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from torch import Tensor, nn
 
@@ -27,7 +28,8 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     from safetensors.torch import load_model
 
     try:
-        load_model(model, os.fspath(path), strict=True)
+        with _readable(path) as file:
+            load_model(model, os.fspath(file), strict=True)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"the weights cannot be loaded: {error}",
@@ -92,9 +94,24 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
+        with _readable(path) as file:
+            return load_file(file)
     except SafetensorError as error:
         raise ValueError(str(error)) from error
+
+
+@contextmanager
+def _readable(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """The path of a file for safetensors, which reads only names that are UTF-8."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        with TemporaryDirectory() as folder:
+            link = Path(folder) / "link.safetensors"
+            link.symlink_to(Path(path).absolute())
+            yield link
+    else:
+        yield Path(path)
 
 
 @contextmanager

@@ -19,9 +19,12 @@ from torch import nn
 
 from depcut.errors import TrainingError
 from depcut.support import codec, files
+from depcut.support.checks import check_path
+from depcut.support.failures import first_line
 from depcut.support.weights import read_tensors, write_tensors
 
 _STEP = re.compile(r"step-(\d{9})")
+_ENTRIES = {"run", "course", "model", "optimizer", "schedule", "scaler"}
 _BEST = re.compile(r"best-(\d+)\.safetensors")
 
 
@@ -59,7 +62,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
+        self.folder = check_path(folder, "checkpoint", TrainingError)
         files.make_folder(self.folder, f"checkpoint={self.folder}", TrainingError)
 
     def _folders(self) -> list[Path]:
@@ -102,30 +105,47 @@ class Checkpoints:
             return None
         try:
             state = codec.load(folders[-1])
-        except (OSError, ValueError) as error:
-            raise TrainingError(
-                f"the checkpoint cannot be read: {error}",
-                where=str(folders[-1]),
-                remedy="delete this folder, or pass resume=False to start anew",
-            ) from error
-        assert isinstance(state, dict)
-        return state
+            missing = _ENTRIES - state.keys() if isinstance(state, dict) else _ENTRIES
+            if missing:
+                raise ValueError(f"it has no {', '.join(sorted(missing))}")
+        except (OSError, ValueError, RecursionError) as error:
+            raise self.damaged(error) from error
+        return dict(state)
+
+    def damaged(self, error: Exception) -> TrainingError:
+        """What to raise where the newest state cannot be used."""
+        return TrainingError(
+            f"the checkpoint cannot be read: {first_line(error)}",
+            where=str(self._folders()[-1]),
+            remedy="delete this folder, or pass resume=False to start anew",
+        )
 
     def asked(self) -> dict[str, Any]:
         """The identity (`run`) of the training whose state is newest; empty if there is none."""
         folders = self._folders()
         try:
             return dict(codec.load_entry(folders[-1], "run")) if folders else {}
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError, RecursionError):
             return {}  # `latest`, which needs the tensors as well, says what is wrong with it
 
     def clear(self) -> None:
-        """Remove all states."""
-        for path in self._folders():
-            shutil.rmtree(path)
-        for path in self.folder.iterdir():
-            if _BEST.fullmatch(path.name):
-                path.unlink()
+        """Remove all states.
+
+        Raises:
+            TrainingError: They cannot be removed.
+        """
+        try:
+            for path in self._folders():
+                shutil.rmtree(path)
+            for path in self.folder.iterdir():
+                if _BEST.fullmatch(path.name):
+                    path.unlink()
+        except OSError as error:
+            raise TrainingError(
+                f"the checkpoints of an earlier run cannot be removed: {error}",
+                where=f"checkpoint={self.folder}",
+                remedy="remove them, or choose another folder",
+            ) from error
 
     def write_best(self, epoch: int, model: nn.Module) -> None:
         """Keep the weights of an epoch, beside those kept before until the next `write`."""
@@ -142,7 +162,7 @@ class Checkpoints:
         path = self.folder / f"best-{epoch}.safetensors"
         try:
             load_tensors(model, read_tensors(path))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise TrainingError(
                 f"the best weights cannot be read: {error}",
                 where=str(path),

@@ -14,6 +14,7 @@ from torch import nn
 from depcut.apply.plan import Plan
 from depcut.errors import InputError
 from depcut.support import codec, files
+from depcut.support.checks import check_path
 from depcut.support.weights import load_weights, save_weights
 
 FORMAT = 2
@@ -34,9 +35,9 @@ class RunFolder:
     def __init__(
         self, folder: str | os.PathLike[str], request: Mapping[str, Any], resume: bool
     ) -> None:
-        self.folder, self.request = Path(folder), json.loads(json.dumps(request))
+        self.folder = check_path(folder, "checkpoint")
+        self.request = json.loads(json.dumps(request))
         files.make_folder(self.folder, "checkpoint=", InputError)
-        files.remove_drafts(self.folder)  # of a run that was killed while it wrote
         if not resume and self._path(0).exists():
             raise InputError(
                 "the folder holds the steps of an earlier run",
@@ -53,6 +54,7 @@ class RunFolder:
         Raises:
             InputError: They are of another request, or cannot be read.
         """
+        files.remove_drafts(self.folder)  # of a run that was killed while it wrote
         count = 0
         while self._path(count).exists():
             state = self._state(count)
@@ -69,7 +71,7 @@ class RunFolder:
         path = self._path(step)
         try:
             return {name: codec.load_entry(path, name) for name in ("format", "request")}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(
                 f"the checkpoint cannot be read: {error}",
                 where=str(path),
@@ -134,7 +136,7 @@ class RunFolder:
             _set_random_states(state["random"])
             training = set(state["training"])
             record = dict(state["record"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise InputError(
                 f"the state of the step cannot be read: {error}",
                 where=str(self._path(step)),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -29,14 +30,19 @@ from depcut.plan.fingerprint import fingerprint
 from depcut.repair.after_rewrite import wants_repair
 from depcut.rewrite.optimizer import check_optimizer
 from depcut.scores import score_name
-from depcut.support.checks import check_integer
+from depcut.support.checks import check_integer, check_items
+from depcut.support.files import claimed
 from depcut.support.keywords import settled, takes_options
+from depcut.training.checkpoint import digest
 from depcut.training.compose import TensorIndices, composed
 from depcut.training.folders import RunFolder
+from depcut.training.identity import callable_text, data_text, structure_text
+from depcut.training.optimizers import made_by
 
 Retrain = Callable[..., nn.Module | None]
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
+_MOST = 10_000  # turns
 _KEEPS = 1e-9  # a smaller share than this is nothing to remove
 
 
@@ -122,8 +128,8 @@ def iterate(
         optimizer: A function from a model to its optimizer.
         checkpoint: Folder to which every finished step is written: plan (JSON), weights and
             optimizer state (safetensors), torch's random state. Data loaders and other sources of
-            chance are the caller's to seed, by step. The model passed must be the dense one of
-            the run that is resumed.
+            chance are the caller's to seed, by step. A run is resumed with the same dense model,
+            functions and data: others are refused.
         options: What else is chosen, as one object; the keywords that follow go before it.
         **given: The fields of `depcut.Options`.
 
@@ -148,12 +154,22 @@ def iterate(
         "of": chosen.of,
         "score": score_name(score),
         "compensate": chosen.compensate,
-        "optimizer_state": chosen.optimizer_state if optimizer else None,
+        "optimizer_state": chosen.optimizer_state if optimizer is not None else None,
         "architecture": fingerprint(dense.coupling),
     }
+    if checkpoint is not None:
+        request |= {
+            "structure": structure_text(model),
+            "weights": digest(model),
+            "retrain": callable_text(retrain),
+            "optimizer": callable_text(optimizer),
+            "loss": callable_text(loss),
+            "data": None if items is None else f"{len(items)} items {data_text(items[:1])}",
+        }
     disk = None if checkpoint is None else RunFolder(checkpoint, request, chosen.resume)
     turns = _Turns(dense, targets, retrain, optimizer, loss, items, disk, chosen)
-    run = turns.run()
+    with nullcontext() if disk is None else claimed(disk.folder, "checkpoint=", InputError):
+        run = turns.run()
     settings = {
         "ratio": targets[-1],
         "of": chosen.of,
@@ -260,7 +276,7 @@ class _Turns:
         run.reports.append(report(slim))
         run.model = slim
         if self.make is not None and sliced is None:
-            run.optimizer = self.make(slim)
+            run.optimizer = made_by(self.make, slim)
             check_optimizer(run.optimizer, slim)
 
     def _retrain(self, run: _Run, step: int) -> None:
@@ -302,14 +318,14 @@ def _targets(ratio: float | None, steps: Any) -> tuple[float, ...]:
     """The ratio of the dense quantity that is gone after each step."""
     if isinstance(steps, str) or not isinstance(steps, Iterable):
         check_ratio(ratio, "ratio=")
-        return geometric(float(ratio or 0), check_integer(steps, "steps", 1))
+        return geometric(float(ratio or 0), check_integer(steps, "steps", 1, _MOST))
     if ratio is not None:
         raise InputError(
             "a list of steps stands for the ratio too",
             where="steps=",
             remedy="leave ratio out, or pass the number of steps",
         )
-    values = tuple(steps)
+    values = check_items(steps, "steps", "pass a number of steps, or the ratio after each of them")
     for i, value in enumerate(values):
         if i or value != 0:
             check_ratio(value, f"steps=, item {i}")

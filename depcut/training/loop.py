@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +14,19 @@ from typing_extensions import Unpack
 
 from depcut.apply.plan import Plan
 from depcut.capture.inputs import device_of
+from depcut.capture.process_state import importing
 from depcut.capture.random_state import preserved
+from depcut.capture.refusals import check_module
 from depcut.errors import DepcutError, InputError, TrainingError
 from depcut.rewrite.copying import copied
 from depcut.support.accelerate_private import TRACES, reset_state
-from depcut.support.checks import check_integer
+from depcut.support.checks import check_function, check_integer, check_kind
+from depcut.support.files import claimed
 from depcut.support.keywords import settled, takes_options
 from depcut.training.batches import Loader, open_loader
 from depcut.training.checkpoint import Checkpoints, digest
 from depcut.training.distillation import Distillation
+from depcut.training.identity import callable_text, structure_text
 from depcut.training.optimizers import Build, optimizer_for
 from depcut.training.options import RetrainKeywords, TrainingOptions
 from depcut.training.rates import Start, peak_rate, schedule_of
@@ -81,7 +85,8 @@ def retrain(
     with the weights that it would have had, bit for bit on a CPU with as many threads. For that,
     the order and the content of the batches must depend on nothing but random numbers: torch, numpy
     and random are seeded before each epoch, and so is a loader's own generator; batches that are
-    done are read again and left aside. Afterwards the caller's random states are as before.
+    done are read again and left aside. Afterwards the caller's random states are as before. What
+    the caller's functions, the loader and the model raise while it trains is not caught.
 
     Args:
         model: The model; it is not changed.
@@ -108,18 +113,24 @@ def retrain(
         DepcutError: accelerate is not installed.
     """
     chosen = settled(TrainingOptions, options, given, RetrainKeywords, "retrain")
+    if plan is not None:
+        check_kind(plan, Plan, "plan", "pass what analysis.plan(...) returned")
     course = _course(epochs, loss, metric, chosen)
     _check(model, course, valid is not None, chosen.distillation)
     peak = peak_rate(chosen.lr, chosen.original, optimizer)
     teaching = chosen.distillation
-    with _accelerated(chosen.accelerator, chosen.mixed_precision) as accelerator, preserved():
+    with (
+        _accelerated(chosen.accelerator, chosen.mixed_precision) as accelerator,
+        preserved(),
+        ExitStack() as claim,
+    ):
         ranks = {"rank": accelerator.process_index, "world": accelerator.num_processes}
         data = open_loader(train, "train=", model, pairs=loss is not None, **ranks)
         pairs = loss is not None or metric is not None
         judged = None
         if valid is not None:
             judged = open_loader(valid, "valid=", model, pairs=pairs, **ranks)
-        store = _opened(checkpoint, chosen.resume, accelerator)
+        store = claim.enter_context(_opened(checkpoint, chosen.resume, accelerator))
         steps = epochs * -(-data.own // chosen.gradient_accumulation)
         with nullcontext() if teaching is None else teaching.paused():
             net = copied(model, {}).to(accelerator.device)
@@ -130,7 +141,9 @@ def retrain(
             rates, settings = schedule_of(chosen.schedule, own_optimizer, steps, start, **how)
         settings["optimizer"] = type(own_optimizer).__name__
         settings["mixed_precision"] = accelerator.mixed_precision
-        run = {} if store is None else _identity(model, data, course, settings, accelerator)
+        run = {}
+        if store is not None:
+            run = _identity(model, data, course, settings, accelerator, teaching)
         teacher = None if teaching is None else teaching.of(net, accelerator.device)
         trainer = Trainer(
             net, data, judged, course, own_optimizer, rates, accelerator, teacher, store, run
@@ -152,7 +165,12 @@ def _trained(trainer: Trainer, teacher: Distillation | None, shown: bool) -> int
 
 
 def _identity(
-    model: nn.Module, data: Loader, options: Settings, settings: dict[str, Any], accelerator: Any
+    model: nn.Module,
+    data: Loader,
+    options: Settings,
+    settings: dict[str, Any],
+    accelerator: Any,
+    teaching: Distillation | None,
 ) -> dict[str, Any]:
     """What a checkpoint must have in common with the training that goes on from it."""
     return {
@@ -164,19 +182,27 @@ def _identity(
         "max_grad_norm": options.max_grad_norm,
         "processes": accelerator.num_processes,
         "patience": options.patience,
+        "structure": structure_text(model),
         "weights": digest(model),
+        "loss": callable_text(options.loss),
+        "metric": callable_text(options.metric),
+        "distillation": callable_text(teaching),
+        "teacher": None if teaching is None else digest(teaching.dense),
     }
 
 
-def _opened(folder: Any, resume: bool, accelerator: Any) -> Checkpoints | None:
-    """The checkpoints of a folder, cleared first unless the run resumes."""
+@contextmanager
+def _opened(folder: Any, resume: bool, accelerator: Any) -> Iterator[Checkpoints | None]:
+    """The checkpoints of a folder that no other run uses, cleared first unless the run resumes."""
     if folder is None:
-        return None
-    store = Checkpoints(folder)
-    if not resume and accelerator.is_main_process:
-        store.clear()
-    accelerator.wait_for_everyone()
-    return store
+        yield None
+        return
+    store, writes = Checkpoints(folder), accelerator.is_main_process
+    with claimed(store.folder, "checkpoint=", TrainingError) if writes else nullcontext():
+        if writes and not resume:
+            store.clear()
+        accelerator.wait_for_everyone()
+        yield store
 
 
 def _result(
@@ -218,19 +244,10 @@ def _course(
 def _check(
     model: Any, options: Settings, validates: bool, distillation: Distillation | None
 ) -> None:
-    if not isinstance(model, nn.Module):
-        raise InputError(
-            f"model is a {type(model).__name__}, not a torch.nn.Module",
-            where="model",
-            remedy="pass the module itself",
-        )
+    check_module(model)
     for name, function in (("loss", options.loss), ("metric", options.metric)):
-        if function is not None and not callable(function):
-            raise InputError(
-                f"{name} is a {type(function).__name__}, not a function",
-                where=f"{name}=",
-                remedy="pass a function of (output, target)",
-            )
+        if function is not None:
+            check_function(function, name, "pass a function of (output, target)")
     if options.loss is None and distillation is None:
         raise InputError(
             "there is nothing to minimise",
@@ -255,6 +272,7 @@ def _check(
 def _accelerated(given: Any, mixed_precision: str | None) -> Iterator[Any]:
     """An Accelerator; the process-wide state that making it set is taken back."""
     try:
+        importing("accelerate")
         from accelerate import Accelerator, state
     except ImportError as error:
         raise DepcutError(
@@ -265,7 +283,7 @@ def _accelerated(given: Any, mixed_precision: str | None) -> Iterator[Any]:
         ) from error
     existed = state.is_initialized()
     try:
-        accelerator = given or Accelerator(mixed_precision=mixed_precision)
+        accelerator = given if given is not None else Accelerator(mixed_precision=mixed_precision)
     except ValueError as error:
         raise InputError(
             f"accelerate refuses: {error}",

@@ -16,9 +16,11 @@ from torch import nn
 from depcut.calibration.data import Batch, moved
 from depcut.capture.modes import modes
 from depcut.errors import InputError, TrainingError
+from depcut.support.failures import reraise_fatal
 from depcut.training.batches import Loader
 from depcut.training.checkpoint import Checkpoints, load_tensors, model_tensors
 from depcut.training.distillation import Distillation
+from depcut.training.identity import data_text
 from depcut.training.optimizers import load_named_state, named_state, names_of
 from depcut.training.streams import DATA, STEP, VALID, seed_everything
 
@@ -121,6 +123,8 @@ class Trainer:
         state = self.checkpoints.latest() if self.checkpoints is not None else None
         if state is None or self.checkpoints is None:
             return 0
+        if "data" in state["run"] and self.accelerator.is_main_process:
+            self._note_data(next(self.train.read(self.options.seed, DATA, 0)))
         for key, value in self.identity.items():
             was = state["run"].get(key)
             if was != value:
@@ -129,12 +133,16 @@ class Trainer:
                     where=f"checkpoint={self.checkpoints.folder}",
                     remedy="pass another folder, or resume=False to start anew in this one",
                 )
-        load_tensors(self.net, state["model"])
-        load_named_state(self.plain_optimizer, self.names, state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        if self.accelerator.scaler is not None and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.course = Course(**state["course"])
+        try:
+            load_tensors(self.net, state["model"])
+            load_named_state(self.plain_optimizer, self.names, state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            if self.accelerator.scaler is not None and state["scaler"]:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+            self.course = Course(**state["course"])
+        except Exception as error:
+            reraise_fatal(error)
+            raise self.checkpoints.damaged(error) from error
         return self.course.step
 
     def run(self, progress: Progress) -> None:
@@ -198,8 +206,15 @@ class Trainer:
                     where=self.train.place,
                     remedy="pass a loader that gives as many batches every epoch as len() says",
                 )
+            if not course.epoch and not number:
+                self._note_data(batches[0])
             if number >= done:
                 yield batches
+
+    def _note_data(self, first: Batch) -> None:
+        """The first batch of the first epoch tells the data from others."""
+        if self.checkpoints is not None:
+            self.identity["data"] = data_text([first.args, first.kwargs, first.target])
 
     def _step(self, batches: list[Batch]) -> None:
         """One step of the optimizer."""

@@ -13,19 +13,13 @@ from depcut.capture.program import ModuleCall
 from depcut.reference.run import Reference
 from depcut.rewrite.build import Slim
 from depcut.support.closeness import relative_error
+from depcut.support.failures import reraise_fatal
 from depcut.support.torch_private import pytree
 from depcut.verify.module_results import Trial, module_results_of_clone
 from depcut.verify.replay import Recording, Replay, is_drawing
 
-RUNTIME_ERRORS = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    AssertionError,
-    IndexError,
-    AttributeError,
-    KeyError,
-)
+# The model's own code may raise anything at new widths; see also `reraise_fatal`.
+RUNTIME_ERRORS = (Exception,)
 
 
 def culprits(slim: Slim, model: nn.Module, limit: float, trial: Trial) -> list[str]:
@@ -68,7 +62,8 @@ def culprits(slim: Slim, model: nn.Module, limit: float, trial: Trial) -> list[s
     try:
         replay = Replay(keep, recording, sliced=True) if draws else None
         module_results_of_clone(watched, keep, trial, replay)
-    except Exception:  # noqa: BLE001  the innermost call still open is the one that raised
+    except Exception as error:  # noqa: BLE001  the innermost call still open has raised
+        reraise_fatal(error)
         raised = next((n for n in reversed(run.running) if n not in slim.generated), "")
         return run.wrong or [raised]
     return run.wrong or [""]
@@ -116,7 +111,8 @@ class _Run:
             deep = len(self.running)
             try:
                 return plain(*args, **kwargs)
-            except RUNTIME_ERRORS:
+            except RUNTIME_ERRORS as error:
+                reraise_fatal(error)
                 right = self._right(call) if deep and self.good[deep - 1] else None
                 self.lost = self.lost or (name not in self.generated and right is None)
                 if self.lost or right is None or name in self.generated:

@@ -11,6 +11,7 @@ from depcut.capture.random_state import preserved
 from depcut.errors import DepcutError, VerificationError
 from depcut.plan.keep import Keep
 from depcut.rewrite.copying import copied
+from depcut.support.failures import first_line, reraise_fatal
 from depcut.verify.compare import Expected, Found, compare
 from depcut.verify.culprit import RUNTIME_ERRORS
 from depcut.verify.exciting import exciting
@@ -88,7 +89,8 @@ class _Equal:
         except DepcutError:
             return  # a generated module refuses what it was not captured for
         except RUNTIME_ERRORS as problem:
-            found = Found(message=f"{type(problem).__name__}: {problem}"[:300])
+            reraise_fatal(problem)
+            found = Found(message=first_line(problem))
         if not found.good:
             _refuse(found, "at another length or image size, ")
 
@@ -113,7 +115,8 @@ class _Equal:
         double = Trial(dtype=torch.float64, leaves=trial.leaves)
         try:
             return self._against_graph(copied(self.slim, {}).double(), double).good
-        except RUNTIME_ERRORS:
+        except RUNTIME_ERRORS as problem:
+            reraise_fatal(problem)
             return False
 
 

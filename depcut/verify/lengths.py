@@ -24,6 +24,7 @@ from depcut.plan.attributes import attribute_value, solve
 from depcut.plan.keep import Keep
 from depcut.reference.run import example
 from depcut.rewrite.build import Slim
+from depcut.support.failures import first_line
 from depcut.support.torch_private import TorchDispatchMode, pytree
 from depcut.verify.module_results import follow
 from depcut.verify.replay import are_close, numbers_of
@@ -213,7 +214,7 @@ def differs_at(slim: Slim, model: nn.Module, other: Sequence[Any]) -> Difference
         open_calls = second.running or [""]
         if any(name in slim.generated for name in open_calls):
             return None
-        return Difference(open_calls[-1], f"at another length, {type(problem).__name__}: {problem}")
+        return Difference(open_calls[-1], f"at another length, {first_line(problem)}")
     return _difference(dense, (first, second), generated)
 
 

@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from depcut.axes import Dims
 from depcut.capture.clone import clone
+from depcut.capture.process_state import as_captured
 from depcut.capture.program import ModuleCall, Program, stack_entries
 from depcut.capture.random_state import restore_python
 from depcut.graph.arguments import sources_of_storage
@@ -168,7 +169,8 @@ def run_plain(
 def _run(seen: nn.Module, args: Any, kwargs: Any, keep: Keep, replay: Replay | None) -> list[Any]:
     if keep.coupling.program.states is not None:
         restore_python(keep.coupling.program.states)
-    with torch.no_grad(), replay.mode() if replay is not None else nullcontext():
+    drawn = replay.mode() if replay is not None else nullcontext()
+    with torch.no_grad(), as_captured(), drawn:
         return list(pytree.tree_leaves(seen(*args, **kwargs)))
 
 

@@ -13,6 +13,7 @@ from depcut.errors import VerificationError
 from depcut.plan.keep import Keep
 from depcut.reference.run import Spared
 from depcut.rewrite.copying import copied
+from depcut.support.failures import reraise_fatal
 from depcut.verify.compare import Found, compare
 from depcut.verify.culprit import RUNTIME_ERRORS
 from depcut.verify.exciting import exciting
@@ -56,7 +57,8 @@ def verify_repaired(
     if not found.message:
         try:
             exact = _compared(copied(slim, {}).double(), keep, model, spared, torch.float64)
-        except RUNTIME_ERRORS:
+        except RUNTIME_ERRORS as problem:
+            reraise_fatal(problem)
             exact = found
         if exact.good:
             return

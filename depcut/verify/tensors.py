@@ -36,7 +36,7 @@ def check_tensors(
     """
     program, small = keep.coupling.program, held_tensors(slim)
     rescaled = {
-        program.tensors.get(g) for e in keep.coupling.effects.values() for g, _, _ in e.rescales
+        program.names.get(g) for e in keep.coupling.effects.values() for g, _, _ in e.rescales
     } | set(estimates(program).values())
     shared = {alias for name in besides for alias in program.aliases.get(name, (name,))}
     for name, tensor in held_tensors(model).items():

@@ -18,6 +18,7 @@ from depcut.reference.run import masked_outputs
 from depcut.rewrite.build import Slim
 from depcut.rewrite.copying import copied
 from depcut.support.closeness import relative_error
+from depcut.support.failures import first_line, reraise_fatal
 from depcut.verify.compare import CERTAIN, Expected, Found, compare
 from depcut.verify.culprit import RUNTIME_ERRORS, culprits
 from depcut.verify.equal import verify_equal
@@ -31,6 +32,8 @@ from depcut.verify.replay import Replay, is_drawing
 from depcut.verify.tensors import check_tensors
 
 __all__ = ["TOLERANCE", "masked_outputs", "verify", "verify_equal"]
+
+_WITH_WEIGHTS = "apply the plan to the model with its weights, where depcut can repair this"
 
 
 @preserved()
@@ -71,8 +74,7 @@ class Attempt:
 
 
 def _failed(problem: Exception) -> Found:
-    message = f"{type(problem).__name__}: {problem}"[:300]
-    return Found(math.inf, math.inf, False, message)
+    return Found(math.inf, math.inf, False, first_line(problem))
 
 
 @dataclass
@@ -186,6 +188,7 @@ class _Verification:
             expected = self._reference(trial)
             found = self._against(self.slim.model, expected, trial)
         except RUNTIME_ERRORS as problem:
+            reraise_fatal(problem)
             return Attempt(_failed(problem), problem)
         if not found.good or not self.slim.generated:
             return Attempt(found)
@@ -195,6 +198,7 @@ class _Verification:
             outputs = run_plain(self.slim.model, self.keep, trial, replay)
             size, message = relative_error(expected.outputs, outputs)
         except RUNTIME_ERRORS as problem:
+            reraise_fatal(problem)
             return Attempt(_failed(problem), problem, beside=True)
         limit = max(TOLERANCE[torch.float32], TOLERANCE[self._precision], 2 * found.size)
         if message or size > limit:
@@ -224,7 +228,8 @@ class _Verification:
         try:
             expected = self._reference(double)
             return self._against(copied(self.slim.model, {}).double(), expected, double)
-        except RUNTIME_ERRORS:
+        except RUNTIME_ERRORS as problem:
+            reraise_fatal(problem)
             return None
 
     def _holds(self, trial: Trial) -> bool:
@@ -234,7 +239,8 @@ class _Verification:
             expected = reference_values(whole, self.model, trial, looks=self.draws)
             replay = Replay(whole, expected.recording) if self.draws else None
             outputs = run_plain(self.model, whole, trial, replay)
-        except RUNTIME_ERRORS:
+        except RUNTIME_ERRORS as problem:
+            reraise_fatal(problem)
             return False
         size, message = relative_error(expected.outputs, outputs)
         return not message and size <= TOLERANCE[self._precision]
@@ -272,8 +278,9 @@ class _Verification:
                 self.slim, self.model, CERTAIN if found.size <= limit else limit, self.whole
             )
         except RUNTIME_ERRORS as problem:
+            reraise_fatal(problem)
             raise VerificationError(
-                f"the captured graph cannot be narrowed: {problem}"[:300],
+                f"the captured graph cannot be narrowed: {first_line(problem)}",
                 where=_place(self.keep, self.suspect or ""),
                 remedy="a rule is wrong: keep the layers concerned with ignore=, and report it",
             ) from problem
@@ -300,14 +307,21 @@ def _verify_shapes(slim: Slim, model: nn.Module) -> float:
     """
     try:
         module_results(model, Keep(slim.keep.coupling, {}), Trial())
-    except RUNTIME_ERRORS:
+    except RUNTIME_ERRORS as problem:
+        reraise_fatal(problem)
         return math.nan
-    seen = module_results(slim.model, slim.keep, Trial())
+    try:
+        seen = module_results(slim.model, slim.keep, Trial())
+    except RUNTIME_ERRORS as problem:
+        reraise_fatal(problem)
+        raise VerificationError(
+            first_line(problem), where="a model on the meta device", remedy=_WITH_WEIGHTS
+        ) from problem
     if seen.shape:
         raise VerificationError(
             seen.shape,
             where="a model on the meta device",
-            remedy="apply the plan to the model with its weights, where depcut can repair this",
+            remedy=_WITH_WEIGHTS,
         )
     return 0.0
 
