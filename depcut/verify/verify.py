@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from depcut.capture.flags import flags_as_before
 from depcut.capture.program import parent_of, stack_entries, where
 from depcut.capture.random_state import preserved
 from depcut.errors import VerificationError
@@ -23,7 +24,6 @@ from depcut.verify.compare import CERTAIN, Expected, Found, compare
 from depcut.verify.culprit import RUNTIME_ERRORS, culprits
 from depcut.verify.equal import verify_equal
 from depcut.verify.exciting import exciting
-from depcut.verify.flags import flags_as_before
 from depcut.verify.lengths import Difference, changed_attributes, differs_at, other_inputs
 from depcut.verify.module_results import Trial, module_results, run_plain
 from depcut.verify.precision import TOLERANCE, is_half
@@ -157,8 +157,10 @@ class _Verification:
                 whole = self._try(self.whole) if trial != self.whole else attempt
                 if not whole.found.good:
                     return attempt if attempt.problem is None else whole
-                if self._holds(trial):
-                    return attempt
+                # What raised and does not a second time is no fault of the code.
+                again = attempt if attempt.problem is None else self._try(trial)
+                if not again.found.good and self._holds(trial):
+                    return again
                 attempt = whole
             worst = max(worst, attempt.found.size)
         return Attempt(Found(worst))
