@@ -179,9 +179,33 @@ FAULTS = [
     ),
     Fault(
         "verify",
-        "return Attempt(size, message)",
-        "return Attempt(0.0, message)",
+        "        return not self.message and self.excess <= 1",
+        "        return not self.message",
         "tests/test_verify.py -k wrong_number",
+    ),
+    Fault(
+        "verify",
+        "            result.copy_(part)",
+        "            pass",
+        "tests/field/test_verification.py -k compared_by_value",
+    ),
+    Fault(
+        "verify",
+        "found.message, found.module = problem, module",
+        "pass",
+        "tests/field/test_verification.py -k out_of_sight",
+    ),
+    Fault(
+        "verify",
+        "return self._first_difference() if self.follows else None",
+        "return None",
+        "tests/field/test_verification.py -k elsewhere",
+    ),
+    Fault(
+        "verify",
+        "tolerance(pair.dtype, double=double)",
+        "tolerance(pair.dtype)",
+        "tests/field/test_verification.py -k coarse",
     ),
     Fault(
         "repair",

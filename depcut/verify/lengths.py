@@ -9,7 +9,7 @@ a width in it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,61 +79,65 @@ class Difference:
     why: str
 
 
-def may_depend_on_a_length(slim: Slim, model: nn.Module) -> bool:
-    """Whether the rewrite changed what code of the user may take for a length.
+def changed_attributes(slim: Slim, model: nn.Module) -> list[tuple[int, int]]:
+    """(dense value, new value) of the attributes that code of the user may take for a length.
 
-    Slicing parameters does not, nor do the attributes of torch's own layers, nor what was
-    generated: that refuses other sizes itself.
+    Those of torch's own layers are none.
 
     Args:
         slim: The smaller model.
         model: The dense model.
     """
-    if slim.patched:
-        return True
     modules = dict(model.named_modules(remove_duplicate=False))
-    return any(
-        value != attribute_value(model, attribute)
-        and not type(modules[attribute[0]]).__module__.startswith("torch.")
+    values = {
+        (attribute_value(model, attribute), value)
         for attribute, value in solve(slim.keep, model).values.items()
-    )
+        if not type(modules[attribute[0]]).__module__.startswith("torch.")
+    }
+    return sorted((old, new) for old, new in values if old is not None and old != new)
 
 
-def other_inputs(keep: Keep, model: nn.Module) -> list[Any] | None:
-    """Flat inputs of another length or image size, which the dense model takes.
+def other_inputs(
+    keep: Keep, model: nn.Module, changed: Sequence[tuple[int, int]] = ()
+) -> list[list[Any]]:
+    """Flat inputs of other lengths or image sizes, which the dense model takes.
 
     All dimensions of one size change together, in all inputs; never the batch.
 
     Args:
         keep: Whose program's inputs.
         model: The dense model.
+        changed: Old and new values of numbers that may be compared with a length.
 
     Returns:
-        None where it takes none of those tried.
+        At most one of a shorter length, and one of a length between an old and a new number.
     """
     leaves = pytree.tree_leaves(example(keep, rows=1))
-    seen = clone(model, buffers=True)
-    for tried, (size, other) in enumerate(_sizes(leaves)):
-        if tried == _TRIES:
-            return None
-        changed = [_resized(leaf, size, other) for leaf in leaves]
-        args, kwargs = example(keep, leaves=changed)
-        try:
-            with torch.no_grad(), as_captured():
-                seen(*args, **kwargs)
-        except Exception:  # noqa: BLE001  whatever the model's code raises: it does not take them
-            continue
-        return changed
-    return None
-
-
-def _sizes(leaves: Sequence[Any]) -> Iterator[tuple[int, int]]:
-    """(size, another one) of dimensions that are not the batch, the longest ones first."""
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     found = sorted({n for t in tensors for n in t.shape[1:] if n > 1}, reverse=True)
-    halves = [(n, n // 2) for n in found if n >= 4]
-    yield from halves
-    yield from [(n, n - 1 if n > 2 else n + 1) for n in found]
+    middles = list(dict.fromkeys((old + new + 1) // 2 for old, new in changed))
+    between = [(n, other) for other in middles for n in found if n != other]
+    shorter = [(n, n // 2) for n in found if n >= 4]
+    shorter += [(n, n - 1 if n > 2 else n + 1) for n in found]
+    seen = clone(model, buffers=True)
+    out = []
+    for tried in (between, shorter):
+        for size, other in tried[:_TRIES]:
+            changed_leaves = [_resized(leaf, size, other) for leaf in leaves]
+            if _takes(seen, keep, changed_leaves):
+                out.append(changed_leaves)
+                break
+    return out
+
+
+def _takes(model: nn.Module, keep: Keep, leaves: Sequence[Any]) -> bool:
+    args, kwargs = example(keep, leaves=leaves)
+    try:
+        with torch.no_grad(), as_captured():
+            model(*args, **kwargs)
+    except Exception:  # noqa: BLE001  whatever the model's code raises: it does not take them
+        return False
+    return True
 
 
 def _resized(leaf: Any, size: int, other: int) -> Any:
@@ -142,7 +146,7 @@ def _resized(leaf: Any, size: int, other: int) -> Any:
         return leaf
     for dim in range(1, leaf.ndim):
         if leaf.shape[dim] == size:
-            leaf = torch.cat([leaf, leaf], dim).narrow(dim, 0, other)
+            leaf = torch.cat([leaf] * -(-other // size), dim).narrow(dim, 0, other)
     return leaf.clone()
 
 
@@ -187,21 +191,18 @@ class _Tracer(TorchDispatchMode):
         return out
 
 
-def differs_elsewhere(slim: Slim, model: nn.Module) -> Difference | None:
+def differs_at(slim: Slim, model: nn.Module, other: Sequence[Any]) -> Difference | None:
     """Where the smaller model does not follow the dense one at another length, if anywhere.
 
     Args:
         slim: The smaller model, which is right at the captured sizes.
         model: The dense model.
+        other: Flat inputs of that length.
 
     Returns:
-        None where it does, where the dense model takes no other length, and where it is a
-        generated module that refuses the other length.
+        None where it does, and where it is a generated module that refuses the other length.
     """
     keep = slim.keep
-    other = other_inputs(keep, model)
-    if other is None:
-        return None
     given = pytree.tree_leaves(example(keep, rows=1))
     generated = {*slim.generated, *slim.inlined}
     dense = traced(model, keep, given), traced(model, keep, other)

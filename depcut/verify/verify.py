@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
+from depcut.capture.flags import flags_as_before
 from depcut.capture.program import parent_of, stack_entries, where
 from depcut.capture.random_state import preserved
 from depcut.errors import VerificationError
@@ -22,8 +24,7 @@ from depcut.verify.compare import CERTAIN, Expected, Found, compare
 from depcut.verify.culprit import RUNTIME_ERRORS, culprits
 from depcut.verify.equal import verify_equal
 from depcut.verify.exciting import exciting
-from depcut.verify.flags import flags_as_before
-from depcut.verify.lengths import Difference, differs_elsewhere, may_depend_on_a_length
+from depcut.verify.lengths import Difference, changed_attributes, differs_at, other_inputs
 from depcut.verify.module_results import Trial, module_results, run_plain
 from depcut.verify.precision import TOLERANCE, is_half
 from depcut.verify.reference_values import reference_values
@@ -84,13 +85,15 @@ class _Verification:
         slim: The smaller model; modules of it are generated.
         model: The dense model.
         suspect: The module that was wrong first.
-        follows: Whether another length is tried; None: not known yet.
+        follows: Whether other lengths are tried; None: not known yet.
+        others: Flat inputs of other lengths.
     """
 
     slim: Slim
     model: nn.Module
     suspect: str | None = None
     follows: bool | None = None
+    others: list[list[Any]] = field(default_factory=list)
     _expected: dict[Trial, Expected] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -129,10 +132,21 @@ class _Verification:
             self._deal_with(attempt)
 
     def _elsewhere(self) -> Difference | None:
-        """Where it does not follow the dense model at another length, if anywhere."""
+        """Where it does not follow the dense model at another length, if anywhere.
+
+        Slicing parameters does not depend on a length, nor do the attributes of torch's own
+        layers; what is generated refuses other lengths itself.
+        """
         if self.follows is None:
-            self.follows = may_depend_on_a_length(self.slim, self.model)
-        return differs_elsewhere(self.slim, self.model) if self.follows else None
+            changed = changed_attributes(self.slim, self.model)
+            self.follows = bool(changed or self.slim.patched)
+            if self.follows:
+                self.others = other_inputs(self.keep, self.model, changed)
+        return self._first_difference() if self.follows else None
+
+    def _first_difference(self) -> Difference | None:
+        found = (differs_at(self.slim, self.model, other) for other in self.others)
+        return next((difference for difference in found if difference is not None), None)
 
     def _compared(self) -> Attempt:
         """What was wrong in the first trial that was; else the largest difference of all."""
@@ -143,8 +157,10 @@ class _Verification:
                 whole = self._try(self.whole) if trial != self.whole else attempt
                 if not whole.found.good:
                     return attempt if attempt.problem is None else whole
-                if self._holds(trial):
-                    return attempt
+                # What raised and does not a second time is no fault of the code.
+                again = attempt if attempt.problem is None else self._try(trial)
+                if not again.found.good and self._holds(trial):
+                    return again
                 attempt = whole
             worst = max(worst, attempt.found.size)
         return Attempt(Found(worst))
