@@ -26,6 +26,7 @@ from depcut.apply.plan import Plan, planned
 from depcut.axes import Indices
 from depcut.branches.branch import Branch, Residuals
 from depcut.branches.find import residuals
+from depcut.calibration.calls import blaming_calls, refuse_lone_loss
 from depcut.calibration.data import Calibration, Data, Loss, calibrate
 from depcut.capture.capture import capture
 from depcut.capture.inputs import Inputs
@@ -41,6 +42,7 @@ from depcut.options import CalibrateKeywords, Options, PlanKeywords
 from depcut.plan import cost
 from depcut.plan.cost import Cost
 from depcut.plan.data import PlanData
+from depcut.support.checks import check_kind
 from depcut.support.keywords import settled, takes_options
 
 if TYPE_CHECKING:
@@ -54,7 +56,7 @@ class Analysis:
     Attributes:
         model: The model analysed; it is only read.
         coupling: The result of inference: groups and frozen dimensions.
-        inputs: The example inputs as they were given; time is measured on them.
+        inputs: The example inputs as they were given; time is measured on the first call's.
     """
 
     model: nn.Module
@@ -63,7 +65,7 @@ class Analysis:
 
     @property
     def program(self) -> Program:
-        """The captured model."""
+        """The captured model, by its first example call."""
         return self.coupling.program
 
     @property
@@ -78,12 +80,12 @@ class Analysis:
 
     @cached_property
     def costs(self) -> dict[str, Cost]:
-        """MACs, parameters and channels as functions of the kept counts."""
+        """MACs (of the first example call), parameters and channels by the kept counts."""
         return {name: build(self.coupling) for name, build in cost.COSTS.items()}
 
     @property
     def macs(self) -> int:
-        """MACs of one example of the dense model."""
+        """MACs of one example of the dense model, in the first example call."""
         return round(self.costs["macs"].total)
 
     @property
@@ -104,17 +106,7 @@ class Analysis:
     @cached_property
     def graph(self) -> nx.DiGraph:
         """Layers and groups: edges from a layer to the groups it produces and to their readers."""
-        import networkx as nx
-
-        graph = nx.DiGraph()
-        for group in self.groups:
-            graph.add_node(group.name, kind="group", size=group.size, tied=group.tied)
-            for member in group.members:
-                layer = "layer:" + layer_of(member.tensor)
-                graph.add_node(layer, kind="layer")
-                ends = (layer, group.name) if member.role == "producer" else (group.name, layer)
-                graph.add_edge(*ends, tensor=member.tensor, dim=member.dim)
-        return graph
+        return self.coupling.graph()
 
     @takes_options(Options, PlanKeywords)
     @preserved()
@@ -128,6 +120,9 @@ class Analysis:
         **given: Unpack[PlanKeywords],
     ) -> Plan:
         """Choose the units that stay.
+
+        Of several example calls, the first is what MACs and time are budgeted of, and what data
+        goes to; layers that only the others run shrink by the same share as the rest, on average.
 
         Args:
             ratio: Fraction removed of the quantity named by `of`, in (0, 1).
@@ -156,8 +151,9 @@ class Analysis:
             chosen.seed,
             calibration,
         )
-        chooser = Chooser(self.coupling, self.model, request)
-        plan = self._within(ratio, of, chooser, chosen)
+        with blaming_calls(self.model, self.program, calibration):
+            chooser = Chooser(self.coupling, self.model, request)
+            plan = self._within(ratio, of, chooser, chosen)
         settings = {**plan.settings, "options": chosen.record()}
         return Plan.of(replace(plan, settings=settings), self.coupling, self.model)
 
@@ -202,6 +198,7 @@ class Analysis:
         """
         chosen = settled(Options, options, given, CalibrateKeywords, "calibrate", one_stage=True)
         if data is None:
+            refuse_lone_loss(loss)
             return None
         return calibrate(
             self.program,
@@ -254,7 +251,7 @@ class Analysis:
     def _inputs(self) -> Inputs:
         """The inputs to time: as given, else a single one of those that were inferred."""
         if self.inputs is not None:
-            return self.inputs
+            return self.inputs[0] if isinstance(self.inputs, list) else self.inputs
         given = self.program.kwargs or tuple(self.program.args)
         single = resized(bind_inputs(self.model, given), 1)
         return dict(single.arguments) if single.kwargs else tuple(single.args)
@@ -295,6 +292,7 @@ class Analysis:
         Raises:
             InputError: The model has no such layer.
         """
+        check_kind(name, str, "name", "pass the name of a module or parameter")
         tensors = [
             n
             for n in self.coupling.dims
@@ -327,11 +325,7 @@ class Analysis:
                     f"group {group.name!r}, {group.size} units"
                     + (f", with {listed(others, 6)}" if others else "")
                     + (f", as many as its tie {group.tied}" if group.tied is not None else "")
-                    + (
-                        f", chosen in each of {group.rows} rows"
-                        if group.row_axis is not None
-                        else ""
-                    )
+                    + f", chosen in each of {group.rows} rows" * (group.row_axis is not None)
                 )
         texts += [
             f"frozen: {frozen.reason} [{frozen.where}]"
@@ -372,6 +366,11 @@ class Analysis:
         console.print(
             f"{self.macs:,} MACs, {self.params:,} parameters, {self.frozen_share:.1%} frozen"
         )
+        if self.program.others:
+            console.print(f"  {len(self.program.examples)} example calls; MACs are of the first")
+        if self.program.unused:
+            names = listed(sorted(self.program.unused), 4)
+            console.print(f"  no example call uses: {names}", highlight=False)
         if self.branches:
             names = listed([b.name for b in self.branches], 4)
             console.print(f"  residual branches (depth=True): {names}", highlight=False)
@@ -379,6 +378,8 @@ class Analysis:
             console.print(f"  frozen: {why} ({times} dimensions)", highlight=False)
         for target, nodes in self.coupling.unknown.items():
             console.print(f"  no working rule: {target} at {listed(nodes, 3)}", highlight=False)
+        for note in self.program.notes:
+            console.print(f"  note: {note}", highlight=False)
         file: Any = console.file
         return str(file.getvalue()).rstrip()
 
@@ -388,8 +389,11 @@ def analyze(model: nn.Module, inputs: Inputs = None) -> Analysis:
 
     Args:
         model: Any module that torch.export can capture.
-        inputs: A tensor, a tuple of positional or a dict of keyword arguments; left out, inferred
-            from the first layer where that is unambiguous.
+        inputs: A tensor, a tuple of positional or a dict of keyword arguments; or a list of several
+            such example calls, for a model that runs other layers in each (`which="b"`, early
+            exits, other lengths): an axis that one of them freezes stays, and nothing that any of
+            them runs keeps its dense width for want of a call. Left out, inferred from the first
+            layer where that is unambiguous.
 
     Raises:
         CaptureError: The model cannot be captured.

@@ -36,9 +36,12 @@ def shrink(
     Args:
         model: Any module that torch.export can capture; it is not changed.
         ratio: Fraction removed of the quantity named by `of`, in (0, 1).
-        inputs: A tensor, a tuple of positional or a dict of keyword arguments; left out, the first
-            item of the data, or inferred from the first layer where that is unambiguous.
-        data: Calibration data: any iterable of what the model takes, or of (input, target) pairs.
+        inputs: A tensor, a tuple of positional or a dict of keyword arguments; or a list of several
+            such example calls, all of which must run after the cut (see `depcut.analyze`); left
+            out, the first item of the data, or inferred from the first layer where that is
+            unambiguous.
+        data: Calibration data: any iterable of what the model takes, or of (input, target) pairs;
+            of several example calls, of what the first one passes.
         loss: A function of (output, target) that returns a scalar, for criteria with gradients.
         optimizer: One that trains `model`; its state is sliced, and it trains the result.
         options: What else is chosen, as one object; the keywords that follow go before it.

@@ -21,7 +21,7 @@ from depcut.repair.dead import Stuck, find_dead
 from depcut.repair.folding import contributions, fold_constants
 from depcut.repair.other_sizes import lasting
 from depcut.rewrite.masks import without_masks
-from depcut.verify.verify import verify_equal
+from depcut.verify.calls import verify_equal_calls
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -60,7 +60,7 @@ class Compaction:
         slim = self.plan.apply(self.model, compensate=False)
         if self.folded:
             fold_constants(keep, self.model, slim, self.contractions)
-        amend(slim, error=verify_equal(slim, keep, self.model))
+        amend(slim, error=verify_equal_calls(slim, keep, self.model))
         return slim
 
     def __str__(self) -> str:
@@ -88,8 +88,9 @@ def compaction(model: nn.Module, inputs: Inputs = None) -> Compaction:
 
     Args:
         model: Any module that torch.export can capture, with its weights.
-        inputs: A tensor, a tuple of positional or a dict of keyword arguments; left out, inferred
-            from the first layer where that is unambiguous.
+        inputs: A tensor, a tuple of positional or a dict of keyword arguments, or a list of several
+            such example calls, in all of which a unit must be dead; left out, inferred from the
+            first layer where that is unambiguous.
 
     Raises:
         DepcutError: See `depcut.analyze`.
@@ -125,8 +126,9 @@ def compact(model: ModelT, inputs: Inputs = None) -> ModelT:
 
     Args:
         model: Any module that torch.export can capture, with its weights; it is not changed.
-        inputs: A tensor, a tuple of positional or a dict of keyword arguments; left out, inferred
-            from the first layer where that is unambiguous.
+        inputs: A tensor, a tuple of positional or a dict of keyword arguments, or a list of several
+            such example calls, in all of which a unit must be dead; left out, inferred from the
+            first layer where that is unambiguous.
 
     Raises:
         DepcutError: See `depcut.analyze` and `Plan.apply`.

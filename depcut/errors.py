@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class DepcutError(Exception):
     """Base of all depcut errors; its message says what, where and what to do.
@@ -32,6 +35,10 @@ class CaptureError(DepcutError):
 
 class InputError(DepcutError, ValueError):
     """An argument has the wrong kind, range or name."""
+
+
+class CallError(CaptureError, InputError):
+    """The model itself raises on the inputs: they, or its own code, are wrong."""
 
 
 class BudgetError(DepcutError, ValueError):
@@ -66,3 +73,21 @@ def listed(names: list[str], limit: int = 8) -> str:
     """The names, comma-separated, the ones past `limit` as a count."""
     shown = ", ".join(names[:limit])
     return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+@contextmanager
+def in_call(number: int, calls: int) -> Iterator[None]:
+    """Errors of depcut that are raised inside say which of several example calls they are of.
+
+    Args:
+        number: Which one, from 0.
+        calls: How many there are; of one, errors stay what they are.
+    """
+    try:
+        yield
+    except DepcutError as error:
+        if calls == 1:
+            raise
+        raise type(error)(
+            f"inputs[{number}]: {error.what}", where=error.where, remedy=error.remedy
+        ) from error

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
+from numbers import Real
 from pathlib import Path
 from typing import Any, TypedDict
 
 from depcut.allocate.choose import check_ratio
 from depcut.allocate.order import ALLOCATIONS
 from depcut.calibration.data import BATCHES
-from depcut.errors import InputError
+from depcut.errors import InputError, listed
 from depcut.plan.cost import COSTS
 from depcut.scores import CRITERIA, Criterion, Score, score_name
-from depcut.support.checks import check_integer, check_number
+from depcut.support import files
+from depcut.support.checks import (
+    LARGEST,
+    THREADS,
+    check_flag,
+    check_integer,
+    check_names,
+    check_number,
+)
+from depcut.support.failures import shown
 from depcut.support.keywords import option
 
 if sys.version_info >= (3, 11):
@@ -36,30 +47,30 @@ class Common:
     progress: bool = option(True, "Whether to show progress on standard error.")
 
     def __post_init__(self) -> None:
-        self._integer("seed", 0)
+        self._integer("seed", 0, LARGEST)
         for name in ("resume", "progress"):
             self._flag(name)
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the dataclass is frozen; this is its constructor
 
-    def _integer(self, name: str, least: int, *, optional: bool = False) -> None:
-        """Make an option a plain integer of at least so much."""
+    def _integer(
+        self, name: str, least: int, most: float = math.inf, *, optional: bool = False
+    ) -> None:
+        """Make an option a plain integer of a range."""
         value = getattr(self, name)
         if value is not None or not optional:
-            self._set(name, check_integer(value, name, least))
+            self._set(name, check_integer(value, name, least, most))
 
     def _flag(self, name: str) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, bool):
-            raise InputError(f"{name} is {value!r}", where=f"{name}=", remedy="pass True or False")
+        check_flag(getattr(self, name), name)
 
     def _one_of(self, name: str, allowed: Iterable[str], what: str = "") -> None:
         value, known = getattr(self, name), list(allowed)
         if not isinstance(value, str) or value not in known:
             named = what and isinstance(value, str)
             raise InputError(
-                f"unknown {what} {value!r}" if named else f"{name} is {value!r}",
+                f"unknown {what} {shown(value)}" if named else f"{name} is {shown(value)}",
                 where=f"{name}=",
                 remedy=f"use one of {', '.join(known)}",
             )
@@ -121,14 +132,15 @@ class Options(Common):
         self._one_of("of", QUANTITIES, "quantity")
         self._check_latency()
         self._check_score()
-        self._integer("batches", 1)
+        self._integer("batches", 1, sys.maxsize)
         self._integer("align", 1)
-        self._integer("threads", 1)
+        self._integer("threads", 1, THREADS)
         for name in ("low_memory", "depth"):
             self._flag(name)
-        if self.compensate not in (True, False, "auto"):
+        chosen: Any = self.compensate
+        if not isinstance(chosen, bool) and not (isinstance(chosen, str) and chosen == "auto"):
             raise InputError(
-                f"compensate is {self.compensate!r}",
+                f"compensate is {shown(chosen)}",
                 where="compensate=",
                 remedy='use "auto" (if there is data), True or False',
             )
@@ -150,7 +162,7 @@ class Options(Common):
                 self._set("score", Score(**given))
             except TypeError as error:
                 raise InputError(
-                    f"score is {dict(given)!r}",
+                    f"score is {shown(given)}",
                     where="score=",
                     remedy='write, say, {name = "taylor", aggregate = "max"}',
                 ) from error
@@ -165,18 +177,8 @@ class Options(Common):
 
     def _check_ignore(self) -> None:
         """Globs as a tuple; what can be read only once is read here."""
-        given: Any = self.ignore
-        try:
-            globs = (given,) if isinstance(given, str) else tuple(given)
-        except TypeError:
-            globs = (None,)
-        if isinstance(given, bytes | Mapping) or not all(isinstance(g, str) for g in globs):
-            raise InputError(
-                f"ignore is {given!r}",
-                where="ignore=",
-                remedy='pass globs over module or parameter names, such as ("head*",)',
-            )
-        self._set("ignore", globs)
+        remedy = 'pass globs over module or parameter names, such as ("head*",)'
+        self._set("ignore", check_names(self.ignore, "ignore", remedy))
 
     def _check_ratios(self) -> None:
         given: Any = self.ratios
@@ -184,12 +186,12 @@ class Options(Common):
             return
         if not isinstance(given, Mapping) or not all(isinstance(glob, str) for glob in given):
             raise InputError(
-                f"ratios is {given!r}",
+                f"ratios is {shown(given)}",
                 where="ratios=",
                 remedy='pass a fraction to remove by glob, such as {"layer3*": 0.3}',
             )
         for glob, ratio in given.items():
-            if isinstance(ratio, bool) or ratio != 0:
+            if isinstance(ratio, bool) or not isinstance(ratio, Real) or ratio != 0:
                 check_ratio(ratio, f"ratios[{glob!r}]")
         self._set("ratios", {glob: float(ratio) for glob, ratio in given.items()})
 
@@ -200,6 +202,13 @@ class Options(Common):
         Args:
             saved: Names and values.
         """
+        unknown = [name for name in saved if name not in {f.name for f in fields(Options)}]
+        if unknown:
+            raise InputError(
+                f"unknown options: {listed(unknown)}",
+                where="the record of a plan",
+                remedy="make the plan anew, or use the depcut that wrote it",
+            )
         score = saved.get("score")
         known = not isinstance(score, str) or score in CRITERIA
         return Options(**{n: v for n, v in saved.items() if n != "score" or known})
@@ -229,8 +238,10 @@ class Options(Common):
             InputError: It cannot be read, names an unknown option, or a value is wrong.
         """
         try:
-            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            values = tomllib.loads(files.read_text(path))
+        except InputError:
+            raise
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(
                 f"no options can be read: {error}",
                 where=str(path),

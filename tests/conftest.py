@@ -52,3 +52,9 @@ def fresh_accelerate() -> Iterator[None]:
     state.AcceleratorState._reset_state(reset_partial_state=True)
     yield
     state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def only_generated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No class is patched, so that modules are generated where code cannot express the sizes."""
+    monkeypatch.setattr("depcut.rewrite.build.patches", lambda *_: ({}, {}))

@@ -43,6 +43,7 @@ class Fault:
 
 
 RULES = "tests/test_rules.py -k"
+CALLS = "tests/field/test_example_calls.py"
 FAULTS = [
     # Rules of operators, a fault in each file.
     Fault("ops", "op.unify(q[-1], k[-1])", "pass", f"{RULES} sdpa"),
@@ -174,6 +175,17 @@ FAULTS = [
         "numbers[at] = contraction.numbers[at]",
         "numbers[at] = -contraction.numbers[at]",
         "tests/test_compact.py",
+    ),
+    # Several example calls.
+    Fault("coupling", "in program.captured:\n        more", "in (program,):\n        more", CALLS),
+    Fault("allocate", "return along(where, counts, cost) if", "return counts if", CALLS),
+    Fault("rewrite", "and _form(a) == _form(b)", "and True", f"{CALLS} -k differently"),
+    Fault("verify", "enumerate(whole.calls)", "enumerate(whole.calls[:1])", f"{CALLS} -k later"),
+    Fault(
+        "repair",
+        "common[name] = _common(reading) if len(nodes) == len(reading) else None",
+        "common[name] = reading[0].fixed",
+        f"{CALLS} -k compacted",
     ),
     Fault(
         "apply",

@@ -40,6 +40,18 @@ def test_fake_tensors_compute_shapes_only() -> None:
         assert type(x) is not torch.Tensor
 
 
+def test_a_dispatch_mode_sees_what_is_executed_with_its_numbers() -> None:
+    class Seen(torch_private.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            calls.append((str(func), [a for a in args if type(a) in (int, float)]))
+            return func(*args, **(kwargs or {}))
+
+    calls: list[Any] = []
+    with Seen():
+        torch.zeros(2) / 1.5
+    assert ("aten.div.Tensor", [1.5]) in calls
+
+
 def test_autocast_is_entered_and_left() -> None:
     token = torch_private.enter_autocast("cpu", torch.bfloat16, True, None)
     try:

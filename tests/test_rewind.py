@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -180,29 +181,50 @@ def test_a_parametrized_weight_is_drawn_through_its_inverse() -> None:
     assert 0.3 < float(new[0].weight.detach().abs().max()) <= 6**-0.5 + 1e-6
 
 
-def test_a_generated_module_draws_as_the_class_it_stands_for() -> None:
+class TypedRows(nn.Linear):
+    """Four rows of four, typed into the code."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).reshape(*x.shape[:-1], 4, 4).square().flatten(-2)
+
+
+class OneBlock(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.block, self.head = nn.Linear(16, 16), block, nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.inner(x)
+        attends = isinstance(self.block, nn.MultiheadAttention)
+        x = self.block(x, x, x, need_weights=False)[0] if attends else self.block(x)
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize(
+    ("block", "name", "weight", "bias"),
+    [
+        (lambda: TypedRows(16, 16), "GeneratedModule", "weight", False),
+        (
+            lambda: nn.MultiheadAttention(16, 4, batch_first=True),
+            "SlimMultiheadAttention",
+            "in_proj_weight",
+            True,
+        ),
+    ],
+)
+def test_what_stands_for_a_class_draws_as_that_class(
+    block: Callable[[], nn.Module], name: str, weight: str, bias: bool
+) -> None:
     torch.manual_seed(0)
-
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.Linear(16, 16)
-            self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
-            self.head = nn.Linear(16, 3)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            x = self.inner(x)
-            return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
-
-    model, x = Net(), torch.randn(2, 5, 16)
+    model, x = OneBlock(block()), torch.randn(2, 5, 16)
     plan = depcut.analyze(model, x).plan(0.5, of="channels", align=1)
     slim = plan.apply(model)
-    assert type(slim.attention).__name__ == "GeneratedModule"
+    assert type(slim.block).__name__ == name
     new = depcut.training.fresh(model, plan)
-    weight = new.attention.in_proj_weight
-    assert weight.isfinite().all()
-    assert not torch.isin(weight, slim.attention.in_proj_weight).any()
-    assert not new.attention.in_proj_bias.any()
+    drawn = getattr(new.block, weight)
+    assert drawn.isfinite().all()
+    assert not torch.isin(drawn, getattr(slim.block, weight)).any()
+    assert not bias or not new.block.in_proj_bias.any()
     assert new(x).shape == (2, 3)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from torch import nn
 
 from depcut.allocate.lagrange import least_loss, nudged
-from depcut.allocate.order import meet, order
+from depcut.allocate.order import along, meet, order
 from depcut.allocate.space import Counts, Space, space
 from depcut.axes import Indices
 from depcut.calibration.data import Calibration
@@ -24,6 +24,7 @@ from depcut.plan.data import PlanData, make_plan
 from depcut.plan.preferences import preferences
 from depcut.scores import Criterion, Score, Scores, is_additive, score, score_name
 from depcut.support.checks import check_number
+from depcut.support.failures import shown
 
 
 @dataclass(frozen=True)
@@ -185,10 +186,12 @@ class Chooser:
 
     def _allocated(self, where: Space, cost: Cost, target: float, of: str) -> Counts:
         if of == "latency" and self.request.allocation == "global":
-            return least_loss(where, self.scores, cost, target, of, self.additive)
-        allocation = "uniform" if of == "channels" else self.request.allocation
-        sequence = order(allocation, where, self.scores, cost, self.additive)
-        return meet(where, sequence, cost, target, of)
+            counts = least_loss(where, self.scores, cost, target, of, self.additive)
+        else:
+            allocation = "uniform" if of == "channels" else self.request.allocation
+            sequence = order(allocation, where, self.scores, cost, self.additive)
+            counts = meet(where, sequence, cost, target, of)
+        return along(where, counts, cost) if self.coupling.program.others else counts
 
 
 def criterion_or_default(
@@ -200,7 +203,9 @@ def criterion_or_default(
         score: A criterion, or None.
         has_data: Whether there is calibration data.
     """
-    return score or ("obs" if has_data else "magnitude")
+    if score is None:
+        return "obs" if has_data else "magnitude"
+    return score
 
 
 def allocation_or_default(
@@ -263,7 +268,7 @@ def check_ratio(ratio: object, where: str) -> None:
     Raises:
         InputError: It is something else.
     """
-    what = f"the ratio is {ratio!r}; it is the fraction removed, between 0 and 1 exclusive"
+    what = f"the ratio is {shown(ratio)}; it is the fraction removed, between 0 and 1 exclusive"
     remedy = "pass e.g. 0.5 to remove half"
     check_number(ratio, "ratio", remedy, above=0, below=1, what=what, where=where)
 

@@ -19,7 +19,7 @@ from depcut.allocate.influence import (
 from depcut.allocate.savings import Savings
 from depcut.branches.branch import Block, Branch, Residuals, bypass
 from depcut.coupling.groups import Coupling
-from depcut.errors import BudgetError
+from depcut.errors import BudgetError, InputError
 from depcut.graph.liveness import Gone, gone
 from depcut.plan.cost import COSTS, ITEMS, NOTHING, dense_total
 from depcut.plan.data import PlanData
@@ -50,9 +50,17 @@ def depth_and_width(
         batches: Flat calibration inputs; left out, the captured ones, which is weaker.
 
     Raises:
+        InputError: The model was captured by several example calls.
         BudgetError: No number of branches and no widths meet the budget.
     """
     coupling = chooser.coupling
+    if coupling.program.others:
+        raise InputError(
+            "branches are dropped from the graph of one example call, and there are "
+            f"{len(coupling.program.examples)}",
+            where="depth=",
+            remedy="leave depth out, or pass one example call",
+        )
     dense = dense_total(ITEMS[of](coupling, NOTHING))
     target = dense * (1 - ratio)
 

@@ -132,3 +132,27 @@ def _closest(where: Space, before: Counts, after: Counts, cost: Cost, target: fl
         if abs(cost(where.kept(base)) - target) < error:
             best, error = base, abs(cost(where.kept(base)) - target)
     return best
+
+
+def along(where: Space, counts: Counts, cost: Cost) -> Counts:
+    """Counts in which classes that the budget does not see shrink as the others do on average.
+
+    Args:
+        where: The steps.
+        counts: Kept count of each group.
+        cost: The budgeted quantity; it does not depend on what only other example calls run.
+
+    Returns:
+        Kept count of each group, [groups].
+    """
+    classes = len(where.sizes)
+    first = [int(np.flatnonzero(where.class_of == number)[0]) for number in range(classes)]
+    taken = (where.sizes - counts[first]) // where.steps
+    price = np.bincount(where.class_of, weights=cost.gradient(cost.dense), minlength=classes)
+    free = where.available > 0
+    seen, unseen = free & (price > 0), free & (price == 0)
+    if seen.any():
+        share = float((taken * where.steps)[seen].sum() / where.sizes[seen].sum())
+        steps = np.minimum((share * where.sizes) // where.steps, where.available).astype(np.int64)
+        taken = np.where(unseen, np.maximum(taken, steps), taken)
+    return where.kept(taken)

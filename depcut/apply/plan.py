@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 from depcut.apply.report import Report, record
 from depcut.axes import Indices
 from depcut.branches.branch import Residuals
+from depcut.calibration.calls import blaming_calls
 from depcut.calibration.data import Calibration, Data, calibrate
 from depcut.capture.capture import capture
 from depcut.capture.inputs import Inputs
@@ -30,8 +31,8 @@ from depcut.repair.compensate import Compensation
 from depcut.rewrite.build import Slim, rewrite
 from depcut.rewrite.optimizer import check_optimizer, narrow_optimizer
 from depcut.support.keywords import settled, takes_options
+from depcut.verify.calls import verify_calls
 from depcut.verify.ownership import check_own_tensors
-from depcut.verify.verify import verify
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +46,7 @@ class Plan(PlanData):
         shapes: Dense shape of every parameter and buffer.
         fingerprint: Of the architecture's tensors and groups.
         settings: How it was made: ratio and options.
-        inputs: Shapes and dtypes of the inputs it was made with.
+        inputs: Shapes and dtypes of the example calls it was made with, see `PlanData`.
         dropped: Names of the residual branches that go, sorted.
         coupling: The analysed architecture; None after loading.
         model: The model it was made for; None after loading.
@@ -85,7 +86,8 @@ class Plan(PlanData):
 
         Args:
             model: The model the plan was made for, or another instance of its architecture.
-            inputs: Example inputs; left out, those of the plan (or of the same shapes).
+            inputs: Example inputs, of all example calls; left out, those of the plan (or of the
+                same shapes).
             data: Calibration data: an iterable of what the model takes, or of (input, target).
             optimizer: One that trains `model`; it is pointed at the smaller model.
             options: What else is chosen, as one object; the keywords that follow go before it.
@@ -119,10 +121,12 @@ class Plan(PlanData):
                 low_memory=chosen.low_memory,
                 progress=chosen.progress,
             )
-        slim = rewrite(model, keep)
-        error = verify(slim, model)
-        check_own_tensors(slim.model, model, keep)
-        compensation = repair(slim.model, model, keep, calibration) if chosen.compensate else None
+        with blaming_calls(model, coupling.program, calibration):
+            slim = rewrite(model, keep)
+            error = verify_calls(slim, model)
+            check_own_tensors(slim.model, model, keep)
+            repaired = chosen.compensate
+            compensation = repair(slim.model, model, keep, calibration) if repaired else None
         if optimizer is not None:
             narrow_optimizer(optimizer, model, slim.model, keep)
         record(slim.model, self._report(slim, error, compensation))
@@ -144,7 +148,9 @@ class Plan(PlanData):
             macs,
             params,
             compensation,
+            dict(slim.patched),
             tuple(sorted({layer_of(name) for name in left})),
+            keep.coupling.program.notes,
         )
 
     @property
@@ -177,7 +183,8 @@ class Plan(PlanData):
 
         Args:
             model: The model; it is only read.
-            inputs: Example inputs; left out, those of the plan (or of the same shapes).
+            inputs: Example inputs, of all example calls; left out, those of the plan (or of the
+                same shapes).
 
         Raises:
             PlanError: The model has another architecture.

@@ -31,8 +31,11 @@ class Report:
         macs: MACs of one example, dense and now.
         params: Number of parameters, dense and now.
         compensation: What was re-solved on data, None without.
+        patched: Modules whose class was patched where its code gets numbers wrong, with what
+            changed: a diff of the source.
         unreached: Layers with parameters that the example call did not run; they are as wide as
             they were, and may not fit what feeds them.
+        notes: What the capture had to assume, in words.
     """
 
     digest: str
@@ -42,13 +45,22 @@ class Report:
     macs: tuple[int, int] = (0, 0)
     params: tuple[int, int] = (0, 0)
     compensation: Compensation | None = None
+    patched: Mapping[str, str] = field(default_factory=dict)
     unreached: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def lineage(self) -> dict[str, str]:
         """The plan's digest and request, for the metadata of exported files."""
         request = {n: str(self.settings[n]) for n in ("ratio", "of") if n in self.settings}
         return {"plan_digest": self.digest, **request}
+
+    def _patches(self) -> dict[str, list[str]]:
+        """Modules by what was changed in them."""
+        out: dict[str, list[str]] = {}
+        for name, change in self.patched.items():
+            out.setdefault(change, []).append(name or "the model itself")
+        return out
 
     def __str__(self) -> str:
         lines = [f"plan {self.digest}"]
@@ -60,9 +72,13 @@ class Report:
             f"  generated in place of {name or 'the whole model'}: {why}"
             for name, why in self.generated.items()
         ]
+        for change, names in self._patches().items():
+            lines.append(f"  patched: {listed(names)}")
+            lines += [f"    {line}" for line in change.splitlines()]
         if self.unreached:
-            names = listed(list(self.unreached))
-            lines.append(f"  not reached by the example inputs, left as wide as it was: {names}")
+            left = listed(list(self.unreached))
+            lines.append(f"  not reached by the example inputs, left as wide as it was: {left}")
+        lines += [f"  note: {note}" for note in self.notes]
         if self.compensation is not None:
             lines += [f"  {line}" for line in str(self.compensation).splitlines()]
         return "\n".join(lines)
@@ -119,6 +135,7 @@ def report(model: nn.Module) -> Report:
     if done is not None:
         done = Compensation(tuple(Repair(**r) for r in done["repairs"]), done["left"])
     data |= {name: tuple(data.get(name, ())) for name in ("macs", "params", "unreached")}
+    data |= {name: tuple(data[name]) for name in ("macs", "params", "notes")}
     return Report(**data, compensation=done)
 
 

@@ -23,6 +23,7 @@ from depcut.coupling.groups import Coupling, layer_of
 from depcut.graph.liveness import Losses, is_size, returns_its_input
 from depcut.graph.reach import Ancestry, Ways
 
+_SEVERAL = "branches are dropped from the graph of one example call, and there are several"
 _ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 
 
@@ -46,6 +47,9 @@ def residuals(coupling: Coupling) -> Residuals:
             branches.append(
                 candidate if number == 1 else replace(candidate, name=f"{candidate.name}#{number}")
             )
+    if coupling.program.others:
+        refused += [Refused(b.name, _SEVERAL, where(b.add)) for b in branches]
+        branches = []
     return Residuals(tuple(branches), tuple(_blocks(coupling.program, branches)), tuple(refused))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,11 +16,13 @@ from torch import nn
 from depcut.calibration.identity import check_same_loss, check_same_model
 from depcut.capture.capture import is_symbolic
 from depcut.capture.clone import clone
+from depcut.capture.eager import refuse_failing_call
 from depcut.capture.inputs import Inputs, arguments, device_of
 from depcut.capture.program import Program
 from depcut.capture.random_state import preserved
 from depcut.errors import InputError
 from depcut.support.checks import check_integer
+from depcut.support.failures import first_line, reraise_fatal, shown
 from depcut.support.torch_private import pytree
 
 Data = Iterable[Any]
@@ -155,7 +158,13 @@ def read_items(data: Data, batches: int = BATCHES) -> list[Any]:
     if isinstance(data, torch.Tensor | str | Mapping) or not isinstance(data, Iterable):
         kind = type(data).__name__
         raise InputError(f"data is a {kind}", where="data=", remedy=f"pass {_PAIRS}: [x], not x")
-    items = list(islice(data, batches))
+    try:
+        items = list(islice(data, min(batches, sys.maxsize)))
+    except Exception as error:
+        reraise_fatal(error)
+        raise InputError(
+            f"the data cannot be read: {first_line(error)}", where="data=", remedy=f"pass {_PAIRS}"
+        ) from error
     if not items:
         raise InputError("the data is empty", where="data=", remedy=f"pass {_PAIRS}")
     return items
@@ -201,6 +210,8 @@ def read_with_inputs(
     items = read_items(data, batches)
     if inputs is None and isinstance(model, nn.Module):
         inputs = inputs_of(items[0], model, pairs)
+        # Loaders collate to lists; as inputs= a list would be several example calls.
+        inputs = tuple(inputs) if isinstance(inputs, list) else inputs
     return items, inputs
 
 
@@ -221,6 +232,7 @@ class _Reader:
     def batch(self, item: Any, place: str) -> Batch:
         inputs, target = self._split(item)
         args, kwargs = self._bound(arguments(inputs, place), place)
+        args, kwargs = _in_order((args, kwargs), (self.program.args, self.program.kwargs))
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if spec != self.spec:
             raise InputError(
@@ -258,6 +270,10 @@ class _Reader:
         """The arguments passed as they were at the capture; keywords not used there are dropped."""
         args, kwargs = given
         program = self.program
+        if not args and not program.kwargs and len(program.args) == 1:
+            only = program.args[0]
+            if isinstance(only, dict) and kwargs.keys() == only.keys():
+                return (kwargs,), {}  # the forward takes one dict
         if not args and not program.args and program.kwargs.keys() <= kwargs.keys():
             return (), {name: kwargs[name] for name in program.kwargs}
         if not args:
@@ -288,9 +304,9 @@ class _Reader:
         """Refuse a leaf that the graph does not take; its batch size, 0 for none."""
         expected = self.expected[number]
         if not isinstance(expected, torch.Tensor):
-            if leaf is not expected and leaf != expected:
+            if leaf is not expected and not _equal(leaf, expected):
                 raise InputError(
-                    f"an argument is {leaf!r}, the model was captured with {expected!r}",
+                    f"an argument is {shown(leaf)}, the model was captured with {shown(expected)}",
                     where=place,
                     remedy="capture with the arguments of the data: pass them as inputs=",
                 )
@@ -322,6 +338,24 @@ class _Reader:
         return int(leaf.shape[0]) if fixed and self.rows[number] == self.batch_size else 0
 
 
+def _in_order(tree: Any, like: Any) -> Any:
+    """Nested arguments with the keys of each dict in the order of another tree of the same keys."""
+    if type(tree) is type(like) is dict and tree.keys() == like.keys():
+        return {key: _in_order(tree[key], like[key]) for key in like}
+    if type(tree) in (tuple, list) and type(like) is type(tree) and len(tree) == len(like):
+        return type(tree)(map(_in_order, tree, like))
+    return tree
+
+
+def _equal(leaf: Any, expected: Any) -> bool:
+    """Whether two arguments that are no tensors are the same, as far as their classes tell."""
+    try:
+        return bool(leaf == expected)
+    except Exception as error:  # noqa: BLE001  (of a class that is not ours)
+        reraise_fatal(error)
+        return False
+
+
 def _dtype(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
@@ -338,6 +372,7 @@ def _shape(tree: Any) -> str:
 def _check_loss(calibration: Calibration, model: nn.Module) -> None:
     """Call the loss once, on the first batch."""
     batch = calibration.batches[0]
+    refuse_failing_call(model, ("data, item 0,", batch.args, batch.kwargs))
     args, kwargs = calibration.arguments(batch)
     with torch.no_grad():
         output = clone(model, buffers=True)(*args, **kwargs)
@@ -361,8 +396,9 @@ def checked_loss(calibration: Calibration, output: Any, batch: Batch) -> torch.T
     try:
         value = calibration.loss(output, moved(batch.target, calibration.device))
     except Exception as error:
+        reraise_fatal(error)
         raise InputError(
-            f"it failed: {type(error).__name__}: {error}"[:300],
+            f"it failed: {first_line(error)}",
             where=place,
             remedy="it gets (output of the model, target of the item)",
         ) from error

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-import traceback as tb
+import contextlib
 from dataclasses import replace
 from typing import Any
 
@@ -13,14 +12,26 @@ from torch.export.graph_signature import InputKind
 from torch.fx import traceback
 
 from depcut.capture import provenance
+from depcut.capture.batches import (
+    Batch,
+    batch_of,
+    dynamic_shapes,
+    share_batch,
+    ways,
+)
+from depcut.capture.calls import Recorder, TorchCall
 from depcut.capture.clone import clone, cloned_arguments
-from depcut.capture.inputs import Inputs, normalize
+from depcut.capture.eager import refuse_failing_call, user_line
+from depcut.capture.inputs import Call, Inputs, example_calls
 from depcut.capture.process_state import capturing
 from depcut.capture.program import ModuleCall, Program
+from depcut.capture.random_state import python_states, same_states
 from depcut.capture.refusals import check_inputs, check_model
+from depcut.capture.signature import name_keywords
 from depcut.capture.structure import structure_of
 from depcut.capture.wrappers import inline_wrappers
-from depcut.errors import CaptureError
+from depcut.errors import CaptureError, in_call
+from depcut.support.failures import first_line, reraise_fatal
 from depcut.support.torch_private import buffers_of, parameters_of, pytree
 
 
@@ -29,29 +40,71 @@ def capture(model: nn.Module, inputs: Inputs = None) -> Program:
 
     Args:
         model: Any module that torch.export can capture.
-        inputs: A tensor, a tuple of positional or a dict of keyword arguments; inferred if None.
+        inputs: A tensor, a tuple of positional or a dict of keyword arguments, or a list of several
+            such example calls; inferred if None.
+
+    Returns:
+        The first example call, with the others beside it.
 
     Raises:
         CaptureError: The model is scripted or quantized, or cannot be exported.
         InputError: The inputs are of the wrong kind, or the model does not take them.
     """
     check_model(model)
-    args, kwargs = normalize(model, inputs)
-    check_inputs(model, args, kwargs)
+    calls = example_calls(model, inputs, widen=False)
+    for number, call in enumerate(calls):
+        with in_call(number, len(calls)):
+            check_inputs(model, *call)
     marks: list[fx.Node] = []
-    program = _capture(model, args, kwargs, marks, frozenset())
-    if not program.unused:
-        return program
-    # Parts that only run in training (auxiliary heads, mask tokens) must shrink along.
+    programs = []
+    for number, call in enumerate(calls):
+        with in_call(number, len(calls)):
+            programs.append(_freest(model, call, marks, number))
+    unused = frozenset.intersection(*(p.unused for p in programs))
+    for number, program in enumerate(programs):
+        if unused:
+            training = _in_training(model, program, marks, unused, number)
+            if training is not None:
+                unused &= training.unused
+                programs[number] = replace(program, training=training)
+    return _merged(programs, unused)
+
+
+def _in_training(
+    model: nn.Module, program: Program, marks: list[fx.Node], unused: frozenset[str], number: int
+) -> Program | None:
+    """A call in training, if it uses some of the unused parameters.
+
+    Parts that only run then (auxiliary heads, mask tokens) must shrink along.
+    """
+    call = (program.args, program.kwargs)
     try:
-        other = _capture(model, args, kwargs, marks, _gates(model, program.unused))
+        training = _capture(model, call, marks, _gates(model, unused), number, program.batching)
     except CaptureError:
-        return program
-    if not other.unused < program.unused:
-        return program
-    return replace(
-        program, training=other, unused=other.unused, marks={**program.marks, **other.marks}
-    )
+        return None
+    return None if unused <= training.unused else training
+
+
+def _merged(programs: list[Program], unused: frozenset[str]) -> Program:
+    """The example calls as one program: the first, with what all graphs know and the others."""
+    graphs = [g for p in programs for g in (p, p.training) if g is not None]
+    marks = {number: node for g in graphs for number, node in g.marks.items()}
+    anonymous = frozenset(name for g in graphs for name in g.anonymous)
+    first, *others = (replace(p, marks=marks, anonymous=anonymous, unused=unused) for p in programs)
+    return replace(first, others=tuple(others))
+
+
+def _freest(model: nn.Module, call: Call, marks: list[fx.Node], number: int) -> Program:
+    """The program with its batch as free as the model's code lets it be."""
+    refused: CaptureError | None = None
+    for batching, wide in ways(model, *call):
+        try:
+            return _capture(model, wide, marks, frozenset(), number, batching)
+        except CaptureError as error:  # noqa: PERF203  each attempt may be refused
+            refused = refused or error
+    assert refused is not None
+    refuse_failing_call(model, ("", *call))
+    raise refused
 
 
 def _gates(model: nn.Module, unused: frozenset[str]) -> frozenset[str]:
@@ -66,7 +119,9 @@ def _gates(model: nn.Module, unused: frozenset[str]) -> frozenset[str]:
     return frozenset(n for n in names if any(True for _ in model.get_submodule(n).children()))
 
 
-def _record_calls(model: nn.Module, marks: list[fx.Node], calls: list[ModuleCall]) -> None:
+def _record_calls(
+    model: nn.Module, marks: list[fx.Node], calls: list[ModuleCall], modules: list[str]
+) -> None:
     """Note for every module call which nodes are its arguments and results, by hooks that stay."""
     open_calls: list[tuple[tuple[Any, ...], pytree.TreeSpec]] = []
 
@@ -81,9 +136,11 @@ def _record_calls(model: nn.Module, marks: list[fx.Node], calls: list[ModuleCall
     def listen(name: str, module: nn.Module) -> None:
         def before(_: nn.Module, args: Any, kwargs: Any) -> None:
             open_calls.append(flat((args, kwargs)))
+            modules.append(name)
 
         def after(_: nn.Module, _args: Any, _kwargs: Any, result: Any) -> None:
             leaves, spec = open_calls.pop()
+            modules.pop()
             calls.append(ModuleCall(name, leaves, spec, *flat(result)))
 
         module.register_forward_pre_hook(before, with_kwargs=True)
@@ -98,72 +155,92 @@ class _Mark(int):
     """A module call's reference to a node, until the final graph is known."""
 
 
-def _dynamic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    def spec(leaf: Any) -> Any:
-        batched = isinstance(leaf, torch.Tensor) and leaf.ndim > 0
-        return {0: torch.export.Dim.AUTO} if batched else None
-
-    signature = inspect.signature(model.forward)
-    kinds = {p.kind for p in signature.parameters.values()}
-    if args and inspect.Parameter.VAR_POSITIONAL in kinds:
-        return pytree.tree_map(spec, dict(signature.bind(*args, **kwargs).arguments))
-    return pytree.tree_map(spec, kwargs if kwargs else args)
-
-
 def _export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Batch
 ) -> torch.export.ExportedProgram:
+    name_keywords(model, kwargs)
+    shapes = dynamic_shapes(model, args, kwargs, batch)
+    if batch is Batch.SHARED:
+        share_batch(model)
     try:
-        return torch.export.export(
-            model, args, kwargs, dynamic_shapes=_dynamic(model, args, kwargs), strict=False
-        )
-    except (KeyboardInterrupt, MemoryError):
-        raise
+        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
+        reraise_fatal(error)
         raise CaptureError(
-            f"torch.export cannot capture the model: {_first_line(error)}",
-            where=_user_line(error, model),
+            f"torch.export cannot capture the model: {first_line(error)}",
+            where=user_line(error, model),
             remedy="make that line traceable (no branches on tensor values, no .item()), "
             "or pass other inputs=; torch.export.export(model, args, strict=False) reproduces it",
         ) from error
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
-
-
-def _user_line(error: BaseException, model: nn.Module) -> str:
-    """The innermost line of the traceback outside of torch."""
-    frames = [
-        f
-        for f in tb.extract_tb(error.__traceback__)
-        if "/torch/" not in f.filename and "/depcut/" not in f.filename and f.filename[0] != "<"
-    ]
-    if not frames:
-        return type(model).__name__
-    last = frames[-1]
-    return f"{last.filename}:{last.lineno}: {last.line}"
-
-
 def _capture(
     model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    call: Call,
     marks: list[fx.Node],
     training: frozenset[str],
+    number: int,
+    batching: Batch,
 ) -> Program:
+    """One graph of one example call, with some modules in training mode."""
     calls: list[ModuleCall] = []
     seen = clone(model, training=training)
+    recorder = Recorder()
+    exported, states = _traced(seen, call, batching, marks, calls, recorder)
+    program = _program(model, exported, calls, *call)
+    suffix = (f"_call{number}" if number else "") + ("_training" if training else "")
+    for node in program.graph.graph.nodes if suffix else ():
+        node.name += suffix  # messages name nodes, so no two graphs share a name
+    return replace(
+        program,
+        torch_calls=tuple(recorder.calls),
+        states=states,
+        batching=batching,
+        batch=batch_of(*call) if batching is Batch.FIXED else program.batch,
+    )
+
+
+def _traced(
+    seen: nn.Module,
+    call: Call,
+    batching: Batch,
+    marks: list[fx.Node],
+    calls: list[ModuleCall],
+    recorder: Recorder,
+    correct: provenance.Corrector | None = None,
+) -> tuple[torch.export.ExportedProgram, tuple[Any, ...] | None]:
+    """Export a clone and record its calls on the way; random states where its code drew."""
     provenance.trace_attributes(seen)
-    _record_calls(seen, marks, calls)
+    _record_calls(seen, marks, calls, recorder.modules)
     with (
         capturing(root=provenance.root),
-        provenance.ProvenanceMode(marks),
+        provenance.ProvenanceMode(marks, recorder, correct),
         traceback.preserve_node_meta(),
     ):
-        exported = _export(seen, *cloned_arguments((args, kwargs)))
-    return _program(model, exported, calls, args, kwargs)
+        states = python_states()
+        given, keywords = cloned_arguments(call)
+        exported = _export(seen, given, keywords, batching)
+        return exported, None if same_states(states, python_states()) else states
+
+
+def corrected_calls(
+    model: nn.Module, call: Call, batching: Batch, correct: provenance.Corrector
+) -> tuple[TorchCall, ...]:
+    """The calls that a model makes when it is captured, some with other arguments.
+
+    Args:
+        model: Any module; it is only read.
+        call: The example call.
+        batching: How the first dimensions of the inputs are captured.
+        correct: Gives the arguments that a call gets in place of those it was made with.
+
+    Returns:
+        All calls, or those up to the one that raised.
+    """
+    recorder = Recorder()
+    with contextlib.suppress(CaptureError):  # what ran until then was seen
+        _traced(clone(model), call, batching, [], [], recorder, correct)
+    return tuple(recorder.calls)
 
 
 def _program(
@@ -204,9 +281,7 @@ def _program(
         if n.op == "placeholder" and n not in tensors and is_symbolic(n.meta.get("val"))
     ]
     batch = _sizes(symbolic[0].meta["val"])[0] if symbolic else 1
-    aliases = _aliases(model)
-    used = {n for node, name in tensors.items() if node.users for n in aliases.get(name, (name,))}
-    return Program(
+    program = Program(
         graph=graph_module,
         tensors=tensors,
         parameters=frozenset(parameters),
@@ -218,14 +293,14 @@ def _program(
         kwargs=kwargs,
         batch=batch,
         dynamic=bool(symbolic),
-        aliases=aliases,
+        aliases=_aliases(model),
         in_spec=exported.call_spec.in_spec,
         out_spec=exported.call_spec.out_spec,
         constants={n: exported.constants[n] for n in anonymous},
-        unused=frozenset(parameters - used),
         around=frozenset(around),
         structure=structure_of(model),
     )
+    return replace(program, unused=program.parameters - program.read)
 
 
 def _memory(tensor: torch.Tensor) -> Any:
@@ -290,13 +365,16 @@ def is_symbolic(value: Any) -> bool:
 def _sizes(value: Any) -> Any:
     """Sizes of a tensor, or of each tensor of a list; symbolic ones as hints."""
     if isinstance(value, torch.Tensor):
-        return tuple(s if type(s) is int else _hint(s) for s in value.shape)
+        return tuple(s if type(s) is int else hint(s) for s in value.shape)
     if isinstance(value, list | tuple):
         return [_sizes(v) for v in value] if not value or _has_tensor(value) else None
     return None
 
 
-def _hint(size: Any) -> int:
+def hint(size: Any) -> int:
+    """The value of a size, symbolic or not, in the example."""
+    if isinstance(size, int):
+        return int(size)
     return int(size.node.hint) if size.node.hint is not None else 1
 
 

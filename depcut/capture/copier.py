@@ -6,6 +6,7 @@ to be done: deep structures need no deep recursion, and each object is visited o
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import enum
 import functools
@@ -261,11 +262,9 @@ class Copier:
         if not own and not self.as_its_class_says(kind):
             if _is_constant(value):
                 return value
-            try:
-                copied = object.__new__(kind)
-            except TypeError:  # made in C
-                return self._by_protocol(value, self._reduced)
-            return self._shell(value, copied)
+            if not _holds_more(kind):
+                with contextlib.suppress(TypeError):  # made in C
+                    return self._shell(value, object.__new__(kind))
         return self._by_protocol(value, self._reduced)
 
     def _by_protocol(self, value: Any, copied: Callable[[Any, dict[int, Any]], Any]) -> Any:
@@ -349,6 +348,13 @@ def _slots(kind: Any) -> tuple[Any, ...]:
         for attribute in vars(base).values()
         if isinstance(attribute, types.MemberDescriptorType)
     )
+
+
+def _holds_more(kind: Any) -> bool:
+    """Whether objects of a class hold more than attributes and slots: what C code put there."""
+    pointer = tuple.__itemsize__
+    known = object.__basicsize__ + pointer * (2 + len(_slots(kind)))  # attributes, weak references
+    return bool(kind.__basicsize__ > known)
 
 
 def _is_constant(value: Any) -> bool:

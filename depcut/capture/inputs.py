@@ -5,46 +5,113 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from depcut.capture.clone import clone
-from depcut.capture.process_state import capturing
-from depcut.errors import InputError
-from depcut.support.torch_private import FakeTensorMode, pytree
+from depcut.capture.batches import widened
+from depcut.capture.dry_run import result_shapes
+from depcut.errors import InputError, in_call, listed
+from depcut.support.failures import reraise_fatal
+from depcut.support.torch_private import pytree
 
 Inputs = torch.Tensor | tuple[Any, ...] | list[Any] | dict[str, Any] | None
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # the (args, kwargs) of an example call
 
 USUAL_SIZES = (224, 32, 28, 64, 96, 256, 299, 384, 512)
 _HOW = "pass a tensor, a tuple of positional arguments or a dict of keyword arguments"
+_SEVERAL = (
+    "a list holds several example calls, each a tensor, a tuple of positional arguments or a dict "
+    "of keyword arguments; the positional arguments of one call are a tuple"
+)
 
 
-def normalize(model: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def normalize(
+    model: nn.Module, inputs: Inputs, *, widen: bool = True
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """(args, kwargs) on the model's device, with a batch of at least two.
 
     Args:
         model: The model they are for.
         inputs: A tensor, a tuple of positional or a dict of keyword arguments; None infers them
             from the model's `dummy_inputs` or its first layer.
+        widen: Whether to double a batch of one.
 
     Raises:
         InputError: The inputs have another kind, or cannot be inferred.
     """
     args, kwargs = arguments(infer_inputs(model) if inputs is None else inputs)
-    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
     device = device_of(model)
-    single = tensors[0].ndim > 0 and tensors[0].shape[0] == 1
+    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    empty = next((t for t in tensors if t.is_meta and device.type != "meta"), None)
+    if empty is not None:
+        raise InputError(
+            f"an input of shape {tuple(empty.shape)} is on the meta device, the model on {device}",
+            where="inputs=",
+            remedy="pass tensors with values; their device is changed where it must be",
+        )
+    if not any(t.numel() for t in tensors):
+        raise InputError(
+            f"the inputs are empty: {listed([str(tuple(t.shape)) for t in tensors], 3)}",
+            where="inputs=",
+            remedy="pass an example with values: what is computed on none cannot be compared",
+        )
 
     def prepare(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        if single and leaf.ndim and leaf.shape[0] == 1:
-            # A batch of one would be captured as a constant.
-            leaf = torch.cat([leaf, leaf])
-        return leaf.detach().to(device)
+        return leaf.detach().to(device) if isinstance(leaf, torch.Tensor) else leaf
 
     args, kwargs = pytree.tree_map(prepare, (args, kwargs))
-    return args, kwargs
+    return widened(model, args, kwargs) if widen else (args, kwargs)
+
+
+def example_calls(model: nn.Module, inputs: Inputs = None, *, widen: bool = True) -> list[Call]:
+    """The (args, kwargs) of every example call, each as of `normalize`.
+
+    Args:
+        model: The model they are for.
+        inputs: What one call takes, see `normalize`; or a list of that, one item a call.
+        widen: Whether to double a batch of one.
+
+    Raises:
+        InputError: The list is empty, or an item is no tensor, tuple or dict, or see `normalize`.
+    """
+    if not isinstance(inputs, list):
+        return [normalize(model, inputs, widen=widen)]
+    if not inputs:
+        raise InputError("inputs is an empty list", where="inputs=", remedy=_SEVERAL)
+    for number, call in enumerate(inputs):
+        if not isinstance(call, torch.Tensor | tuple | Mapping):
+            raise InputError(
+                f"inputs is a list, so that each item is an example call, and item {number} is of "
+                f"type {type(call).__name__}",
+                where=f"inputs[{number}]",
+                remedy=_SEVERAL,
+            )
+    calls = []
+    for number, call in enumerate(inputs):
+        with in_call(number, len(inputs)):
+            calls.append(normalize(model, call, widen=widen))
+    return calls
+
+
+def only_call(inputs: Any) -> Any:
+    """What one call takes, where a list of example calls holds no more than one.
+
+    Args:
+        inputs: As a user passes them.
+
+    Raises:
+        InputError: They are several example calls.
+    """
+    if not isinstance(inputs, list) or not inputs:
+        return inputs
+    if len(inputs) > 1:
+        raise InputError(
+            f"inputs is a list of {len(inputs)} example calls, and one is wanted here",
+            where="inputs=",
+            remedy="pass one of them; several positional arguments of one call are a tuple",
+        )
+    return inputs[0]
 
 
 def arguments(inputs: Inputs, where: str = "inputs=") -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -66,9 +133,22 @@ def arguments(inputs: Inputs, where: str = "inputs=") -> tuple[tuple[Any, ...], 
     elif isinstance(inputs, Mapping):
         kwargs = dict(inputs)
     else:
-        name = where.removesuffix("=")
-        raise InputError(f"{name} is a {type(inputs).__name__}", where=where, remedy=_HOW)
-    if not any(isinstance(t, torch.Tensor) for t in pytree.tree_leaves((args, kwargs))):
+        name, array = where.removesuffix("="), isinstance(inputs, np.ndarray)
+        remedy = "pass torch.from_numpy(array)" if array else _HOW
+        raise InputError(f"{name} is a {type(inputs).__name__}", where=where, remedy=remedy)
+    try:
+        leaves = pytree.tree_leaves((args, kwargs))
+    except RecursionError as error:
+        raise InputError(
+            f"{where.removesuffix('=')} is nested too deeply", where=where, remedy=_HOW
+        ) from error
+    if any(isinstance(leaf, np.ndarray) for leaf in leaves):
+        raise InputError(
+            f"{where.removesuffix('=')} holds a NumPy array",
+            where=where,
+            remedy="pass torch.from_numpy(array)",
+        )
+    if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
         raise InputError(f"{where.removesuffix('=')} holds no tensor", where=where, remedy=_HOW)
     return args, kwargs
 
@@ -105,7 +185,7 @@ def infer_inputs(model: nn.Module) -> Inputs:
         else:
             example = torch.randn(shape, generator=generator).to(dtype)
         example = example.to(device_of(model))
-        if runs(model, (example,), {}):
+        if result_shapes(model, (example,), {}) is not None:
             return example
         tried.append(str(tuple(shape)))
     raise InputError(
@@ -129,35 +209,11 @@ def _candidates(first: nn.Module) -> list[tuple[int, ...]]:
     return [(2, first.in_channels, *([size] * rank)) for size in sizes]
 
 
-def runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a model takes these arguments, tried on shapes alone.
-
-    Args:
-        model: The model; it is only read.
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-    """
-    seen = clone(model)
-    try:
-        with capturing(), FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
-            parameters: dict[str, torch.Tensor] = {
-                n: fake.from_tensor(t) for n, t in _tensors(seen)
-            }
-            given = pytree.tree_map_only(torch.Tensor, fake.from_tensor, (args, kwargs))
-            torch.func.functional_call(seen, parameters, *given)
-        return True
-    except Exception:  # noqa: BLE001  any failure of the user's forward means: not this size
-        return False
-
-
-def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [*model.named_parameters(), *model.named_buffers()]
-
-
 def _dummy_inputs(model: nn.Module) -> dict[str, Any] | None:
     try:
         dummy = getattr(model, "dummy_inputs", None)
-    except (AttributeError, NotImplementedError, ValueError):
+    except Exception as error:  # noqa: BLE001  a property of the user's class
+        reraise_fatal(error)
         return None
     if not isinstance(dummy, dict):
         return None

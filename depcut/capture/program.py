@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import fx
 
+from depcut.capture.batches import Batch
+from depcut.capture.calls import TorchCall
 from depcut.capture.structure import Structure
 from depcut.support.torch_private import pytree
 
@@ -42,9 +44,9 @@ class Program:
         graph: The graph; nodes carry `meta["val"]`, source lines and literal provenance.
         tensors: Qualified parameter, buffer or constant name of each placeholder that is one.
         parameters: Names among these that are parameters.
-        anonymous: Names of constants typed into the code, which no attribute holds.
+        anonymous: Names of constants typed into the code, of any graph, which no attribute holds.
         sizes: Sizes (hints for dynamic ones) of every node that is a tensor or a list of tensors.
-        marks: Nodes by the numbers that provenance expressions use.
+        marks: Nodes, of any graph, by the numbers that provenance expressions use.
         calls: Every module call, in order of completion.
         args: Positional example inputs.
         kwargs: Keyword example inputs.
@@ -53,12 +55,18 @@ class Program:
         aliases: Names that share one tensor, by each of these names.
         in_spec: Structure of (args, kwargs).
         out_spec: Structure of the result.
-        constants: Values of the anonymous constants.
+        constants: Values of the anonymous constants of this graph.
         training: The model as it runs in training, where it has parts that run only then
             (auxiliary heads, mask tokens); for couplings alone.
-        unused: Parameters that neither graph uses.
+        others: The model as it runs in the other example calls. Couplings, attributes, dead units
+            and verification are of all calls; data, scores, MACs and time of this one.
+        unused: Parameters that no graph uses.
+        torch_calls: Every call of the torch API, in order.
+        states: Random states of Python and numpy that the capture started from, where the model's
+            code drew from them: another course of it would be another graph.
         structure: The model's modules and attributes when it was captured.
         around: Tensors of the model that its code reaches by another way than by their attributes.
+        batching: How the first dimensions of the inputs were captured.
     """
 
     graph: fx.GraphModule
@@ -77,9 +85,55 @@ class Program:
     out_spec: pytree.TreeSpec
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     training: Program | None = None
+    others: tuple[Program, ...] = ()
     unused: frozenset[str] = field(default_factory=frozenset)
+    torch_calls: tuple[TorchCall, ...] = ()
+    states: tuple[Any, ...] | None = None
     around: frozenset[str] = field(default_factory=frozenset)
     structure: Structure = field(default_factory=dict)
+
+    batching: Batch = Batch.FREE
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the capture had to assume, in words."""
+        return () if self.batching is Batch.FREE else (self.batching.value,)
+
+    @property
+    def examples(self) -> tuple[Program, ...]:
+        """Every example call, this one first."""
+        return (self, *self.others)
+
+    @property
+    def captured(self) -> tuple[Program, ...]:
+        """Every graph: those of the example calls, each with that of its training behind it."""
+        return tuple(p for e in self.examples for p in (e, e.training) if p is not None)
+
+    def led_by(self, number: int) -> Program:
+        """The same example calls with another one first.
+
+        Args:
+            number: Which one, from 0.
+        """
+        if not number:
+            return self
+        calls = [replace(p, others=()) for p in self.examples]
+        return replace(calls.pop(number), others=tuple(calls))
+
+    @cached_property
+    def names(self) -> dict[fx.Node, str]:
+        """Name of each parameter, buffer or constant, by its placeholders in every graph."""
+        return {node: name for p in self.captured for node, name in p.tensors.items()}
+
+    @cached_property
+    def read(self) -> frozenset[str]:
+        """Parameters, buffers and constants that a node of this graph reads, by all their names."""
+        return frozenset(
+            alias
+            for node, name in self.tensors.items()
+            if node.users
+            for alias in self.aliases.get(name, (name,))
+        )
 
     @cached_property
     def inputs(self) -> list[fx.Node]:

@@ -20,12 +20,14 @@ from torch.fx import traceback
 from torch.fx.experimental import proxy_tensor
 from torch.overrides import TorchFunctionMode
 
+from depcut.capture.calls import Recorder, TorchCall, is_number
 from depcut.support.torch_private import pytree
 
 Expr = int | float | tuple[Any, ...]
 
 KEY = "depcut_literals"
 MARK = "depcut_mark"
+CALL = "depcut_call"
 
 OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "+": operator.add,
@@ -122,6 +124,23 @@ for _symbol, _name in _METHODS.items():
         setattr(_kind, f"__r{_name}__", _traced_operator(_symbol, True))
 
 
+def _comparison(kind: type, name: str) -> Callable[[Any, Any], Any]:
+    own = getattr(kind.__base__, name)
+
+    def method(self: Any, other: Any) -> Any:
+        if isinstance(other, torch.SymInt | torch.SymFloat):
+            # Of an int that is no plain one, a SymInt says that it is another number.
+            return getattr(operator, name)(_plain(self), other)
+        return own(self, other)
+
+    return method
+
+
+for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):
+    for _kind in (Traced, TracedFloat):
+        setattr(_kind, _name, _comparison(_kind, _name))
+
+
 _plain_root = math.sqrt
 
 
@@ -152,16 +171,23 @@ def mark(node: fx.Node, marks: list[fx.Node]) -> int:
     return cast(int, node.meta[MARK])
 
 
+Corrector = Callable[[int, TorchCall, tuple[Any, ...], dict[str, Any]], Any]
+
+
 class ProvenanceMode(TorchFunctionMode):
-    """Hands out traced sizes and annotates the calls that receive traced ints.
+    """Hands out traced sizes, records the calls of the torch API and annotates what they create.
 
     Args:
         marks: Nodes referred to so far; grows during the capture.
+        recorder: Of the calls.
+        correct: Gives the arguments that a call gets in place of those it was made with.
     """
 
-    def __init__(self, marks: list[fx.Node]) -> None:
+    def __init__(
+        self, marks: list[fx.Node], recorder: Recorder, correct: Corrector | None = None
+    ) -> None:
         super().__init__()
-        self.marks = marks
+        self.marks, self.recorder, self.correct = marks, recorder, correct
 
     def __torch_function__(
         self,
@@ -175,9 +201,12 @@ class ProvenanceMode(TorchFunctionMode):
         if func in _SIZE_READERS:
             return self._size(func, args, kwargs)
         literals = tuple(_numbers(pytree.tree_leaves((args, kwargs))))
-        if all(expr is None for _, expr in literals):
+        number = self.recorder.record(func, args, kwargs)
+        if number is None:
             return func(*args, **kwargs)
-        with traceback.annotate({KEY: literals}):
+        if self.correct is not None:
+            args, kwargs = self.correct(number, self.recorder.calls[number], args, kwargs)
+        with traceback.annotate({KEY: literals, CALL: number}):
             return func(*args, **kwargs)
 
     def _size(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -199,11 +228,11 @@ class ProvenanceMode(TorchFunctionMode):
 
 
 def _numbers(leaves: list[Any]) -> Iterator[tuple[float, Expr | None]]:
-    """All ints and traced floats among the arguments of a call, in order, with provenance."""
+    """All numbers among the arguments of a call, in order, with provenance."""
     for leaf in leaves:
         if isinstance(leaf, slice):
             yield from _numbers([leaf.start, leaf.stop, leaf.step])
-        elif type(leaf) in (int, Traced, TracedFloat):
+        elif is_number(leaf):
             yield _plain(leaf), getattr(leaf, "expr", None)
 
 
@@ -248,6 +277,11 @@ _INTERNAL = frozenset(vars(nn.Module()))
 
 
 Received = tuple[tuple[float, Expr | None], ...]
+
+
+def call_of(node: fx.Node) -> int | None:
+    """The number of the call of the torch API that created a node."""
+    return cast("int | None", (node.meta.get("custom") or {}).get(CALL))
 
 
 def literals_of(node: fx.Node) -> Received:

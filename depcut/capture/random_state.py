@@ -25,6 +25,22 @@ def restore(states: States) -> None:
     np.random.set_state(states[2])  # noqa: NPY002
 
 
+def python_states() -> States:
+    """The states that random and numpy draw from."""
+    return random.getstate(), np.random.get_state()  # noqa: NPY002
+
+
+def same_states(before: States, after: States) -> bool:
+    """Whether two results of `python_states` are equal: whether nobody drew in between."""
+    return before[0] == after[0] and all(map(np.array_equal, before[1], after[1]))
+
+
+def restore_python(states: States) -> None:
+    """Set the generators of random and numpy to states that `python_states` returned."""
+    random.setstate(states[0])
+    np.random.set_state(states[1])  # noqa: NPY002
+
+
 @contextmanager
 def preserved() -> Iterator[None]:
     """The caller's random states, those of GPUs among them, are as before afterwards.

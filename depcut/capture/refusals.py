@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from depcut.errors import CaptureError, InputError, listed
+from depcut.errors import CaptureError, DepcutError, InputError, listed
 from depcut.support.torch_private import is_packed
 
 
@@ -25,12 +25,7 @@ def check_model(model: object) -> None:
             where=type(model).__name__,
             remedy="pass the nn.Module it was scripted from",
         )
-    if not isinstance(model, nn.Module):
-        raise InputError(
-            f"model is a {type(model).__name__}, not a torch.nn.Module",
-            where="model",
-            remedy="pass the module itself",
-        )
+    model = check_module(model)
     for name, module in model.named_modules():
         quantized = ".quantized" in type(module).__module__ and is_packed(module)
         scripted = isinstance(module, torch.jit.ScriptModule)
@@ -55,6 +50,37 @@ def check_model(model: object) -> None:
             )
 
 
+def check_module(
+    model: object, name: str = "model", error: type[DepcutError] = InputError
+) -> nn.Module:
+    """Refuse what is no module, or one whose parameters have no shapes yet; return the module.
+
+    Args:
+        model: What the user passed.
+        name: As what.
+        error: What to raise.
+
+    Raises:
+        InputError: It is something else; as `error`.
+    """
+    if not isinstance(model, nn.Module):
+        is_class = isinstance(model, type) and issubclass(model, nn.Module)
+        got = f"the class {model.__name__}" if is_class else f"a {type(model).__name__}"  # type: ignore[attr-defined]
+        raise error(
+            f"{name} is {got}, not a torch.nn.Module",
+            where=name,
+            remedy="pass an instance of it" if is_class else "pass the module itself",
+        )
+    for tensor_name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise error(
+                "the model's lazy parameters have no shapes yet",
+                where=tensor_name,
+                remedy="run the model once on an example, model(x), which settles them",
+            )
+    return model
+
+
 def check_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuse arguments that the model's forward does not take.
 
@@ -69,10 +95,12 @@ def check_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
             raise TypeError(f"unexpected keyword {listed(unknown)}")
         signature.bind(*args, **kwargs)
     except TypeError as error:
+        one = len(signature.parameters) == 1 and not args
         raise InputError(
             f"the model does not take these inputs: {error}",
             where=f"{type(model).__name__}.forward{signature}",
-            remedy="pass inputs= as a tuple of its positional or a dict of its keyword arguments",
+            remedy="pass inputs= as a tuple of its positional or a dict of its keyword arguments"
+            + (", ({...},) if it takes one dict" if one else ""),
         ) from None
 
 

@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional
 
+from depcut.allocate.choose import check_ratio
 from depcut.api import shrink
 from depcut.capture.modes import modes
 from depcut.cli.demo_net import DigitNet
@@ -21,10 +22,12 @@ from depcut.deploy.export import ExportReport, export
 from depcut.errors import DepcutError, InputError
 from depcut.plan.cost import count_macs, count_params
 from depcut.support import files
-from depcut.timing.bench import BenchResult, bench
+from depcut.support.checks import LARGEST, check_integer
+from depcut.timing.bench import BenchResult, bench, check_timing
 from depcut.timing.comparison import quantity
 
 _BATCH = 64
+_MOST_EPOCHS = 10_000
 _RETRAIN_RATE = 0.02
 _TRAIN_RATE = 0.1
 
@@ -122,7 +125,13 @@ def run_demo(
 
     Raises:
         DepcutError: scikit-learn is missing, or a step failed.
+        InputError: An argument is out of its range; nothing has been done then.
     """
+    check_ratio(ratio, "ratio=")
+    check_timing(threads, rounds, 0, None, memory=False)
+    for name, value in (("epochs", epochs), ("retrain_epochs", retrain_epochs)):
+        check_integer(value, name, 0, _MOST_EPOCHS)
+    seed = check_integer(seed, "seed", 0, LARGEST)
     console = console or Console()
     digits = load_digits(seed)
     folder = Path(tempfile.mkdtemp(prefix="depcut-demo-")) if out is None else out

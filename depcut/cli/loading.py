@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from depcut.errors import InputError
+from depcut.support.failures import first_line, reraise_fatal, shown
 
+_MOST = 2**28  # elements of an example
 _DTYPES = {
     name: getattr(torch, name)
     for name in ("float16", "bfloat16", "float32", "float64", "int32", "int64", "bool")
@@ -65,9 +68,12 @@ def import_function(target: str) -> Callable[..., Any]:
     """
     try:
         function = _imported(target)
-    except (ImportError, AttributeError) as error:
+    except InputError:
+        raise
+    except (Exception, SystemExit) as error:
+        reraise_fatal(error)
         raise InputError(
-            f"cannot import it: {type(error).__name__}: {error}",
+            f"cannot import it: {first_line(error)}",
             where=target,
             remedy="write package.module:function, e.g. torch.nn.functional:cross_entropy",
         ) from error
@@ -99,9 +105,10 @@ def _called(target: str, what: str) -> Any:
         return _imported(target)()
     except InputError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a module may be a script that ends the process
+        reraise_fatal(error)
         raise InputError(
-            f"cannot build {what}: {type(error).__name__}: {error}",
+            f"cannot build {what}: {first_line(error)}",
             where=target,
             remedy="the factory must be importable from here and take no arguments",
         ) from error
@@ -130,13 +137,20 @@ def _example(text: str, generator: torch.Generator) -> Tensor:
     sizes, _, name = text.partition(":")
     dtype = _DTYPES.get(name or "float32")
     parts = [part.strip() for part in sizes.split(",")]
-    if dtype is None or not all(part.isdecimal() and int(part) > 0 for part in parts):
+    sizes_read = all(part.isdecimal() and len(part) < 20 and int(part) > 0 for part in parts)
+    if dtype is None or not sizes_read:
         raise InputError(
-            f"cannot read the input shape {text!r}",
+            f"cannot read the input shape {shown(text)}",
             where="--input-shape",
             remedy=f"write sizes like 2,3,224,224 or 2,32:int64; types: {', '.join(_DTYPES)}",
         )
     shape = [int(part) for part in parts]
+    if math.prod(shape) > _MOST:
+        raise InputError(
+            f"the input shape {text!r} has {math.prod(shape):.3g} elements",
+            where="--input-shape",
+            remedy=f"at most {_MOST} are made up here; use Python for larger inputs",
+        )
     if dtype.is_floating_point:
         return torch.randn(shape, generator=generator).to(dtype)
     return torch.randint(0, 2, shape, generator=generator).to(dtype)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from depcut.allocate.choose import check_budget
 from depcut.analysis import analyze
 from depcut.apply.plan import Plan
 from depcut.apply.report import report
@@ -30,7 +31,7 @@ from depcut.support import files
 from depcut.support.torch_private import pytree
 from depcut.support.weights import load_weights, save_weights
 from depcut.timing.backends import Candidate
-from depcut.timing.bench import bench
+from depcut.timing.bench import bench, check_timing
 from depcut.timing.comparison import compare
 from depcut.timing.runtimes import RUNTIMES, check_runtime
 from depcut.version import __version__
@@ -87,6 +88,7 @@ def _shrink(options: argparse.Namespace) -> None:
             raise InputError(f"{names} without --time", remedy="add --time, or leave them out")
         timing["runtime"] = None
     chosen = options_of(options)
+    check_budget(options.ratio, chosen.of, chosen.latency_ms, chosen.depth)
     dense = _model(options)
     inputs: Inputs = example_inputs(options.input_shape)
     data = read_items(build_data(options.data), chosen.batches) if options.data else None
@@ -160,6 +162,14 @@ def _bench(options: argparse.Namespace) -> None:
 def _timing(options: argparse.Namespace) -> dict[str, Any]:
     """Keywords of `bench` from the options; InputError if this machine lacks the runtime."""
     check_runtime(options.runtime, options.provider)
+    sizes = options.batch_size if isinstance(options.batch_size, list) else [options.batch_size]
+    check_timing(
+        threads_of(options),
+        options.rounds,
+        0,
+        None if options.batch_size is None else sizes,
+        options.memory,
+    )
     return {
         "runtime": options.runtime,
         "provider": options.provider,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from torch import fx
 
@@ -11,6 +12,9 @@ from depcut import axes
 from depcut.axes import Axis, Concat, Dims, Product, Term
 from depcut.capture.program import Program, layer_of, where
 from depcut.ops.registry import Effects, Output
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 __all__ = ["Coupling", "Frozen", "Group", "Member", "layer_of"]
 
@@ -79,7 +83,7 @@ class Coupling:
     """The result of inference over a program: groups, terms and effects.
 
     Attributes:
-        program: The captured model.
+        program: The captured model, by its first example call.
         dims: Resolved terms of every parameter, buffer and constant, by qualified name.
         env: Terms of every node.
         effects: Size literals, contractions, statistics and MACs, by node.
@@ -97,7 +101,7 @@ class Coupling:
     @cached_property
     def frozen(self) -> tuple[Frozen, ...]:
         """Every dimension of a parameter that cannot shrink, fully or in part."""
-        nodes = {n.name: n for n in self.program.graph.graph.nodes}
+        nodes = {n.name: n for p in self.program.captured for n in p.graph.graph.nodes}
         out = []
         for name, dims in self.dims.items():
             if name not in self.program.parameters:
@@ -112,6 +116,27 @@ class Coupling:
                 size = sum(leaf.size for leaf in stuck) if isinstance(term, Concat) else term.size
                 out.append(Frozen(name, i, size, reason.why, place))
         return tuple(out)
+
+    @cached_property
+    def calls(self) -> tuple[Coupling, ...]:
+        """The same groups as each example call sees them, which then is the program's first."""
+        program = self.program
+        others = (replace(self, program=program.led_by(i)) for i in range(1, len(program.examples)))
+        return (self, *others)
+
+    def graph(self) -> nx.DiGraph:
+        """Layers and groups: edges from a layer to the groups it produces and to their readers."""
+        import networkx as nx
+
+        graph = nx.DiGraph()
+        for group in self.groups:
+            graph.add_node(group.name, kind="group", size=group.size, tied=group.tied)
+            for member in group.members:
+                layer = "layer:" + layer_of(member.tensor)
+                graph.add_node(layer, kind="layer")
+                ends = (layer, group.name) if member.role == "producer" else (group.name, layer)
+                graph.add_edge(*ends, tensor=member.tensor, dim=member.dim)
+        return graph
 
     @cached_property
     def group_of(self) -> dict[Axis, Group]:

@@ -10,10 +10,11 @@ from torch import fx
 
 import depcut.ops  # noqa: F401  (fills the table of rules)
 from depcut import axes
-from depcut.axes import Axis, Concat, Dims, Product, Reason, Term
+from depcut.axes import Axis, Dims, Reason
 from depcut.capture.program import Program, layer_of, where
 from depcut.coupling.groups import Coupling, Group, Member
 from depcut.coupling.row_axes import OUTPUT, find_row_axes
+from depcut.coupling.ties import find, settle_ties
 from depcut.graph.ancestry import parameter_dimension
 from depcut.graph.operators import is_item, is_operator
 from depcut.ops.registry import Effects, Op, Output, rule_for
@@ -26,13 +27,16 @@ def infer_coupling(program: Program) -> Coupling:
         program: A captured model.
     """
     dims: dict[str, Dims] = {}
-    env, effects, unknown = _run(program, dims)
-    if program.training is not None:
-        more = _run(program.training, dims)
+    env: dict[fx.Node, Output] = {}
+    effects: dict[fx.Node, Effects] = {}
+    unknown: dict[str, list[str]] = {}
+    for graph in program.captured:
+        more = _run(graph, dims)
         env.update(more[0])
         effects.update(more[1])
-        unknown.update(more[2])
-    classes = _settle_ties([tie for e in effects.values() for tie in e.ties])
+        for operator, nodes in more[2].items():
+            unknown.setdefault(operator, []).extend(nodes)
+    classes = settle_ties([tie for e in effects.values() for tie in e.ties])
     resolved = {name: tuple(map(axes.resolve, shape)) for name, shape in dims.items()}
     coupled = _groups(program, resolved, effects, classes)
     rows = find_row_axes({g.axis: g.name for g in coupled}, resolved, env, effects, where)
@@ -160,54 +164,6 @@ def _give_up(
     if isinstance(sizes, tuple):
         return _frozen_dims(sizes, reason.why, node.name)
     return [_frozen_dims(s or (), reason.why, node.name) for s in sizes]
-
-
-def _settle_ties(ties: list[list[Term]]) -> dict[Axis, Axis]:
-    """Which free axes must keep equal counts: a representative for each (union-find)."""
-    pairs = [(tie[0], other) for tie in ties for other in tie[1:]]
-    while True:
-        parent: dict[Axis, Axis] = {}
-        changed = [_tie(a, b, parent) for a, b in pairs]
-        if True not in changed:
-            return parent
-
-
-def find(parent: dict[Axis, Axis], item: Axis) -> Axis:
-    """The representative of an axis."""
-    while parent.get(item, item) is not item:
-        item = parent[item]
-    return item
-
-
-def _tie(a: Term, b: Term, parent: dict[Axis, Axis]) -> bool:
-    """Tie counts leaf by leaf; True where an axis had to be refined or frozen for it."""
-    a, b = axes.resolve(a), axes.resolve(b)
-    if a is b or (axes.is_frozen(a) and axes.is_frozen(b)):
-        return False
-    if isinstance(a, Axis) and isinstance(b, Axis) and not (a.reason or b.reason):
-        parent[find(parent, a)] = find(parent, b)
-        return False
-    for x, y in ((a, b), (b, a)):
-        if isinstance(x, Axis) and not x.reason and not isinstance(y, Axis):
-            x.bound = _copy(y)
-            return True
-    children_a = a.factors if isinstance(a, Product) else a.parts if isinstance(a, Concat) else ()
-    children_b = b.factors if isinstance(b, Product) else b.parts if isinstance(b, Concat) else ()
-    alike = type(a) is type(b) and [c.size for c in children_a] == [c.size for c in children_b]
-    if alike and children_a:
-        return True in [_tie(x, y, parent) for x, y in zip(children_a, children_b, strict=True)]
-    for term in (a, b):
-        axes.freeze(term, Reason("cut evenly, but its pieces are built differently"))
-    return True
-
-
-def _copy(term: Term) -> Term:
-    """A term of the same structure with fresh axes."""
-    if isinstance(term, Axis):
-        return axes.axis(term.size, term.reason)
-    build = axes.product if isinstance(term, Product) else axes.concat
-    children = term.factors if isinstance(term, Product) else term.parts
-    return build(*map(_copy, children))
 
 
 def _groups(

@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from depcut.apply.report import lineage_of
+from depcut.capture.batches import Batch, dynamic_shapes, widened
 from depcut.capture.clone import clone, cloned_arguments
+from depcut.capture.eager import refuse_failing_call
 from depcut.capture.process_state import converting
-from depcut.deploy.runtime import batch_size, bind_inputs, first_line, resized
+from depcut.capture.signature import name_keywords
+from depcut.deploy.runtime import batch_size, bind_inputs
 from depcut.errors import ExportError, InputError
 from depcut.support.checks import check_integer
-from depcut.support.torch_private import pytree
+from depcut.support.failures import first_line, reraise_fatal, shown
 from depcut.version import __version__
 
 if TYPE_CHECKING:
@@ -74,7 +77,11 @@ def draft(
     version, entries = _checked_opset(opset), _checked_metadata(metadata)
     arguments = bind_inputs(model, inputs)
     with converting():
-        arguments, program = _capture(model, arguments, free_batch=free_batch)
+        try:
+            arguments, program = _capture(model, arguments, free_batch=free_batch)
+        except ExportError:
+            refuse_failing_call(model, ("inputs=", arguments.args, arguments.kwargs))
+            raise
         lineage = {"depcut_version": __version__, **lineage_of(model)}
         _convert(program, Path(path), {**lineage, **entries}, version)
     return arguments
@@ -89,18 +96,24 @@ def _checked_opset(opset: int | None) -> int:
         "opset",
         OPSETS[0],
         OPSETS[-1],
-        what=f"opset={opset!r} cannot be written",
+        what=f"opset={shown(opset)} cannot be written",
         remedy=f"pass an integer from {OPSETS[0]} to {OPSETS[-1]}, or leave it out for {OPSET}",
     )
 
 
 def _checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
     """The user's entries, all of them texts."""
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise InputError(
+            f"metadata is a {type(metadata).__name__}",
+            where="metadata=",
+            remedy="pass texts by name, such as {'author': 'me'}",
+        )
     entries = dict(metadata or {})
     for key, value in entries.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise InputError(
-                f"the entry {key!r}: {value!r} is no pair of texts",
+                f"the entry {shown(key)}: {shown(value)} is no pair of texts",
                 where="metadata=",
                 remedy="ONNX holds texts only: pass str(value)",
             )
@@ -111,30 +124,28 @@ def _capture(
     model: nn.Module, arguments: inspect.BoundArguments, *, free_batch: bool = True
 ) -> tuple[inspect.BoundArguments, torch.export.ExportedProgram]:
     """The exported program, and the arguments it was made with."""
-    if free_batch and batch_size(arguments) == 1:
+    args, kwargs = widened(model, arguments.args, arguments.kwargs)
+    wide = arguments.signature.bind(*args, **kwargs)
+    if free_batch and batch_size(wide) > batch_size(arguments):
         # torch.export takes a dimension of one for a constant.
         with contextlib.suppress(ExportError):
-            return _capture(model, resized(arguments, 2))
-    shapes = pytree.tree_map(_free_batch, dict(arguments.arguments)) if free_batch else None
+            return _capture(model, wide)
     # Kernels are chosen by what is to be differentiated: here and in the conversion, nothing.
     seen = clone(model, requires_grad=False)
     args, kwargs = cloned_arguments((arguments.args, arguments.kwargs))
+    name_keywords(seen, kwargs)
+    shapes = dynamic_shapes(seen, args, kwargs, Batch.FREE if free_batch else Batch.FIXED)
     try:
         with torch.no_grad():
             program = torch.export.export(seen, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
+        reraise_fatal(error)
         raise ExportError(
             f"torch.export cannot capture the model: {first_line(error)}",
             where=type(model).__name__,
             remedy="its forward must not branch on the values of tensors; see the chained error",
         ) from error
     return arguments, program
-
-
-def _free_batch(leaf: Any) -> dict[int, Any] | None:
-    """The dynamic-shape entry of one argument."""
-    is_batched = isinstance(leaf, Tensor) and leaf.dim() > 0
-    return {0: torch.export.Dim.AUTO} if is_batched else None
 
 
 def _convert(
@@ -177,6 +188,7 @@ def _convert(
             remedy="free some space, or choose a folder that can be written to",
         ) from error
     except Exception as error:
+        reraise_fatal(error)
         raise ExportError(
             f"torch.onnx cannot convert the model: {first_line(_innermost(error))}",
             where=path.name,

@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from depcut.capture.random_state import preserved
+from depcut.capture.refusals import check_module
 from depcut.deploy.convert import OLDER_OPSET, draft
 from depcut.deploy.output_check import TOLERANCES, compare_outputs
 from depcut.deploy.publish import publish
-from depcut.deploy.runtime import batch_size, first_line, open_session
+from depcut.deploy.runtime import batch_size, open_session
 from depcut.errors import ExportError
 from depcut.support import files
+from depcut.support.checks import check_number, check_path
+from depcut.support.failures import first_line
 
 if TYPE_CHECKING:
     import onnx
@@ -106,6 +109,10 @@ def export(
             with PyTorch. Nothing has been written then.
         InputError: `inputs` does not fit the model's forward, or an option is wrong.
     """
+    check_module(model)
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if value is not None:
+            check_number(value, name, "pass a number that is not negative", least=0)
     started = time.perf_counter()
     path = _checked_name(path)
     with files.workplace(path, "ONNX file", ExportError) as (target, folder), preserved():
@@ -133,7 +140,7 @@ def export(
 
 def _checked_name(path: str | os.PathLike[str]) -> Path:
     """The path, refused where onnx cannot name it: it takes UTF-8 alone."""
-    name = files.as_path(path, "path", ExportError)
+    name = check_path(path, "path", ExportError)
     try:
         str(name.absolute()).encode()
     except UnicodeEncodeError as error:

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 
 from depcut.capture.clone import clone, cloned_arguments
-from depcut.deploy.runtime import Array, first_line, resized, session_tensors
+from depcut.capture.eager import user_line
+from depcut.deploy.runtime import Array, resized, session_tensors
 from depcut.errors import ExportError
 from depcut.rewrite.copying import copied
 from depcut.support.closeness import Gap, gap
+from depcut.support.failures import first_line, reraise_fatal
 from depcut.support.torch_private import pytree
 
 if TYPE_CHECKING:
@@ -64,11 +66,20 @@ def compare_outputs(
             explains, too), shapes or numbers of outputs differ, or the runtime stops.
     """
     other = resized(arguments, batch)
-    expected = _outputs(model, (other.args, other.kwargs))
+    try:
+        expected = _outputs(model, (other.args, other.kwargs))
+    except Exception as error:
+        reraise_fatal(error)
+        raise ExportError(
+            f"the model itself does not run at batch size {batch}: {first_line(error)}",
+            where=user_line(error, model),
+            remedy="its code may fix a size that follows the batch",
+        ) from error
     feeds = session_tensors(session, other.arguments)
     try:
         returned = _run(session, feeds)
     except Exception as error:
+        reraise_fatal(error)
         raise ExportError(
             f"onnxruntime stops at batch size {batch}: {first_line(error)}",
             where=type(model).__name__,

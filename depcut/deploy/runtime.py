@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from depcut.capture.inputs import infer_inputs
+from depcut.capture.inputs import arguments, infer_inputs, only_call
+from depcut.capture.refusals import check_module
 from depcut.errors import ExportError, InputError
+from depcut.support.failures import first_line
 from depcut.support.torch_private import pytree
 
 if TYPE_CHECKING:
@@ -41,19 +43,11 @@ def bind_inputs(model: nn.Module, inputs: Any) -> inspect.BoundArguments:
         InputError: The kind of `inputs` is none of these, forward does not take them, or they
             cannot be inferred.
     """
-    given = infer_inputs(model) if inputs is None else inputs
-    given = dict(given) if isinstance(given, Mapping) else given
-    if isinstance(given, Tensor):
-        given = (given,)
-    if not isinstance(given, (tuple, list, dict)):
-        raise InputError(
-            f"inputs is a {type(inputs).__name__}",
-            where=type(model).__name__,
-            remedy="pass a tensor, a tuple of positional arguments or a dict of keyword arguments",
-        )
+    model = check_module(model)
+    args, kwargs = arguments(infer_inputs(model) if inputs is None else only_call(inputs))
     signature = inspect.signature(model.forward)
     try:
-        return signature.bind(**given) if isinstance(given, dict) else signature.bind(*given)
+        return signature.bind(*args, **kwargs)
     except TypeError as error:
         raise InputError(
             f"the inputs do not fit forward: {error}",
@@ -138,6 +132,7 @@ def session_feeds(session: InferenceSession, values: Mapping[str, Any]) -> dict[
 
     Raises:
         ExportError: The graph takes another number of tensors, or NumPy has no such data type.
+        InputError: A tensor has no values.
     """
     return {name: as_array(value) for name, value in session_tensors(session, values).items()}
 
@@ -169,7 +164,7 @@ def session_tensors(session: InferenceSession, values: Mapping[str, Any]) -> dic
 
 
 def batch_size(arguments: inspect.BoundArguments) -> int:
-    """Dimension 0 of the first tensor that has one.
+    """Dimension 0 of the first tensor of two dimensions or more, else of the first vector.
 
     Args:
         arguments: What `bind_inputs` returned.
@@ -181,10 +176,11 @@ def batch_size(arguments: inspect.BoundArguments) -> int:
         InputError: No argument is a tensor with a dimension.
     """
     leaves = pytree.tree_leaves(dict(arguments.arguments))
-    sizes = [leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0]
-    if not sizes:
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0]
+    if not tensors:
         raise InputError("no tensor among the inputs", remedy="pass the tensors forward works on")
-    return int(sizes[0])
+    # A vector of one number may belong to the whole call (the time of a diffusion step).
+    return int(next((t for t in tensors if t.dim() > 1), tensors[0]).shape[0])
 
 
 def resized(arguments: inspect.BoundArguments, batch: int) -> inspect.BoundArguments:
@@ -228,18 +224,12 @@ def as_array(tensor: Tensor) -> Array:
             "NumPy has no bfloat16, and onnxruntime's CPU provider hardly a kernel for it",
             remedy="use model.float() or model.half()",
         )
-    values: Array = tensor.detach().cpu().numpy()
+    try:
+        values: Array = tensor.detach().cpu().numpy()
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        raise InputError(
+            f"NumPy cannot hold an input: {first_line(error)}",
+            where="inputs=",
+            remedy="pass dense tensors with values",
+        ) from error
     return values
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, with its class.
-
-    Args:
-        error: The error.
-
-    Returns:
-        One line.
-    """
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

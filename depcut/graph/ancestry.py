@@ -87,15 +87,14 @@ def parameter_dimension(node: fx.Node, dim: int, program: Program) -> tuple[str,
     """The (name, dimension) of the tensor that a node's dimension is, through casts and swaps.
 
     Args:
-        node: A node of the captured graph, or of the training graph beside it.
+        node: A node of the captured graph, or of one beside it (training, other example calls).
         dim: One of its dimensions, counted from the front.
         program: The captured model.
 
     Returns:
         None where the node is computed from activations, or in another way.
     """
-    if program.training is not None and node in program.training.sizes:
-        program = program.training
+    program = next((p for p in program.captured if node in p.sizes), program)
     while node not in program.tensors:
         args: Any = node.args
         source = args[0] if args else None

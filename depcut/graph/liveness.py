@@ -278,8 +278,7 @@ def _tensors(
     program: Program, dead: set[fx.Node], live: set[fx.Node], modules: set[str]
 ) -> set[str]:
     """Names of tensors that only dead nodes read, or that a dead module holds."""
-    training = program.training.tensors if program.training is not None else {}
-    names = {*program.tensors.values(), *training.values()} - program.anonymous
+    names = {n for p in program.captured for n in p.tensors.values()} - program.anonymous
     alive = {
         alias
         for node, name in program.tensors.items()

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import fx
 
-from depcut.graph.arguments import argument, has_argument
+from depcut.graph.arguments import schema
 from depcut.support.torch_private import enter_autocast, exit_autocast, schema_of
 
 _ARITHMETIC = frozenset({operator.mul, operator.add, operator.sub, operator.floordiv})
 _SIZES = frozenset({torch.ops.aten.sym_size.int, torch.ops.aten.sym_size.default})
 _CASTS = frozenset({"to", "contiguous", "type_as"})  # they may return the very tensor they got
 MODE_FLAGS = ("train", "training")  # flags without which a dropout draws nothing
-_PROBABILITIES = ("p", "dropout", "dropout_p")
+# Arguments by which an operator that may draw does not: a mode, or a probability of zero.
+_SWITCHES = frozenset({*MODE_FLAGS, "p", "dropout", "dropout_p"})
 
 
 def is_operator(node: fx.Node) -> bool:
@@ -39,7 +41,8 @@ def names_of(target: Any) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=4096)
-def _base_name(target: Any) -> str:
+def base_of(target: Any) -> str:
+    """An operator's name without namespace, overload and the mark of working in place."""
     return _functional(str(target).partition(".")[2].partition(".")[0])
 
 
@@ -53,7 +56,7 @@ def base_name(node: fx.Node) -> str:
 
     E.g. "add" of aten.add_.Tensor; "" of a Python function such as operator.getitem.
     """
-    return _base_name(node.target) if node.op == "call_function" else ""
+    return base_of(node.target) if node.op == "call_function" else ""
 
 
 def is_aten(node: fx.Node, *names: str) -> bool:
@@ -115,11 +118,26 @@ def may_draw(node: fx.Node) -> bool:
 
 def is_random(node: fx.Node) -> bool:
     """Whether a node draws random numbers: dropouts do in training, with a probability."""
-    if not may_draw(node):
+    return draws(node.target, node.args, node.kwargs)
+
+
+def draws(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of an operator draws random numbers: dropouts do in training.
+
+    Args:
+        target: The operator.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+    """
+    if not has_tag(target, torch.Tag.nondeterministic_seeded):
         return False
-    flags = [argument(node, name) for name in MODE_FLAGS if has_argument(node, name)]
-    chances = [argument(node, name) for name in _PROBABILITIES if has_argument(node, name)]
-    return all(flags) and all(chances)
+    for name, known in schema(target).items():
+        if name in _SWITCHES:
+            given = args[known.position] if known.position < len(args) else kwargs.get(name)
+            off = known.default if given is None else given
+            if isinstance(off, bool | int | float) and not off:
+                return False
+    return True
 
 
 def returns_its_input(node: fx.Node) -> bool:

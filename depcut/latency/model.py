@@ -25,11 +25,13 @@ from depcut.latency.staircase import fit
 from depcut.plan.cost import Cost
 from depcut.plan.fingerprint import fingerprint
 from depcut.plan.preferences import preferences
-from depcut.support.checks import check_integer
+from depcut.support.checks import THREADS, check_flag, check_integer
+from depcut.support.failures import shown
 from depcut.support.machine import processor
 from depcut.support.torch_private import pytree
 
 SAMPLES = 16
+_MOST_SAMPLES = 10_000
 _UNSURE = 0.1  # a typical error of the fit that is worth a warning
 _BETWEEN = 2  # further samples at widths between the steps
 _GRID = 8  # widths are sampled at multiples of it, where they allow
@@ -137,12 +139,14 @@ def latency_model(
     """
     import onnxruntime as ort
 
+    for flag, given in (("refresh", refresh), ("progress", progress)):
+        check_flag(given, flag)
     limits = (
-        ("threads", threads, 1, "pass 1 or more"),
-        ("samples", samples, 6, "pass 6 or more: fewer explain nothing"),
+        ("threads", threads, 1, THREADS, f"pass 1 to {THREADS}"),
+        ("samples", samples, 6, _MOST_SAMPLES, "pass 6 or more: fewer explain nothing"),
     )
-    for name, value, least, remedy in limits:
-        check_integer(value, name, least, what=f"{name}={value!r}", remedy=remedy)
+    for name, value, least, most, remedy in limits:
+        check_integer(value, name, least, most, what=f"{name}={shown(value)}", remedy=remedy)
     arguments = bind_inputs(model, inputs)
     steps = space(coupling, _GRID, set(), preferences(coupling).ties)
     runtime = f"onnxruntime {ort.__version__}, CPUExecutionProvider"

@@ -97,8 +97,9 @@ def _stuck(
 ) -> dict[fx.Node, str]:
     """Nodes whose numbers the code will not compute, with the reason."""
     stuck: dict[fx.Node, str] = {}
-    captured = keep.coupling.program.sizes  # what runs in training only cannot be generated
-    for demand in (d for d in demands if d.node in captured):
+    graphs = [p.graph.graph for p in keep.coupling.program.examples]
+    # What runs in training only cannot be generated.
+    for demand in (d for d in demands if d.node.graph in graphs):
         why = _unmet(demand, keep, conflicts, settled)
         if why:
             stuck.setdefault(demand.node, why)
@@ -132,18 +133,39 @@ def _demands(keep: Keep) -> Iterator[_Demand]:
 
 def by_path(node: fx.Node) -> dict[tuple[int | str, ...], Expr | None]:
     """Provenance of every int argument, matched in order with the ints that the call received."""
-    received = [(v, e) for v, e in literals_of(node) if type(v) is int]
-    out: dict[tuple[int | str, ...], Expr | None] = {}
-    if not received:
+    received = literals_of(node)
+    return {path: None if at is None else received[at][1] for path, at in _matched(node).items()}
+
+
+def number_of(node: fx.Node, path: tuple[int | str, ...]) -> int | None:
+    """Which of the numbers that the call received became an argument of the node.
+
+    Args:
+        node: A node that the call created.
+        path: Of an int among the node's arguments.
+
+    Returns:
+        An index into `literals_of(node)`; None where torch computed it.
+    """
+    return _matched(node).get(path)
+
+
+def _matched(node: fx.Node) -> dict[tuple[int | str, ...], int | None]:
+    received = literals_of(node)
+    ints = [i for i, (value, _) in enumerate(received) if type(value) is int]
+    out: dict[tuple[int | str, ...], int | None] = {}
+    if not ints:
         return out
     at = 0
     for path, value in _ints(node):
-        match = next((i for i in range(at, len(received)) if received[i][0] == value), None)
+        match = next((k for k in range(at, len(ints)) if received[ints[k]][0] == value), None)
         if match is not None:
-            out[path] = received[match][1]
+            out[path] = ints[match]
             at = match + 1
         else:
-            out[path] = next((e for v, e in received if v == value and e is not None), None)
+            equal = [i for i in ints if received[i][0] == value]
+            known = (i for i in equal if received[i][1] is not None)
+            out[path] = next(known, equal[0] if equal else None)
     return out
 
 
@@ -206,7 +228,7 @@ def _repurposed(
     One call may create several nodes, of which one holds the literal.
     """
     sizes = {(id(literals_of(d.node)), d.dense) for d in demands}
-    for node in keep.coupling.program.graph.graph.nodes:
+    for node in (n for p in keep.coupling.program.examples for n in p.graph.graph.nodes):
         received = () if node in keep.gone.nodes else literals_of(node)
         for value, expr in received:
             if expr is None or (id(received), value) in sizes:

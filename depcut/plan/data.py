@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
@@ -15,16 +14,28 @@ from torch import nn
 from depcut.axes import Indices
 from depcut.branches.branch import Residuals, bypass
 from depcut.branches.find import residuals as find_residuals
+from depcut.capture.program import Program
+from depcut.capture.refusals import check_module
 from depcut.coupling.groups import Coupling
 from depcut.errors import PlanError, listed
 from depcut.graph.liveness import Bypass
-from depcut.plan.fingerprint import described, difference, fingerprint
+from depcut.plan.fingerprint import (
+    check_described,
+    described,
+    difference,
+    fingerprint,
+    sizes_of,
+)
 from depcut.plan.keep import Keep
 from depcut.plan.units import check_rows, check_ties, units_of
 from depcut.support import files
+from depcut.support.checks import check_names, check_path
+from depcut.support.failures import first_line, shown
 from depcut.support.torch_private import pytree
 
 FORMAT = 1
+# What a file of a plan holds.
+_ENTRIES = "format fingerprint settings inputs sizes shapes kept dropped".split()
 
 OTHER = "the plan was made for another architecture"
 ANEW = "make a plan for this model with depcut.analyze(model, inputs).plan(...)"
@@ -43,7 +54,8 @@ class PlanData:
         shapes: Dense shape of every parameter and buffer.
         fingerprint: Of the architecture's tensors and groups.
         settings: How it was made (ratio, of, score, ...).
-        inputs: Shapes and dtypes of the inputs it was made with.
+        inputs: Shapes and dtypes of the example call it was made with, by "args" and "kwargs"; of
+            several calls those of the first, and a list of the others under "others".
         dropped: Names of the residual branches that go, sorted.
     """
 
@@ -71,7 +83,14 @@ class PlanData:
                 where=difference(self.sizes, {g.name: g.size for g in coupling.groups}),
                 remedy=ANEW,
             )
+        if dict(self.sizes) != {g.name: g.size for g in coupling.groups}:
+            raise PlanError(
+                "the plan's groups have other sizes than its architecture's",
+                where=difference(self.sizes, {g.name: g.size for g in coupling.groups}),
+                remedy=ANEW,
+            )
         check_rows(coupling, self.kept)
+        _check_counts(coupling, self.kept)
         numbers = {g.name: g.index for g in coupling.groups}
         through: Bypass = {}
         if self.dropped:
@@ -92,6 +111,7 @@ class PlanData:
                 f"a plan applies to a torch.nn.Module, not to a {type(model).__name__}",
                 remedy="pass the model itself",
             )
+        check_module(model)
         theirs = {n: list(t.shape) for n, t in model.state_dict(keep_vars=True).items()}
         for name, shape in self.shapes.items():
             if name in theirs and theirs[name] != list(shape):
@@ -127,31 +147,32 @@ class PlanData:
         Raises:
             PlanError: The file is missing, or no plan.
         """
+        file = check_path(path, "path", PlanError)
         try:
-            data = json.loads(Path(path).read_text())
+            data = files.read_json(file)
             if data["format"] != FORMAT:
                 raise PlanError(
                     f"the plan has format {data['format']}, this depcut reads {FORMAT}",
                     where=str(path),
                     remedy="make it anew, or use the depcut that wrote it",
                 )
-            sizes = {str(n): int(s) for n, s in data["sizes"].items()}
+            unknown = [name for name in data if name not in _ENTRIES]
+            if unknown:
+                raise ValueError(f"unknown entries: {listed(unknown)}")
+            sizes = {n: _size(s, f"sizes of {n!r}") for n, s in data["sizes"].items()}
             kept = {n: units_of(n, sizes, k) for n, k in data["kept"].items()}
-            shapes = {str(n): [int(i) for i in s] for n, s in data["shapes"].items()}
-            if not isinstance(data["inputs"]["args"], list) or not isinstance(
-                data["inputs"]["kwargs"], dict
-            ):
-                raise TypeError("inputs= is no list and dict")
-            rest = (str(data["fingerprint"]), dict(data["settings"]), data["inputs"])
+            shapes = {n: sizes_of(s, f"shapes of {n!r}") for n, s in data["shapes"].items()}
+            check_described(data["inputs"])
+            rest = (str(data["fingerprint"]), _settings(data["settings"]), data["inputs"])
             dropped = data.get("dropped", [])  # plans of before there were any have none
             if not isinstance(dropped, list) or not all(isinstance(n, str) for n in dropped):
                 raise TypeError("dropped= is no list of names")
             return cls(kept, sizes, shapes, *rest, dropped=tuple(sorted(dropped)))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, PlanError):
-                raise
+        except PlanError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise PlanError(
-                f"no plan can be read: {error}",
+                f"no plan can be read: {first_line(error)}",
                 where=str(path),
                 remedy="pass a file that plan.save wrote",
             ) from error
@@ -171,6 +192,34 @@ class PlanData:
         head = f"Plan {self.digest} ({len(rows)} of {len(self.sizes)} groups)"
         rows += [f"without {name}" for name in self.dropped]
         return "\n  ".join([head, *rows])
+
+
+def _settings(saved: Any) -> dict[str, Any]:
+    """How a plan was made, as a file says it."""
+    if not isinstance(saved, dict) or not isinstance(saved.get("options", {}), dict):
+        raise TypeError("the settings are no names with values")
+    return saved
+
+
+def _size(value: Any, what: str) -> int:
+    """A number of units, as a file says it."""
+    (size,) = sizes_of([value], what)
+    return size
+
+
+def _check_counts(coupling: Coupling, units: Mapping[str, Indices]) -> None:
+    """Refuse unequal counts where they are tied, and fewer units than the model needs."""
+    counts = {
+        g.name: units[g.name].shape[-1] if g.name in units else g.size for g in coupling.groups
+    }
+    check_ties(coupling, counts)
+    for group in coupling.groups:
+        if counts[group.name] < group.floor:
+            raise PlanError(
+                f"{counts[group.name]} units are kept, and the model needs {group.floor}",
+                where=f"group {group.name!r}",
+                remedy="keep more: its code squeezes a dimension of size 1 away",
+            )
 
 
 def make_plan(
@@ -195,33 +244,36 @@ def make_plan(
             are none of the group's, or groups (or rows) that must keep equally many do not.
     """
     sizes = {g.name: g.size for g in coupling.groups}
-    unknown = [n for n in kept if n not in sizes]
+    if not isinstance(kept, Mapping):
+        raise PlanError(
+            f"the kept units are {shown(kept)}, no mapping",
+            where="kept=",
+            remedy='pass indices by group name, such as {"layer1": [0, 2, 3]}',
+        )
+    unknown = [n for n in kept if not isinstance(n, str) or n not in sizes]
     if unknown:
         raise PlanError(
-            f"unknown groups: {listed(unknown)}",
+            f"unknown groups: {listed([shown(n) for n in unknown])}",
             where="kept units",
             remedy=f"name groups of the analysis: {listed(list(sizes))}",
         )
     units = {n: units_of(n, sizes, k) for n, k in kept.items()}
     check_rows(coupling, units)
-    counts = {
-        g.name: units[g.name].shape[-1] if g.name in units else g.size for g in coupling.groups
-    }
-    check_ties(coupling, counts)
-    for group in coupling.groups:
-        if counts[group.name] < group.floor:
-            raise PlanError(
-                f"{counts[group.name]} units are kept, and the model needs {group.floor}",
-                where=f"group {group.name!r}",
-                remedy="keep more: its code squeezes a dimension of size 1 away",
-            )
+    _check_counts(coupling, units)
     units = {n: u for n, u in units.items() if u.shape[-1] < sizes[n]}
-    inputs = pytree.tree_map(
-        described, {"args": list(coupling.program.args), "kwargs": coupling.program.kwargs}
-    )
+    first, *others = map(_call, coupling.program.examples)
+    inputs = {**first, "others": others} if others else first
     shapes = {n: list(t.shape) for n, t in model.state_dict(keep_vars=True).items()}
     digest = fingerprint(coupling)
-    names = [dropped] if isinstance(dropped, str) else list(dropped)
+    names = check_names(
+        dropped, "dropped", "pass names of residual branches: see analysis.branches"
+    )
     removed = find_residuals(coupling).named(names) if names else ()
     branches = tuple(sorted(b.name for b in removed))
     return PlanData(units, sizes, shapes, digest, dict(settings), inputs, branches)
+
+
+def _call(program: Program) -> dict[str, Any]:
+    """An example call as plain data."""
+    call = {"args": list(program.args), "kwargs": program.kwargs}
+    return dict(pytree.tree_map(described, call))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,33 +13,110 @@ from torch import nn
 
 from depcut.capture.inputs import device_of
 from depcut.coupling.groups import Coupling
+from depcut.errors import PlanError
+from depcut.support.failures import first_line, shown
 from depcut.support.torch_private import pytree
+
+_MOST = 2**28  # elements of an example that is made from a record
+
+
+def sizes_of(shape: Any, what: str) -> list[int]:
+    """Sizes as a file records them.
+
+    Args:
+        shape: What stands there.
+        what: What it is, for messages.
+
+    Raises:
+        ValueError: They are no sizes.
+    """
+    if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in shape):
+        raise ValueError(f"the {what} are {shown(shape)}")
+    return shape
+
+
+def check_described(inputs: Any) -> None:
+    """Refuse what is no record of example inputs, before anything is made from it.
+
+    Args:
+        inputs: What a file holds in its place.
+
+    Raises:
+        ValueError: It is something else; a RecursionError where it is nested too deeply.
+    """
+    if not (
+        isinstance(inputs, dict)
+        and {"args", "kwargs"} <= inputs.keys() <= {"args", "kwargs", "others"}
+        and isinstance(inputs["args"], list)
+        and isinstance(inputs["kwargs"], dict)
+    ):
+        raise ValueError("the inputs are no list of arguments with a dictionary of others")
+    others = inputs.get("others", [])
+    if not isinstance(others, list):
+        raise ValueError("the other example calls are no list")
+    for call in others:
+        check_described(call)
+    for leaf in pytree.tree_leaves([inputs["args"], inputs["kwargs"]], is_leaf=_is_tensor):
+        if not _is_tensor(leaf):
+            continue
+        sizes_of(leaf["shape"], "sizes of an input")
+        name = leaf.get("dtype")
+        dtype = getattr(torch, name, None) if isinstance(name, str) else None
+        if leaf.keys() != {"shape", "dtype"} or not isinstance(dtype, torch.dtype):
+            raise ValueError(f"an input has the data type {shown(name)}")
+
+
+def _is_tensor(leaf: Any) -> bool:
+    return isinstance(leaf, dict) and "shape" in leaf
 
 
 def example_of(inputs: Any, model: nn.Module) -> Any:
     """Inputs of recorded shapes: small integers for ids, noise for the rest.
 
     Args:
-        inputs: As `described`.
+        inputs: As `PlanData.inputs`.
         model: Whose device they go to.
+
+    Returns:
+        What `capture` takes: one call, or a list of several.
+
+    Raises:
+        PlanError: They are too large to be made up, or of a data type that has no such values.
     """
     generator = torch.Generator().manual_seed(0)
 
     def example(leaf: Any) -> Any:
-        if not isinstance(leaf, dict) or "shape" not in leaf:
+        if not _is_tensor(leaf):
             return leaf
         dtype = getattr(torch, leaf["dtype"])
-        if dtype.is_floating_point:
-            tensor = torch.randn(leaf["shape"], generator=generator).to(dtype)
-        else:
-            tensor = torch.ones(leaf["shape"], dtype=dtype)
+        if math.prod(leaf["shape"]) > _MOST:
+            raise PlanError(
+                f"the plan's example input has the shape {shown(leaf['shape'])}",
+                where="inputs=",
+                remedy="pass inputs= of the size that you have in mind",
+            )
+        try:
+            if dtype.is_floating_point:
+                tensor = torch.randn(leaf["shape"], generator=generator).to(dtype)
+            else:
+                tensor = torch.ones(leaf["shape"], dtype=dtype)
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            raise PlanError(
+                f"no example input can be made: {first_line(error)}",
+                where="inputs=",
+                remedy="pass inputs=",
+            ) from error
         return tensor.to(device_of(model))
 
-    args, kwargs = inputs["args"], inputs["kwargs"]
-    arguments = pytree.tree_map(
-        example, (args, kwargs), is_leaf=lambda v: isinstance(v, dict) and "shape" in v
-    )
-    return arguments[1] if arguments[1] else tuple(arguments[0])
+    calls = []
+    for call in (inputs, *inputs.get("others", ())):
+        args, kwargs = pytree.tree_map(
+            example,
+            (call["args"], call["kwargs"]),
+            is_leaf=_is_tensor,
+        )
+        calls.append(kwargs or tuple(args))
+    return calls if len(calls) > 1 else calls[0]
 
 
 def described(leaf: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -33,6 +33,11 @@ class Keep:
     coupling: Coupling
     units: Mapping[int, Indices]
     bypass: Bypass = field(default_factory=dict)
+
+    @cached_property
+    def calls(self) -> tuple[Keep, ...]:
+        """The same units as each example call sees them: its inputs, graph and module calls."""
+        return (self, *(replace(self, coupling=c) for c in self.coupling.calls[1:]))
 
     @cached_property
     def gone(self) -> Gone:

@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from torch import fx
+
 from depcut import axes
 from depcut.axes import Axis, Term
-from depcut.capture.provenance import literals_of
+from depcut.capture.provenance import call_of, literals_of
 from depcut.coupling.groups import Coupling
-from depcut.plan.attributes import by_path
+from depcut.ops.registry import Literal
+from depcut.plan.attributes import by_path, number_of
 from depcut.plan.keep import Keep
 
 
@@ -62,10 +65,14 @@ def _same_number(coupling: Coupling) -> list[list[Term]]:
         provenance = by_path(node) if literals else {}
         for literal, _ in literals:
             expr = provenance.get(literal.path)
-            if not isinstance(expr, tuple) or literal.sign < 0:
+            if literal.sign < 0:
                 continue
             term = axes.resolve(literal.term)
-            if expr[0] == "attr":
+            if not isinstance(expr, tuple):
+                place = _place(coupling, node, literal)
+                if place is not None:
+                    sources.setdefault(place, {})[id(term)] = term
+            elif expr[0] == "attr":
                 sources.setdefault(expr, {})[id(term)] = term
             elif expr[0] == "size":
                 origin = coupling.program.marks.get(expr[1])
@@ -76,6 +83,16 @@ def _same_number(coupling: Coupling) -> list[list[Term]]:
                         {id(read): read, id(term): term}
                     )
     return [list(terms.values()) for terms in sources.values() if len(terms) > 1]
+
+
+def _place(coupling: Coupling, node: fx.Node, literal: Literal) -> Any:
+    """Where in the code a number that is typed in stands: for all calls from there it is one."""
+    number, index = call_of(node), number_of(node, literal.path)
+    if number is None or index is None:
+        return None
+    program = next(p for p in coupling.program.captured if node in p.sizes)
+    call = program.torch_calls[number]
+    return call.module, tuple((f.code, f.span) for f in call.frames), call.numbers[index][0]
 
 
 def _pinned(coupling: Coupling) -> set[int]:
@@ -100,7 +117,7 @@ def _computed_with(coupling: Coupling) -> set[int]:
         if isinstance(value, int)
     }
     out: set[int] = set()
-    for node in coupling.program.graph.graph.nodes:
+    for node in (n for p in coupling.program.examples for n in p.graph.graph.nodes):
         received = literals_of(node)
         for value, expr in received:
             if isinstance(expr, tuple) and (id(received), value) not in sizes:

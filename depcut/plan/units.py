@@ -10,6 +10,7 @@ import numpy as np
 from depcut.axes import Indices
 from depcut.coupling.groups import Coupling, Group
 from depcut.errors import PlanError, listed
+from depcut.support.failures import reraise_fatal, shown
 
 
 def units_of(name: str, sizes: Mapping[str, int], kept: Any) -> Indices:
@@ -32,13 +33,20 @@ def units_of(name: str, sizes: Mapping[str, int], kept: Any) -> Indices:
         units = np.asarray(kept)
     except ValueError:  # numpy's word for rows of unequal lengths
         raise _uneven(name, kept) from None
+    except Exception as error:
+        reraise_fatal(error)
+        raise PlanError(
+            f"the kept units are {shown(kept)}",
+            where=f"group {name!r}",
+            remedy="keep one list of units",
+        ) from error
     problem = ""
     if not units.size:
         problem = "none are kept"
     elif units.ndim not in (1, 2):
         problem = "they are no flat list, nor one for each row"
     elif units.dtype.kind not in "iu":
-        problem = f"{listed([str(u) for u in units.reshape(-1).tolist()])} are not integers"
+        problem = f"{listed([shown(u) for u in units.reshape(-1).tolist()[:9]])} are not integers"
     else:
         ordered = np.sort(units, axis=-1)
         wrong = ordered[(ordered < 0) | (ordered >= sizes[name])]
@@ -71,7 +79,7 @@ def others(kept: Indices, size: int) -> Indices:
 
 def _uneven(name: str, kept: Any) -> PlanError:
     """The error for rows that keep different numbers of units."""
-    lengths = [len(row) if hasattr(row, "__len__") else 0 for row in kept]
+    lengths = [len(row) if isinstance(row, list | tuple | np.ndarray) else 0 for row in kept]
     other = next((i for i, n in enumerate(lengths) if n != lengths[0]), 0)
     return PlanError(
         f"row 0 keeps {lengths[0]} units and row {other} keeps {lengths[other]}",

@@ -8,7 +8,8 @@ the kept indices only. Zeroing producers instead would be wrong: a bias of Batch
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from depcut.capture.capture import held_tensors, is_symbolic
 from depcut.capture.inputs import Inputs, normalize
 from depcut.graph.arguments import replaced, values_of
 from depcut.graph.interpreter import Interpreter, Pausing, finished
-from depcut.graph.operators import is_size
+from depcut.graph.operators import is_aten, is_size
 from depcut.ops.registry import Output
 from depcut.plan.keep import Keep
 from depcut.reference.norms import estimate, estimates
@@ -28,6 +29,9 @@ from depcut.reference.slices import index_tensors, take
 from depcut.support.torch_private import pytree
 
 Watched = dict[fx.Node, Any]
+Spared = Mapping[fx.Node, tuple[fx.Node, int, torch.Tensor]]
+Look = Callable[[fx.Node, Any], Any]
+Around = Callable[[fx.Node], AbstractContextManager[None]]
 
 
 def kept_part(tensor: torch.Tensor, keep: Keep, output: Output) -> torch.Tensor:
@@ -56,6 +60,14 @@ def _zeroed(tensor: torch.Tensor, keep: Keep, output: Output, dim: int) -> torch
     return tensor.masked_fill(~stays, 0)
 
 
+def _copy(_node: fx.Node, value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def _nowhere(_node: fx.Node) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
 class Reference:
     """Runs the captured graph: dense with consumer-side zeros, or sliced.
 
@@ -63,21 +75,46 @@ class Reference:
         keep: What stays.
         model: The dense model, whose tensors are read.
         sliced: Run with narrowed tensors and new size literals instead of zeros.
+        spared: (operand, dimension, flags) by the node that contracts the dimension: removed
+            indices that contribute all the same, as constants do that a bias takes over.
     """
 
-    def __init__(self, keep: Keep, model: nn.Module, sliced: bool = False) -> None:
-        self.keep, self.sliced = keep, sliced
+    def __init__(
+        self,
+        keep: Keep,
+        model: nn.Module,
+        sliced: bool = False,
+        spared: Spared | None = None,
+    ) -> None:
+        self.keep, self.sliced, self.spared = keep, sliced, spared or {}
         self.held = held_tensors(model)
         self.program = keep.coupling.program
         self.norms = estimates(self.program)
 
     def run(
-        self, inputs: list[Any], dtype: torch.dtype | None = None, watch: set[fx.Node] | None = None
+        self,
+        inputs: list[Any],
+        dtype: torch.dtype | None = None,
+        watch: set[fx.Node] | None = None,
+        *,
+        tensors: Mapping[str, torch.Tensor] | None = None,
+        look: Look | None = None,
+        around: Around | None = None,
     ) -> tuple[list[Any], dict[fx.Node, Any]]:
-        """Flat outputs for flat inputs, and the values of the nodes to watch."""
+        """Flat outputs for flat inputs, and the values of the nodes to watch.
+
+        Args:
+            inputs: Flat inputs.
+            dtype: Compute in this precision instead of the model's.
+            watch: Nodes whose values to return.
+            tensors: Parameters and buffers to use in place of the model's, by name.
+            look: What to return of a value; left out, a copy of it.
+            around: The context to execute a node in.
+        """
         watched: dict[fx.Node, Any] = {}
-        steps = self.steps(inputs, dtype, watch=watch, watched=watched)
-        return finished(steps), watched
+        run = ReferenceRun(self, dtype, tensors or {}, watch or (), watched)
+        run.look, run.around = look or _copy, around or _nowhere
+        return finished(run.steps(inputs)), watched
 
     def steps(
         self,
@@ -127,7 +164,10 @@ class ReferenceRun(Interpreter):
         super().__init__(reference.program)
         self.keep, self.held, self.norms = reference.keep, reference.held, reference.norms
         self.sliced, self.dtype, self.tensors = reference.sliced, dtype, tensors
+        self.spared = reference.spared
         self.watch, self.watched = watch, watched
+        self.look: Look = _copy
+        self.around: Around = _nowhere
         self.inputs: Sequence[Any] = ()
 
     def steps(self, inputs: Sequence[Any], stops: Collection[fx.Node] = ()) -> Pausing:
@@ -151,8 +191,7 @@ class ReferenceRun(Interpreter):
     def made(self, node: fx.Node) -> None:
         """Copy a value to watch."""
         if self.watched is not None and node in self.watch:
-            value = self.values.get(node)
-            self.watched[node] = value.clone() if isinstance(value, torch.Tensor) else value
+            self.watched[node] = self.look(node, self.values.get(node))
 
     def arguments(self, node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments that a node is called with; of a dense run, before any zeros."""
@@ -196,9 +235,12 @@ class ReferenceRun(Interpreter):
             whole = estimate(node, self.program, lambda name: self.held[name].detach())
             return cast(whole, self.dtype)
         effects = self.keep.coupling.effects.get(node)
+        if self.dtype is not None and is_aten(node, "_assert_tensor_metadata"):
+            return None  # it expects the captured precision
         if effects is None or self.sliced:
             args, kwargs = self.arguments(node)
-            return target(*args, **kwargs)
+            with self.around(node):
+                return target(*args, **kwargs)
         if any(self.keep.narrows(t) for t in effects.statistics):
             return self._on_kept(node, effects.out)
         masked: dict[fx.Node, torch.Tensor] = {}
@@ -206,7 +248,11 @@ class ReferenceRun(Interpreter):
             if not self._narrows(*place):
                 continue
             source, dim = place
+            spared = self.spared.get(node)
             other = effects.counterparts.get(place)
+            if spared is not None and spared[:2] in (place, other):
+                masked[spared[0]] = self._spared(*spared)
+                continue
             if other is not None and self.values[other[0]].numel() < self.values[source].numel():
                 source, dim = other
             if self._narrows(source, dim):
@@ -216,7 +262,15 @@ class ReferenceRun(Interpreter):
                 )
                 masked[source] = _zeroed(dense, self.keep, dims, dim)
         args, kwargs = values_of(node, ChainMap(masked, self.values))
-        return target(*args, **kwargs)
+        with self.around(node):
+            return target(*args, **kwargs)
+
+    def _spared(self, source: fx.Node, dim: int, flags: torch.Tensor) -> torch.Tensor:
+        """An operand with zeros at the indices that go, but for some of them."""
+        dense = self.values[source]
+        zeroed = _zeroed(dense, self.keep, self.keep.coupling.env[source], dim)
+        shape = [-1 if d == dim else 1 for d in range(dense.ndim)]
+        return torch.where(flags.to(dense.device).reshape(shape), dense, zeroed)
 
     def _narrows(self, node: fx.Node, dim: int) -> bool:
         dims = self.keep.coupling.env[node]
@@ -231,7 +285,8 @@ class ReferenceRun(Interpreter):
             for n in node.all_input_nodes
         }
         args, kwargs = self._literals(node, *values_of(node, small))
-        result = node.target(*args, **kwargs)  # type: ignore[operator]
+        with self.around(node):
+            result = node.target(*args, **kwargs)  # type: ignore[operator]
         if isinstance(result, tuple | list):
             assert isinstance(output, list)
             return [_spread(r, self.keep, o) for r, o in zip(result, output, strict=True)]
@@ -255,7 +310,11 @@ class ReferenceRun(Interpreter):
 
 
 def example(
-    keep: Keep, *, rows: int | None = None, dtype: torch.dtype | None = None
+    keep: Keep,
+    *,
+    rows: int | None = None,
+    dtype: torch.dtype | None = None,
+    leaves: Sequence[Any] | None = None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Copies of the captured example inputs (args, kwargs).
 
@@ -263,9 +322,11 @@ def example(
         keep: Whose program's inputs.
         rows: Only the first rows of the batch.
         dtype: Precision of floating-point inputs instead of the captured one.
+        leaves: Flat inputs to use in place of the captured ones.
     """
     program = keep.coupling.program
-    leaves, spec = pytree.tree_flatten((program.args, program.kwargs))
+    captured, spec = pytree.tree_flatten((program.args, program.kwargs))
+    leaves = captured if leaves is None else leaves
     nodes = program.inputs
     batched = [
         len(nodes) == len(leaves) and is_symbolic(nodes[i].meta.get("val"))

@@ -5,10 +5,14 @@ from __future__ import annotations
 from torch import nn
 
 from depcut.calibration.data import Calibration
+from depcut.calibration.sites import find_sites
 from depcut.errors import InputError
+from depcut.ops.normalization import is_batch_norm
 from depcut.plan.keep import Keep
 from depcut.repair.compensate import Compensation, compensate
-from depcut.repair.folding import fold_constants, may_fold
+from depcut.repair.contractions import find_contractions
+from depcut.repair.folding import absorbed, fold_constants, may_fold
+from depcut.verify.repaired import verify_repaired
 
 
 def repair(
@@ -24,12 +28,33 @@ def repair(
 
     Returns:
         What was re-solved, if there is data.
+
+    Raises:
+        VerificationError: Something else changed, or the model computes something else.
     """
     if data is not None:
-        return compensate(slim, model, keep, data)
+        done = compensate(slim, model, keep, data)
+        verify_repaired(slim, keep, model, _re_solved(keep, done))
+        return done
     if may_fold(keep, model):
-        fold_constants(keep, model, slim)
+        contractions = find_contractions(keep.coupling, model)
+        changed = fold_constants(keep, model, slim, contractions)
+        if changed:
+            spared = absorbed(contractions)
+            verify_repaired(slim, keep, model, frozenset(changed), spared=spared)
     return None
+
+
+def _re_solved(keep: Keep, done: Compensation) -> frozenset[str]:
+    """Names of the tensors that a compensation says it changed."""
+    layers = {r.layer for r in done.repairs}
+    sites = (s for s in find_sites(keep.coupling) if s.name in layers)
+    names = {name for site in sites for name in (*site.weights, *site.biases)}
+    program = keep.coupling.program
+    for node in filter(is_batch_norm, program.graph.graph.nodes):
+        statistics = (program.tensors.get(n) for n in node.args[3:5])
+        names |= {name for name in statistics if name is not None}
+    return frozenset(names)
 
 
 def wants_repair(compensate: bool | str, has_data: bool) -> bool:

@@ -27,6 +27,7 @@ from depcut.calibration.solve import solve
 from depcut.calibration.visits import check_finite
 from depcut.capture.capture import held_tensors
 from depcut.capture.clone import clone
+from depcut.capture.eager import user_line
 from depcut.capture.program import layer_of
 from depcut.capture.random_state import preserved
 from depcut.errors import VerificationError
@@ -40,9 +41,11 @@ from depcut.ops.site import Site
 from depcut.plan.keep import Keep
 from depcut.reference.run import kept_part
 from depcut.support.closeness import relative_error
+from depcut.support.failures import first_line, reraise_fatal
 from depcut.support.torch_private import pytree
 
 _TOLERANCE = 1e-2  # relative, between the repaired graph and model: rounding alone
+_ELSEWHERE = "only other example calls than that of the data run it"
 _COMPUTED = "its weight or bias is computed, or is part of a larger tensor"
 _SAME = 1e-6  # relative difference of inputs that counts as rounding
 
@@ -267,7 +270,7 @@ class _Repairer:
 
     def _unread(self) -> dict[str, str]:
         """Layers that contract narrowed axes and have no calibration site, with the reason."""
-        unread: dict[str, str] = {}
+        unread = self._elsewhere()
         weights = Weights(self.program)
         for node, effects in self.keep.coupling.effects.items():
             if node.graph is not self.program.graph.graph or node in self.sites:
@@ -279,6 +282,16 @@ class _Repairer:
                 if narrowed and name:
                     unread[layer_of(name)] = _COMPUTED
         return unread
+
+    def _elsewhere(self) -> dict[str, str]:
+        """Layers whose narrowed weights only other example calls read, with the reason."""
+        return {
+            layer_of(member.tensor): _ELSEWHERE
+            for number in self.keep.units
+            for member in self.keep.coupling.groups[number].members
+            if member.role == "consumer" and member.tensor in self.program.parameters
+            if self.program.others and member.tensor not in self.program.read
+        }
 
     def _statistics(self, norm: fx.Node) -> tuple[str, ...]:
         """Names of a batch norm's running mean and variance, where they can be changed."""
@@ -307,7 +320,15 @@ class _Repairer:
     def _verify(self, expected: list[Any]) -> None:
         """Refuse a model that gives other outputs than the graph that was repaired."""
         args, kwargs = self.calibration.arguments(self.calibration.batches[0])
-        outputs = pytree.tree_leaves(clone(self.slim, buffers=True)(*args, **kwargs))
+        try:
+            outputs = pytree.tree_leaves(clone(self.slim, buffers=True)(*args, **kwargs))
+        except Exception as error:
+            reraise_fatal(error)
+            raise VerificationError(
+                f"the smaller model raises {first_line(error)} on the data",
+                where=user_line(error, self.slim),
+                remedy="pass data of the shapes of inputs=, or hold the layers with ignore=",
+            ) from error
         size, message = relative_error(expected, outputs)
         if message or not size <= _TOLERANCE:
             raise VerificationError(

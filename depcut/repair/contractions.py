@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from depcut import axes
-from depcut.capture.program import module_of
+from depcut.capture.program import Program, module_of
 from depcut.coupling.groups import Coupling
 from depcut.graph.arguments import argument
 from depcut.graph.operators import is_aten
@@ -178,12 +178,64 @@ class _Collector:
 
 
 def find_contractions(coupling: Coupling, model: nn.Module) -> tuple[Contraction, ...]:
-    """Everything that reads the groups of a model, in the order of execution.
+    """Everything that reads the groups of a model, in the order of execution, call by call.
 
     Args:
         coupling: The analysed architecture.
         model: The model whose tensors count.
     """
-    collector = _Collector(coupling)
-    interpret(coupling, model, collector)
-    return tuple(collector.contractions)
+    calls = []
+    for call in coupling.calls:
+        collector = _Collector(call)
+        interpret(call, model, collector)
+        calls.append(collector.contractions)
+    every = [c for contractions in calls for c in contractions]
+    return tuple(every if len(calls) == 1 else _agreed(every, coupling.program))
+
+
+def _agreed(contractions: list[Contraction], program: Program) -> list[Contraction]:
+    """The contractions of several example calls; constant is what has one value in all of them.
+
+    A bias that another call adds to something else cannot absorb a constant.
+    """
+    readers: dict[str, list[Contraction]] = {}
+    for contraction in contractions:
+        if contraction.absorber is not None:
+            readers.setdefault(contraction.absorber.tensor, []).append(contraction)
+    common: dict[str, Tensor | None] = {}
+    for name, reading in readers.items():
+        nodes = [n for p in program.examples for n in p.holders.get(name, ()) if n.users]
+        common[name] = _common(reading) if len(nodes) == len(reading) else None
+    out = []
+    for contraction in contractions:
+        absorber = contraction.absorber
+        fixed = None if absorber is None else common[absorber.tensor]
+        if absorber is None:
+            out.append(contraction)
+        elif fixed is None:
+            why = f"another example call uses {absorber.tensor} otherwise"
+            out.append(replace(contraction, absorber=None, why=why))
+        else:
+            first = readers[absorber.tensor][0].numbers
+            assert first is not None
+            numbers = torch.where(fixed, first, 0)
+            out.append(replace(contraction, fixed=fixed, numbers=numbers))
+    return out
+
+
+def _common(contractions: list[Contraction]) -> Tensor | None:
+    """Indices that hold the same number in all contractions; None if their weights differ."""
+    first, *others = contractions
+    assert first.fixed is not None
+    assert first.numbers is not None
+    assert first.weight is not None
+    fixed = first.fixed
+    for other in others:
+        assert other.fixed is not None
+        assert other.numbers is not None
+        assert other.weight is not None
+        if first.absorber != other.absorber or not torch.equal(first.weight, other.weight):
+            return None
+        close = torch.isclose(other.numbers, first.numbers, rtol=resolution(first.weight), atol=0)
+        fixed = fixed & other.fixed & close
+    return fixed

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from depcut.capture.capture import held_tensors
 from depcut.plan.keep import Keep
@@ -47,6 +47,19 @@ def contributions(keep: Keep, contractions: Sequence[Contraction]) -> dict[str, 
         added = form.sum_to(form.out, [numbers.reshape(shape), contraction.weight.double()])
         out[contraction.absorber.tensor] = contraction.absorber.sign * added
     return out
+
+
+def absorbed(contractions: Sequence[Contraction]) -> dict[fx.Node, tuple[fx.Node, int, Tensor]]:
+    """Where removed constant units go on to contribute, see `depcut.reference.run.Reference`.
+
+    Args:
+        contractions: What reads the groups of the dense model.
+    """
+    return {
+        c.node: (c.form.operands[0], c.form.channel, c.fixed)
+        for c in contractions
+        if c.absorber is not None and c.fixed is not None
+    }
 
 
 def may_fold(keep: Keep, model: nn.Module) -> bool:

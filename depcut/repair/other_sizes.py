@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from depcut.capture.capture import capture, is_symbolic
-from depcut.capture.inputs import runs
+from depcut.capture.dry_run import result_shapes
 from depcut.capture.program import Program
 from depcut.coupling.infer import infer_coupling
 from depcut.errors import CaptureError, InputError
@@ -132,7 +132,7 @@ def _examples(program: Program, model: nn.Module) -> Iterator[Arguments]:
 
     def taken(factors: dict[Place, float]) -> Arguments | None:
         given: Arguments = pytree.tree_unflatten(_resized(leaves, {**batch, **factors}), spec)
-        return given if runs(model, *given) else None
+        return given if result_shapes(model, *given) is not None else None
 
     def changed(places: tuple[Place, ...]) -> Arguments | None:
         return taken(dict.fromkeys(places, 2.0)) or taken(dict.fromkeys(places, 0.5))

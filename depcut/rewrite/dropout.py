@@ -14,6 +14,7 @@ from depcut.capture.clone import clone
 from depcut.capture.process_state import capturing
 from depcut.capture.program import Program, module_of
 from depcut.graph.operators import is_aten
+from depcut.support.failures import reraise_fatal
 from depcut.support.torch_private import FakeTensorMode, pytree
 
 
@@ -48,7 +49,8 @@ def attention_dropout(model: nn.Module, program: Program) -> dict[fx.Node, float
         try:
             with recorder:
                 torch.func.functional_call(seen, held, tuple(args), kwargs)
-        except (RuntimeError, ValueError, TypeError):
+        except Exception as error:  # noqa: BLE001  (of the user's code)
+            reraise_fatal(error)
             return {}  # training code that fake tensors cannot follow
     if len(recorder.probabilities) != len(nodes):
         return {}
@@ -83,6 +85,8 @@ class _Recorder(TorchFunctionMode):
             )
         elif func is functional.multi_head_attention_forward:
             bound = inspect.signature(func).bind(*args, **kwargs).arguments
+            if bound.get("need_weights", True):
+                return func(*args, **kwargs)  # it is not fused, and not among the nodes
             drops = bound.get("training", True)
             self.probabilities.append(float(bound["dropout_p"]) if drops else 0.0)
         return func(*args, **kwargs)

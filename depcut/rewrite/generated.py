@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import textwrap
 from typing import Any
 
 import torch
@@ -17,17 +19,24 @@ class GeneratedModule(nn.Module):
     """Stands in for a module whose code cannot express the new sizes; see `code`.
 
     Parameters, buffers, children, hooks, attributes and mode are the original's. It takes any
-    batch size, and its arguments in the way in which the enclosing code passes them.
+    batch size, and its arguments in the way in which the enclosing code passes them. Every other
+    call than the captured one is refused: the graph knows nothing else.
 
     Args:
         original: The module it replaces.
         graph: What it computes: a placeholder a leaf of (args, kwargs), a list as result.
         call: The captured call, for the structure of arguments and result.
         constants: Tensors typed into the original's code.
+        sizes: Of each tensor among the leaves, its sizes; None for one that may vary.
     """
 
     def __init__(
-        self, original: nn.Module, graph: fx.Graph, call: ModuleCall, constants: dict[str, Any]
+        self,
+        original: nn.Module,
+        graph: fx.Graph,
+        call: ModuleCall,
+        constants: dict[str, Any],
+        sizes: dict[int, tuple[int | None, ...]],
     ) -> None:
         super().__init__()
         # Other attributes too: the enclosing code may read them.
@@ -38,10 +47,15 @@ class GeneratedModule(nn.Module):
         self.graph = graph
         self.in_spec, self.out_spec = call.spec, call.out_spec
         self.captured = {
-            i: leaf
-            for i, leaf in enumerate(call.leaves)
-            if isinstance(leaf, bool | int | float | str)
+            i: leaf for i, leaf in enumerate(call.leaves) if not isinstance(leaf, fx.Node)
         }
+        self.sizes = sizes
+        self.precisions = {
+            i: leaf.meta["val"].dtype
+            for i, leaf in enumerate(call.leaves)
+            if i in sizes and isinstance(leaf, fx.Node) and _names_precision(graph)
+        }
+        self.modal = _asks_for_mode(type(original))
         self.signature = inspect.signature(type(original).forward)
         self._compile()
 
@@ -74,16 +88,38 @@ class GeneratedModule(nn.Module):
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if spec != self.in_spec:
             leaves = self._rebound(args, kwargs)
-        for i, value in self.captured.items():
-            if not isinstance(leaves[i], torch.Tensor) and leaves[i] != value:
-                raise InputError(
-                    f"a generated {self.replaces.rpartition('.')[2]} was captured with the "
-                    f"argument {value!r} and is called with {leaves[i]!r}",
-                    where=self.replaces,
-                    remedy="call it as it was captured, or shrink with such inputs=",
-                )
+        self._check(leaves)
         run: Any = self.__dict__["_run"]
         return pytree.tree_unflatten(run(self, *leaves), self.out_spec)
+
+    def _check(self, leaves: list[Any]) -> None:
+        """Refuse what the graph was not captured for."""
+        for i, value in self.captured.items():
+            if isinstance(leaves[i], torch.Tensor) or not _is_equal(leaves[i], value):
+                self._refuse(f"the argument {value!r}", _said(leaves[i]))
+        for i, sizes in self.sizes.items():
+            if not isinstance(leaves[i], torch.Tensor):
+                self._refuse("a tensor", _said(leaves[i]))
+            given = tuple(leaves[i].shape)
+            fits = len(given) == len(sizes) and all(
+                size is None or size == other for size, other in zip(sizes, given, strict=True)
+            )
+            if not fits:
+                wanted = ", ".join("any" if size is None else str(size) for size in sizes)
+                self._refuse(f"a tensor of sizes ({wanted})", f"one of sizes {given}")
+        for i, dtype in self.precisions.items():
+            if leaves[i].dtype != dtype:
+                self._refuse(f"a tensor of {dtype}", f"one of {leaves[i].dtype}")
+        if self.training and self.modal:
+            self._refuse("eval(), which its code asks for", "train()")
+
+    def _refuse(self, captured: str, given: str) -> None:
+        raise InputError(
+            f"a generated {self.replaces.rpartition('.')[2]} was captured with {captured} "
+            f"and is called with {given}",
+            where=self.replaces,
+            remedy="call it as it was captured, or shrink with such inputs=",
+        )
 
     def _rebound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """The leaves of a call that passes the same arguments by position or keyword otherwise."""
@@ -106,3 +142,50 @@ class GeneratedModule(nn.Module):
             where=self.replaces,
             remedy="call it in that way, or pass such inputs= to depcut.shrink",
         )
+
+
+def _said(value: Any) -> str:
+    return (
+        f"a tensor of sizes {tuple(value.shape)}"
+        if isinstance(value, torch.Tensor)
+        else repr(value)
+    )
+
+
+def _is_equal(given: Any, captured: Any) -> bool:
+    if isinstance(captured, bool | int | float | str | type(None) | torch.dtype | torch.device):
+        return type(given) is type(captured) and given == captured
+    return True
+
+
+def _names_precision(graph: fx.Graph) -> bool:
+    """Whether an operator of the graph has a precision among its arguments."""
+    return any(
+        isinstance(leaf, torch.dtype)
+        for node in graph.nodes
+        for leaf in pytree.tree_leaves((node.args, node.kwargs))
+    )
+
+
+def _asks_for_mode(kind: type[nn.Module]) -> bool:
+    """Whether the code of a class decides by train() or eval() what it does."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))
+    except (OSError, TypeError, SyntaxError):
+        return False
+    conditions = [
+        node.test
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If | ast.While)
+        # A choice between two numbers is a probability of dropout, which the graph follows.
+        or (isinstance(node, ast.IfExp) and _calls(node.body, node.orelse))
+    ]
+    return any(
+        isinstance(node, ast.Attribute) and node.attr == "training"
+        for condition in conditions
+        for node in ast.walk(condition)
+    )
+
+
+def _calls(*nodes: ast.expr) -> bool:
+    return any(isinstance(inner, ast.Call) for node in nodes for inner in ast.walk(node))

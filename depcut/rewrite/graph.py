@@ -69,7 +69,20 @@ def generate(
         except _OpaqueError as leak:
             leaks.add(leak.child)
             continue
-        return GeneratedModule(slim.get_submodule(name), graph, call, builder.constants)
+        sizes = _sizes(call, keep)
+        return GeneratedModule(slim.get_submodule(name), graph, call, builder.constants, sizes)
+
+
+def _sizes(call: ModuleCall, keep: Keep) -> dict[int, tuple[int | None, ...]]:
+    """New sizes of each tensor among the arguments of a call; None for a multiple of the batch."""
+    out = {}
+    for i, leaf in enumerate(call.leaves):
+        dims = keep.coupling.env.get(leaf) if isinstance(leaf, fx.Node) else None
+        if isinstance(leaf, fx.Node) and isinstance(dims, tuple):
+            given = leaf.meta["val"].shape
+            counts = zip(given, dims, strict=True)
+            out[i] = tuple(keep.count(t) if isinstance(size, int) else None for size, t in counts)
+    return out
 
 
 def _call_of(program: Program, name: str) -> ModuleCall:

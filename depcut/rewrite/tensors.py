@@ -49,12 +49,13 @@ def _restore_norms(held: dict[str, torch.Tensor], slim: nn.Module, keep: Keep) -
 
 def _rescale(model: nn.Module, slim: nn.Module, keep: Keep) -> None:
     """Scale the magnitudes of weight norm so that the kept part of each weight is unchanged."""
-    program = keep.coupling.program
+    names, done = keep.coupling.program.names, set()
     for effects in keep.coupling.effects.values():
         for g_node, v_node, dim in effects.rescales:
-            g, v = program.tensors.get(g_node), program.tensors.get(v_node)
-            if g is None or v is None or v not in keep.tensors:
+            g, v = names.get(g_node), names.get(v_node)
+            if g is None or v is None or v not in keep.tensors or g in done:
                 continue
+            done.add(g)
             picked = keep.tensors[v]
             dense, small = attribute(model, v).detach(), attribute(slim, v).detach()
             others = [i for i in range(dense.ndim) if i != dim]  # of -1: all

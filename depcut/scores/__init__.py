@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pkgutil import iter_modules
 
@@ -11,8 +12,9 @@ from torch import nn
 
 from depcut.calibration.data import Calibration
 from depcut.coupling.groups import Coupling
-from depcut.errors import InputError
+from depcut.errors import DepcutError, InputError
 from depcut.scores.context import CRITERIA, Context, Score, Scores
+from depcut.support.failures import first_line, reraise_fatal, shown
 
 __all__ = [
     "CRITERIA",
@@ -59,18 +61,20 @@ def score(
             than such vectors.
     """
     if callable(criterion):
-        label = repr(getattr(criterion, "__name__", criterion))
-        results = criterion(coupling, model, seed)
+        label = shown(getattr(criterion, "__name__", criterion))
+        results = _returned(criterion, label, coupling, model, seed)
     else:
         check_criterion(criterion, calibration)
         wanted = Score(criterion) if isinstance(criterion, str) else criterion
         label, method = repr(wanted.name), CRITERIA[wanted.name]
-        results = method.function(
-            Context(coupling, model, seed, method.settle(wanted), calibration)
-        )
+        context = Context(coupling, model, seed, method.settle(wanted), calibration)
+        results = method.function(context)
+        if method.needs and coupling.program.others:
+            results = _or_norms(results, context)
     try:
         scores = [np.asarray(s, dtype=np.float64) for s in results]
-    except (TypeError, ValueError):
+    except Exception as error:  # noqa: BLE001  (whatever it is: no vectors)
+        reraise_fatal(error)
         scores = []
     shapes = [((g.size,), (g.rows, g.size) if g.row_axis else None) for g in coupling.groups]
     if len(scores) != len(shapes) or not all(
@@ -92,6 +96,37 @@ def score(
     return scores
 
 
+def _or_norms(scores: Scores, context: Context) -> Scores:
+    """The scores; L2 norms for groups whose weights only other example calls than the data's run.
+
+    Without gradients and activations, all of their units would be equal.
+    """
+    read = context.coupling.program.read
+    norms = CRITERIA["l2"]
+    plain = norms.function(replace(context, score=norms.settle(Score("l2")), calibration=None))
+    return [
+        norm if read.isdisjoint(m.tensor for m in group.members) and not np.ptp(values) else values
+        for group, values, norm in zip(context.coupling.groups, scores, plain, strict=True)
+    ]
+
+
+def _returned(
+    criterion: Criterion, label: str, coupling: Coupling, model: nn.Module, seed: int
+) -> Scores:
+    """What a user's function returns."""
+    try:
+        return criterion(coupling, model, seed)
+    except DepcutError:
+        raise
+    except Exception as error:
+        reraise_fatal(error)
+        raise InputError(
+            f"the criterion failed: {first_line(error)}",
+            where=f"score={label}",
+            remedy="it gets (coupling, model, seed) and returns one vector a group",
+        ) from error
+
+
 def check_criterion(criterion: str | Score | Criterion, calibration: Calibration | None) -> None:
     """Refuse, before any work, a criterion that is unknown or lacks what it needs.
 
@@ -107,7 +142,7 @@ def check_criterion(criterion: str | Score | Criterion, calibration: Calibration
     wanted = Score(criterion) if isinstance(criterion, str) else criterion
     if not isinstance(wanted, Score) or wanted.name not in CRITERIA:
         raise InputError(
-            f"unknown criterion {wanted.name if isinstance(wanted, Score) else wanted!r}",
+            f"unknown criterion {wanted.name if isinstance(wanted, Score) else shown(wanted)}",
             where="score=",
             remedy=f"use one of {', '.join(CRITERIA)}, or pass a function",
         )

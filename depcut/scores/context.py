@@ -15,6 +15,8 @@ from torch import nn
 from depcut.calibration.data import Calibration
 from depcut.coupling.groups import Coupling
 from depcut.errors import InputError
+from depcut.support.checks import check_kind
+from depcut.support.failures import shown
 
 Scores = list[NDArray[np.float64]]
 
@@ -42,15 +44,16 @@ class Score:
     normalize: str | None = None
 
     def __post_init__(self) -> None:
+        check_kind(self.name, str, "name", "pass the name of a criterion")
         for option, allowed in (
             ("aggregate", AGGREGATES),
             ("members", MEMBERS),
             ("normalize", NORMALIZATIONS),
         ):
             value = getattr(self, option)
-            if value is not None and value not in allowed:
+            if value is not None and not (isinstance(value, str) and value in allowed):
                 raise InputError(
-                    f"{option} is {value!r}",
+                    f"{option} is {shown(value)}",
                     where=f"Score({self.name!r})",
                     remedy=f"use one of {', '.join(allowed)}",
                 )

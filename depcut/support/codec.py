@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -123,9 +122,9 @@ def decoded(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
         if kind == "dict":
             return {decoded(k, tensors): decoded(v, tensors) for k, v in value}
         return {"list": list, "tuple": tuple}[kind](decoded(v, tensors) for v in value)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"the state is damaged: {type(error).__name__}: {error}") from error
 
 
 def _plain(folder: Path) -> Any:
-    return json.loads((folder / _PLAIN).read_text(encoding="utf-8"))
+    return files.read_json(folder / _PLAIN)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from depcut.errors import DepcutError
+from depcut.support.checks import check_path
 
 if sys.platform != "win32":
     import fcntl
@@ -37,29 +38,6 @@ _KINDS = {
 
 
 _PATIENCE = 6.0  # seconds; the workers of a data loader outlive a process that is killed by five
-
-
-def as_path(
-    path: str | bytes | os.PathLike[str], where: str, error: type[DepcutError] = DepcutError
-) -> Path:
-    """A path as the caller gave it.
-
-    Args:
-        path: A string, bytes, or a path.
-        where: The argument, for messages.
-        error: What to raise.
-
-    Raises:
-        DepcutError: It is something else, or no system has such names; as `error`.
-    """
-    try:
-        text = os.fsdecode(path)
-    except TypeError:
-        text = "\0"
-    if "\0" in text:
-        given = repr(path) if isinstance(path, str | bytes) else f"a {type(path).__name__}"
-        raise error(f"{given} is no path", where=where, remedy="pass a string or a pathlib.Path")
-    return Path(text)
 
 
 @contextmanager
@@ -112,7 +90,7 @@ def target_of(
     Raises:
         DepcutError: There is something else than a file, or no folder to hold one; as `error`.
     """
-    target = as_path(path, what, error)
+    target = check_path(path, what, error)
     with _translated(target, what, error):
         if target.is_symlink():
             target = Path(os.path.realpath(target))
@@ -198,6 +176,49 @@ def write_json(
         draft.open("w", encoding="utf-8") as file,
     ):
         json.dump(data, file, indent=indent)
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The plain data of a JSON file; what is no regular file is not opened.
+
+    Args:
+        path: The file.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It holds something else: bad syntax, a name twice, nesting beyond all need.
+    """
+    try:
+        return json.loads(read_text(path), object_pairs_hook=_once)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text of a file; what is no regular file (a device, a FIFO) is not opened.
+
+    Args:
+        path: The file.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It holds no UTF-8.
+    """
+    file = check_path(path, "path")
+    kind = _kind(file)
+    if kind not in (None, "file"):
+        raise OSError(f"{file} is a {kind}")
+    return file.read_text(encoding="utf-8")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A dictionary of JSON, each of whose names occurs once."""
+    names: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in names:
+            raise ValueError(f"{name!r} occurs twice in one object")
+        names[name] = value
+    return names
 
 
 def move(draft: Path, target: Path) -> None:
@@ -299,8 +320,9 @@ def make_folder(path: Path, where: str, error: type[DepcutError] = DepcutError) 
     Raises:
         DepcutError: It cannot be made; as `error`.
     """
+    path = check_path(path, where.removesuffix("="), error)
     try:
-        as_path(path, where, error).mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
     except OSError as refusal:
         raise error(
             f"the folder cannot be made: {refusal}",

@@ -7,6 +7,7 @@ one that goes or changes. No other module spells a private name of a library; th
 |---|---|
 | `torch.utils._pytree` | the specs of nested arguments in what torch.export returns are of it |
 | `torch._subclasses.fake_tensor.FakeTensorMode` | shapes of a forward without computing it |
+| `torch.utils._python_dispatch.TorchDispatchMode` | sees the operators that a forward executes |
 | `torch.amp.autocast_mode._enter_autocast`, `_exit_autocast` | what a graph holds for autocast |
 | `torch.fx.experimental.proxy_tensor`, its `_ModuleStackTracer` | nodes of a capture |
 | `OpOverload._schema` | argument names, defaults and effects of an operator |
@@ -15,6 +16,7 @@ one that goes or changes. No other module spells a private name of a library; th
 | `nn.Module._forward_pre_hooks`, `BasePruningMethod._tensor_name` | masks of `nn.utils.prune` |
 | `nn.modules.conv._ConvNd`, `nn.modules.batchnorm._NormBase` | what all of these layers share |
 | `nn.MultiheadAttention._reset_parameters` | its initialisation has no public name |
+| `functional._canonical_mask`, `_mha_shape_check` | attention's masks and refusals, slim as stock |
 | `Tensor._make_subclass` | a parameter of the user's own class |
 | `torch.export._trace`, `torch.fx._symbolic_trace` | what torch.export changes for all threads |
 | `torch.compiler._is_compiling_flag`, `_is_exporting_flag` | they are to be on in one thread |
@@ -35,11 +37,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast as enter_autocast
 from torch.amp.autocast_mode import _exit_autocast as exit_autocast
 from torch.fx.experimental import proxy_tensor
+from torch.nn.functional import _canonical_mask as canonical_mask
+from torch.nn.functional import (  # type: ignore[attr-defined]
+    _mha_shape_check as check_attention_shapes,
+)
 from torch.nn.modules.batchnorm import _NormBase as NormBase
 from torch.nn.modules.conv import _ConvNd as ConvNd
 from torch.nn.utils import prune
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "COMPILER_FLAGS",
@@ -47,7 +54,10 @@ __all__ = [
     "ConvNd",
     "FakeTensorMode",
     "NormBase",
+    "TorchDispatchMode",
     "buffers_of",
+    "canonical_mask",
+    "check_attention_shapes",
     "children_of",
     "compile_settings",
     "enter_autocast",

@@ -9,9 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from depcut.capture.random_state import preserved
+from depcut.capture.refusals import check_module
 from depcut.errors import InputError
-from depcut.support.checks import check_integer
+from depcut.support.checks import (
+    THREADS,
+    check_flag,
+    check_integer,
+    check_items,
+    check_kind,
+    check_path,
+)
+from depcut.support.failures import shown
 from depcut.support.machine import processor
 from depcut.support.tables import rendered
 from depcut.timing.backends import Candidate, Runner, Setup
@@ -21,6 +32,9 @@ from depcut.timing.runtimes import RUNTIMES, check_runtime
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+
+_MOST = 1_000_000  # rounds, calls or examples of one call
 
 
 @dataclass(frozen=True)
@@ -224,7 +238,8 @@ def bench(
         ExportError: A model cannot be exported, or a file cannot be run.
     """
     check_runtime(runtime, provider)
-    _check(candidates, threads, rounds, warmup, batch_sizes)
+    _check_candidates(candidates)
+    batch_sizes = check_timing(threads, rounds, warmup, batch_sizes, memory)
     chosen = RUNTIMES[runtime]
     with contextlib.ExitStack() as stack:
         cpus = stack.enter_context(pinned(pin, threads))
@@ -313,29 +328,57 @@ def _measured(
     }
 
 
-def _check(
-    candidates: Mapping[str, Candidate],
-    threads: int,
-    rounds: int,
-    warmup: int,
-    batch_sizes: Sequence[int] | None,
-) -> None:
+def _check_candidates(candidates: Mapping[str, Candidate]) -> None:
     """Refuse what cannot be timed."""
+    remedy = "pass models or files by name, such as {'dense': model}"
+    if not isinstance(candidates, Mapping):
+        raise InputError(
+            f"candidates is a {type(candidates).__name__}", where="bench", remedy=remedy
+        )
     if not candidates:
         raise InputError("no candidates", where="bench", remedy="pass at least one, by name")
+    for name, candidate in candidates.items():
+        check_kind(name, str, "the name of a candidate", remedy)
+        if isinstance(candidate, nn.Module):
+            check_module(candidate, f"candidate {name!r}")
+        else:
+            check_path(candidate, f"candidate {name!r}")
+
+
+def check_timing(
+    threads: int, rounds: int, warmup: int, batch_sizes: Sequence[int] | None, memory: bool
+) -> tuple[int, ...] | None:
+    """Refuse what nothing can be timed with; the batch sizes as plain integers.
+
+    Args:
+        threads: See `bench`.
+        rounds: See `bench`.
+        warmup: See `bench`.
+        batch_sizes: See `bench`.
+        memory: See `bench`.
+
+    Raises:
+        InputError: A value is of another kind or out of its range.
+    """
+    check_flag(memory, "memory")
     limits = (
-        ("threads", threads, 1, "pass 1 or more"),
-        ("rounds", rounds, 6, "pass 6 or more: fewer give no 95 % interval of a median"),
-        ("warmup", warmup, 0, "pass 0 or more"),
+        ("threads", threads, 1, THREADS, f"pass 1 to {THREADS}"),
+        ("rounds", rounds, 6, _MOST, "pass 6 or more: fewer give no 95 % interval of a median"),
+        ("warmup", warmup, 0, _MOST, f"pass 0 to {_MOST}"),
     )
-    for name, value, least, remedy in limits:
-        check_integer(value, name, least, what=f"{name}={value!r}", where="bench", remedy=remedy)
+    for name, value, least, most, remedy in limits:
+        what = f"{name}={shown(value)}"
+        check_integer(value, name, least, most, what=what, where="bench", remedy=remedy)
     if batch_sizes is None:
-        return
-    sizes = list(batch_sizes)
-    if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
-        raise InputError(
-            f"batch_sizes={batch_sizes}",
-            where="bench",
-            remedy="pass one or more positive numbers, each once",
-        )
+        return None
+    remedy, what = (
+        "pass one or more positive numbers, each once",
+        f"batch_sizes={shown(batch_sizes)}",
+    )
+    sizes = tuple(
+        check_integer(size, "batch_sizes", 1, _MOST, what=what, where="bench", remedy=remedy)
+        for size in check_items(batch_sizes, "batch_sizes", remedy)
+    )
+    if not sizes or len(set(sizes)) < len(sizes):
+        raise InputError(what, where="bench", remedy=remedy)
+    return sizes

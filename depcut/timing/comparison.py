@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from depcut.capture.refusals import check_module
+from depcut.errors import InputError
 from depcut.plan.cost import count_macs, count_params
+from depcut.support.failures import shown
 from depcut.support.tables import rendered
-from depcut.timing.bench import Measurement, bench, byte_size, rate
+from depcut.timing.bench import Measurement, bench, byte_size, check_timing, rate
 from depcut.timing.clock import Speedup, Timing
 
 if TYPE_CHECKING:
@@ -143,7 +146,18 @@ def compare(
         InputError: The inputs do not fit, an argument is out of its range, or the provider is
             absent.
     """
+    check_module(dense, "dense")
+    check_module(slim, "slim")
     if runtime is None:
+        check_timing(threads, rounds, warmup, None, memory)
+        idle = {"provider": provider, "batch_size": batch_size, "pin": pin, "memory": memory}
+        for name, value in idle.items():
+            if value is not None and value is not False:
+                raise InputError(
+                    f"{name} is {shown(value)}, and nothing is timed: runtime is None",
+                    where=f"{name}=",
+                    remedy="leave it out, or pass a runtime",
+                )
         return Comparison(_figures(dense, inputs), _figures(slim, inputs))
     timed = bench(
         {"dense": dense, "slim": slim},

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from depcut.errors import InputError, listed
+from depcut.support.checks import check_integer, check_items
 
 _TASKS = Path("/proc/self/task")
 _SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
@@ -35,6 +36,11 @@ def pinned(pin: bool | Sequence[int], threads: int) -> Iterator[tuple[int, ...]]
     if pin is False:
         yield ()
         return
+    if not isinstance(pin, bool | int):
+        remedy = "pass True, or numbers of CPUs such as (0, 1)"
+        pin = tuple(
+            check_integer(cpu, "pin", 0, remedy=remedy) for cpu in check_items(pin, "pin", remedy)
+        )
     if not hasattr(os, "sched_setaffinity"):
         raise InputError(
             "this system cannot pin a process to processors",

@@ -15,6 +15,8 @@ from torch.utils.data.distributed import DistributedSampler
 from depcut.calibration.data import Batch, inputs_of
 from depcut.capture.inputs import arguments
 from depcut.errors import InputError
+from depcut.support.checks import check_items
+from depcut.support.failures import reraise_fatal
 from depcut.support.torch_private import pytree
 from depcut.training.streams import Stream, seed_of
 
@@ -144,8 +146,9 @@ def open_loader(
         )
     try:
         count = len(data)  # type: ignore[arg-type]
-    except TypeError:
-        count = sum(1 for _ in data)
+    except Exception as error:  # noqa: BLE001  (a loader may have no length, or not know it)
+        reraise_fatal(error)
+        count = len(check_items(data, place.removesuffix("="), _PAIRS))
     if not count:
         raise InputError("the loader is empty", where=place, remedy=_PAIRS)
     return Loader(data, place, model, count, pairs, rank, world)

@@ -20,7 +20,7 @@ from depcut.calibration.data import Data, Loss
 from depcut.capture.inputs import Inputs
 from depcut.errors import InputError
 from depcut.options import IterateKeywords, Options
-from depcut.support.checks import check_integer
+from depcut.support.checks import check_function, check_integer, check_items, check_kind
 from depcut.support.keywords import takes_options
 from depcut.training.iterative import Iterated, MakeOptimizer, geometric, iterate
 
@@ -43,6 +43,7 @@ class Phase:
 
 
 Train = Callable[[nn.Module, Phase], Any]
+_MOST = 10**9  # epochs
 
 
 def budget_phases(
@@ -71,7 +72,9 @@ def budget_phases(
     """
     check_ratio(ratio, "ratio=")
     check_ratio(dense, "dense=")
-    epochs, cycles = check_integer(epochs, "epochs", 1), check_integer(cycles, "cycles", 1)
+    check_kind(schedule, str, "schedule", "pass the name of a schedule")
+    epochs = check_integer(epochs, "epochs", 1, _MOST)
+    cycles = check_integer(cycles, "cycles", 1, _MOST)
     each = round(epochs * (1 - dense)) // cycles
     if not each or epochs - each * cycles < 1:
         raise InputError(
@@ -103,7 +106,7 @@ def run_phases(
         model: The model to train; it is not changed, a copy is trained.
         phases: As of `budget_phases`; ratios must increase.
         train: Called as train(model, phase), or train(model, phase, optimizer) if there is one; it
-            trains in place for `phase.epochs` epochs.
+            trains in place for `phase.epochs` epochs. What it raises is not caught.
         inputs: Example inputs, as for `depcut.shrink`.
         data: Calibration data, as for `iterate`.
         loss: As for `iterate`.
@@ -115,7 +118,11 @@ def run_phases(
     Raises:
         DepcutError: See `depcut.training.iterate`.
     """
-    listed = tuple(phases)
+    remedy = "pass what depcut.training.budget_phases returned"
+    listed = check_items(phases, "phases", remedy)
+    for each in listed or (None,):
+        check_kind(each, Phase, "phases", remedy)
+    check_function(train, "train", "pass a function of (model, phase)")
 
     def retrain(slim: nn.Module, step: int, *optimizer: Any) -> Any:
         return train(slim, listed[step], *optimizer)

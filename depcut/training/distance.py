@@ -8,6 +8,7 @@ from torch import nn
 
 from depcut.apply.plan import Plan
 from depcut.reference.slices import index_tensors
+from depcut.support.checks import check_kind
 
 
 def relative_distance(model: nn.Module, plan: Plan) -> float:
@@ -57,4 +58,5 @@ def bound(plan: Plan, model: nn.Module) -> Plan:
     Raises:
         PlanError: The model has another architecture.
     """
+    check_kind(plan, Plan, "plan", "pass what analysis.plan(...) returned")
     return plan if plan.coupling is not None and plan.model is model else plan.bind(model)

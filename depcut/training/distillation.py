@@ -22,15 +22,17 @@ from depcut.axes import Dims
 from depcut.calibration.data import moved
 from depcut.capture.clone import clone
 from depcut.capture.inputs import device_of
+from depcut.capture.refusals import check_module
 from depcut.errors import InputError, listed
 from depcut.reference.run import kept_part
 from depcut.rewrite.copying import copied
-from depcut.support.checks import check_number
+from depcut.support.checks import check_function, check_integer, check_names, check_number
 from depcut.support.torch_private import pytree
 from depcut.training.distance import bound
 
 Logits = Callable[[Any], torch.Tensor]
 _EPSILON = 1e-12
+_DIMENSIONS = 64  # of a tensor, at most
 
 
 class Distillation:
@@ -80,15 +82,20 @@ class Distillation:
     ) -> None:
         for name, weight in (("output_weight", output_weight), ("hidden_weight", hidden_weight)):
             check_number(weight, name, "pass a number that is not negative", least=0)
+        check_module(dense, "dense")
+        check_module(slim, "slim")
+        dim = check_integer(dim, "dim", -_DIMENSIONS, _DIMENSIONS)
+        if logits is not None:
+            check_function(logits, "logits", "pass a function of what a model returns")
         remedy = "temperature is positive, share between 0 and 1"
-        check_number(temperature, "temperature", remedy, above=0)
-        check_number(share, "share", remedy, least=0, most=1)
+        temperature = check_number(temperature, "temperature", remedy, above=0)
+        share = check_number(share, "share", remedy, least=0, most=1)
         self.dense, self.slim, self.share = dense, slim, share
         self._teacher: tuple[list[Any], nn.Module] | None = None
         self.plan = bound(plan, dense)
         self.temperature, self.dim, self.logits = temperature, dim, logits
         self.output_weight, self.hidden_weight = output_weight, hidden_weight
-        self.hidden = (hidden,) if isinstance(hidden, str) else tuple(hidden)
+        self.hidden = check_names(hidden, "hidden", "pass globs over names of modules")
         if not output_weight and not (self.hidden and hidden_weight):
             raise InputError(
                 "nothing is compared: output_weight is 0 and there are no hidden layers",

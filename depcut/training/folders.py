@@ -14,6 +14,7 @@ from torch import nn
 from depcut.apply.plan import Plan
 from depcut.errors import InputError
 from depcut.support import codec, files
+from depcut.support.checks import check_path
 from depcut.support.weights import load_weights, save_weights
 
 FORMAT = 2
@@ -34,8 +35,10 @@ class RunFolder:
     def __init__(
         self, folder: str | os.PathLike[str], request: Mapping[str, Any], resume: bool
     ) -> None:
-        self.folder = files.as_path(folder, "checkpoint=", InputError)
-        self.request = json.loads(json.dumps(request))
+        self.folder, self.request = (
+            check_path(folder, "checkpoint"),
+            json.loads(json.dumps(request)),
+        )
         files.make_folder(self.folder, "checkpoint=", InputError)
         if not resume and self._path(0).exists():
             raise InputError(

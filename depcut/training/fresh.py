@@ -6,6 +6,7 @@ Source: Liu et al., Rethinking the Value of Network Pruning, ICLR 2019.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 
 import torch
 from torch import nn
@@ -17,6 +18,8 @@ from depcut.capture.inputs import Inputs
 from depcut.errors import InputError, PlanError, listed
 from depcut.plan import cost
 from depcut.rewrite.generated import GeneratedModule
+from depcut.support.checks import LARGEST, check_integer, check_kind
+from depcut.support.failures import shown
 from depcut.support.torch_private import RESET_METHODS
 
 Init = Callable[[nn.Module], object]
@@ -48,7 +51,7 @@ def fresh(
         init: A function that is called with every module after it has drawn its own, innermost
             first, as with `nn.Module.apply`; or "moments": what nothing draws is drawn from a
             normal distribution with its present mean and standard deviation, two numbers that the
-            control then does take over.
+            control then does take over. What the function raises is not caught.
         seed: Of the weights. The caller's random state stays.
 
     Returns:
@@ -58,6 +61,18 @@ def fresh(
         InputError: Parameters are left that nothing draws.
         PlanError: The model has another architecture.
     """
+    check_kind(plan, Plan, "plan", "pass what analysis.plan(...) returned")
+    seed = check_integer(seed, "seed", 0, LARGEST)
+    if (
+        init is not None
+        and not callable(init)
+        and not (isinstance(init, str) and init == "moments")
+    ):
+        raise InputError(
+            f"init is {shown(init)}",
+            where="init=",
+            remedy='pass a function of a module or "moments"',
+        )
     slim = plan.apply(model, inputs, progress=False)
     trained = dict(slim.named_parameters())
     moments = {
@@ -138,9 +153,11 @@ def scratch_epochs(plan: Plan, epochs: int, control: str = "B") -> int:
         InputError: There is no such control.
         PlanError: The plan was loaded from a file and is not bound to a model.
     """
-    if control not in ("E", "B"):
+    check_kind(plan, Plan, "plan", "pass what analysis.plan(...) returned")
+    epochs = check_integer(epochs, "epochs", 1)
+    if not isinstance(control, str) or control not in ("E", "B"):
         raise InputError(
-            f"there is no scratch control {control!r}",
+            f"there is no scratch control {shown(control)}",
             where="control=",
             remedy='use "E" (equal epochs) or "B" (equal budget of compute)',
         )
@@ -152,4 +169,4 @@ def scratch_epochs(plan: Plan, epochs: int, control: str = "B") -> int:
             remedy="use plan.bind(model) first",
         )
     ratio = cost.macs(plan.coupling).total / max(plan.macs, 1.0)
-    return round(epochs * min(ratio, _LONGEST))
+    return round(epochs * Fraction(min(ratio, _LONGEST)))

@@ -32,11 +32,13 @@ from depcut.plan.data import make_plan
 from depcut.plan.keep import Keep
 from depcut.plan.units import others
 from depcut.support.checks import check_integer, check_number
+from depcut.support.failures import first_line, reraise_fatal
 from depcut.support.keywords import settled, takes_options
 from depcut.training.masks import Masks
 from depcut.training.places import find_places
 from depcut.training.probe import probed
 
+_MOST = 10**12  # steps
 _STEP, _MASKABLE, _KEPT, _VALUE = "step", "maskable", "kept.", "value."
 
 
@@ -113,7 +115,8 @@ class Gradual:
     ) -> None:
         chosen = settled(Options, options, given, GradualKeywords, "Gradual")
         start, end, every = _check(ratio, start, end, every, chosen.of, initial)
-        self.model, self.ratio, self.initial, self.of = model, ratio, initial, chosen.of
+        self.model, self.of = model, chosen.of
+        self.ratio, self.initial = float(ratio), float(initial)
         self.start, self.every = start, every
         self.end = start + (end - start) // every * every
         self.analysis: Analysis = analyze(model, inputs)
@@ -297,8 +300,9 @@ class Gradual:
             plan = make_plan(
                 self._coupling, self.model, {n: v.cpu().numpy() for n, v in kept.items()}, {}
             )
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise self._other(f"{type(error).__name__}: {error}".partition("\n")[0]) from error
+        except Exception as error:
+            reraise_fatal(error)
+            raise self._other(first_line(error)) from error
         shut = {i: "so it was when the state was saved" for i, flag in enumerate(flags) if not flag}
         places = find_places(self._coupling).without({**self._places.excluded, **shut})
         keep = Keep(self._coupling, {groups[n].index: k for n, k in plan.kept.items()})
@@ -327,9 +331,9 @@ def _check(
     """The first and the last step of the masks and the steps between, if all options fit."""
     check_ratio(ratio, "ratio=")
     steps = "pass a number of optimizer steps, at least {}".format
-    start = check_integer(start, "start", 0, remedy=steps(0))
-    end = check_integer(end, "end", 1, remedy=steps(1))
-    every = check_integer(every, "every", 1, remedy=steps(1))
+    start = check_integer(start, "start", 0, _MOST, remedy=steps(0))
+    end = check_integer(end, "end", 1, _MOST, remedy=steps(1))
+    every = check_integer(every, "every", 1, _MOST, remedy=steps(1))
     if end <= start or every > end - start:
         raise InputError(
             f"there is no mask step from {start} to {end}, one every {every} steps",

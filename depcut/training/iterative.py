@@ -30,13 +30,14 @@ from depcut.plan.fingerprint import fingerprint
 from depcut.repair.after_rewrite import wants_repair
 from depcut.rewrite.optimizer import check_optimizer
 from depcut.scores import score_name
-from depcut.support.checks import check_integer
+from depcut.support.checks import check_integer, check_items
 from depcut.support.files import claimed
 from depcut.support.keywords import settled, takes_options
 from depcut.training.checkpoint import digest
 from depcut.training.compose import TensorIndices, composed
 from depcut.training.folders import RunFolder
 from depcut.training.identity import callable_text, data_text, structure_text
+from depcut.training.optimizers import made_by
 
 Retrain = Callable[..., nn.Module | None]
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
@@ -152,7 +153,7 @@ def iterate(
         "of": chosen.of,
         "score": score_name(score),
         "compensate": chosen.compensate,
-        "optimizer_state": chosen.optimizer_state if optimizer else None,
+        "optimizer_state": chosen.optimizer_state if optimizer is not None else None,
         "architecture": fingerprint(dense.coupling),
     }
     if checkpoint is not None:
@@ -274,7 +275,7 @@ class _Turns:
         run.reports.append(report(slim))
         run.model = slim
         if self.make is not None and sliced is None:
-            run.optimizer = self.make(slim)
+            run.optimizer = made_by(self.make, slim)
             check_optimizer(run.optimizer, slim)
 
     def _retrain(self, run: _Run, step: int) -> None:
@@ -323,7 +324,7 @@ def _targets(ratio: float | None, steps: Any) -> tuple[float, ...]:
             where="steps=",
             remedy="leave ratio out, or pass the number of steps",
         )
-    values = tuple(steps)
+    values = check_items(steps, "steps", "pass a number of steps, or the ratio after each of them")
     for i, value in enumerate(values):
         if i or value != 0:
             check_ratio(value, f"steps=, item {i}")

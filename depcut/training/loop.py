@@ -16,10 +16,11 @@ from depcut.apply.plan import Plan
 from depcut.capture.inputs import device_of
 from depcut.capture.process_state import importing
 from depcut.capture.random_state import preserved
+from depcut.capture.refusals import check_module
 from depcut.errors import DepcutError, InputError, TrainingError
 from depcut.rewrite.copying import copied
 from depcut.support.accelerate_private import TRACES, reset_state
-from depcut.support.checks import check_integer
+from depcut.support.checks import check_function, check_integer, check_kind
 from depcut.support.files import claimed
 from depcut.support.keywords import settled, takes_options
 from depcut.training.batches import Loader, open_loader
@@ -111,6 +112,8 @@ def retrain(
         DepcutError: accelerate is not installed.
     """
     chosen = settled(TrainingOptions, options, given, RetrainKeywords, "retrain")
+    if plan is not None:
+        check_kind(plan, Plan, "plan", "pass what analysis.plan(...) returned")
     course = _course(epochs, loss, metric, chosen)
     _check(model, course, valid is not None, chosen.distillation)
     peak = peak_rate(chosen.lr, chosen.original, optimizer)
@@ -240,19 +243,10 @@ def _course(
 def _check(
     model: Any, options: Settings, validates: bool, distillation: Distillation | None
 ) -> None:
-    if not isinstance(model, nn.Module):
-        raise InputError(
-            f"model is a {type(model).__name__}, not a torch.nn.Module",
-            where="model",
-            remedy="pass the module itself",
-        )
+    check_module(model)
     for name, function in (("loss", options.loss), ("metric", options.metric)):
-        if function is not None and not callable(function):
-            raise InputError(
-                f"{name} is a {type(function).__name__}, not a function",
-                where=f"{name}=",
-                remedy="pass a function of (output, target)",
-            )
+        if function is not None:
+            check_function(function, name, "pass a function of (output, target)")
     if options.loss is None and distillation is None:
         raise InputError(
             "there is nothing to minimise",
@@ -288,7 +282,7 @@ def _accelerated(given: Any, mixed_precision: str | None) -> Iterator[Any]:
         ) from error
     existed = state.is_initialized()
     try:
-        accelerator = given or Accelerator(mixed_precision=mixed_precision)
+        accelerator = given if given is not None else Accelerator(mixed_precision=mixed_precision)
     except ValueError as error:
         raise InputError(
             f"accelerate refuses: {error}",

@@ -11,6 +11,7 @@ from torch import nn
 
 from depcut.errors import InputError
 from depcut.rewrite.optimizer import check_optimizer
+from depcut.support.failures import first_line, reraise_fatal
 
 Build = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
@@ -65,7 +66,7 @@ def optimizer_for(given: Any, model: nn.Module, new: nn.Module, lr: float) -> to
     if not isinstance(given, torch.optim.Optimizer):
         if not callable(given):
             check_optimizer(given, model)
-        optimizer: torch.optim.Optimizer = given(groups_of(new, lr))
+        optimizer: torch.optim.Optimizer = made_by(given, groups_of(new, lr))
         check_optimizer(optimizer, new)
         return optimizer
     check_optimizer(given, model)
@@ -81,6 +82,23 @@ def optimizer_for(given: Any, model: nn.Module, new: nn.Module, lr: float) -> to
         )
     twin_optimizer: torch.optim.Optimizer = copy.deepcopy(given, dict(twins))
     return twin_optimizer
+
+
+def made_by(function: Callable[[Any], Any], given: Any) -> Any:
+    """What a user's function makes of a model or of parameter groups.
+
+    Raises:
+        InputError: It fails.
+    """
+    try:
+        return function(given)
+    except Exception as error:
+        reraise_fatal(error)
+        raise InputError(
+            f"the function that makes the optimizer failed: {first_line(error)}",
+            where="optimizer=",
+            remedy="pass e.g. lambda params: torch.optim.SGD(params, 0.1)",
+        ) from error
 
 
 def names_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:

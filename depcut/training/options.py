@@ -12,10 +12,12 @@ from torch import nn
 
 from depcut.errors import InputError
 from depcut.options import Common
-from depcut.support.checks import check_number
+from depcut.support.checks import check_function, check_kind, check_number
 from depcut.support.keywords import option
 from depcut.training.distillation import Distillation
-from depcut.training.schedules import OriginalSchedule
+from depcut.training.schedules import OriginalSchedule, named
+
+_PRECISIONS = ("no", "fp16", "bf16", "fp8")
 
 Schedule = str | Callable[[torch.optim.Optimizer, int], Any]
 
@@ -75,8 +77,38 @@ class TrainingOptions(Common):
                 remedy="pass the dense model, or leave it out",
             )
         norm = self.max_grad_norm
-        if norm is not None and norm != math.inf:  # infinity clips nothing
+        if norm is not None and not (isinstance(norm, float) and norm == math.inf):
+            # infinity clips nothing
             check_number(norm, "max_grad_norm", "pass a positive number", above=0)
+        if self.lr is not None:
+            self._set("lr", check_number(self.lr, "lr", "pass a positive number", above=0))
+        if self.mixed_precision is not None:
+            self._one_of("mixed_precision", _PRECISIONS)
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        """Refuse what is no schedule, no distillation, no accelerator."""
+        if isinstance(self.schedule, str):
+            if self.schedule != "auto":
+                named(self.schedule)
+        else:
+            check_function(
+                self.schedule, "schedule", "pass a name, or a function of (optimizer, steps)"
+            )
+        if self.original is not None:
+            remedy = "pass depcut.training.OriginalSchedule(rates, length)"
+            check_kind(self.original, OriginalSchedule, "original", remedy)
+        if self.distillation is not None:
+            remedy = "pass depcut.training.Distillation(dense, slim, plan)"
+            check_kind(self.distillation, Distillation, "distillation", remedy)
+        if self.accelerator is not None and not callable(
+            getattr(self.accelerator, "prepare", None)
+        ):
+            raise InputError(
+                f"accelerator is a {type(self.accelerator).__name__}",
+                where="accelerator=",
+                remedy="pass an accelerate.Accelerator, or leave it out",
+            )
 
 
 class RetrainKeywords(TypedDict, total=False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable
 from itertools import islice
 from typing import Any
@@ -14,7 +15,10 @@ from depcut.calibration.data import Batch, moved
 from depcut.capture.clone import clone
 from depcut.capture.inputs import device_of
 from depcut.capture.random_state import preserved
+from depcut.capture.refusals import check_module
 from depcut.errors import InputError
+from depcut.support.checks import check_integer
+from depcut.support.failures import first_line, reraise_fatal
 from depcut.support.torch_private import pytree
 from depcut.training.batches import open_loader
 from depcut.training.streams import DATA
@@ -41,6 +45,9 @@ def output_distance(
     Raises:
         InputError: The data is no such iterable, or empty, or does not fit the models.
     """
+    check_module(dense, "dense")
+    check_module(slim, "slim")
+    batches = check_integer(batches, "batches", 1, sys.maxsize)
     loader = open_loader(data, "data=", slim, pairs=False)
     return distance_over(dense, slim, islice(loader.read(0, DATA, 0), batches))
 
@@ -85,9 +92,10 @@ def _outputs(model: nn.Module, batch: Batch, place: str) -> list[torch.Tensor]:
     args, kwargs = moved((batch.args, batch.kwargs), device_of(model))
     try:
         leaves = pytree.tree_leaves(clone(model, buffers=True)(*args, **kwargs))
-    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+    except Exception as error:
+        reraise_fatal(error)
         raise InputError(
-            f"the model fails on the training data: {type(error).__name__}: {error}",
+            f"the model fails on the training data: {first_line(error)}",
             where=place,
             remedy="pass the model that was pruned, and data that it takes",
         ) from error

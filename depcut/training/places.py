@@ -107,10 +107,9 @@ class _Origins:
         self.coupling = coupling
         self.tensors: dict[fx.Node, str] = {}
         self.activations: set[fx.Node] = set()
-        for program in (coupling.program, coupling.program.training):
-            if program is not None:
-                self.tensors |= program.tensors
-                self.activations |= reached(program, program.inputs)
+        for program in coupling.program.captured:
+            self.tensors |= program.tensors
+            self.activations |= reached(program, program.inputs)
 
     def _names(self, node: fx.Node) -> set[str]:
         """Names of all tensors that a node is computed from; none if an input reaches it."""

@@ -53,7 +53,7 @@ def probed(coupling: Coupling, model: nn.Module, places: Places) -> Places:
     """The places without the groups whose zeros do not compute what the smaller model does.
 
     A random half of the units of every group goes, at weights with some noise, and the dense graph
-    with zeros is compared with the narrowed graph, on the captured inputs.
+    with zeros is compared with the narrowed graph, on the inputs of every example call.
 
     Args:
         coupling: The analysed architecture.
@@ -89,7 +89,7 @@ class _Trial:
                     value = value + _NOISE * (size or 1.0) * noise
                 noisy[id(tensor)] = value
             self.tensors[name] = noisy[id(tensor)]
-        nodes = coupling.program.graph.graph.nodes
+        nodes = [n for p in coupling.program.examples for n in p.graph.graph.nodes]
         dtypes = {v.dtype for n in nodes if isinstance(v := n.meta.get("val"), torch.Tensor)}
         halves = [TOLERANCE[d] for d in dtypes if d in (torch.float16, torch.bfloat16)]
         self.limit = max([_EXACT, *halves])
@@ -120,9 +120,9 @@ class _Trial:
                 units[number] = chosen[0] if group.row_axis is None else chosen
         keep = Keep(self.coupling, units)
         with suppress(RuntimeError):  # the code may insist on its own precision
-            return self._difference(keep, torch.float64) <= self.limit
+            return max(self._difference(k, torch.float64) for k in keep.calls) <= self.limit
         with suppress(RuntimeError):
-            return self._difference(keep, None) <= self.limit
+            return max(self._difference(k, None) for k in keep.calls) <= self.limit
         return False
 
     def _difference(self, keep: Keep, dtype: torch.dtype | None) -> float:
@@ -138,7 +138,7 @@ class _Trial:
             dense[name] = value
             picked = keep.tensors.get(name)
             narrow[name] = take(value, picked) if picked else value
-        whole = Keep(self.coupling, {})
+        whole = Keep(keep.coupling, {})
         with torch.no_grad(), torch.random.fork_rng():
             masked = Reference(whole, self.model).steps(inputs, dtype, tensors=dense)
             wanted = finished(masked)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,9 +21,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from depcut.errors import InputError
-from depcut.support.checks import check_integer, check_number
+from depcut.support.checks import check_integer, check_items, check_kind, check_number
+from depcut.support.failures import shown
 from depcut.support.torch_private import set_epoch
 
+_MOST = 10**12  # steps
 Rates = Callable[[int], float] | Sequence[float]
 
 
@@ -40,6 +42,27 @@ class OriginalSchedule:
     rates: Rates | None = None
     length: int | None = None
     peak: float | None = None
+
+    def __post_init__(self) -> None:
+        where = "OriginalSchedule({}=)".format
+        if self.rates is not None and not callable(self.rates):
+            self._check_sequence()
+        if self.length is not None:
+            _whole(self.length, where("length"))
+        if self.peak is not None:
+            remedy = "pass a positive number"
+            what = f"the peak rate is {shown(self.peak)}"
+            check_number(self.peak, "original", remedy, above=0, what=what)
+
+    def _check_sequence(self) -> None:
+        rates: Any = self.rates
+        texts = isinstance(rates, str | bytes | bytearray | Mapping)
+        if texts or not hasattr(rates, "__len__") or not hasattr(rates, "__getitem__"):
+            raise InputError(
+                f"rates is a {type(rates).__name__}",
+                where="OriginalSchedule(rates=)",
+                remedy="pass a sequence of rates, or a function from the step to the rate",
+            )
 
     @cached_property
     def steps(self) -> int | None:
@@ -66,7 +89,13 @@ class OriginalSchedule:
                 "or a function of the step, length the number of steps",
             )
         given = map(self.rates, range(self.steps)) if callable(self.rates) else self.rates
-        values = np.array([float(v) for v in given])
+        remedy = "pass the rates, or a function from the step to the rate"
+        values = np.array(
+            [
+                check_number(v, "a rate", remedy, where="original=")
+                for v in check_items(given, "original", remedy)
+            ]
+        )
         if len(values) != self.steps:
             raise InputError(
                 f"there are {len(values)} rates for {self.steps} steps",
@@ -90,7 +119,7 @@ class OriginalSchedule:
             InputError: It is no positive number.
         """
         peak = float(self.values.max()) if self.peak is None else self.peak
-        what = f"the peak rate is {peak}"
+        what = f"the peak rate is {shown(peak)}"
         return check_number(peak, "original", "pass a positive number", above=0, what=what)
 
 
@@ -123,6 +152,9 @@ class RetrainingSchedule(LRScheduler, ABC):
         distance: float | None = None,
         last_epoch: int = -1,
     ) -> None:
+        check_kind(optimizer, Optimizer, "optimizer", "pass a torch.optim.Optimizer")
+        if distance is not None:
+            check_kind(distance, float, "distance", "pass what relative_distance returned")
         if not isinstance(original, OriginalSchedule):
             original = OriginalSchedule(peak=original)
         self.original, self.distance = original, distance
@@ -328,11 +360,12 @@ def named(name: str) -> type[RetrainingSchedule]:
     Raises:
         InputError: There is none of that name.
     """
-    kind = SCHEDULES.get(str(name).lower())
+    text = name.lower() if isinstance(name, str) else ""
+    kind = SCHEDULES.get(text)
     if kind is None:
-        close = difflib.get_close_matches(str(name).lower(), SCHEDULES, 1, 0.4)
+        close = difflib.get_close_matches(text, SCHEDULES, 1, 0.4)
         raise InputError(
-            f"there is no schedule {name!r}",
+            f"there is no schedule {shown(name)}",
             where="schedule=",
             remedy=(f"did you mean {close[0]!r}? " if close else "")
             + f"there are {', '.join(SCHEDULES)}",
@@ -341,4 +374,6 @@ def named(name: str) -> type[RetrainingSchedule]:
 
 
 def _whole(steps: Any, place: str) -> int:
-    return check_integer(steps, "steps", 1, what=f"a schedule of {steps!r} steps", where=place)
+    return check_integer(
+        steps, "steps", 1, _MOST, what=f"a schedule of {shown(steps)} steps", where=place
+    )

@@ -19,9 +19,18 @@ from torch import nn
 from depcut.apply.plan import Plan
 from depcut.capture.inputs import Inputs
 from depcut.capture.random_state import preserved
+from depcut.capture.refusals import check_module
 from depcut.errors import InputError, listed
 from depcut.rewrite.copying import copied
 from depcut.support import files
+from depcut.support.checks import (
+    LARGEST,
+    check_function,
+    check_integer,
+    check_items,
+    check_kind,
+    check_path,
+)
 from depcut.support.weights import load_weights, save_weights
 from depcut.training.fresh import Init, fresh
 
@@ -45,8 +54,12 @@ class Snapshots:
     def __init__(
         self, steps: Collection[int] = (0,), folder: str | os.PathLike[str] | None = None
     ) -> None:
-        self.wanted = frozenset(steps)
-        self.folder = None if folder is None else files.as_path(folder, "folder=", InputError)
+        remedy = "pass numbers of steps, such as (0, 500)"
+        listed_steps = check_items(steps, "steps", remedy)
+        self.wanted = frozenset(
+            check_integer(step, "steps", 0, LARGEST, remedy=remedy) for step in listed_steps
+        )
+        self.folder = None if folder is None else check_path(folder, "folder")
         self._held: dict[int, dict[str, torch.Tensor]] = {}
         if self.folder is not None:
             files.make_folder(self.folder, "folder=", InputError)
@@ -68,6 +81,7 @@ class Snapshots:
         Raises:
             DepcutError: The file cannot be written.
         """
+        model, step = check_module(model), check_integer(step, "step", 0, LARGEST)
         if self.folder is not None:
             save_weights(model, self._path(step))
         else:
@@ -92,6 +106,7 @@ class Snapshots:
         Raises:
             InputError: There is no such snapshot, or it is of another architecture.
         """
+        model, step = check_module(model), check_integer(step, "step", 0, LARGEST)
         if step not in self.taken:
             raise InputError(
                 f"there is no snapshot of step {step}",
@@ -144,8 +159,13 @@ def rewind(
         InputError: There is no such snapshot, or it does not fit.
         PlanError: The model has another architecture.
     """
+    check_kind(snapshots, Snapshots, "snapshots", "pass a depcut.training.Snapshots")
+    remedy = "pass what analysis.plan(...) returned; of repeated pruning, a list of them"
+    plans = (plan,) if isinstance(plan, Plan) else check_items(plan, "plan", remedy)
+    for each in plans or (None,):
+        check_kind(each, Plan, "plan", remedy)
     small = snapshots.restore(model, step)
-    for each in (plan,) if isinstance(plan, Plan) else plan:
+    for each in plans:
         small = each.apply(small, inputs, progress=False)
     return small
 
@@ -185,7 +205,8 @@ def lottery_ticket(
         model: The dense model; it is not changed.
         snapshots: Of its training.
         step: Which snapshot.
-        train: Trains and judges one model; called for both, each with the same random state.
+        train: Trains and judges one model; called for both, each with the same random state. What
+            it raises is not caught.
         inputs: Example inputs; left out, those of the plan.
         init: See `depcut.training.fresh`.
         seed: Of the random draw.
@@ -193,6 +214,9 @@ def lottery_ticket(
     Raises:
         DepcutError: See `depcut.training.rewind` and `depcut.training.fresh`.
     """
+    check_kind(plan, Plan, "plan", "pass what analysis.plan(...) returned")
+    if train is not None:
+        check_function(train, "train", "pass a function of a model")
     ticket = rewind(model, plan, snapshots, step, inputs=inputs)
     random = fresh(model, plan, inputs=inputs, init=init, seed=seed)
     if train is None:

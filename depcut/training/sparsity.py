@@ -15,12 +15,13 @@ from depcut.analysis import Analysis
 from depcut.apply.plan import Plan
 from depcut.errors import InputError, PlanError
 from depcut.plan.keep import Keep
-from depcut.support.checks import check_integer, check_number
+from depcut.support.checks import check_integer, check_kind, check_names, check_number
 
 _TINY = 1e-12  # under the root, whose slope at 0 is infinite
 
 
 _POSITIVE = "pass a finite number above 0"
+_ANALYSIS = "pass what depcut.analyze(model, inputs) returned"
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,9 +115,10 @@ class GroupLasso:
     """
 
     def __init__(self, analysis: Analysis, strength: float, *, ignore: Iterable[str] = ()) -> None:
-        check_number(strength, "strength", _POSITIVE, above=0)
+        check_kind(analysis, Analysis, "analysis", _ANALYSIS)
+        strength = check_number(strength, "strength", _POSITIVE, above=0)
         self.analysis, self.strength = analysis, strength
-        patterns = [ignore] if isinstance(ignore, str) else list(ignore)
+        patterns = check_names(ignore, "ignore", "pass globs over module or parameter names")
         spared = {i for p in patterns for i in matching(analysis.coupling, p, "ignore=")}
         chosen = {g.index for g in analysis.groups} - spared
         if not chosen:
@@ -173,8 +175,10 @@ class GrowingRegularization:
         every: int = 10,
         ceiling: float = 1.0,
     ) -> None:
-        check_number(increment, "increment", _POSITIVE, above=0)
-        check_number(ceiling, "ceiling", _POSITIVE, above=0)
+        check_kind(analysis, Analysis, "analysis", _ANALYSIS)
+        check_kind(plan, Plan, "plan", "pass what analysis.plan(...) returned")
+        increment = check_number(increment, "increment", _POSITIVE, above=0)
+        ceiling = check_number(ceiling, "ceiling", _POSITIVE, above=0)
         every = check_integer(every, "every", 1)
         keep = plan.keep(analysis.coupling)
         if not keep.units:

@@ -16,6 +16,7 @@ from torch import nn
 from depcut.calibration.data import Batch, moved
 from depcut.capture.modes import modes
 from depcut.errors import InputError, TrainingError
+from depcut.support.failures import first_line, reraise_fatal
 from depcut.training.batches import Loader
 from depcut.training.checkpoint import Checkpoints, load_tensors, model_tensors
 from depcut.training.distillation import Distillation
@@ -139,8 +140,13 @@ class Trainer:
             if self.accelerator.scaler is not None and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             self.course = Course(**state["course"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise self.checkpoints.damaged(error) from error
+        except Exception as error:
+            reraise_fatal(error)
+            raise TrainingError(
+                f"the checkpoint is damaged: {first_line(error)}",
+                where=f"checkpoint={self.checkpoints.folder}",
+                remedy="pass another folder, or resume=False to start anew in this one",
+            ) from error
         return self.course.step
 
     def run(self, progress: Progress) -> None:

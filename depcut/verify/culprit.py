@@ -10,24 +10,19 @@ from torch import fx, nn
 
 from depcut.capture.clone import clone
 from depcut.capture.program import ModuleCall
-from depcut.reference.run import Reference, example
+from depcut.reference.run import Reference
 from depcut.rewrite.build import Slim
 from depcut.support.closeness import relative_error
+from depcut.support.failures import reraise_fatal
 from depcut.support.torch_private import pytree
 from depcut.verify.module_results import Trial, module_results_of_clone
+from depcut.verify.replay import Recording, Replay, is_drawing
 
-RUNTIME_ERRORS = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    AssertionError,
-    IndexError,
-    AttributeError,
-    KeyError,
-)
+# The model's own code may raise anything at new widths; see also `reraise_fatal`.
+RUNTIME_ERRORS = (Exception,)
 
 
-def culprits(slim: Slim, model: nn.Module, limit: float) -> list[str]:
+def culprits(slim: Slim, model: nn.Module, limit: float, trial: Trial) -> list[str]:
     """Modules that raise or compute wrong outputs from right inputs, the innermost ones first.
 
     What such a module should have returned goes on in its place, so that those after it are judged
@@ -37,6 +32,7 @@ def culprits(slim: Slim, model: nn.Module, limit: float) -> list[str]:
         slim: The smaller model.
         model: The dense model.
         limit: Relative difference that counts as none.
+        trial: On which inputs.
 
     Returns:
         At least one name; "" for the whole model.
@@ -49,9 +45,14 @@ def culprits(slim: Slim, model: nn.Module, limit: float) -> list[str]:
         for leaf in (*c.out_leaves, *c.leaves)
         if isinstance(leaf, fx.Node)
     }
+    recording = Recording()
+    draws = is_drawing(program)
     with torch.no_grad():
         _, values = Reference(keep, model, sliced=True).run(
-            pytree.tree_leaves(example(keep)), watch=watch
+            pytree.tree_leaves(trial.inputs(keep)),
+            trial.dtype,
+            watch,
+            around=recording.of if draws else None,
         )
     run = _Run(values, limit, frozenset(slim.generated))
     watched = clone(slim.model, buffers=True)
@@ -59,8 +60,10 @@ def culprits(slim: Slim, model: nn.Module, limit: float) -> list[str]:
         if name in calls:
             run.watch(name, module, calls[name])
     try:
-        module_results_of_clone(watched, keep, Trial())
-    except Exception:  # noqa: BLE001  the innermost call still open is the one that raised
+        replay = Replay(keep, recording, sliced=True) if draws else None
+        module_results_of_clone(watched, keep, trial, replay)
+    except Exception as error:  # noqa: BLE001  the innermost call still open has raised
+        reraise_fatal(error)
         raised = next((n for n in reversed(run.running) if n not in slim.generated), "")
         return run.wrong or [raised]
     return run.wrong or [""]
@@ -108,7 +111,8 @@ class _Run:
             deep = len(self.running)
             try:
                 return plain(*args, **kwargs)
-            except RUNTIME_ERRORS:
+            except RUNTIME_ERRORS as error:
+                reraise_fatal(error)
                 right = self._right(call) if deep and self.good[deep - 1] else None
                 self.lost = self.lost or (name not in self.generated and right is None)
                 if self.lost or right is None or name in self.generated:

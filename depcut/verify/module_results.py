@@ -1,9 +1,11 @@
-"""Run a smaller model and record what its modules return."""
+"""Run a smaller model and record what its modules get and return."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,10 +13,31 @@ from torch import fx, nn
 
 from depcut.axes import Dims
 from depcut.capture.clone import clone
-from depcut.capture.program import ModuleCall
+from depcut.capture.program import ModuleCall, Program, stack_entries
+from depcut.capture.random_state import restore_python
+from depcut.graph.arguments import sources_of_storage
+from depcut.graph.operators import is_item
 from depcut.plan.keep import Keep
 from depcut.reference.run import example
 from depcut.support.torch_private import pytree
+from depcut.verify.replay import Replay
+
+_SAMPLE = 1 << 13  # elements of a nested module's value that are compared
+
+
+@dataclass(frozen=True)
+class Inner:
+    """A value that a module gets or returns.
+
+    Attributes:
+        node: The graph node that computes it.
+        value: It, or a sample of it, see `sampled`.
+        module: The module that returns it, or whose caller passes it.
+    """
+
+    node: fx.Node
+    value: torch.Tensor
+    module: str
 
 
 @dataclass
@@ -23,80 +46,233 @@ class ModuleResults:
 
     Attributes:
         outputs: Its flat outputs.
-        values: Results of its top-level children, by the graph node that computes them.
+        inner: What its modules get and return, in the order of execution.
         shape: The first module result whose shape is not the predicted one, "" if there is none.
     """
 
     outputs: list[Any]
-    values: dict[fx.Node, torch.Tensor]
+    inner: list[Inner] = field(default_factory=list)
     shape: str = ""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """How to run: rows of the batch (None: all) and precision (None: the model's)."""
+    """How to run.
+
+    Attributes:
+        rows: Of the batch; None: all.
+        dtype: Precision; None: the model's.
+        leaves: Flat inputs to use in place of the captured ones.
+        deep: Whether the values of nested modules are compared, too.
+    """
 
     rows: int | None = None
     dtype: torch.dtype | None = None
+    leaves: tuple[Any, ...] | None = field(default=None, compare=False)
+    deep: bool = False
+
+    def inputs(self, keep: Keep) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Copies of the inputs (args, kwargs)."""
+        return example(keep, rows=self.rows, dtype=self.dtype, leaves=self.leaves)
 
 
-def module_results(slim: nn.Module, keep: Keep, trial: Trial) -> ModuleResults:
+def sampled(value: torch.Tensor) -> torch.Tensor:
+    """Elements of a tensor, evenly spread over all of its dimensions, as a new flat tensor."""
+    flat = value.detach().reshape(-1)
+    if flat.numel() <= _SAMPLE:
+        return flat.clone()
+    step = -(-flat.numel() // _SAMPLE)
+    while math.gcd(step, flat.numel()) > 1:
+        step += 1
+    return flat[::step].clone()
+
+
+def top_level(program: Program) -> set[fx.Node]:
+    """Nodes that top-level children return: they are compared as a whole."""
+    return {
+        leaf
+        for call in program.calls
+        if "." not in call.module
+        for leaf in call.out_leaves
+        if isinstance(leaf, fx.Node)
+    }
+
+
+def nested(program: Program) -> set[fx.Node]:
+    """Nodes that modules return, or that modules without children get."""
+    leafs = _without_children(program)
+    return {
+        leaf
+        for call in program.calls
+        for leaf in (*call.out_leaves, *(call.leaves if call.module in leafs else ()))
+        if isinstance(leaf, fx.Node) and leaf not in program.tensors
+    }
+
+
+def _without_children(program: Program) -> set[str]:
+    names = {call.module for call in program.calls}
+    return names - {name.rpartition(".")[0] for name in names}
+
+
+def module_results(
+    slim: nn.Module, keep: Keep, trial: Trial, replay: Replay | None = None
+) -> ModuleResults:
     """Run a clone of a smaller model on the example inputs, and look at what its modules return.
 
     Args:
         slim: The smaller model; it is only read.
         keep: What stays of the dense one.
         trial: On which of the example inputs.
+        replay: What to draw; it sees what is executed.
     """
-    return module_results_of_clone(clone(slim, buffers=True), keep, trial)
+    return module_results_of_clone(clone(slim, buffers=True), keep, trial, replay)
 
 
-def module_results_of_clone(slim: nn.Module, keep: Keep, trial: Trial) -> ModuleResults:
+def module_results_of_clone(
+    slim: nn.Module, keep: Keep, trial: Trial, replay: Replay | None = None
+) -> ModuleResults:
     """`module_results` of a clone that the caller has made, possibly with hooks of its own.
 
     Args:
         slim: A clone of the smaller model, in eval mode; the hooks stay on it.
         keep: What stays of the dense one.
         trial: On which of the example inputs.
+        replay: What to draw; it sees what is executed.
     """
-    program = keep.coupling.program
-    args, kwargs = example(keep, rows=trial.rows, dtype=trial.dtype)
-    seen = ModuleResults([], {})
-    calls: dict[str, list[ModuleCall]] = {}
-    for call in program.calls:
-        results = [leaf for leaf in call.out_leaves if isinstance(leaf, fx.Node)]
-        if results and keep.gone.nodes.issuperset(results):
-            continue  # it is not called any more
-        calls.setdefault(call.module, []).append(call)
+    args, kwargs = trial.inputs(keep)
+    watcher = _Watcher(keep, trial.deep)
     for name, module in slim.named_modules():
-        if name in calls:
-            module.register_forward_hook(_look(name, calls[name], keep, seen))
-    with torch.no_grad():
-        seen.outputs = list(pytree.tree_leaves(slim(*args, **kwargs)))
-    return seen
+        watcher.watch(name, module)
+        if replay is not None:
+            follow(replay, name, module)
+    watcher.seen.outputs = _run(slim, args, kwargs, keep, replay)
+    return watcher.seen
 
 
-def _look(
-    name: str, calls: list[ModuleCall], keep: Keep, seen: ModuleResults
-) -> Callable[..., None]:
-    order = iter(calls)
+def run_plain(
+    model: nn.Module, keep: Keep, trial: Trial, replay: Replay | None = None
+) -> list[Any]:
+    """Flat outputs of a clone of a model as it is, without hooks.
 
-    def hook(_module: nn.Module, _args: Any, result: Any) -> None:
-        call = next(order, None)
-        if call is None:
+    Args:
+        model: The model; it is only read.
+        keep: What stays of the dense one.
+        trial: On which of the example inputs.
+        replay: What to draw.
+    """
+    args, kwargs = trial.inputs(keep)
+    seen = clone(model, buffers=True)
+    return _run(seen, args, kwargs, keep, replay)
+
+
+def _run(seen: nn.Module, args: Any, kwargs: Any, keep: Keep, replay: Replay | None) -> list[Any]:
+    if keep.coupling.program.states is not None:
+        restore_python(keep.coupling.program.states)
+    with torch.no_grad(), replay.mode() if replay is not None else nullcontext():
+        return list(pytree.tree_leaves(seen(*args, **kwargs)))
+
+
+def follow(replay: Replay, name: str, module: nn.Module) -> None:
+    """Tell a replay whose code is running.
+
+    Args:
+        replay: It is told.
+        name: Of a module.
+        module: A module of a clone; the hooks stay on it.
+    """
+
+    def enter(*_: Any) -> None:
+        replay.running.append(name)
+
+    def leave(*_: Any) -> None:
+        if replay.running and replay.running[-1] == name:
+            replay.running.pop()
+
+    module.register_forward_pre_hook(enter)
+    module.register_forward_hook(leave, always_call=True)
+
+
+class _Watcher:
+    """Records what the modules of a clone get and return.
+
+    Args:
+        keep: What stays of the dense model.
+        deep: Whether nested modules are recorded, too.
+    """
+
+    def __init__(self, keep: Keep, deep: bool) -> None:
+        program = keep.coupling.program
+        self.keep, self.deep, self.seen = keep, deep, ModuleResults([])
+        self.calls: dict[str, list[ModuleCall]] = {}
+        for call in program.calls:
+            results = [leaf for leaf in call.out_leaves if isinstance(leaf, fx.Node)]
+            if results and keep.gone.nodes.issuperset(results):
+                continue  # it is not called any more
+            self.calls.setdefault(call.module, []).append(call)
+        self.top, self.tensors = top_level(program), program.tensors
+        self.recorded: set[fx.Node] = set()
+        self.leafs = _without_children(program) if deep else set()
+        self.writers = _later_writers(program) if deep else {}
+
+    def watch(self, name: str, module: nn.Module) -> None:
+        """Watch one module."""
+        calls = self.calls.get(name)
+        if not calls:
             return
-        leaves = pytree.tree_leaves(result)
-        for node, leaf in zip(call.out_leaves, leaves, strict=False):
-            dims = keep.coupling.env.get(node) if isinstance(node, fx.Node) else None
-            if not isinstance(dims, tuple) or not isinstance(leaf, torch.Tensor):
-                continue
-            if not seen.shape and not _as_predicted(leaf, node, dims, keep):
-                predicted = tuple(keep.count(t) for t in dims)
-                seen.shape = f"{name!r} returns shape {tuple(leaf.shape)} instead of {predicted}"
-            if "." not in name:
-                seen.values[node] = leaf.detach().clone()
+        if name in self.leafs:
+            module.register_forward_pre_hook(self._gets(name, calls), with_kwargs=True)
+        module.register_forward_hook(self._returns(name, calls))
 
-    return hook
+    def _gets(self, name: str, calls: list[ModuleCall]) -> Callable[..., None]:
+        order = iter(calls)
+
+        def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            call = next(order, None)
+            if call is None:
+                return
+            leaves = pytree.tree_leaves((args, kwargs))
+            if len(leaves) != len(call.leaves):
+                return
+            for node, leaf in zip(call.leaves, leaves, strict=True):
+                known = node in self.recorded or self.writers.get(node)
+                if isinstance(node, fx.Node) and not known:
+                    self._record(node, leaf, name.rpartition(".")[0])
+
+        return hook
+
+    def _returns(self, name: str, calls: list[ModuleCall]) -> Callable[..., None]:
+        order = iter(calls)
+
+        def hook(_module: nn.Module, _args: Any, result: Any) -> None:
+            call = next(order, None)
+            if call is None:
+                return
+            leaves = pytree.tree_leaves(result)
+            for node, leaf in zip(call.out_leaves, leaves, strict=False):
+                if not isinstance(node, fx.Node) or not isinstance(leaf, torch.Tensor):
+                    continue
+                dims = self.keep.coupling.env.get(node)
+                if not isinstance(dims, tuple):
+                    continue
+                if not self.seen.shape and not _as_predicted(leaf, node, dims, self.keep):
+                    predicted = tuple(self.keep.count(t) for t in dims)
+                    self.seen.shape = (
+                        f"{name!r} returns shape {tuple(leaf.shape)} instead of {predicted}"
+                    )
+                inside = any(name in stack_entries(w) for w in self.writers.get(node, ()))
+                if "." not in name or (self.deep and not inside):
+                    self._record(node, leaf, name)
+
+        return hook
+
+    def _record(self, node: fx.Node, leaf: Any, module: str) -> None:
+        dims = self.keep.coupling.env.get(node)
+        if node in self.tensors:
+            return  # it may be rescaled, as the magnitude of a normalised weight is
+        if isinstance(leaf, torch.Tensor) and isinstance(dims, tuple):
+            value = leaf.detach().clone() if node in self.top else sampled(leaf)
+            self.seen.inner.append(Inner(node, value, module))
+            self.recorded.add(node)
 
 
 def _as_predicted(leaf: torch.Tensor, node: fx.Node, dims: Dims, keep: Keep) -> bool:
@@ -107,3 +283,29 @@ def _as_predicted(leaf: torch.Tensor, node: fx.Node, dims: Dims, keep: Keep) -> 
         for size, term, was in zip(leaf.shape, dims, dense, strict=True)
         if isinstance(was, int)
     )
+
+
+def _later_writers(program: Program) -> Mapping[fx.Node, list[fx.Node]]:
+    """Nodes that write to the storage of a node's value after it was computed, by that node."""
+    root: dict[fx.Node, fx.Node] = {}  # a node whose storage it uses; itself where it is new
+    writers: dict[fx.Node, list[fx.Node]] = {}
+    order: dict[fx.Node, int] = {}
+    for number, node in enumerate(program.graph.graph.nodes):
+        order[node] = number
+        uses = list(_storages(node))
+        root[node] = root[uses[0][1]] if uses else node
+        for is_written, source in uses:
+            if is_written:
+                writers.setdefault(root[source], []).append(node)
+    return {
+        node: [w for w in writers[root[node]] if order[w] > order[node]]
+        for node in order
+        if root[node] in writers
+    }
+
+
+def _storages(node: fx.Node) -> Iterator[tuple[bool, fx.Node]]:
+    if is_item(node):
+        yield False, node.all_input_nodes[0]
+    else:
+        yield from sources_of_storage(node)

@@ -3,69 +3,34 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
-from depcut.capture.capture import held_tensors
-from depcut.capture.clone import clone
 from depcut.capture.program import parent_of, stack_entries, where
 from depcut.capture.random_state import preserved
 from depcut.errors import VerificationError
-from depcut.graph.liveness import enclosing
-from depcut.graph.operators import is_random
 from depcut.plan.keep import Keep
-from depcut.reference.norms import estimates
-from depcut.reference.run import Reference, Watched, example, kept_part, masked_outputs
-from depcut.reference.slices import take
+from depcut.reference.run import masked_outputs
 from depcut.rewrite.build import Slim
 from depcut.rewrite.copying import copied
 from depcut.support.closeness import relative_error
-from depcut.support.torch_private import pytree
+from depcut.support.failures import first_line, reraise_fatal
+from depcut.verify.compare import CERTAIN, Expected, Found, compare
 from depcut.verify.culprit import RUNTIME_ERRORS, culprits
-from depcut.verify.module_results import Trial, module_results
+from depcut.verify.exciting import exciting
+from depcut.verify.module_results import ModuleResults, Trial, module_results, run_plain
+from depcut.verify.precision import TOLERANCE, is_half
+from depcut.verify.reference_values import reference_values
+from depcut.verify.replay import Replay, is_drawing
+from depcut.verify.tensors import check_tensors
 
-__all__ = ["masked_outputs", "verify", "verify_equal"]
+__all__ = ["TOLERANCE", "masked_outputs", "verify", "verify_equal"]
 
-TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-
-
-_ROUNDING = 0.05  # a relative difference that single precision may cause in a deep model
-_CERTAIN = 3e-6  # a smaller one needs no second look in double precision
-
-
-def _is_random(keep: Keep) -> bool:
-    """Whether the graph draws random numbers, so that two runs differ."""
-    return any(map(is_random, keep.coupling.program.graph.graph.nodes))
-
-
-def _compare(slim: Slim, expected: tuple[list[Any], Watched], trial: Trial) -> tuple[float, str]:
-    """Largest relative difference of outputs and top-level children, and what is wrong besides."""
-    keep = slim.keep
-    seen = module_results(slim.model, keep, trial)
-    outputs, watched = expected
-    nodes = [n for n in seen.values if isinstance(watched.get(n), torch.Tensor)]
-    inner = [kept_part(watched[n], keep, keep.coupling.env[n]) for n in nodes]
-    size, message = relative_error(
-        [*outputs, *inner], [*seen.outputs, *(seen.values[n] for n in nodes)]
-    )
-    return size, message or seen.shape
-
-
-def _expected(keep: Keep, model: nn.Module, trial: Trial) -> tuple[list[Any], Watched]:
-    """The reference's outputs, and its values where top-level children return."""
-    top = {
-        leaf
-        for call in keep.coupling.program.calls
-        if "." not in call.module
-        for leaf in call.out_leaves
-        if isinstance(leaf, fx.Node)
-    }
-    inputs = pytree.tree_leaves(example(keep, rows=trial.rows, dtype=trial.dtype))
-    with torch.no_grad():
-        return Reference(keep, model).run(inputs, trial.dtype, watch=top)
+_WITH_WEIGHTS = "apply the plan to the model with its weights, where depcut can repair this"
 
 
 @preserved()
@@ -83,48 +48,201 @@ def verify(slim: Slim, model: nn.Module) -> float:
     Raises:
         VerificationError: The smaller model computes something else.
     """
-    keep, limit = slim.keep, _tolerance(slim.keep)
-    random = _is_random(keep)
-    trials = [Trial(rows=1), Trial()] if keep.coupling.program.dynamic else [Trial()]
     if _on_meta(model):
         return _verify_shapes(slim, model)
+    return _Verification(slim, model).run()
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """Result of one comparison.
+
+    Attributes:
+        found: What it found.
+        problem: The exception behind it.
+        beside: Whether only a run without hooks fails: code around a generated module relies on
+            more than calling it, e.g. on a fast path of torch.
+    """
+
+    found: Found
+    problem: Exception | None = None
+    beside: bool = False
+
+
+def _failed(problem: Exception) -> Found:
+    return Found(math.inf, math.inf, False, first_line(problem))
+
+
+@dataclass
+class _Verification:
+    """The comparisons of one smaller model, and what is done about their results.
+
+    Attributes:
+        slim: The smaller model; modules of it are generated.
+        model: The dense model.
+    """
+
+    slim: Slim
+    model: nn.Module
     suspect: str | None = None
-    while True:
-        for trial in trials:
-            # One row decides in almost all cases; a graph may yet insist on more.
-            attempt = _try(slim, model, trial, math.inf if random else limit)
-            if not attempt.message and random:
-                return 0.0
-            sure = attempt.size <= _CERTAIN or limit > TOLERANCE[torch.float32]
-            if not attempt.message and attempt.size <= limit:
-                if sure or _exact(slim, model) is not False:
-                    return attempt.size
-                break
-        if attempt.beside:
-            for name in [n for n in slim.generated if n]:
-                slim.replace(parent_of(name), f"its code does more with {name!r} than call it")
-            continue
-        if not attempt.message and limit < attempt.size < _ROUNDING and _exact(slim, model):
-            return attempt.size
+    _expected: dict[Trial, Expected] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.keep = self.slim.keep
+        program = self.keep.coupling.program
+        self.draws = is_drawing(program)
+        leaves = exciting(self.keep, self.model)
+        batch = program.batch
+        # All rows are tried where fewer fail: a graph may insist on more.
+        self.trials = [Trial(leaves=leaves, deep=True)]
+        if program.dynamic:
+            self.trials = [Trial(1, leaves=leaves, deep=True), Trial(min(2, batch), leaves=leaves)]
+            self.whole = Trial(leaves=leaves)
+        else:
+            self.whole = self.trials[0]
+
+    def run(self) -> float:
+        """Compare until nothing is wrong; the largest difference of what was accepted.
+
+        Raises:
+            VerificationError: What is wrong cannot be generated.
+        """
+        while True:
+            attempt = self._compared()
+            if attempt.found.good:
+                return attempt.found.size
+            if attempt.beside:
+                for name in [n for n in self.slim.generated if n]:
+                    why = f"its code does more with {name!r} than call it"
+                    self.slim.replace(parent_of(name), why)
+                continue
+            self._deal_with(attempt)
+
+    def _compared(self) -> Attempt:
+        """What was wrong in the first trial that was; else the largest difference of all."""
+        worst = 0.0
+        for trial in self.trials:
+            attempt = self._try(trial)
+            if not attempt.found.good:
+                whole = self._try(self.whole) if trial != self.whole else attempt
+                if not whole.found.good:
+                    return attempt if attempt.problem is None else whole
+                if self._holds(trial):
+                    return attempt
+                attempt = whole
+            worst = max(worst, attempt.found.size)
+        return Attempt(Found(worst))
+
+    def _try(self, trial: Trial) -> Attempt:
+        """One comparison, with a second look in double precision where it may be rounding."""
+        attempt = self._attempt(trial)
+        found = attempt.found
+        if found.message or attempt.beside:
+            return attempt
+        if found.certain or (found.good and is_half(self._precision)):
+            return attempt
+        exact = self._in_double(trial)
+        if exact is None:  # the code insists on its precision
+            return attempt
+        size = found.size if exact.good else max(found.size, exact.size)
+        return Attempt(Found(size, exact.excess, exact.good, exact.message, exact.module))
+
+    @property
+    def _precision(self) -> torch.dtype:
+        """The finest precision of the model's parameters."""
+        dtypes = {p.dtype for p in self.model.parameters() if p.dtype in TOLERANCE}
+        return min(dtypes, key=TOLERANCE.__getitem__, default=torch.float32)
+
+    def _attempt(self, trial: Trial) -> Attempt:
         try:
-            wrong = culprits(slim, model, _CERTAIN if attempt.size <= limit else limit)
+            expected = self._reference(trial)
+            found = self._against(self.slim.model, expected, trial)
         except RUNTIME_ERRORS as problem:
+            return Attempt(_failed(problem), problem)
+        if not found.good or not self.slim.generated:
+            return Attempt(found)
+        replay = Replay(self.keep, expected.recording) if self.draws else None
+        try:
+            # Hooks switch fast paths off, so run once as users do.
+            outputs = run_plain(self.slim.model, self.keep, trial, replay)
+            size, message = relative_error(expected.outputs, outputs)
+        except RUNTIME_ERRORS as problem:
+            return Attempt(_failed(problem), problem, beside=True)
+        limit = max(TOLERANCE[torch.float32], TOLERANCE[self._precision], 2 * found.size)
+        if message or size > limit:
+            return Attempt(Found(size, math.inf, False, message), beside=True)
+        check_tensors(self.slim.model, self.keep, self.model, self.slim.generated)
+        found.size = max(found.size, size)
+        return Attempt(found)
+
+    def _against(self, candidate: nn.Module, expected: Expected, trial: Trial) -> Found:
+        looks = trial.deep or self.draws
+        replay = Replay(self.keep, expected.recording) if looks else None
+        seen = module_results(candidate, self.keep, trial, replay)
+        return compare(self.keep, expected, seen, replay, double=trial.dtype == torch.float64)
+
+    def _reference(self, trial: Trial) -> Expected:
+        """The reference's values; those of one row and of single precision are kept."""
+        if trial not in self._expected:
+            made = reference_values(self.keep, self.model, trial, looks=trial.deep or self.draws)
+            if trial.rows != 1 or trial.dtype is not None:
+                return made
+            self._expected[trial] = made
+        return self._expected[trial]
+
+    def _in_double(self, trial: Trial) -> Found | None:
+        """The comparison in double precision, where rounding vanishes; None: it cannot be had."""
+        double = Trial(trial.rows, torch.float64, trial.leaves, trial.deep)
+        try:
+            expected = self._reference(double)
+            return self._against(copied(self.slim.model, {}).double(), expected, double)
+        except RUNTIME_ERRORS:
+            return None
+
+    def _holds(self, trial: Trial) -> bool:
+        """Whether the captured graph is what the dense model computes on a trial's inputs."""
+        whole = Keep(self.keep.coupling, {})
+        try:
+            expected = reference_values(whole, self.model, trial, looks=self.draws)
+            replay = Replay(whole, expected.recording) if self.draws else None
+            outputs = run_plain(self.model, whole, trial, replay)
+        except RUNTIME_ERRORS:
+            return False
+        size, message = relative_error(expected.outputs, outputs)
+        return not message and size <= TOLERANCE[self._precision]
+
+    def _deal_with(self, attempt: Attempt) -> None:
+        """Generate the modules that are wrong.
+
+        Raises:
+            VerificationError: The whole model is generated already, or cannot be.
+        """
+        found, named = attempt.found, attempt.found.module
+        try:
+            limit = TOLERANCE[self._precision]
+            limit = CERTAIN if found.size <= limit else limit
+            wrong = culprits(self.slim, self.model, limit, self.whole)
+        except RUNTIME_ERRORS as problem:
+            reraise_fatal(problem)
             raise VerificationError(
-                f"the captured graph cannot be narrowed: {problem}"[:300],
-                where=_place(keep, suspect or ""),
+                f"the captured graph cannot be narrowed: {first_line(problem)}",
+                where=_place(self.keep, self.suspect or ""),
                 remedy="a rule is wrong: keep the layers concerned with ignore=, and report it",
             ) from problem
-        suspect = wrong[0] if suspect is None else suspect
-        if "" in slim.generated:
+        if wrong == [""] and named is not None and named not in self.slim.generated:
+            wrong = [named]
+        self.suspect = wrong[0] if self.suspect is None else self.suspect
+        if "" in self.slim.generated:
             raise VerificationError(
-                attempt.message or f"outputs differ by {attempt.size:.3g} of their scale",
-                where=_place(keep, suspect),
+                found.message or f"outputs differ by {found.size:.3g} of their scale",
+                where=_place(self.keep, self.suspect),
                 remedy="keep the layers concerned with ignore=; please report the model",
             ) from attempt.problem
-        _replace(slim, wrong, attempt.message or "its code computes other values at the new sizes")
+        why = found.message or "its code computes other values at the new sizes"
+        _replace(self.slim, wrong, why)
 
 
-def _replace(slim: Slim, names: list[str], why: str) -> None:
+def _replace(slim: Slim, names: Sequence[str], why: str) -> None:
     """Generate modules; of the later ones only those that have not been dealt with on the way."""
     slim.replace(names[0], why)
     for name in names[1:]:
@@ -134,7 +252,7 @@ def _replace(slim: Slim, names: list[str], why: str) -> None:
 
 @preserved()
 def verify_equal(slim: nn.Module, keep: Keep, model: nn.Module) -> float:
-    """Check that a smaller model computes what the dense model does, with nothing zeroed.
+    """Check that the smaller model computes what the dense one does, nothing zeroed.
 
     Args:
         slim: The smaller model.
@@ -148,90 +266,35 @@ def verify_equal(slim: nn.Module, keep: Keep, model: nn.Module) -> float:
         VerificationError: They differ by more than rounding.
     """
     whole = Keep(keep.coupling, {})
+    draws = is_drawing(keep.coupling.program)
 
-    def difference(candidate: nn.Module, trial: Trial) -> tuple[float, str]:
-        return relative_error(
-            _expected(whole, model, trial)[0], module_results(candidate, keep, trial).outputs
-        )
+    def compared(candidate: nn.Module, trial: Trial) -> Found:
+        expected = reference_values(whole, model, trial, looks=draws)
+        replay = Replay(keep, expected.recording) if draws else None
+        seen = module_results(candidate, keep, trial, replay)
+        # Modules may return something else: units that nobody reads are gone.
+        double = trial.dtype == torch.float64
+        return compare(keep, expected, ModuleResults(seen.outputs), replay, double=double)
 
-    size, message = difference(slim, Trial())
-    if _is_random(keep) and not message:
-        return 0.0
-    if message or size > _tolerance(keep):
-        double = Trial(dtype=torch.float64)
-        if message or difference(copied(slim, {}).double(), double)[0] > _CERTAIN:
+    def is_rounding(leaves: tuple[Any, ...] | None) -> bool:
+        try:
+            trial = Trial(dtype=torch.float64, leaves=leaves)
+            return compared(copied(slim, {}).double(), trial).good
+        except RUNTIME_ERRORS:
+            return False
+
+    size, drawn = 0.0, exciting(whole, model)
+    for leaves in (None, drawn) if drawn is not None else (None,):
+        found = compared(slim, Trial(leaves=leaves))
+        size = max(size, found.size)
+        if not found.good and (found.message or not is_rounding(leaves)):
             raise VerificationError(
-                message or f"outputs differ from the dense model's by {size:.3g} of their scale",
+                found.message
+                or f"outputs differ from the dense model's by {found.size:.3g} of their scale",
                 where="units that were taken to be dead",
                 remedy="please report the model; depcut.shrink does not rely on dead units",
             )
     return size
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """Result of one comparison.
-
-    Attributes:
-        size: Largest difference, relative to the output's scale.
-        message: What is wrong besides.
-        problem: The exception behind it.
-        beside: Whether only a run without hooks fails: code around a generated module relies on
-            more than calling it, e.g. on a fast path of torch.
-    """
-
-    size: float
-    message: str = ""
-    problem: Exception | None = None
-    beside: bool = False
-
-
-def _try(slim: Slim, model: nn.Module, trial: Trial, limit: float) -> Attempt:
-    try:
-        expected = _expected(slim.keep, model, trial)
-        size, message = _compare(slim, expected, trial)
-    except RUNTIME_ERRORS as problem:
-        return Attempt(math.inf, f"{type(problem).__name__}: {problem}"[:300], problem)
-    if message or size > limit or not slim.generated:
-        return Attempt(size, message)
-    args, kwargs = example(slim.keep, rows=trial.rows, dtype=trial.dtype)
-    try:
-        # Hooks switch fast paths off, so run once as users do.
-        with torch.no_grad():
-            result = clone(slim.model, buffers=True)(*args, **kwargs)
-        plain, message = relative_error(expected[0], pytree.tree_leaves(result))
-    except RUNTIME_ERRORS as problem:
-        return Attempt(math.inf, str(problem)[:300], problem, beside=True)
-    failed = bool(message) or plain > limit
-    if not failed:
-        _check_tensors(slim, model)
-    return Attempt(max(size, plain), message, beside=failed)
-
-
-def _check_tensors(slim: Slim, model: nn.Module) -> None:
-    """Within generated modules nothing can be watched, so their tensors are compared themselves."""
-    program, small = slim.keep.coupling.program, held_tensors(slim.model)
-    changed = {
-        program.tensors.get(g)
-        for e in slim.keep.coupling.effects.values()
-        for g, _, _ in e.rescales
-    } | set(estimates(program).values())
-    for name, tensor in held_tensors(model).items():
-        inside = any(module in slim.generated for module in ("", *enclosing(name)))
-        if (
-            name in changed
-            or not inside
-            or name not in small
-            or name not in slim.keep.coupling.dims
-        ):
-            continue
-        picked = slim.keep.tensors.get(name)
-        if not torch.equal(take(tensor, picked) if picked else tensor, small[name]):
-            raise VerificationError(
-                "a tensor is not the kept slice of the dense one",
-                where=name,
-                remedy="do not change the model while a plan is applied; please report this",
-            )
 
 
 def _on_meta(model: nn.Module) -> bool:
@@ -246,33 +309,23 @@ def _verify_shapes(slim: Slim, model: nn.Module) -> float:
     """
     try:
         module_results(model, Keep(slim.keep.coupling, {}), Trial())
-    except RUNTIME_ERRORS:
+    except RUNTIME_ERRORS as problem:
+        reraise_fatal(problem)
         return math.nan
-    seen = module_results(slim.model, slim.keep, Trial())
+    try:
+        seen = module_results(slim.model, slim.keep, Trial())
+    except RUNTIME_ERRORS as problem:
+        reraise_fatal(problem)
+        raise VerificationError(
+            first_line(problem), where="a model on the meta device", remedy=_WITH_WEIGHTS
+        ) from problem
     if seen.shape:
         raise VerificationError(
             seen.shape,
             where="a model on the meta device",
-            remedy="apply the plan to the model with its weights, where depcut can repair this",
+            remedy=_WITH_WEIGHTS,
         )
     return 0.0
-
-
-def _tolerance(keep: Keep) -> float:
-    """The allowed relative error: that of the coarsest precision in the graph."""
-    values = (n.meta.get("val") for n in keep.coupling.program.graph.graph.nodes)
-    dtypes = {v.dtype for v in values if isinstance(v, torch.Tensor)}
-    return max((TOLERANCE[d] for d in dtypes if d in TOLERANCE), default=1e-4)
-
-
-def _exact(slim: Slim, model: nn.Module) -> bool | None:
-    """Whether the difference vanishes in double precision, i.e. was rounding; None: cannot tell."""
-    try:
-        double = Slim(copied(slim.model, {}).double(), slim.keep, model)
-        trial = Trial(dtype=torch.float64)
-        return _compare(double, _expected(slim.keep, model, trial), trial)[0] < 1e-6
-    except RuntimeError:
-        return None  # the code insists on a precision
 
 
 def _place(keep: Keep, name: str) -> str:

@@ -7,6 +7,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from depcut.errors import InputError
+from depcut.support.failures import shown
 from depcut.timing.backends import RUNTIMES
 
 __all__ = ["RUNTIMES", "check_runtime", "providers"]
@@ -31,11 +32,11 @@ def check_runtime(runtime: str, provider: str | None) -> None:
     Raises:
         InputError: There is no such runtime or provider, or this machine lacks it.
     """
-    if runtime not in RUNTIMES:
+    if not isinstance(runtime, str) or runtime not in RUNTIMES:
         raise _unknown("runtime", runtime, sorted(RUNTIMES))
     if provider is None:
         return
-    if provider not in providers():
+    if not isinstance(provider, str) or provider not in providers():
         raise _unknown("provider", provider, providers())
     chosen = RUNTIMES[runtime]
     if provider not in chosen.providers:
@@ -49,7 +50,7 @@ def check_runtime(runtime: str, provider: str | None) -> None:
     chosen.check(provider)
 
 
-def _unknown(kind: str, given: str, known: Iterable[str]) -> InputError:
+def _unknown(kind: str, given: object, known: Iterable[str]) -> InputError:
     """No such runtime or provider."""
     names = ", ".join(f'"{name}"' for name in known)
-    return InputError(f"unknown {kind} {given!r}", where="bench", remedy=f"use one of {names}")
+    return InputError(f"unknown {kind} {shown(given)}", where="bench", remedy=f"use one of {names}")

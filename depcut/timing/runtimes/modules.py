@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from depcut.capture.clone import clone, cloned_arguments
-from depcut.deploy.runtime import batch_size, bind_inputs, first_line, resized
+from depcut.deploy.runtime import batch_size, bind_inputs, resized
 from depcut.errors import InputError
+from depcut.support.failures import first_line, reraise_fatal
 from depcut.support.torch_private import compile_settings, pytree
 from depcut.timing.backends import Candidate, Setup, gpu_name, runtime
 from depcut.timing.clock import Call, Stopwatch, host_seconds
@@ -136,6 +137,7 @@ class ModuleRunner:
         try:
             run()
         except Exception as error:
+            reraise_fatal(error)
             raise InputError(
                 f"the model does not run at batch size {batch}: {first_line(error)}",
                 where=f"candidate {self._name!r}",
@@ -270,6 +272,7 @@ def _compiling(where: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        reraise_fatal(error)
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__

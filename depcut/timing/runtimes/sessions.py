@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from depcut.capture.inputs import arguments
 from depcut.deploy.export import export
 from depcut.deploy.runtime import (
     Array,
     batch_size,
     bind_inputs,
-    first_line,
     open_session,
     resized,
     session_feeds,
 )
 from depcut.errors import ExportError, InputError
+from depcut.support.failures import first_line, reraise_fatal
 from depcut.timing.backends import Candidate, Setup, gpu_name, runtime
 from depcut.timing.clock import Call, Stopwatch, host_seconds
 from depcut.timing.memory import session_memory
@@ -108,6 +109,7 @@ class SessionRunner:
             self._path = export(candidate, folder / "model.onnx", inputs).path
         else:
             self._path = _existing(Path(candidate), name)
+            arguments(inputs)  # refuses what holds no tensors
             values = dict(inputs) if isinstance(inputs, Mapping) else {"": inputs}
             # A file has no signature; the values count by name, or else in their order.
             self._arguments = inspect.BoundArguments(inspect.Signature(), values)
@@ -136,6 +138,7 @@ class SessionRunner:
             run = self._on_host(feeds) if self._provider == "cpu" else self._on_device(feeds)
             run()
         except Exception as error:
+            reraise_fatal(error)
             raise ExportError(
                 f"onnxruntime stops at batch size {batch}: {first_line(error)}",
                 where=f"candidate {self._name!r}",

@@ -1,0 +1,40 @@
+"""A forward without values: whether it runs on some inputs, and the shapes of its results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from depcut.capture.clone import clone
+from depcut.capture.process_state import capturing
+from depcut.support.torch_private import FakeTensorMode, pytree
+
+
+def result_shapes(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[torch.Size] | None:
+    """Shapes of the tensors that a forward returns; None where it does not run without values.
+
+    Args:
+        model: The model; a clone of it runs, in eval mode.
+        args: Positional inputs.
+        kwargs: Keyword inputs.
+    """
+    seen = clone(model)
+    try:
+        with capturing(), FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
+
+            def stand_in(leaf: Any) -> Any:
+                return fake.from_tensor(leaf) if isinstance(leaf, torch.Tensor) else leaf
+
+            held: dict[str, torch.Tensor] = {
+                name: fake.from_tensor(tensor)
+                for name, tensor in (*seen.named_parameters(), *seen.named_buffers())
+            }
+            args, kwargs = pytree.tree_map(stand_in, (args, kwargs))
+            result = torch.func.functional_call(seen, held, args, kwargs)
+        return [leaf.shape for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+    except Exception:  # noqa: BLE001  any failure of the user's forward means: not these inputs
+        return None

@@ -1,0 +1,357 @@
+"""Patches of source code as data, and classes with patched methods.
+
+A patch is positions and numbers. Applied to a class it gives a subclass of the same name, whose
+methods are the original ones but for the numbers; its instances are copied, pickled and loaded like
+those of the original, by the class and the patch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import textwrap
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, TypeVar
+
+from torch import nn
+
+from depcut.errors import InputError, PlanError
+from depcut.rewrite.functions import (
+    Span,
+    edited,
+    is_filled,
+    recompiled,
+    rewrapped,
+    source_of,
+    text_at,
+)
+
+Steps = tuple[int | str, ...]
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+@dataclass(frozen=True, order=True)
+class Edit:
+    """A number in place of (an item of) what an expression gives.
+
+    Attributes:
+        span: Where the expression stands in the function.
+        kind: "set": the number itself; "scale": times new / old; "swap": in place of old, and an
+            error where the expression gives something else; "keyword": as a further argument of
+            the call; "function": the patched function of that number, called in its place.
+        new: The number.
+        old: Of "scale" and "swap", what the expression gives now.
+        steps: The item, where the expression gives a sequence.
+        name: Of "keyword".
+    """
+
+    span: Span
+    kind: str
+    new: float
+    old: float = 0
+    steps: Steps = ()
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class FunctionPatch:
+    """The edits of one function.
+
+    Attributes:
+        name: Of a method; of another function, the name (dotted) by which its caller calls it.
+        caller: Number of the patched function that calls it; None for a method.
+        qualname: Of the function itself, which decorators may hide.
+        digest: Hash of its source.
+        edits: What changes in it.
+    """
+
+    name: str
+    caller: int | None
+    qualname: str
+    digest: str
+    edits: tuple[Edit, ...]
+
+
+Patch = tuple[FunctionPatch, ...]
+
+
+def _item(value: Any, steps: Steps, change: Callable[[Any], Any]) -> Any:
+    if not steps:
+        return change(value)
+    items = list(value)
+    index = int(steps[0])
+    items[index] = _item(items[index], steps[1:], change)
+    return tuple(items) if isinstance(value, tuple) else items
+
+
+def with_item(value: Any, new: float, *steps: int) -> Any:
+    """A sequence of sizes with one of them exchanged."""
+    return _item(value, steps, lambda _: new)
+
+
+def scaled(value: Any, new: int, old: int, *steps: int) -> Any:
+    """A size, or one of a sequence of sizes, times a ratio."""
+    return _item(value, steps, lambda size: size * new // old)
+
+
+def swapped(value: Any, old: float, new: float, *steps: int) -> Any:
+    """The new number in place of the old one.
+
+    Raises:
+        InputError: The code computes neither: it depends on something that the plan did not see.
+    """
+
+    def change(number: Any) -> Any:
+        if number in (old, new):
+            return new
+        raise InputError(
+            f"the code computes {number} where it computed {old} in the example call, which "
+            f"the smaller model takes for {new}",
+            where="a patched module",
+            remedy="call it as in the example, or pass such a call as an example, too",
+        )
+
+    return _item(value, steps, change)
+
+
+_HELPERS: dict[str, Callable[..., Any]] = {
+    "_depcut_with_item": with_item,
+    "_depcut_scaled": scaled,
+    "_depcut_swapped": swapped,
+}
+
+
+def _text(expression: str, edit: Edit) -> str:
+    """The text that takes the place of an expression."""
+    steps = "".join(f", {step}" for step in edit.steps)
+    if edit.kind == "set":
+        return f"_depcut_with_item({expression}, {edit.new!r}{steps})" if steps else repr(edit.new)
+    if edit.kind == "scale":
+        if steps:
+            return f"_depcut_scaled({expression}, {edit.new!r}, {edit.old!r}{steps})"
+        exact = isinstance(edit.new, int) and isinstance(edit.old, int)
+        if exact:
+            ratio = Fraction(int(edit.new), int(edit.old))
+            by = f" * {ratio.numerator}" if ratio.numerator != 1 else ""
+            over = f" // {ratio.denominator}" if ratio.denominator != 1 else ""
+            return f"(({expression}){by}{over})"
+        return f"(({expression}) * {edit.new / edit.old!r})"
+    if edit.kind == "swap":
+        return f"_depcut_swapped({expression}, {edit.old!r}, {edit.new!r}{steps})"
+    if edit.kind == "function":
+        if edit.name == "method":
+            bound = expression.rpartition(".")[0]
+            return f"_depcut_function_{edit.new}.__get__({bound})"
+        return f"_depcut_function_{edit.new}"
+    raise ValueError(edit.kind)
+
+
+def patched_text(text: str, edits: tuple[Edit, ...]) -> str:
+    """The source of a function with its edits.
+
+    Args:
+        text: The source.
+        edits: None of the expressions stands within another; several may be of one.
+    """
+    new: dict[Span, str] = {}
+    for edit in sorted(edits):
+        if edit.kind == "keyword":
+            line, column = edit.span[2], edit.span[3] - 1
+            head = edited(text, {(line, column, *_end(text)): ""}).rstrip()
+            comma = "" if head.endswith(("(", ",")) else ", "
+            at = (line, column, line, column)
+            new[at] = new.get(at, "") + f"{comma}{edit.name}={edit.new!r}"
+        else:
+            new[edit.span] = _text(new.get(edit.span, text_at(text, edit.span)), edit)
+    return edited(text, new)
+
+
+def _end(text: str) -> tuple[int, int]:
+    lines = text.splitlines(keepends=True)
+    return len(lines) - 1, len(lines[-1].encode())
+
+
+def difference(kind: type, patch: Patch) -> str:
+    """What a patch changes, as a unified diff without file names.
+
+    Args:
+        kind: The class that is patched.
+        patch: The patch.
+    """
+    out = []
+    for part, (function, _) in zip(patch, _functions(kind, patch), strict=True):
+        source = source_of(function.__code__)
+        before = textwrap.dedent(source.text).splitlines()
+        after = textwrap.dedent(patched_text(source.text, part.edits)).splitlines()
+        lines = list(difflib.unified_diff(before, after, lineterm="", n=0))[2:]
+        out += [part.qualname, *(line for line in lines if not line.startswith("@@"))]
+    return "\n".join(out)
+
+
+def _functions(kind: type, patch: Patch) -> list[tuple[types.FunctionType, Any]]:
+    """Each function that is patched, with the attribute or global through which it is reached."""
+    found: list[tuple[types.FunctionType, Any]] = []
+    for part in patch:
+        holder = _static(kind, part.name) if part.caller is None else None
+        if part.caller is not None:
+            holder = resolved(found[part.caller][0], part.name, kind)
+        function = _inside(holder, part)
+        if function is None:
+            raise PlanError(
+                f"{part.qualname} is not the function that was patched",
+                where=f"{kind.__module__}.{kind.__qualname__}",
+                remedy="use the code that the model was shrunk with, or shrink it again",
+            )
+        found.append((function, holder))
+    return found
+
+
+def _static(kind: type, name: str) -> Any:
+    return next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), None)
+
+
+def _inside(holder: Any, part: FunctionPatch) -> types.FunctionType | None:
+    """The function of that name and source within what wraps it."""
+    pending, seen = [holder], set()
+    while pending:
+        value = pending.pop()
+        if id(value) in seen or value is None:
+            continue
+        seen.add(id(value))
+        if isinstance(value, types.FunctionType):
+            if value.__qualname__ == part.qualname and _digest(value) == part.digest:
+                return value
+            cells = [c.cell_contents for c in value.__closure__ or () if is_filled(c)]
+            pending += [c for c in cells if callable(c)]
+        pending += [getattr(value, n, None) for n in ("__func__", "func", "__wrapped__", "fget")]
+    return None
+
+
+def _digest(function: types.FunctionType) -> str | None:
+    try:
+        return source_of(function.__code__).digest
+    except Exception:  # noqa: BLE001
+        return None
+
+
+def resolved(function: types.FunctionType, name: str, kind: type) -> Any:
+    """What a dotted name means in a function of a class; None where only a run can tell.
+
+    Args:
+        function: The function, for its globals and cells.
+        name: Such as "helper", "module.helper" or "self.helper".
+        kind: What `self` is an instance of.
+    """
+    head, *rest = name.split(".")
+    if rest and head == next(iter(function.__code__.co_varnames), None):
+        value = _static(kind, rest[0])
+        return value if len(rest) == 1 else None
+    if head in function.__code__.co_varnames:
+        return None
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    if head in cells:
+        value = cells[head].cell_contents if is_filled(cells[head]) else None
+    else:
+        value = function.__globals__.get(head)
+    for step in rest:
+        if not isinstance(value, types.ModuleType | type):
+            return None
+        value = getattr(value, step, None)
+    return value
+
+
+_CLASSES: dict[tuple[type[nn.Module], Patch], type[nn.Module]] = {}
+
+
+def patched_class(kind: type[nn.Module], patch: Patch) -> type[nn.Module]:
+    """The subclass of a class with patched methods; the same one for the same patch.
+
+    Args:
+        kind: The class.
+        patch: The patch.
+
+    Raises:
+        PlanError: The class, or a function that it calls, has another source.
+    """
+    if (kind, patch) not in _CLASSES:
+        _CLASSES[kind, patch] = _subclass(kind, patch)
+    return _CLASSES[kind, patch]
+
+
+def _subclass(kind: type[nn.Module], patch: Patch) -> type[nn.Module]:
+    functions = _functions(kind, patch)
+    new: dict[int, Any] = {}
+    methods: dict[str, Any] = {}
+    # A function is called by one that stands before it.
+    for number in reversed(range(len(patch))):
+        part, (function, holder) = patch[number], functions[number]
+        called = {
+            f"_depcut_function_{edit.new}": new[int(edit.new)]
+            for edit in part.edits
+            if edit.kind == "function"
+        }
+        text = patched_text(source_of(function.__code__).text, part.edits)
+        helpers = {name: helper for name, helper in _HELPERS.items() if name in text}
+        compiled = recompiled(function, text, {**helpers, **called})
+        if part.caller is None:
+            holder = methods.get(part.name, holder)
+        whole = _exchanged(holder, function, compiled)
+        if part.caller is None:
+            methods[part.name] = whole
+        new[number] = whole.__func__ if isinstance(whole, staticmethod | classmethod) else whole
+    origin, before = getattr(kind, "_depcut_patches", (kind, ()))
+    patches = (*before, patch)
+    namespace = {
+        **methods,
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__doc__": kind.__doc__,
+        "__reduce_ex__": _reduction(origin, patches),
+        "_depcut_patches": (origin, patches),
+    }
+    made: type[nn.Module] = types.new_class(
+        kind.__name__, (kind,), exec_body=lambda body: body.update(namespace)
+    )
+    return made
+
+
+def _exchanged(holder: Any, old: types.FunctionType, new: types.FunctionType) -> Any:
+    if isinstance(holder, property):
+        return property(rewrapped(holder.fget, old, new), holder.fset, holder.fdel, holder.__doc__)
+    return rewrapped(holder, old, new)
+
+
+def _reduction(origin: type[nn.Module], patches: tuple[Patch, ...]) -> Callable[..., Any]:
+    """`__reduce_ex__` that names the original class and the patches, not the subclass."""
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        recipe = origin.__reduce_ex__(self, protocol)
+        if isinstance(recipe, str):
+            return recipe
+        function, args, *rest = recipe
+        args = tuple(origin if arg is type(self) else arg for arg in args)
+        return (_rebuilt, (origin, patches, function, args), *rest)
+
+    return reduce
+
+
+def _rebuilt(
+    origin: type[nn.Module], patches: tuple[Patch, ...], function: Any, args: tuple[Any, ...]
+) -> Any:
+    """What the original class's recipe makes, of the patched class."""
+    kind = functools.reduce(patched_class, patches, origin)
+    return function(*(kind if arg is origin else arg for arg in args))
+
+
+def apply_patch(module: ModuleT, patch: Patch) -> ModuleT:
+    """Make a module an instance of its class with patched methods.
+
+    Args:
+        module: The module; it is changed.
+        patch: The patch.
+    """
+    module.__class__ = patched_class(type(module), patch)  # type: ignore[assignment]
+    return module
