@@ -20,8 +20,10 @@ from depcut.allocate.choose import (
     allocation_or_default,
     check_budget,
     criterion_or_default,
+    refuse_frozen,
 )
 from depcut.allocate.depth import depth_and_width
+from depcut.apply.own_code import with_own_code
 from depcut.apply.plan import Plan, planned
 from depcut.axes import Indices
 from depcut.branches.branch import Branch, Residuals
@@ -35,7 +37,7 @@ from depcut.capture.random_state import preserved
 from depcut.coupling.groups import Coupling, Frozen, Group, layer_of
 from depcut.coupling.infer import infer_coupling
 from depcut.deploy.runtime import bind_inputs, resized
-from depcut.errors import BudgetError, InputError, listed
+from depcut.errors import InputError, listed
 from depcut.latency.model import SAMPLES, LatencyModel, latency_model
 from depcut.latency.target import Goal, plan_for_latency
 from depcut.options import CalibrateKeywords, Options, PlanKeywords
@@ -139,7 +141,7 @@ class Analysis:
         chosen = settled(Options, options, given, PlanKeywords, "plan", one_stage=True)
         of = check_budget(ratio, chosen.of, chosen.latency_ms, chosen.depth)
         if not self.groups:
-            self._nothing()
+            refuse_frozen(self.frozen, type(self.model).__name__)
         calibration = self.calibrate(data, loss=loss, options=chosen)
         score = criterion_or_default(chosen.score, has_data=data is not None)
         request = Request(
@@ -153,7 +155,13 @@ class Analysis:
         )
         with blaming_calls(self.model, self.program, calibration):
             chooser = Chooser(self.coupling, self.model, request)
-            plan = self._within(ratio, of, chooser, chosen)
+
+            def choose(whole: frozenset[int]) -> PlanData:
+                return self._within(ratio, of, chooser.holding(whole), chosen)
+
+            never = chosen.generated == "never"
+            whole = frozenset[int]()
+            plan = with_own_code(choose, self.coupling, self.model) if never else choose(whole)
         settings = {**plan.settings, "options": chosen.record()}
         return Plan.of(replace(plan, settings=settings), self.coupling, self.model)
 
@@ -236,7 +244,7 @@ class Analysis:
             ExportError: The model cannot be exported or run.
         """
         if not self.groups:
-            self._nothing()
+            refuse_frozen(self.frozen, type(self.model).__name__)
         return latency_model(
             self.coupling,
             self.model,
@@ -270,18 +278,6 @@ class Analysis:
                 tied.
         """
         return planned(self.coupling, self.model, kept, {"units": "given"}, dropped)
-
-    def _nothing(self) -> None:
-        reasons: dict[str, list[str]] = {}
-        for f in self.frozen:
-            if f.size > 1:
-                reasons.setdefault(f.reason, []).append(f.tensor)
-        text = "; ".join(f"{why} ({listed(names, 2)})" for why, names in reasons.items())
-        raise BudgetError(
-            f"nothing can be removed: {text or 'the model has no parameters of two dimensions'}",
-            where=type(self.model).__name__,
-            remedy="see print(depcut.analyze(model, inputs)); a hidden layer is needed",
-        )
 
     def explain(self, name: str) -> str:
         """Why a layer can or cannot shrink, and with whom.

@@ -122,6 +122,12 @@ class Options(Common):
     depth: bool = option(
         False, "Whether residual branches may be dropped as a whole, beside narrowing the rest."
     )
+    generated: str = option(
+        "allowed",
+        "Whether modules may be generated from the captured graph where neither a class's "
+        'attributes nor a patch of its source gives the new widths: "allowed", or "never", which '
+        "keeps the groups concerned whole and says which.",
+    )
     optimizer_state: str = option(
         "slice",
         'What becomes of the optimizer\'s state at each step: "slice" it along, or "reset" it.',
@@ -133,7 +139,7 @@ class Options(Common):
         self._check_latency()
         self._check_score()
         self._integer("batches", 1, sys.maxsize)
-        self._integer("align", 1)
+        self._integer("align", 1, LARGEST)
         self._integer("threads", 1, THREADS)
         for name in ("low_memory", "depth"):
             self._flag(name)
@@ -147,6 +153,7 @@ class Options(Common):
         if self.allocation is not None:
             self._one_of("allocation", ALLOCATIONS, "allocation")
         self._one_of("optimizer_state", ("slice", "reset"))
+        self._one_of("generated", ("allowed", "never"))
         self._check_ignore()
         self._check_ratios()
 
@@ -300,6 +307,7 @@ class PlanKeywords(GradualKeywords, total=False):
     ratios: Mapping[str, float] | None
     threads: int
     depth: bool
+    generated: str
 
 
 class ShrinkKeywords(PlanKeywords, total=False):

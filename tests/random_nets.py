@@ -364,6 +364,73 @@ class View(Block):
         return Rearranged(function, times=self.parts)
 
 
+def rolled(x: Tensor, shift: int) -> Tensor:
+    return torch.roll(x, shift, 1)
+
+
+def flipped(x: Tensor) -> Tensor:
+    return x.flip(1)
+
+
+def merged(x: Tensor, parts: int) -> Tensor:
+    """Pieces interleaved by stacking them."""
+    return torch.stack(x.chunk(parts, 1), 2).flatten(1, 2)
+
+
+def unmixed(x: Tensor) -> Tensor:
+    """Even channels first, then odd ones."""
+    return torch.cat([x[:, ::2], x[:, 1::2]], 1)
+
+
+def pixels(x: Tensor) -> Tensor:
+    """Positions among the channels, in another order than before."""
+    return F.pixel_shuffle(x.repeat(1, 2, 1, 1).repeat_interleave(2, 1), 2)[..., ::2, ::2]
+
+
+@dataclass(frozen=True)
+class Reorder(Block):
+    how: str
+    number: int
+
+    def build(self, shape: torch.Size) -> nn.Module:
+        if self.how == "rolled":
+            return Rearranged(rolled, shift=self.number)
+        if self.how == "merged":
+            _, fit = divisible(shape[1], self.number)
+            return nn.Sequential(fit, Rearranged(merged, parts=self.number))
+        if self.how == "unmixed":
+            _, fit = divisible(shape[1], 2)
+            return nn.Sequential(fit, Rearranged(unmixed))
+        return Rearranged(flipped if self.how == "flipped" else pixels)
+
+
+class HalfUnit(nn.Module):
+    """One half through convolutions and past them, then both interleaved (ShuffleNet V2)."""
+
+    def __init__(self, half: int, width: int, first: bool) -> None:
+        super().__init__()
+        self.first = first
+        self.body = nn.Sequential(convolution(half, width), convolution(width, half, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        past, through = x.chunk(2, 1)
+        if self.first:
+            past, through = through, past
+        return shuffle(torch.cat([past, self.body(through)], 1), 2)
+
+
+@dataclass(frozen=True)
+class HalfUnits(Block):
+    width: int
+    times: int
+    first: bool
+
+    def build(self, shape: torch.Size) -> nn.Module:
+        width, fit = divisible(shape[1], 4)
+        units = [HalfUnit(width // 2, self.width, self.first) for _ in range(self.times)]
+        return nn.Sequential(fit, *units)
+
+
 class PadShortcutModule(nn.Module):
     def __init__(self, width: int, extra: int) -> None:
         super().__init__()
@@ -623,6 +690,9 @@ LEAVES = st.one_of(
     some(ChunkChain, width=FEW, links=st.integers(1, 2), shortcut=st.booleans()),
     some(Shuffle, groups=FEW, times=st.integers(1, 2)),
     some(Rotate, parts=FEW),
+    some(Reorder, how=st.sampled_from(["rolled", "flipped", "merged", "unmixed", "pixels"]),
+         number=FEW),
+    some(HalfUnits, width=WIDTH, times=st.integers(1, 4), first=st.booleans()),
     some(Split, share=st.sampled_from([0.25, 0.5, 0.7]), width=WIDTH, both=st.booleans(),
          slices=st.booleans()),
     some(SplitShared, width=WIDTH),

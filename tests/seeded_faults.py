@@ -115,6 +115,18 @@ FAULTS = [
         "[(2, 16, first.in_features)]",
         "tests/test_capture.py -k inputs",
     ),
+    Fault(
+        "capture",
+        "if isinstance(other, torch.SymInt | torch.SymFloat):",
+        "if False:",
+        "tests/field/test_feasible.py -k symbolic",
+    ),
+    Fault(
+        "coupling",
+        "parent[find(parent, x)] = find(parent, y)",
+        "pass",
+        "tests/field/test_feasible.py -k tied",
+    ),
     Fault("graph", "return [bypass[node]]", "return node.all_input_nodes", "tests/test_depth.py"),
     Fault(
         "coupling",

@@ -134,7 +134,7 @@ def names(requirements: list[str]) -> set[str]:
 
 def third_party(folder: Path) -> set[str]:
     """Distributions that the files of a folder import."""
-    scripts = [*(ROOT / "tests").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    scripts = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
     scripts += (ROOT / "docs").glob("*.py")
     ours = {path.stem for path in scripts} | {"depcut", "my_models"}  # a test writes my_models.py
     trees = [ast.parse(path.read_text()) for path in folder.rglob("*.py")]

@@ -168,6 +168,20 @@ def test_the_methods_that_draw_weights() -> None:
         assert any(not torch.equal(t, before[n]) for n, t in layer.state_dict().items())
 
 
+def test_masks_and_refusals_of_attention() -> None:
+    mask = torch.tensor([[True, False]])
+    made = torch_private.canonical_mask(mask, "mask", None, "", torch.float64, False)
+    assert made is not None
+    assert (made.dtype, made.tolist()) == (torch.float64, [[-torch.inf, 0.0]])
+    with pytest.raises(AssertionError, match="only bool and floating types of mask"):
+        torch_private.canonical_mask(mask.int(), "mask", None, "", torch.float32)
+    x = torch.zeros(2, 3, 4)
+    assert torch_private.check_attention_shapes(x, x, x, None, None, 2) is True
+    assert torch_private.check_attention_shapes(x[0], x[0], x[0], None, None, 2) is False
+    with pytest.raises(AssertionError, match="expected `key` and `value` to be 3-D"):
+        torch_private.check_attention_shapes(x, x[0], x[0], None, None, 2)
+
+
 def test_parameters_of_a_class_of_their_own() -> None:
     class Own(nn.Parameter):
         pass

@@ -17,8 +17,8 @@ from depcut.allocate.order import along, meet, order
 from depcut.allocate.space import Counts, Space, space
 from depcut.axes import Indices
 from depcut.calibration.data import Calibration
-from depcut.coupling.groups import Coupling, Group, layer_of
-from depcut.errors import BudgetError, InputError
+from depcut.coupling.groups import Coupling, Frozen, Group, layer_of
+from depcut.errors import BudgetError, InputError, listed
 from depcut.plan.cost import Cost
 from depcut.plan.data import PlanData, make_plan
 from depcut.plan.preferences import preferences
@@ -86,6 +86,19 @@ class Chooser:
         self.scores: Scores = score(
             request.score, coupling, model, request.seed, request.calibration
         )
+
+    def holding(self, numbers: Collection[int]) -> Chooser:
+        """A chooser that keeps the width of further groups.
+
+        Args:
+            numbers: Of the groups.
+        """
+        if not numbers:
+            return self
+        other = copy.copy(self)
+        other.held = self.held | set(numbers)
+        other.fixed = _fixed(self.coupling, self.request.ratios, other.held)
+        return other
 
     def without(self, tensors: Collection[str]) -> Chooser:
         """A chooser for the model without these tensors, whose groups stay out of the allocation.
@@ -351,3 +364,25 @@ def _fixed(coupling: Coupling, ratios: Mapping[str, float], held: set[int]) -> d
         if group.tied in by_tie:
             fixed[group.index] = by_tie[group.tied]
     return {i: n for i, n in fixed.items() if i not in held}
+
+
+def refuse_frozen(frozen: Sequence[Frozen], model: str) -> None:
+    """Refuse to choose where no group is free.
+
+    Args:
+        frozen: The dimensions, with the reasons.
+        model: The name of its class.
+
+    Raises:
+        BudgetError: Always.
+    """
+    reasons: dict[str, list[str]] = {}
+    for dimension in frozen:
+        if dimension.size > 1:
+            reasons.setdefault(dimension.reason, []).append(dimension.tensor)
+    text = "; ".join(f"{why} ({listed(names, 2)})" for why, names in reasons.items())
+    raise BudgetError(
+        f"nothing can be removed: {text or 'the model has no parameters of two dimensions'}",
+        where=model,
+        remedy="see print(depcut.analyze(model, inputs)); a hidden layer is needed",
+    )

@@ -75,6 +75,12 @@ class Report:
         for change, names in self._patches().items():
             lines.append(f"  patched: {listed(names)}")
             lines += [f"    {line}" for line in change.splitlines()]
+        whole = self.settings.get("kept_whole")
+        if whole:
+            lines.append(
+                f"  kept whole, as their new widths need a generated module: "
+                f"{listed(whole['groups'])} ({whole['share_of_macs']:.1%} of the MACs)"
+            )
         if self.unreached:
             left = listed(list(self.unreached))
             lines.append(f"  not reached by the example inputs, left as wide as it was: {left}")

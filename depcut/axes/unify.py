@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import gcd, prod
+
 from depcut.axes.terms import (
     Axis,
     Concat,
@@ -108,17 +110,40 @@ def _align_factors(a: Product, b: Product, where: str | None) -> list[tuple[Term
             head, tail, owed = _split(y, x.size)
             pairs += [*owed, (x, head)]
             right.append(tail)
+        elif (shared := gcd(x.size, y.size)) > 1:
+            (head, tail, owed), (other, rest, due) = _split(x, shared), _split(y, shared)
+            pairs += [*owed, *due, (head, other)]
+            left.append(tail)
+            right.append(rest)
         else:
-            stuck, size_x, size_y = [x, y], x.size, y.size
-            while size_x != size_y:
-                side = left if size_x < size_y else right
-                stuck.append(side.pop())
-                size_x, size_y = (
-                    (size_x * stuck[-1].size, size_y)
-                    if side is left
-                    else (size_x, size_y * stuck[-1].size)
-                )
-            _clash(stuck, f"factors {x.size} and {y.size} cannot be aligned", where)
+            ours, theirs = [x], [y]
+            while _size(ours) != _size(theirs):
+                shorter = _size(ours) < _size(theirs)
+                (ours if shorter else theirs).append((left if shorter else right).pop())
+            pairs += _align_innermost(ours, theirs)
+            _clash([*ours, *theirs], f"factors {x.size} and {y.size} cannot be aligned", where)
+    return pairs
+
+
+def _size(factors: list[Term]) -> int:
+    return prod(factor.size for factor in factors)
+
+
+def _align_innermost(ours: list[Term], theirs: list[Term]) -> list[tuple[Term, Term]]:
+    """Take what the innermost factors of two lists have in common off both of them."""
+    pairs: list[tuple[Term, Term]] = []
+    while ours and theirs and (shared := gcd(ours[-1].size, theirs[-1].size)) > 1:
+        inner = []
+        for factors in (ours, theirs):
+            last = resolve(factors.pop())
+            if last.size == shared:
+                inner.append(last)
+                continue
+            head, tail, owed = _split(last, last.size // shared)
+            pairs += owed
+            factors.append(head)
+            inner.append(tail)
+        pairs.append((inner[0], inner[1]))
     return pairs
 
 

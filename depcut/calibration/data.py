@@ -219,7 +219,7 @@ class _Reader:
     """Turns items into batches of the captured structure."""
 
     def __init__(self, program: Program, model: nn.Module, pairs: bool) -> None:
-        self.program, self.pairs = program, pairs
+        self.program, self.pairs, self.device = program, pairs, device_of(model)
         self.signature = inspect.signature(model.forward)
         self.expected, self.spec = pytree.tree_flatten((program.args, program.kwargs))
         nodes = program.inputs
@@ -328,7 +328,13 @@ class _Reader:
                 where=place,
                 remedy=f"convert it: .to({expected.dtype})",
             )
-        if leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
+        if leaf.layout != torch.strided or (leaf.is_meta and self.device.type != "meta"):
+            raise InputError(
+                "it is sparse" if leaf.layout != torch.strided else "it is on the meta device",
+                where=place,
+                remedy="pass dense tensors with values",
+            )
+        if leaf.is_floating_point() and not leaf.is_meta and not bool(torch.isfinite(leaf).all()):
             raise InputError(
                 f"{int((~torch.isfinite(leaf)).sum())} of its {leaf.numel()} values are NaN or "
                 "infinite",

@@ -12,8 +12,10 @@ from torch import nn
 from depcut.calibration.data import Batch, Calibration, checked_loss
 from depcut.calibration.progress import ticking
 from depcut.capture.clone import clone
+from depcut.capture.eager import user_line
 from depcut.capture.process_state import formula_attention
-from depcut.errors import InputError
+from depcut.errors import DepcutError, InputError
+from depcut.support.failures import first_line, reraise_fatal
 
 _STEP = 5e-3  # of the weights' length: about the cube root of single precision
 
@@ -50,8 +52,18 @@ def gradients(
     held = {n: p for n, p in model.named_parameters() if p.requires_grad}
     for batch in ticking(calibration, "gradients"):
         args, kwargs = calibration.arguments(batch)
-        loss = checked_loss(calibration, model(*args, **kwargs), batch)
-        derivatives = _derived(loss, held, create_graph) if loss.requires_grad else {}
+        try:
+            loss = checked_loss(calibration, model(*args, **kwargs), batch)
+            derivatives = _derived(loss, held, create_graph) if loss.requires_grad else {}
+        except DepcutError:
+            raise
+        except Exception as error:
+            reraise_fatal(error)
+            raise InputError(
+                f"the gradient of the loss cannot be taken: {first_line(error)}",
+                where=user_line(error, model),
+                remedy="use a criterion that needs none, such as score='obs'",
+            ) from error
         if not derivatives:
             raise InputError(
                 "the loss does not depend on the model's weights",

@@ -54,10 +54,12 @@ class Frame:
     Attributes:
         code: The function's code.
         node: The expression, or None where it could not be found.
+        module: Name of the module in which the function was made.
     """
 
     code: types.CodeType
     node: ast.AST | None
+    module: str = ""
 
     @property
     def span(self) -> tuple[int, int, int, int] | None:
@@ -133,7 +135,7 @@ class Recorder:
             TorchCall(
                 function,
                 self.modules[-1],
-                tuple(Frame(f.f_code, self._node(f)) for f in found),
+                tuple(Frame(f.f_code, self._node(f), f.f_globals.get("__name__", "")) for f in found),
                 tuple((s, v) for s, v in leaves if is_number(v)),
                 tuple((s, size_expression(v)) for s, v in leaves if isinstance(v, torch.SymInt)),
                 len(args),

@@ -23,6 +23,7 @@ import torch
 from torch import fx, nn
 
 from depcut.capture.references import ATOMS, reaches, referent_of
+from depcut.support.failures import first_line, reraise_fatal
 from depcut.support.torch_private import buffers_of, parameters_of
 
 # A change of these would not be seen in the model, or they cannot exist twice.
@@ -248,7 +249,15 @@ class Copier:
     def _module(self, module: nn.Module) -> Any:
         if isinstance(module, torch.jit.ScriptModule) or self.as_its_class_says(type(module)):
             self._meet_tensors(module)
-            return copy.deepcopy(module, self.memo)
+            before = dict(self.memo)
+            try:
+                return copy.deepcopy(module, self.memo)
+            except Exception as error:
+                reraise_fatal(error)
+                if isinstance(module, torch.jit.ScriptModule):
+                    raise
+                self.memo.clear()  # of copies that were not finished
+                self.memo.update(before)
         return self._shell(module, object.__new__(type(module)))
 
     def _object(self, value: Any) -> Any:
@@ -274,7 +283,8 @@ class Copier:
             try:
                 return copied(value, self.memo)
             except Exception as error:  # noqa: BLE001, PERF203  (whatever it is: not to be copied)
-                if "during iteration" not in str(error):
+                reraise_fatal(error)
+                if "during iteration" not in first_line(error):
                     break
         self.memo[id(value)] = value
         return value

@@ -43,13 +43,7 @@ def normalize(
     args, kwargs = arguments(infer_inputs(model) if inputs is None else inputs)
     device = device_of(model)
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-    empty = next((t for t in tensors if t.is_meta and device.type != "meta"), None)
-    if empty is not None:
-        raise InputError(
-            f"an input of shape {tuple(empty.shape)} is on the meta device, the model on {device}",
-            where="inputs=",
-            remedy="pass tensors with values; their device is changed where it must be",
-        )
+    refuse_without_values((args, kwargs), device)
     if not any(t.numel() for t in tensors):
         raise InputError(
             f"the inputs are empty: {listed([str(tuple(t.shape)) for t in tensors], 3)}",
@@ -151,6 +145,26 @@ def arguments(inputs: Inputs, where: str = "inputs=") -> tuple[tuple[Any, ...], 
     if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
         raise InputError(f"{where.removesuffix('=')} holds no tensor", where=where, remedy=_HOW)
     return args, kwargs
+
+
+def refuse_without_values(tree: Any, device: torch.device) -> None:
+    """Refuse tensors on the meta device for a model that has values.
+
+    Args:
+        tree: Arguments.
+        device: The model's.
+
+    Raises:
+        InputError: There is one.
+    """
+    for leaf in pytree.tree_leaves(tree):
+        if isinstance(leaf, torch.Tensor) and leaf.is_meta and device.type != "meta":
+            raise InputError(
+                f"an input of shape {tuple(leaf.shape)} is on the meta device, the model on "
+                f"{device}",
+                where="inputs=",
+                remedy="pass tensors with values; their device is changed where it must be",
+            )
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -147,6 +147,16 @@ def same_environment() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def as_captured() -> Iterator[None]:
+    """The state in which a model's own code computes what its captured graph does.
+
+    Encoders of torch leave out padded positions on their inference path, and return zeros there.
+    """
+    with _LOCK, _no_fast_paths():
+        yield
+
+
+@contextlib.contextmanager
 def converting() -> Iterator[None]:
     """The state in which a clone is captured and converted to ONNX."""
     with capturing(), uncollected():

@@ -81,13 +81,29 @@ def check_module(
     return model
 
 
+def signature_of(model: nn.Module) -> inspect.Signature:
+    """What a model's forward takes.
+
+    Raises:
+        InputError: It cannot be told.
+    """
+    try:
+        return inspect.signature(model.forward)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"what the model takes cannot be told: {error}",
+            where=f"{type(model).__name__}.forward",
+            remedy="write forward as a Python function",
+        ) from error
+
+
 def check_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuse arguments that the model's forward does not take.
 
     Raises:
         InputError: Names the argument and the signature.
     """
-    signature = inspect.signature(model.forward)
+    signature = signature_of(model)
     try:
         kinds = {p.kind for p in signature.parameters.values()}
         unknown = [k for k in kwargs if k not in signature.parameters]

@@ -169,21 +169,36 @@ def _by_size(items: list[Axis]) -> list[Axis]:
 
 
 def _refined(left: list[Addend], right: list[Addend]) -> list[Axis]:
-    """Refine the first axis of which a part, or the whole, has a counterpart; else freeze all."""
-    for a, b in ((left[0], right[0]), (right[0], left[0])):
-        if len(a.axes) == 1 and len(b.axes) > 1 and a.size == b.size * b.times:
-            copies = [axes.axis(x.size) for x in b.axes]
-            a.axes[0].bound = axes.product(axes.axis(b.times, DIFFERENT), *copies)
-            return [a.axes[0]]
-    a, b = sorted((left[0], right[0]), key=lambda addend: addend.size)
-    if not a.axes and len(b.axes) == 1:
-        head, _ = axes.cut(b.axes[0], a.times)
-        axes.freeze(head, DIFFERENT)
-        return [b.axes[0]]
-    if len(a.axes) == len(b.axes) == 1:
-        axes.cut(b.axes[0], a.size)
-        return [b.axes[0]]
-    return _freeze(*(x.axes for x in (*left, *right)))
+    """Refine the largest axis to parts like those of the other side; else freeze all."""
+    single = [(a, others) for side, others in ((left, right), (right, left)) for a in side]
+    single = [(a, others) for a, others in single if len(a.axes) == 1]
+    for whole, others in sorted(single, key=lambda pair: -pair[0].size):
+        finer = _built_like(whole, others)
+        if finer is not None:
+            whole.axes[0].bound = finer
+            return [whole.axes[0]]
+    return _freeze(*(addend.axes for addend in (*left, *right)))
+
+
+def _built_like(whole: Addend, others: list[Addend]) -> Term | None:
+    """A term of the size of one axis, of parts as the others have them, as far as they go."""
+    parts: list[Term] = []
+    room = whole.size
+    for other in others:
+        times = other.times // whole.times
+        if not other.axes:
+            count = min(times, room)
+            parts += [axes.axis(count, DIFFERENT)] if count else []
+            room -= count
+        elif len(other.axes) == 1:
+            copies = min(times, room // other.size)
+            parts += [axes.axis(other.size) for _ in range(copies)]
+            room -= copies * other.size
+        elif times and other.size * times == room:
+            copy = [axes.axis(a.size) for a in other.axes]
+            parts.append(axes.product(axes.axis(times, DIFFERENT), *copy))
+            room = 0
+    return axes.concat(*parts, *([axes.axis(room)] if room else [])) if parts else None
 
 
 def _freeze(*groups: Iterable[Axis]) -> list[Axis]:

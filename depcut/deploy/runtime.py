@@ -13,8 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from depcut.capture.inputs import arguments, infer_inputs, only_call
-from depcut.capture.refusals import check_module
+from depcut.capture.inputs import (
+    arguments,
+    device_of,
+    infer_inputs,
+    only_call,
+    refuse_without_values,
+)
+from depcut.capture.refusals import check_module, signature_of
 from depcut.errors import ExportError, InputError
 from depcut.support.failures import first_line
 from depcut.support.torch_private import pytree
@@ -45,7 +51,8 @@ def bind_inputs(model: nn.Module, inputs: Any) -> inspect.BoundArguments:
     """
     model = check_module(model)
     args, kwargs = arguments(infer_inputs(model) if inputs is None else only_call(inputs))
-    signature = inspect.signature(model.forward)
+    refuse_without_values((args, kwargs), device_of(model))
+    signature = signature_of(model)
     try:
         return signature.bind(*args, **kwargs)
     except TypeError as error:

@@ -49,6 +49,7 @@ def check_described(inputs: Any) -> None:
         and {"args", "kwargs"} <= inputs.keys() <= {"args", "kwargs", "others"}
         and isinstance(inputs["args"], list)
         and isinstance(inputs["kwargs"], dict)
+        and not _is_tensor(inputs["kwargs"])
     ):
         raise ValueError("the inputs are no list of arguments with a dictionary of others")
     others = inputs.get("others", [])

@@ -28,6 +28,7 @@ from depcut.calibration.visits import check_finite
 from depcut.capture.capture import held_tensors
 from depcut.capture.clone import clone
 from depcut.capture.eager import user_line
+from depcut.capture.process_state import as_captured
 from depcut.capture.program import layer_of
 from depcut.capture.random_state import preserved
 from depcut.errors import VerificationError
@@ -321,7 +322,8 @@ class _Repairer:
         """Refuse a model that gives other outputs than the graph that was repaired."""
         args, kwargs = self.calibration.arguments(self.calibration.batches[0])
         try:
-            outputs = pytree.tree_leaves(clone(self.slim, buffers=True)(*args, **kwargs))
+            with as_captured():
+                outputs = pytree.tree_leaves(clone(self.slim, buffers=True)(*args, **kwargs))
         except Exception as error:
             reraise_fatal(error)
             raise VerificationError(

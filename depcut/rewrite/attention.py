@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -43,6 +44,12 @@ class SlimMultiheadAttention(nn.MultiheadAttention):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         become_slim(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Of a class made by `slim_class`, the class that it was made for is referred to."""
+        recipe: Any = super().__reduce_ex__(protocol)
+        kind = getattr(type(self), "slim_of", None)
+        return recipe if kind is None else (_empty, (kind,), *recipe[2:])
 
     def _reset_parameters(self) -> None:
         """Draw the parameters as the stock class does."""
@@ -243,6 +250,30 @@ def become_slim(module: nn.MultiheadAttention) -> None:
         # By this torch's encoder layers tell that their inference path must not be taken.
         _qkv_same_embed_dim=False,
     )
+
+
+@functools.cache
+def slim_class(kind: Any) -> type[SlimMultiheadAttention]:
+    """The slim class that stands for the stock one or for a subclass, whose methods come first.
+
+    Args:
+        kind: `torch.nn.MultiheadAttention` or a subclass of it.
+    """
+    if kind is nn.MultiheadAttention:
+        return SlimMultiheadAttention
+    members: dict[str, Any] = {
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__doc__": kind.__doc__,
+        "slim_of": kind,
+    }
+    return type(kind.__name__, (kind, SlimMultiheadAttention), members)
+
+
+def _empty(kind: Any) -> SlimMultiheadAttention:
+    """A module without any state, to be filled."""
+    made = slim_class(kind)
+    return made.__new__(made)
 
 
 def _additive(padding: Tensor | None, attention: Tensor | None, dtype: torch.dtype) -> _Masks:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from depcut.plan.keep import Keep
-from depcut.rewrite.attention import SlimMultiheadAttention, become_slim
+from depcut.rewrite.attention import SlimMultiheadAttention, become_slim, slim_class
 
 _STOCK = nn.MultiheadAttention
 # Dimensions that run over heads, and what is laid end to end along them: queries, keys, values.
@@ -168,10 +167,14 @@ def _widths(module: nn.MultiheadAttention) -> tuple[int, int, int]:
 
 
 def _fits_stock(module: nn.MultiheadAttention, dense: nn.MultiheadAttention, left: _Heads) -> bool:
-    """Whether the stock class, with its one width and its scale, computes the same."""
+    """Whether the stock class, with its one width and its scale, computes the same.
+
+    It takes nested tensors, which `nn.TransformerEncoder` makes, only where heads are even.
+    """
     width = _widths(module)[0]
     return (
         not isinstance(dense, SlimMultiheadAttention)
+        and (len(left.kept) % 2 == 0 or dense.num_heads % 2 == 1)
         and left.head_dim == left.value_head_dim == dense.head_dim
         and len(left.kept) * left.head_dim == width == module.out_proj.weight.shape[0]
     )
@@ -216,36 +219,8 @@ def _make_slim(module: nn.MultiheadAttention, dense: nn.MultiheadAttention) -> N
     if parametrize.is_parametrized(module):
         # The class above the one that torch made for this module, which has its properties.
         own = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
-        module.__class__ = type(kind.__name__, (_slim_class(kind.__bases__[0]),), own)
+        module.__class__ = type(kind.__name__, (slim_class(kind.__bases__[0]),), own)
     else:
-        module.__class__ = _slim_class(kind)
+        module.__class__ = slim_class(kind)
     module.num_heads, module.head_dim = dense.num_heads, dense.head_dim
     become_slim(module)
-
-
-@functools.cache
-def _slim_class(kind: Any) -> type[SlimMultiheadAttention]:
-    """The slim class of a class: its own methods come first, then those of the slim one."""
-    if kind is _STOCK:
-        return SlimMultiheadAttention
-    members: dict[str, Any] = {
-        "__module__": kind.__module__,
-        "__qualname__": kind.__qualname__,
-        "__doc__": kind.__doc__,
-        "__reduce_ex__": _reduced,
-        "slim_of": kind,
-    }
-    return type(kind.__name__, (kind, SlimMultiheadAttention), members)
-
-
-def _reduced(module: Any, protocol: Any) -> Any:
-    """How to pickle a module of a user's class: by reference to that."""
-    kind = module.slim_of
-    recipe = super(_slim_class(kind), module).__reduce_ex__(protocol)
-    return (_empty, (kind,), *recipe[2:])
-
-
-def _empty(kind: Any) -> SlimMultiheadAttention:
-    """A module without any state, to be filled."""
-    made = _slim_class(kind)
-    return made.__new__(made)

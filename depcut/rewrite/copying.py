@@ -10,11 +10,16 @@ from torch import nn
 
 from depcut.capture.copier import Copier
 from depcut.capture.provenance import is_result
+from depcut.rewrite.attention import SlimMultiheadAttention
 from depcut.support.torch_private import ConvNd, make_subclass
 
 _PROTOCOL = ("__deepcopy__", "__getstate__", "__setstate__", "__reduce__", "__reduce_ex__")
-# These only add attributes that checkpoints of old versions lack.
-_HARMLESS = (ConvNd.__setstate__, nn.MultiheadAttention.__setstate__)
+# These only add attributes that checkpoints of old versions lack, or name a class.
+_HARMLESS = (
+    ConvNd.__setstate__,
+    nn.MultiheadAttention.__setstate__,
+    SlimMultiheadAttention.__reduce_ex__,
+)
 
 
 class _Deep(Copier):

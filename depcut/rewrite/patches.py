@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from depcut.errors import InputError, PlanError
+from depcut.rewrite.callees import by_name, exchanging
 from depcut.rewrite.functions import (
     Span,
     edited,
@@ -41,11 +42,12 @@ class Edit:
         span: Where the expression stands in the function.
         kind: "set": the number itself; "scale": times new / old; "swap": in place of old, and an
             error where the expression gives something else; "keyword": as a further argument of
-            the call; "function": the patched function of that number, called in its place.
+            the call; "function": the patched function of that number, called in its place;
+            "callee": that function where the expression gives the original.
         new: The number.
         old: Of "scale" and "swap", what the expression gives now.
         steps: The item, where the expression gives a sequence.
-        name: Of "keyword".
+        name: Of "keyword"; of "callee" "others" where the expression gives others as well.
     """
 
     span: Span
@@ -61,7 +63,8 @@ class FunctionPatch:
     """The edits of one function.
 
     Attributes:
-        name: Of a method; of another function, the name (dotted) by which its caller calls it.
+        name: Of a method; of another function, the name (dotted) by which its caller calls it, or
+            "module:qualname" where that is known when it runs.
         caller: Number of the patched function that calls it; None for a method.
         qualname: Of the function itself, which decorators may hide.
         digest: Hash of its source.
@@ -146,6 +149,8 @@ def _text(expression: str, edit: Edit) -> str:
             bound = expression.rpartition(".")[0]
             return f"_depcut_function_{edit.new}.__get__({bound})"
         return f"_depcut_function_{edit.new}"
+    if edit.kind == "callee":
+        return f"_depcut_callee_{edit.new}({expression})"
     raise ValueError(edit.kind)
 
 
@@ -242,9 +247,11 @@ def resolved(function: types.FunctionType, name: str, kind: type) -> Any:
 
     Args:
         function: The function, for its globals and cells.
-        name: Such as "helper", "module.helper" or "self.helper".
+        name: Such as "helper", "module.helper", "self.helper" or "module:helper".
         kind: What `self` is an instance of.
     """
+    if ":" in name:
+        return by_name(name)
     head, *rest = name.split(".")
     if rest and head == next(iter(function.__code__.co_varnames), None):
         value = _static(kind, rest[0])
@@ -284,6 +291,7 @@ def patched_class(kind: type[nn.Module], patch: Patch) -> type[nn.Module]:
 def _subclass(kind: type[nn.Module], patch: Patch) -> type[nn.Module]:
     functions = _functions(kind, patch)
     new: dict[int, Any] = {}
+    exchanges: dict[int, Callable[..., Any]] = {}
     methods: dict[str, Any] = {}
     # A function is called by one that stands before it.
     for number in reversed(range(len(patch))):
@@ -292,6 +300,11 @@ def _subclass(kind: type[nn.Module], patch: Patch) -> type[nn.Module]:
             f"_depcut_function_{edit.new}": new[int(edit.new)]
             for edit in part.edits
             if edit.kind == "function"
+        }
+        called |= {
+            f"_depcut_callee_{edit.new}": exchanges[int(edit.new)](others=bool(edit.name))
+            for edit in part.edits
+            if edit.kind == "callee"
         }
         text = patched_text(source_of(function.__code__).text, part.edits)
         helpers = {name: helper for name, helper in _HELPERS.items() if name in text}
@@ -302,6 +315,7 @@ def _subclass(kind: type[nn.Module], patch: Patch) -> type[nn.Module]:
         if part.caller is None:
             methods[part.name] = whole
         new[number] = whole.__func__ if isinstance(whole, staticmethod | classmethod) else whole
+        exchanges[number] = functools.partial(exchanging, holder, whole, function, compiled)
     origin, before = getattr(kind, "_depcut_patches", (kind, ()))
     patches = (*before, patch)
     namespace = {

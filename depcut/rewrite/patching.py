@@ -15,6 +15,7 @@ from depcut import axes
 from depcut.capture.calls import Frame, Steps, TorchCall
 from depcut.capture.provenance import OPERATORS, Expr, call_of, literals_of
 from depcut.plan.keep import Keep
+from depcut.rewrite.callees import by_name, importable_name
 from depcut.rewrite.functions import (
     NoSourceError,
     Source,
@@ -83,6 +84,7 @@ class _Function:
     code: CodeType
     caller: _Function | None = None
     at: tuple[int, ...] = ()
+    module: str = ""
 
 
 @dataclass
@@ -187,7 +189,7 @@ class _Patcher:
             elif outer is not None and not holds(outer.code, frame.code):
                 if not isinstance(outer.node, ast.Call):
                     raise CannotPatchError(f"{frame.code.co_name} is not called by name")
-                function = _Function(frame.code, function, outer.span or ())
+                function = _Function(frame.code, function, outer.span or (), frame.module)
             outer = frame
         assert function is not None
         return function
@@ -315,6 +317,9 @@ class _Patcher:
         name = ast.unparse(call.func) if call is not None else ""
         holder = resolved(caller, name, type(self.module)) if _is_dotted(name) else None
         innermost = reachable(holder, function.code) if holder is not None else None
+        if innermost is None:  # what the name stands for is known when it runs
+            name = importable_name(function.module, function.code) or ""
+            innermost = reachable(by_name(name), function.code) if name else None
         if innermost is None:
             raise CannotPatchError(f"{function.code.co_name} is not called by a name that lasts")
         return name, innermost
@@ -323,10 +328,24 @@ class _Patcher:
         source = source_of(caller.__code__)
         call = _call_at(source, function.at)
         assert call is not None
+        if ":" in name:
+            others = "others" if self._calls_others(function) else ""
+            return Edit(source.span(call.func), "callee", number, name=others)
         held = resolved(caller, name, type(self.module))
         first = caller.__code__.co_varnames[:1]
         bound = name.split(".")[:1] == list(first) and isinstance(held, FunctionType)
         return Edit(source.span(call.func), "function", number, name="method" if bound else "")
+
+    def _calls_others(self, function: _Function) -> bool:
+        """Whether the expression that calls a function calls others as well."""
+        assert function.caller is not None
+        for program in self.keep.coupling.program.examples:
+            for call in program.torch_calls:
+                for inner, frame in zip((None, *call.frames), call.frames, strict=False):
+                    if frame.code is function.caller.code and frame.span == function.at:
+                        if inner is None or not holds(function.code, inner.code):
+                            return True
+        return False
 
 
 def _call_at(source: Source, span: tuple[int, ...]) -> ast.Call | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -240,6 +241,7 @@ def bench(
     check_runtime(runtime, provider)
     _check_candidates(candidates)
     batch_sizes = check_timing(threads, rounds, warmup, batch_sizes, memory)
+    threads, rounds, warmup = map(operator.index, (threads, rounds, warmup))
     chosen = RUNTIMES[runtime]
     with contextlib.ExitStack() as stack:
         cpus = stack.enter_context(pinned(pin, threads))

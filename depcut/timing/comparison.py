@@ -150,9 +150,14 @@ def compare(
     check_module(slim, "slim")
     if runtime is None:
         check_timing(threads, rounds, warmup, None, memory)
-        idle = {"provider": provider, "batch_size": batch_size, "pin": pin, "memory": memory}
-        for name, value in idle.items():
-            if value is not None and value is not False:
+        idle: dict[str, tuple[Any, bool | None]] = {
+            "provider": (provider, None),
+            "batch_size": (batch_size, None),
+            "pin": (pin, False),
+            "memory": (memory, False),
+        }
+        for name, (value, default) in idle.items():
+            if value is not default:
                 raise InputError(
                     f"{name} is {shown(value)}, and nothing is timed: runtime is None",
                     where=f"{name}=",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from depcut.errors import InputError, listed
 from depcut.support.checks import check_integer, check_items
+from depcut.support.failures import shown
 
 _TASKS = Path("/proc/self/task")
 _SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
@@ -70,7 +71,9 @@ def _choice(pin: bool | Sequence[int], threads: int, allowed: Sequence[int]) -> 
         picked += [cpu for cpu in reversed(allowed) if cpu not in picked]
         chosen = picked[:threads]
     elif isinstance(pin, int):
-        raise InputError(f"pin={pin} is one number", where="pin", remedy=f"pass pin=({pin},)")
+        raise InputError(
+            f"pin={shown(pin)} is one number", where="pin", remedy="pass a tuple of them"
+        )
     else:
         chosen = list(pin)
     absent = sorted(set(chosen) - set(allowed))

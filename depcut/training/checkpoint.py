@@ -20,6 +20,7 @@ from torch import nn
 from depcut.errors import TrainingError
 from depcut.support import codec, files
 from depcut.support.checks import check_path
+from depcut.support.failures import first_line
 from depcut.support.weights import read_tensors, write_tensors
 
 _STEP = re.compile(r"step-(\d{9})")
@@ -61,7 +62,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = check_path(folder, "checkpoint")
+        self.folder = check_path(folder, "checkpoint", TrainingError)
         files.make_folder(self.folder, f"checkpoint={self.folder}", TrainingError)
 
     def _folders(self) -> list[Path]:
@@ -108,12 +109,16 @@ class Checkpoints:
             if missing:
                 raise ValueError(f"it has no {', '.join(sorted(missing))}")
         except (OSError, ValueError, RecursionError) as error:
-            raise TrainingError(
-                f"the checkpoint cannot be read: {error}",
-                where=str(folders[-1]),
-                remedy="delete this folder, or pass resume=False to start anew",
-            ) from error
+            raise self.damaged(error) from error
         return dict(state)
+
+    def damaged(self, error: Exception) -> TrainingError:
+        """What to raise where the newest state cannot be used."""
+        return TrainingError(
+            f"the checkpoint cannot be read: {first_line(error)}",
+            where=str(self._folders()[-1]),
+            remedy="delete this folder, or pass resume=False to start anew",
+        )
 
     def asked(self) -> dict[str, Any]:
         """The identity (`run`) of the training whose state is newest; empty if there is none."""

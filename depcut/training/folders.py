@@ -35,10 +35,8 @@ class RunFolder:
     def __init__(
         self, folder: str | os.PathLike[str], request: Mapping[str, Any], resume: bool
     ) -> None:
-        self.folder, self.request = (
-            check_path(folder, "checkpoint"),
-            json.loads(json.dumps(request)),
-        )
+        self.folder = check_path(folder, "checkpoint")
+        self.request = json.loads(json.dumps(request))
         files.make_folder(self.folder, "checkpoint=", InputError)
         if not resume and self._path(0).exists():
             raise InputError(

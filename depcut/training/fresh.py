@@ -19,7 +19,7 @@ from depcut.errors import InputError, PlanError, listed
 from depcut.plan import cost
 from depcut.rewrite.generated import GeneratedModule
 from depcut.support.checks import LARGEST, check_integer, check_kind
-from depcut.support.failures import shown
+from depcut.support.failures import first_line, reraise_fatal, shown
 from depcut.support.torch_private import RESET_METHODS
 
 Init = Callable[[nn.Module], object]
@@ -88,7 +88,15 @@ def fresh(
             if parameter.is_floating_point() or parameter.is_complex():
                 parameter.fill_(torch.nan)
         for name, module in reversed(list(slim.named_modules())):
-            _reset(module, attribute(model, name) if name else model)
+            try:
+                _reset(module, attribute(model, name) if name else model)
+            except Exception as error:
+                reraise_fatal(error)
+                raise InputError(
+                    f"its parameters cannot be drawn anew: {first_line(error)}",
+                    where=name or type(model).__name__,
+                    remedy="let its reset method read the sizes of its parameters",
+                ) from error
             if callable(init):
                 init(module)
         left = []

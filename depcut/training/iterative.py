@@ -42,6 +42,7 @@ from depcut.training.optimizers import made_by
 Retrain = Callable[..., nn.Module | None]
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
+_MOST = 10_000  # turns
 _KEEPS = 1e-9  # a smaller share than this is nothing to remove
 
 
@@ -317,7 +318,7 @@ def _targets(ratio: float | None, steps: Any) -> tuple[float, ...]:
     """The ratio of the dense quantity that is gone after each step."""
     if isinstance(steps, str) or not isinstance(steps, Iterable):
         check_ratio(ratio, "ratio=")
-        return geometric(float(ratio or 0), check_integer(steps, "steps", 1))
+        return geometric(float(ratio or 0), check_integer(steps, "steps", 1, _MOST))
     if ratio is not None:
         raise InputError(
             "a list of steps stands for the ratio too",

@@ -85,7 +85,8 @@ def retrain(
     with the weights that it would have had, bit for bit on a CPU with as many threads. For that,
     the order and the content of the batches must depend on nothing but random numbers: torch, numpy
     and random are seeded before each epoch, and so is a loader's own generator; batches that are
-    done are read again and left aside. Afterwards the caller's random states are as before.
+    done are read again and left aside. Afterwards the caller's random states are as before. What
+    the caller's functions, the loader and the model raise while it trains is not caught.
 
     Args:
         model: The model; it is not changed.

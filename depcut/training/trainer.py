@@ -16,7 +16,7 @@ from torch import nn
 from depcut.calibration.data import Batch, moved
 from depcut.capture.modes import modes
 from depcut.errors import InputError, TrainingError
-from depcut.support.failures import first_line, reraise_fatal
+from depcut.support.failures import reraise_fatal
 from depcut.training.batches import Loader
 from depcut.training.checkpoint import Checkpoints, load_tensors, model_tensors
 from depcut.training.distillation import Distillation
@@ -142,11 +142,7 @@ class Trainer:
             self.course = Course(**state["course"])
         except Exception as error:
             reraise_fatal(error)
-            raise TrainingError(
-                f"the checkpoint is damaged: {first_line(error)}",
-                where=f"checkpoint={self.checkpoints.folder}",
-                remedy="pass another folder, or resume=False to start anew in this one",
-            ) from error
+            raise self.checkpoints.damaged(error) from error
         return self.course.step
 
     def run(self, progress: Progress) -> None:

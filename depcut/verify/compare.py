@@ -29,8 +29,8 @@ class Found:
     """What a comparison found.
 
     Attributes:
-        size: The largest difference, relative to the value's own scale; of integers, the share
-            that differs.
+        size: The largest difference, relative to the value's own scale, but for values within that
+            are no more than what larger ones leave behind; of integers, the share that differs.
         excess: The largest one by what rounding may cause: more than 1 is more than that.
         certain: Whether all are so small that they need no second look.
         message: What is wrong besides.
@@ -141,11 +141,12 @@ def _measure(found: Found, inside: list[_Pair], outputs: list[_Pair], double: bo
                 found.size = found.excess = math.inf
                 found.certain = False
                 continue
-            allowed = tolerance(pair.dtype, double=double)
-            excess = gap.worst / (max(gap.scale, floor) or 1.0) / allowed
+            size = gap.worst / (max(gap.scale, floor) or 1.0)
+            excess = size / tolerance(pair.dtype, double=double)
             if excess > 1 and found.module is None:
                 found.module = pair.module
-            found.size, found.excess = max(found.size, gap.relative), max(found.excess, excess)
+            found.size = max(found.size, size if within else gap.relative)
+            found.excess = max(found.excess, excess)
             found.certain &= gap.relative <= (_CERTAIN_INSIDE if within else CERTAIN)
         share = 0.0 if levels else unequal(pair.wanted, pair.got)
         if share:

@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
 
 from depcut.axes import Dims
 from depcut.capture.clone import clone
+from depcut.capture.process_state import as_captured
 from depcut.capture.program import ModuleCall, Program, stack_entries
 from depcut.capture.random_state import restore_python
 from depcut.graph.arguments import sources_of_storage
@@ -168,25 +169,36 @@ def run_plain(
 def _run(seen: nn.Module, args: Any, kwargs: Any, keep: Keep, replay: Replay | None) -> list[Any]:
     if keep.coupling.program.states is not None:
         restore_python(keep.coupling.program.states)
-    with torch.no_grad(), replay.mode() if replay is not None else nullcontext():
+    drawn = replay.mode() if replay is not None else nullcontext()
+    with torch.no_grad(), as_captured(), drawn:
         return list(pytree.tree_leaves(seen(*args, **kwargs)))
 
 
-def follow(replay: Replay, name: str, module: nn.Module) -> None:
-    """Tell a replay whose code is running.
+class Follower(Protocol):
+    """What is told whose code is running.
+
+    Attributes:
+        running: Names of modules, the innermost last.
+    """
+
+    running: list[str]
+
+
+def follow(follower: Follower, name: str, module: nn.Module) -> None:
+    """Tell whose code is running.
 
     Args:
-        replay: It is told.
+        follower: It is told.
         name: Of a module.
         module: A module of a clone; the hooks stay on it.
     """
 
     def enter(*_: Any) -> None:
-        replay.running.append(name)
+        follower.running.append(name)
 
     def leave(*_: Any) -> None:
-        if replay.running and replay.running[-1] == name:
-            replay.running.pop()
+        if follower.running and follower.running[-1] == name:
+            follower.running.pop()
 
     module.register_forward_pre_hook(enter)
     module.register_forward_hook(leave, always_call=True)

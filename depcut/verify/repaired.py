@@ -13,9 +13,11 @@ from depcut.errors import VerificationError
 from depcut.plan.keep import Keep
 from depcut.reference.run import Spared
 from depcut.rewrite.copying import copied
+from depcut.support.failures import reraise_fatal
 from depcut.verify.compare import Found, compare
 from depcut.verify.culprit import RUNTIME_ERRORS
 from depcut.verify.exciting import exciting
+from depcut.verify.flags import flags_as_before
 from depcut.verify.module_results import ModuleResults, Trial, module_results
 from depcut.verify.reference_values import reference_values
 from depcut.verify.replay import Replay, is_drawing
@@ -23,6 +25,7 @@ from depcut.verify.tensors import check_tensors
 
 
 @preserved()
+@flags_as_before()
 def verify_repaired(
     slim: nn.Module,
     keep: Keep,
@@ -54,7 +57,8 @@ def verify_repaired(
     if not found.message:
         try:
             exact = _compared(copied(slim, {}).double(), keep, model, spared, torch.float64)
-        except RUNTIME_ERRORS:
+        except RUNTIME_ERRORS as problem:
+            reraise_fatal(problem)
             exact = found
         if exact.good:
             return
@@ -81,7 +85,7 @@ def _compared(
         trial,
         looks=draws,
         sliced=spared is None,
-        tensors=held_tensors(slim) if spared is None else None,
+        tensors=_tensors(slim, keep) if spared is None else None,
         spared=spared,
     )
     replay = Replay(keep, expected.recording, sliced=spared is None) if draws else None
@@ -96,3 +100,12 @@ def _compared(
         ):
             return Found(message="no output is finite")
     return compare(keep, expected, seen, replay, double=dtype == torch.float64)
+
+
+def _tensors(slim: nn.Module, keep: Keep) -> dict[str, torch.Tensor]:
+    """The smaller model's own tensors; copies of those that a forward may write to."""
+    parameters = keep.coupling.program.parameters
+    return {
+        name: tensor.detach() if name in parameters else tensor.detach().clone()
+        for name, tensor in held_tensors(slim).items()
+    }

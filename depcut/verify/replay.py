@@ -9,7 +9,7 @@ the dense one's, even where its effect on these inputs is lost in rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,7 +70,7 @@ class Recording:
             yield
 
     def _saw(self, node: fx.Node, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        numbers = _numbers(func, args, kwargs)
+        numbers = numbers_of(func, args, kwargs)
         if numbers:
             entry = (base_of(func), numbers)
             self.numbers.setdefault(module_of(node), []).append(entry)
@@ -124,7 +124,7 @@ class Replay:
 
     def _saw(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         module = self.running[-1] if self.running else ""
-        numbers = _numbers(func, args, kwargs)
+        numbers = numbers_of(func, args, kwargs)
         if numbers:
             self.numbers.setdefault(module, []).append((base_of(func), numbers))
         if draws(func, args, kwargs) and not self._given(module, func, args, kwargs, out):
@@ -204,7 +204,7 @@ def other_number(dense: Recording, slim: Replay) -> tuple[str, str]:
         if [name for name, _ in wanted] != [name for name, _ in got]:
             continue
         for (name, numbers), (_, others) in zip(wanted, got, strict=True):
-            if len(numbers) == len(others) and not all(map(_close, numbers, others)):
+            if len(numbers) == len(others) and not are_close(numbers, others):
                 pairs = zip(numbers, others, strict=True)
                 a, b = next((a, b) for a, b in pairs if not _close(a, b))
                 return module, f"its code computes {name} with {b:.6g} instead of {a:.6g}"
@@ -225,11 +225,21 @@ def _is_of(tensor: Tensor, node: fx.Node) -> bool:
     )
 
 
+def are_close(wanted: Sequence[float], got: Sequence[float]) -> bool:
+    """Whether numbers are equal but for rounding.
+
+    Args:
+        wanted: Some numbers.
+        got: Others.
+    """
+    return len(wanted) == len(got) and all(map(_close, wanted, got))
+
+
 def _close(a: float, b: float) -> bool:
     return a == b or math.isclose(a, b, rel_tol=_SAME) or (math.isnan(a) and math.isnan(b))
 
 
-def _numbers(func: Any, args: Any, kwargs: Any) -> tuple[float, ...]:
+def numbers_of(func: Any, args: Any, kwargs: Any) -> tuple[float, ...]:
     """Numbers that an operator is called with and that are no sizes."""
     if base_of(func).startswith("lift_fresh"):
         value = args[0]

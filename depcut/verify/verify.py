@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
@@ -21,8 +20,11 @@ from depcut.support.closeness import relative_error
 from depcut.support.failures import first_line, reraise_fatal
 from depcut.verify.compare import CERTAIN, Expected, Found, compare
 from depcut.verify.culprit import RUNTIME_ERRORS, culprits
+from depcut.verify.equal import verify_equal
 from depcut.verify.exciting import exciting
-from depcut.verify.module_results import ModuleResults, Trial, module_results, run_plain
+from depcut.verify.flags import flags_as_before
+from depcut.verify.lengths import Difference, differs_elsewhere, may_depend_on_a_length
+from depcut.verify.module_results import Trial, module_results, run_plain
 from depcut.verify.precision import TOLERANCE, is_half
 from depcut.verify.reference_values import reference_values
 from depcut.verify.replay import Replay, is_drawing
@@ -34,6 +36,7 @@ _WITH_WEIGHTS = "apply the plan to the model with its weights, where depcut can 
 
 
 @preserved()
+@flags_as_before()
 def verify(slim: Slim, model: nn.Module) -> float:
     """Check the smaller model, generating the modules that turn out not to express their sizes.
 
@@ -80,11 +83,14 @@ class _Verification:
     Attributes:
         slim: The smaller model; modules of it are generated.
         model: The dense model.
+        suspect: The module that was wrong first.
+        follows: Whether another length is tried; None: not known yet.
     """
 
     slim: Slim
     model: nn.Module
     suspect: str | None = None
+    follows: bool | None = None
     _expected: dict[Trial, Expected] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -110,13 +116,23 @@ class _Verification:
         while True:
             attempt = self._compared()
             if attempt.found.good:
-                return attempt.found.size
+                difference = self._elsewhere()
+                if difference is None:
+                    return attempt.found.size
+                _replace(self.slim, [difference.module], difference.why)
+                continue
             if attempt.beside:
                 for name in [n for n in self.slim.generated if n]:
                     why = f"its code does more with {name!r} than call it"
                     self.slim.replace(parent_of(name), why)
                 continue
             self._deal_with(attempt)
+
+    def _elsewhere(self) -> Difference | None:
+        """Where it does not follow the dense model at another length, if anywhere."""
+        if self.follows is None:
+            self.follows = may_depend_on_a_length(self.slim, self.model)
+        return differs_elsewhere(self.slim, self.model) if self.follows else None
 
     def _compared(self) -> Attempt:
         """What was wrong in the first trial that was; else the largest difference of all."""
@@ -158,6 +174,7 @@ class _Verification:
             expected = self._reference(trial)
             found = self._against(self.slim.model, expected, trial)
         except RUNTIME_ERRORS as problem:
+            reraise_fatal(problem)
             return Attempt(_failed(problem), problem)
         if not found.good or not self.slim.generated:
             return Attempt(found)
@@ -167,6 +184,7 @@ class _Verification:
             outputs = run_plain(self.slim.model, self.keep, trial, replay)
             size, message = relative_error(expected.outputs, outputs)
         except RUNTIME_ERRORS as problem:
+            reraise_fatal(problem)
             return Attempt(_failed(problem), problem, beside=True)
         limit = max(TOLERANCE[torch.float32], TOLERANCE[self._precision], 2 * found.size)
         if message or size > limit:
@@ -196,7 +214,8 @@ class _Verification:
         try:
             expected = self._reference(double)
             return self._against(copied(self.slim.model, {}).double(), expected, double)
-        except RUNTIME_ERRORS:
+        except RUNTIME_ERRORS as problem:
+            reraise_fatal(problem)
             return None
 
     def _holds(self, trial: Trial) -> bool:
@@ -206,7 +225,8 @@ class _Verification:
             expected = reference_values(whole, self.model, trial, looks=self.draws)
             replay = Replay(whole, expected.recording) if self.draws else None
             outputs = run_plain(self.model, whole, trial, replay)
-        except RUNTIME_ERRORS:
+        except RUNTIME_ERRORS as problem:
+            reraise_fatal(problem)
             return False
         size, message = relative_error(expected.outputs, outputs)
         return not message and size <= TOLERANCE[self._precision]
@@ -217,20 +237,8 @@ class _Verification:
         Raises:
             VerificationError: The whole model is generated already, or cannot be.
         """
-        found, named = attempt.found, attempt.found.module
-        try:
-            limit = TOLERANCE[self._precision]
-            limit = CERTAIN if found.size <= limit else limit
-            wrong = culprits(self.slim, self.model, limit, self.whole)
-        except RUNTIME_ERRORS as problem:
-            reraise_fatal(problem)
-            raise VerificationError(
-                f"the captured graph cannot be narrowed: {first_line(problem)}",
-                where=_place(self.keep, self.suspect or ""),
-                remedy="a rule is wrong: keep the layers concerned with ignore=, and report it",
-            ) from problem
-        if wrong == [""] and named is not None and named not in self.slim.generated:
-            wrong = [named]
+        found = attempt.found
+        wrong = self._wrong(found)
         self.suspect = wrong[0] if self.suspect is None else self.suspect
         if "" in self.slim.generated:
             raise VerificationError(
@@ -241,6 +249,29 @@ class _Verification:
         why = found.message or "its code computes other values at the new sizes"
         _replace(self.slim, wrong, why)
 
+    def _wrong(self, found: Found) -> list[str]:
+        """Names of modules that are wrong.
+
+        Raises:
+            VerificationError: The captured graph itself cannot be narrowed.
+        """
+        limit, named = TOLERANCE[self._precision], found.module
+        known = named is not None and named not in {*self.slim.generated, *self.slim.inlined}
+        if known and found.size <= limit:
+            return [named or ""]  # in single precision, rounding would name others beside it
+        try:
+            wrong = culprits(
+                self.slim, self.model, CERTAIN if found.size <= limit else limit, self.whole
+            )
+        except RUNTIME_ERRORS as problem:
+            reraise_fatal(problem)
+            raise VerificationError(
+                f"the captured graph cannot be narrowed: {first_line(problem)}",
+                where=_place(self.keep, self.suspect or ""),
+                remedy="a rule is wrong: keep the layers concerned with ignore=, and report it",
+            ) from problem
+        return [named or ""] if known and wrong == [""] else wrong
+
 
 def _replace(slim: Slim, names: Sequence[str], why: str) -> None:
     """Generate modules; of the later ones only those that have not been dealt with on the way."""
@@ -248,53 +279,6 @@ def _replace(slim: Slim, names: Sequence[str], why: str) -> None:
     for name in names[1:]:
         if name not in slim.generated and name not in slim.inlined:
             slim.replace(name, why)
-
-
-@preserved()
-def verify_equal(slim: nn.Module, keep: Keep, model: nn.Module) -> float:
-    """Check that the smaller model computes what the dense one does, nothing zeroed.
-
-    Args:
-        slim: The smaller model.
-        keep: What stays.
-        model: The dense model.
-
-    Returns:
-        The largest difference of an output, relative to the output's scale.
-
-    Raises:
-        VerificationError: They differ by more than rounding.
-    """
-    whole = Keep(keep.coupling, {})
-    draws = is_drawing(keep.coupling.program)
-
-    def compared(candidate: nn.Module, trial: Trial) -> Found:
-        expected = reference_values(whole, model, trial, looks=draws)
-        replay = Replay(keep, expected.recording) if draws else None
-        seen = module_results(candidate, keep, trial, replay)
-        # Modules may return something else: units that nobody reads are gone.
-        double = trial.dtype == torch.float64
-        return compare(keep, expected, ModuleResults(seen.outputs), replay, double=double)
-
-    def is_rounding(leaves: tuple[Any, ...] | None) -> bool:
-        try:
-            trial = Trial(dtype=torch.float64, leaves=leaves)
-            return compared(copied(slim, {}).double(), trial).good
-        except RUNTIME_ERRORS:
-            return False
-
-    size, drawn = 0.0, exciting(whole, model)
-    for leaves in (None, drawn) if drawn is not None else (None,):
-        found = compared(slim, Trial(leaves=leaves))
-        size = max(size, found.size)
-        if not found.good and (found.message or not is_rounding(leaves)):
-            raise VerificationError(
-                found.message
-                or f"outputs differ from the dense model's by {found.size:.3g} of their scale",
-                where="units that were taken to be dead",
-                remedy="please report the model; depcut.shrink does not rely on dead units",
-            )
-    return size
 
 
 def _on_meta(model: nn.Module) -> bool:

@@ -200,7 +200,14 @@ CALLS: dict[str, Call] = {
     ),
     "retrain": Call(
         training.retrain,
-        lambda: {"model": net(), "train": pairs(), "epochs": 1, "loss": loss, "progress": False},
+        lambda: {
+            "model": net(),
+            "train": pairs(),
+            "epochs": 1,
+            "loss": loss,
+            "lr": 0.1,
+            "progress": False,
+        },
         ("valid", "metric", "optimizer", "plan", "checkpoint", "options", *_names(TrainingOptions)),
     ),
     "iterate": Call(

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from oracle import check, outputs
+from test_axes import SIZES, THOROUGH, terms, within
 from torch import Tensor, nn
 
 import depcut
+from depcut import axes
+from depcut.axes import Axis, Term
+from depcut.coupling.ties import find, settle_ties
 from depcut.errors import CaptureError, InputError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -209,8 +216,12 @@ def test_a_row_for_the_whole_call_is_not_taken_for_a_batch() -> None:
 
 
 def test_a_number_beside_a_batch_of_one_in_a_file(tmp_path: Path) -> None:
-    slim = depcut.shrink(Denoiser("one number").eval(), 0.5, (torch.randn(1, 3, 4, 4), NUMBER["vector"]))
-    report = depcut.export(slim, tmp_path / "slim.onnx", (torch.randn(1, 3, 4, 4), NUMBER["vector"]))
+    slim = depcut.shrink(
+        Denoiser("one number").eval(), 0.5, (torch.randn(1, 3, 4, 4), NUMBER["vector"])
+    )
+    report = depcut.export(
+        slim, tmp_path / "slim.onnx", (torch.randn(1, 3, 4, 4), NUMBER["vector"])
+    )
     assert report.path.exists()
 
 
@@ -276,7 +287,7 @@ class Counted(nn.Module):
         rows = x.shape[0]
         is_few = {
             "equal": rows == self.rows,
-            "not other": not (self.rows != rows),
+            "not other": not (self.rows != rows),  # noqa: SIM202  another comparison is meant
             "at most": rows <= self.rows,
             "at least": self.rows >= rows * 1.0,
         }[self.order]
@@ -322,7 +333,7 @@ def test_a_model_that_traces_in_no_way_is_refused_for_its_first_reason() -> None
         def forward(self, one: Tensor, two: Tensor) -> Tensor:
             return super().forward(one, two) if one.sum() > 0 else one
 
-    with pytest.raises(CaptureError, match="data-dependent|GuardOnDataDependent|symbolic"):
+    with pytest.raises(CaptureError, match=r"data-dependent|GuardOnDataDependent|symbolic"):
         depcut.analyze(Branching(), (torch.randn(2, 6), torch.randn(2, 6)))
 
 
@@ -361,6 +372,13 @@ class ShuffleNet(nn.Module):
         return self.head(self.units(self.stem(x).relu()).mean((2, 3)))
 
 
+def test_halves_of_odd_size_that_are_shuffled() -> None:
+    """28 channels, in the third unit halves of 7: the middle one stays, groups of 3 beside it."""
+    analysis = check(ShuffleNet(28, 3).eval(), image)
+    assert {group.size for group in analysis.groups} == {3}
+    assert len({group.tied for group in analysis.groups}) == 1
+
+
 def image(batch: int) -> Tensor:
     return torch.randn(batch, 3, 4, 4, generator=torch.Generator().manual_seed(batch))
 
@@ -370,3 +388,95 @@ def test_halves_that_are_shuffled_again_and_again(units: int, first: bool) -> No
     analysis = check(ShuffleNet(16, units, first).eval(), image)
     assert {group.size for group in analysis.groups} == {16 // 2**units}
     assert len({group.tied for group in analysis.groups}) == 1
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "kept"),
+    [
+        ((4, 6), (6, 4), [2, 2]),
+        ((4, 3), (6, 2), [2]),
+        ((3, 4), (2, 6), [2]),
+        ((5, 4, 9), (5, 6, 6), [5, 2, 3]),
+        ((3, 2), (2, 3), []),
+    ],
+)
+def test_views_that_clash_keep_what_they_have_in_common(
+    ours: tuple[int, ...], theirs: tuple[int, ...], kept: list[int]
+) -> None:
+    """Outside and inside of the factors that cannot be aligned."""
+    a, b = (axes.product(*map(axes.axis, factors)) for factors in (ours, theirs))
+    axes.unify(a, b)
+    for term in (a, b):
+        assert [x.size for x in axes.leaves(axes.resolve(term)) if not x.reason] == kept
+
+
+class Regrouped(nn.Module):
+    """Channels scaled as a matrix of one shape, then as one of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 24, 1), nn.Linear(24, 5)
+        self.one, self.other = nn.Parameter(torch.rand(4, 6)), nn.Parameter(torch.rand(6, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu().mean((2, 3))
+        for scale in (self.one, self.other):
+            x = (x.unflatten(1, tuple(scale.shape)) * scale).flatten(1)
+        return self.head(x)
+
+
+def test_channels_viewed_as_matrices_of_two_shapes() -> None:
+    analysis = check(Regrouped().eval(), image, alone=True)
+    assert sorted(group.size for group in analysis.groups) == [2, 2]
+
+
+# Ties ---------------------------------------------------------------------------------------------
+
+
+@settings(THOROUGH, max_examples=100)
+@given(SIZES.flatmap(lambda n: st.lists(terms(n), min_size=2, max_size=4)), st.data())
+def test_tied_terms_keep_equally_many(tied: list[Term], data: st.DataObject) -> None:
+    for _ in range(data.draw(st.integers(0, 1))):
+        axes.unify(tied[0], tied[-1])
+    pairs = [[a, b] for a, b in itertools.pairwise(tied)]
+    parent = settle_ties(pairs)
+    free = dict.fromkeys(leaf for t in tied for leaf in axes.leaves(axes.resolve(t)))
+    classes: dict[Axis, int] = {}
+    for leaf in free:
+        if leaf.reason is None:
+            root = find(parent, leaf)
+            assert root.size == leaf.size
+            classes.setdefault(root, data.draw(st.integers(1, leaf.size)))
+    counts = {axes.count(axes.resolve(t), lambda a: classes[find(parent, a)]) for t in tied}
+    assert len(counts) == 1
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "kept"),
+    [
+        (((3,), (2,), (3,)), ((8,),), [3, 2, 3]),
+        (((2,), (2,), (4,)), ((2,), (2,), (2,), (2,)), [2, 2, 2, 2]),
+        (((4,), (2,), (2,)), ((2,), (4,), (2,)), [4, 2, 2]),
+        (((2, 3), (5,)), ((5,), (2, 3)), [2, 3, 5]),
+        (((2, 3), (4,)), ((6,), (4,)), [2, 3, 4]),
+    ],
+)
+def test_terms_that_are_tied_stay_free(
+    ours: tuple[tuple[int, ...], ...], theirs: tuple[tuple[int, ...], ...], kept: list[int]
+) -> None:
+    """Parts in another order, of other sizes, or products beside axes: nothing has to freeze."""
+    a, b = (
+        axes.concat(*(axes.product(*map(axes.axis, factors)) for factors in parts))
+        for parts in (ours, theirs)
+    )
+    settle_ties([[a, b]])
+    assert [leaf.size for leaf in axes.leaves(axes.resolve(a)) if leaf.reason is None] == kept
+    assert not any(leaf.reason for leaf in axes.leaves(axes.resolve(b)))
+
+
+def test_a_long_chain_of_ties_settles_in_linear_time() -> None:
+    """What refines the last of them refines all, one after the other, back to the first."""
+    chain: list[Term] = [axes.axis(16) for _ in range(2000)]
+    chain.append(axes.concat(axes.axis(4), axes.product(axes.axis(2), axes.axis(6))))
+    within(5, lambda: settle_ties([[a, b] for a, b in itertools.pairwise(chain)]))
+    assert len(list(axes.leaves(axes.resolve(chain[0])))) == 3
