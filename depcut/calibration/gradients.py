@@ -9,8 +9,9 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from depcut.calibration.data import Batch, Calibration, checked_loss
+from depcut.calibration.data import Calibration, checked_loss
 from depcut.calibration.progress import ticking
+from depcut.calibration.reader import Batch
 from depcut.capture.clone import clone
 from depcut.capture.eager import user_line
 from depcut.capture.process_state import formula_attention

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from depcut.calibration.data import Batch, Calibration
+from depcut.calibration.data import Calibration
+from depcut.calibration.reader import Batch
 from depcut.graph.interpreter import Paused, Pausing, finished
 from depcut.plan.keep import Keep
 from depcut.reference.run import Reference

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from depcut.calibration.data import Batch, Calibration
+from depcut.calibration.data import Calibration
+from depcut.calibration.reader import Batch
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from depcut.calibration.data import Batch, Calibration
+from depcut.calibration.data import Calibration
 from depcut.calibration.progress import ticking
+from depcut.calibration.reader import Batch
 from depcut.coupling.groups import Coupling
 from depcut.plan.keep import Keep
 from depcut.reference.run import Reference

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.utils.data.distributed import DistributedSampler
 
-from depcut.calibration.data import Batch, inputs_of
+from depcut.calibration.data import inputs_of
+from depcut.calibration.reader import Batch
 from depcut.capture.inputs import arguments
 from depcut.errors import InputError
 from depcut.support.checks import check_items

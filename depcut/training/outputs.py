@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from depcut.calibration.data import Batch, moved
+from depcut.calibration.data import moved
+from depcut.calibration.reader import Batch
 from depcut.capture.clone import clone
 from depcut.capture.inputs import device_of
 from depcut.capture.random_state import preserved

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from depcut.calibration.data import Batch, moved
+from depcut.calibration.data import moved
+from depcut.calibration.reader import Batch
 from depcut.capture.modes import modes
 from depcut.errors import InputError, TrainingError
 from depcut.support.failures import reraise_fatal
