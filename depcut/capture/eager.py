@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from depcut.capture.clone import clone, cloned_arguments
+from depcut.capture.flags import flags_as_before
 from depcut.capture.inputs import device_of
 from depcut.capture.process_state import quiet
 from depcut.capture.random_state import preserved
@@ -51,7 +52,7 @@ def refuse_failing_call(model: nn.Module, call: Call) -> None:
         cloned_arguments((args, kwargs)),
     )
     try:
-        with preserved(), quiet(), torch.no_grad():
+        with preserved(), flags_as_before(), quiet(), torch.no_grad():
             clone(model, buffers=True)(*args, **kwargs)
     except Exception as error:
         reraise_fatal(error)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from depcut.capture.flags import flags_as_before
 from depcut.capture.random_state import preserved
 from depcut.errors import DepcutError, VerificationError
 from depcut.plan.keep import Keep
@@ -15,7 +16,6 @@ from depcut.support.failures import first_line, reraise_fatal
 from depcut.verify.compare import Expected, Found, compare
 from depcut.verify.culprit import RUNTIME_ERRORS
 from depcut.verify.exciting import exciting
-from depcut.verify.flags import flags_as_before
 from depcut.verify.lengths import other_inputs
 from depcut.verify.module_results import ModuleResults, Trial, module_results, run_plain
 from depcut.verify.reference_values import reference_values

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from depcut.capture.capture import held_tensors
+from depcut.capture.flags import flags_as_before
 from depcut.capture.random_state import preserved
 from depcut.errors import VerificationError
 from depcut.plan.keep import Keep
@@ -17,7 +18,6 @@ from depcut.support.failures import reraise_fatal
 from depcut.verify.compare import Found, compare
 from depcut.verify.culprit import RUNTIME_ERRORS
 from depcut.verify.exciting import exciting
-from depcut.verify.flags import flags_as_before
 from depcut.verify.module_results import ModuleResults, Trial, module_results
 from depcut.verify.reference_values import reference_values
 from depcut.verify.replay import Replay, is_drawing

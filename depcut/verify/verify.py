@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from depcut.capture.flags import flags_as_before
 from depcut.capture.program import parent_of, stack_entries, where
 from depcut.capture.random_state import preserved
 from depcut.errors import VerificationError
@@ -22,7 +23,6 @@ from depcut.verify.compare import CERTAIN, Expected, Found, compare
 from depcut.verify.culprit import RUNTIME_ERRORS, culprits
 from depcut.verify.equal import verify_equal
 from depcut.verify.exciting import exciting
-from depcut.verify.flags import flags_as_before
 from depcut.verify.lengths import Difference, differs_elsewhere, may_depend_on_a_length
 from depcut.verify.module_results import Trial, module_results, run_plain
 from depcut.verify.precision import TOLERANCE, is_half
