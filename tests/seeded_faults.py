@@ -213,6 +213,32 @@ FAULTS = [
         "numbers[at] = -contraction.numbers[at]",
         "tests/test_compact.py",
     ),
+    # In the field.
+    Fault(
+        "repair",
+        "if bool((here.fixed & ~kept).any()):",
+        "if False:",
+        "tests/field/test_constants.py",
+    ),
+    Fault(
+        "plan",
+        "if _signature(program) == _signature(now):",
+        "if True:",
+        "tests/field/test_changed.py",
+    ),
+    Fault(
+        "reference",
+        "if buffers and all(n in program.tensors for n in given):",
+        "if False:",
+        "tests/field/test_spectral_norm.py",
+    ),
+    Fault("verify", "if watch.seen:", "if False:", "tests/field/test_rebound.py -k refused"),
+    Fault(
+        "training",
+        '"loss": callable_text(options.loss),',
+        '"loss": "",',
+        "tests/field/test_other_run.py",
+    ),
     # Several example calls.
     Fault("coupling", "in program.captured:\n        more", "in (program,):\n        more", CALLS),
     Fault("allocate", "return along(where, counts, cost) if", "return counts if", CALLS),

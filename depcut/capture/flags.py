@@ -1,4 +1,4 @@
-"""Flags of torch that a model's code may set: as before after a check, also where it raises."""
+"""Flags of torch that a model's code may set: as before after it has run, also where it raises."""
 
 from __future__ import annotations
 

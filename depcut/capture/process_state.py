@@ -36,6 +36,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from depcut.capture.flags import flags_as_before
 from depcut.capture.random_state import preserved
 from depcut.support.torch_private import COMPILER_FLAGS, replaced_by_export
 
@@ -111,7 +112,10 @@ def capturing(root: Callable[[Any], Any] | None = None) -> Iterator[None]:
         root: What stands for `math.sqrt`.
     """
     importing("sympy")
-    states = (preserved(), same_environment(), quiet(), _own_export(), _no_fast_paths())
+    states = (
+        *(flags_as_before(), preserved(), same_environment(), quiet()),
+        *(_own_export(), _no_fast_paths()),
+    )
     with _LOCK, contextlib.ExitStack() as to:
         for state in states:
             to.enter_context(state)

@@ -90,6 +90,19 @@ def may_fold(keep: Keep, model: nn.Module) -> bool:
     return False
 
 
+def foldable(keep: Keep, model: nn.Module) -> tuple[Contraction, ...]:
+    """What reads the groups, with the constants of removed units that are ones at any input size.
+
+    Args:
+        keep: What stays of the dense model.
+        model: The dense model.
+    """
+    contractions = find_contractions(keep.coupling, model)
+    if contributions(keep, contractions):
+        return lasting(keep.coupling.program, model, contractions)
+    return contractions
+
+
 def fold_constants(
     keep: Keep, model: nn.Module, slim: nn.Module, contractions: Sequence[Contraction] | None = None
 ) -> tuple[str, ...]:
@@ -108,9 +121,7 @@ def fold_constants(
         Names of the tensors that changed.
     """
     if contractions is None:
-        contractions = find_contractions(keep.coupling, model)
-        if contributions(keep, contractions):
-            contractions = lasting(keep.coupling.program, model, contractions)
+        contractions = foldable(keep, model)
     held, changed = held_tensors(slim), []
     for name, dense in contributions(keep, contractions).items():
         if name not in held:

@@ -179,7 +179,8 @@ def test_a_model_that_caches_is_untouched(case: tuple[str, int | None], tmp_path
     shown = snapshot(model)
     result = failing(CALLS[name], model, x, tmp_path, limit)
     assert unchanged(shown, snapshot(model)) == []
-    if isinstance(result, nn.Module):
+    # What fails once while it is checked may be replaced by its graph, which caches nothing.
+    if isinstance(result, nn.Module) and limit is None:
         assert_clean(result)
 
 
