@@ -46,6 +46,18 @@ RULES = "tests/test_rules.py -k"
 FAULTS = [
     # Rules of operators, a fault in each file.
     Fault("ops", "op.unify(q[-1], k[-1])", "pass", f"{RULES} sdpa"),
+    Fault(
+        "capture",
+        "if blames or not isinstance(error, DepcutError):",
+        "if False:",
+        "tests/field/test_raw_exceptions.py -k wrong_inputs",
+    ),
+    Fault(
+        "support",
+        "if isinstance(error, MemoryError):",
+        "if False:",
+        "tests/field/test_raw_exceptions.py -k passes_through",
+    ),
     Fault("ops", "op.unify(x[-1], weight[-1])", "pass", f"{RULES} linear"),
     Fault(
         "ops",
