@@ -48,6 +48,18 @@ ATTENTION = "tests/field/test_attention"
 FAULTS = [
     # Rules of operators, a fault in each file.
     Fault("ops", "op.unify(q[-1], k[-1])", "pass", f"{RULES} sdpa"),
+    Fault(
+        "capture",
+        "if blames or not isinstance(error, DepcutError):",
+        "if False:",
+        "tests/field/test_raw_exceptions.py -k wrong_inputs",
+    ),
+    Fault(
+        "support",
+        "if isinstance(error, MemoryError):",
+        "if False:",
+        "tests/field/test_raw_exceptions.py -k passes_through",
+    ),
     Fault("ops", "op.unify(x[-1], weight[-1])", "pass", f"{RULES} linear"),
     Fault(
         "ops",

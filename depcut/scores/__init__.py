@@ -142,7 +142,7 @@ def check_criterion(criterion: str | Score | Criterion, calibration: Calibration
     wanted = Score(criterion) if isinstance(criterion, str) else criterion
     if not isinstance(wanted, Score) or wanted.name not in CRITERIA:
         raise InputError(
-            f"unknown criterion {wanted.name if isinstance(wanted, Score) else shown(wanted)}",
+            f"unknown criterion {shown(wanted.name if isinstance(wanted, Score) else wanted)}",
             where="score=",
             remedy=f"use one of {', '.join(CRITERIA)}, or pass a function",
         )

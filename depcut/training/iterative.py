@@ -318,7 +318,8 @@ def _targets(ratio: float | None, steps: Any) -> tuple[float, ...]:
     """The ratio of the dense quantity that is gone after each step."""
     if isinstance(steps, str) or not isinstance(steps, Iterable):
         check_ratio(ratio, "ratio=")
-        return geometric(float(ratio or 0), check_integer(steps, "steps", 1, _MOST))
+        remedy = f"pass an integer of at least 1 and at most {_MOST}"
+        return geometric(float(ratio or 0), check_integer(steps, "steps", 1, _MOST, remedy=remedy))
     if ratio is not None:
         raise InputError(
             "a list of steps stands for the ratio too",

@@ -17,8 +17,6 @@ from depcut.support.keywords import option
 from depcut.training.distillation import Distillation
 from depcut.training.schedules import OriginalSchedule, named
 
-_PRECISIONS = ("no", "fp16", "bf16", "fp8")
-
 Schedule = str | Callable[[torch.optim.Optimizer, int], Any]
 
 
@@ -83,7 +81,8 @@ class TrainingOptions(Common):
         if self.lr is not None:
             self._set("lr", check_number(self.lr, "lr", "pass a positive number", above=0))
         if self.mixed_precision is not None:
-            self._one_of("mixed_precision", _PRECISIONS)
+            remedy = 'pass "no", "fp16", "bf16" or "fp8", or leave it out'
+            check_kind(self.mixed_precision, str, "mixed_precision", remedy)  # accelerate knows all
         self._check_parts()
 
     def _check_parts(self) -> None:

@@ -102,6 +102,7 @@ _APART: dict[str, set[str]] = {
     "Options.latency_ms": _NUMBERS | _NONE,
     "Options.ignore": _GLOBS | _TEXTS | {"['a']"},
     "TrainingOptions.schedule": _CALLED,
+    "TrainingOptions.mixed_precision": _NONE | _TEXTS,
     "TrainingOptions.dense": {"None", "module", "lazy module"},
     "Distillation.slim": {"module"},
     "Snapshots.take.model": {"module"},
