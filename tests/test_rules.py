@@ -682,8 +682,8 @@ VIEWS: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = {
     "no_ones": ((4, 1, 6), (4, 6), (4, 6)),
     "scalar": ((1, 1), (), ()),
     "same": ((4, 6), (4, 6), (4, 6)),
-    "coprime": ((4, 6), (6, 4), ()),
-    "coprime_inner": ((5, 4, 6), (5, 6, 4), (5,)),
+    "coprime": ((4, 6), (6, 4), (2, 2)),
+    "coprime_inner": ((5, 4, 6), (5, 6, 4), (2, 2, 5)),
 }
 for name, (before, after, free) in VIEWS.items():
     case(f"view_{name}", lambda x, s=after: x.view(s), before, groups=free)

@@ -274,6 +274,14 @@ def test_a_size_computed_from_two_batches_equals_an_attribute() -> None:
     assert slim.encoder[0].out_features == 8
 
 
+COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
+    "equal": lambda rows, own: rows == own,
+    "not other": lambda rows, own: not rows != own,  # noqa: SIM202  another comparison is meant
+    "at most": lambda rows, own: rows <= own,
+    "at least": lambda rows, own: own * 1.0 >= rows,
+}
+
+
 class Counted(nn.Module):
     """The branch depends on the number of rows and an attribute."""
 
@@ -285,19 +293,15 @@ class Counted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.shape[0]
-        is_few = {
-            "equal": rows == self.rows,
-            "not other": not (self.rows != rows),  # noqa: SIM202  another comparison is meant
-            "at most": rows <= self.rows,
-            "at least": self.rows >= rows * 1.0,
-        }[self.order]
+        is_few = COMPARISONS[self.order](rows, self.rows)
         return self.heads[0](self.few(x).relu()) if is_few else self.heads[1](self.many(x).relu())
 
 
-@pytest.mark.parametrize("order", ["equal", "not other", "at most", "at least"])
+@pytest.mark.parametrize("order", COMPARISONS)
 def test_a_symbolic_size_is_compared_with_an_attribute(order: str) -> None:
     """Otherwise the graph is that of the branch which the example call does not take."""
     analysis = depcut.analyze(Counted(order).eval(), torch.randn(2, 6))
+    assert analysis.program.dynamic
     assert "few.weight" not in analysis.program.unused
     assert "many.weight" in analysis.program.unused
 
