@@ -8,7 +8,9 @@ decorator stands in between.
 from __future__ import annotations
 
 import ast
+import builtins
 import inspect
+import math
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -45,6 +47,8 @@ _SHAPES = tuple(
 )
 _DISPATCHER = "handle_torch_function"
 _MODULE_CALL = f"{_TORCH}/nn/modules/module.py"
+# Methods of a tensor that give a number.
+_SIZES = frozenset({"size", "dim", "numel", "nelement", "item"})
 
 
 @dataclass(frozen=True)
@@ -229,12 +233,38 @@ def _is_number(node: ast.AST, frame: types.FrameType) -> bool | None:
         return _is_number(node.operand, frame)
     elif isinstance(node, ast.BinOp):
         sides = {_is_number(node.left, frame), _is_number(node.right, frame)}
-        return None if None in sides else sides == {True}
+        if isinstance(node.op, ast.MatMult) or False in sides:
+            return False
+        return None if None in sides else True
+    elif isinstance(node, ast.Call):
+        return _gives_number(node.func, frame)
+    elif isinstance(node, ast.Subscript):
+        if isinstance(node.value, ast.Attribute) and node.value.attr == "shape":
+            return True
+        return False if _is_number(node.value, frame) is False else None
     else:
         return None
     if isinstance(value, torch.Tensor):
         return False
     return True if isinstance(value, int | float | torch.SymInt | torch.SymFloat) else None
+
+
+def _gives_number(function: ast.AST, frame: types.FrameType) -> bool | None:
+    """Whether a call of a function gives a number."""
+    if isinstance(function, ast.Name):
+        if function.id in frame.f_locals:
+            return None
+        value = frame.f_globals.get(function.id, getattr(builtins, function.id, None))
+    elif isinstance(function, ast.Attribute):
+        if function.attr in _SIZES:
+            return True
+        owner = function.value
+        value = frame.f_globals.get(owner.id) if isinstance(owner, ast.Name) else None
+        value = vars(value).get(function.attr) if isinstance(value, types.ModuleType) else None
+    else:
+        return None
+    of_math = getattr(value, "__module__", None) == math.__name__ or value is math.sqrt
+    return True if of_math or any(value is kind for kind in (int, float, len)) else None
 
 
 def _leaves(value: Any) -> Iterator[tuple[Steps, Any]]:

@@ -10,7 +10,7 @@ from torch import fx
 
 import depcut.ops  # noqa: F401  (fills the table of rules)
 from depcut import axes
-from depcut.axes import Axis, Dims, Reason
+from depcut.axes import Axis, Concat, Dims, Reason
 from depcut.capture.program import Program, layer_of, where
 from depcut.coupling.groups import Coupling, Group, Member
 from depcut.coupling.row_axes import OUTPUT, find_row_axes
@@ -36,6 +36,7 @@ def infer_coupling(program: Program) -> Coupling:
         effects.update(more[1])
         for operator, nodes in more[2].items():
             unknown.setdefault(operator, []).extend(nodes)
+    _freeze_unread(program, dims, env)
     classes = settle_ties([tie for e in effects.values() for tie in e.ties])
     resolved = {name: tuple(map(axes.resolve, shape)) for name, shape in dims.items()}
     coupled = _groups(program, resolved, effects, classes)
@@ -164,6 +165,44 @@ def _give_up(
     if isinstance(sizes, tuple):
         return _frozen_dims(sizes, reason.why, node.name)
     return [_frozen_dims(s or (), reason.why, node.name) for s in sizes]
+
+
+def _freeze_unread(
+    program: Program, dims: dict[str, Dims], env: dict[fx.Node, Output]
+) -> None:
+    """Freeze what the example calls leave of a table whose rows belong to places of the input.
+
+    A longer input reads more of a table of positions. Such rows occur nowhere but beside the frozen
+    ones that are read, in the table and in what is computed from it alone.
+    """
+    tables = {leaf for name in program.parameters for leaf in _left(dims.get(name, ()))}
+    if not tables:
+        return
+    read: set[Axis] = set()
+    for graph in program.captured:
+        fed: set[fx.Node] = set()
+        for node in graph.graph.graph.nodes:
+            is_input = node.op == "placeholder" and node not in graph.tensors
+            if is_input or any(n in fed for n in node.all_input_nodes):
+                fed.add(node)
+            for shape in _shapes(env.get(node)):
+                every = {leaf for term in shape or () for leaf in axes.leaves(axes.resolve(term))}
+                read |= every if node in fed else every - _left(shape or ())
+    for leaf in tables - read:
+        axes.freeze(leaf, Reason("rows of a table that the example call does not read"))
+
+
+def _left(shape: Dims) -> set[Axis]:
+    """Free axes that stand beside frozen ones in a dimension."""
+    resolved = [axes.resolve(term) for term in shape]
+    leaves = [set(axes.leaves(term)) for term in resolved if isinstance(term, Concat)]
+    return {
+        leaf
+        for each in leaves
+        if any(other.reason for other in each)
+        for leaf in each
+        if not leaf.reason
+    }
 
 
 def _groups(

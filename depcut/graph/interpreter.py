@@ -12,7 +12,7 @@ from torch import fx
 
 from depcut.capture.program import Program
 from depcut.graph.arguments import values_of
-from depcut.graph.operators import enters_autocast, leaves_autocast
+from depcut.graph.operators import enters_autocast, in_any_layout, leaves_autocast
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Interpreter:
     def call(self, node: fx.Node) -> Any:
         """The value of an operator's node."""
         args, kwargs = values_of(node, self.values)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return in_any_layout(node.target)(*args, **kwargs)
 
     def made(self, node: fx.Node) -> None:
         """Called when a node has its value, before what it was the last to read is freed."""

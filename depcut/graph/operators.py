@@ -41,6 +41,14 @@ def names_of(target: Any) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=4096)
+def in_any_layout(target: Any) -> Any:
+    """The operator that computes the same wherever its operands lie in memory.
+
+    The layouts of a capture, after which `contiguous` leaves no node, are not those of a run.
+    """
+    return torch.ops.aten.reshape.default if target is torch.ops.aten.view.default else target
+
+
 def base_of(target: Any) -> str:
     """An operator's name without namespace, overload and the mark of working in place."""
     return _functional(str(target).partition(".")[2].partition(".")[0])

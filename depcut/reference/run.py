@@ -21,7 +21,7 @@ from depcut.capture.capture import held_tensors, is_symbolic
 from depcut.capture.inputs import Inputs, normalize
 from depcut.graph.arguments import replaced, values_of
 from depcut.graph.interpreter import Interpreter, Pausing, finished
-from depcut.graph.operators import is_aten, is_size
+from depcut.graph.operators import in_any_layout, is_aten, is_size
 from depcut.ops.registry import Output
 from depcut.plan.keep import Keep
 from depcut.reference.norms import estimate, estimates
@@ -230,7 +230,7 @@ class ReferenceRun(Interpreter):
 
     def call(self, node: fx.Node) -> Any:
         """The value of a node: on slices, on the kept indices, or with zeros."""
-        target: Any = node.target
+        target = in_any_layout(node.target)
         if node in self.norms:
             whole = estimate(node, self.program, lambda name: self.held[name].detach())
             return cast(whole, self.dtype)
@@ -286,7 +286,7 @@ class ReferenceRun(Interpreter):
         }
         args, kwargs = self._literals(node, *values_of(node, small))
         with self.around(node):
-            result = node.target(*args, **kwargs)  # type: ignore[operator]
+            result = in_any_layout(node.target)(*args, **kwargs)
         if isinstance(result, tuple | list):
             assert isinstance(output, list)
             return [_spread(r, self.keep, o) for r, o in zip(result, output, strict=True)]

@@ -161,7 +161,7 @@ class _Observer:
         stream, at = self.streams[name], self.at[name]
         while at < len(stream) and not self._same(call, self.program.torch_calls[stream[at]]):
             if stream[at] not in self.removed:
-                at = len(stream)
+                at = self._later(call, stream, at)
                 break
             at += 1
         if name in self.lost or at == len(stream):
@@ -169,6 +169,16 @@ class _Observer:
             return None
         self.at[name] = at + 1
         return self.program.torch_calls[stream[at]]
+
+    def _later(self, call: TorchCall, stream: list[int], at: int) -> int:
+        """Where the dense model makes a call after others that the smaller one leaves out."""
+        place = [(frame.code, frame.span) for frame in call.frames]
+        for i in range(at + 1, len(stream)):
+            dense = self.program.torch_calls[stream[i]]
+            there = [(frame.code, frame.span) for frame in dense.frames]
+            if place == there and self._same(call, dense):
+                return i
+        return len(stream)
 
     def _same(self, call: TorchCall, dense: TorchCall) -> bool:
         return (
