@@ -135,7 +135,9 @@ class Recorder:
             TorchCall(
                 function,
                 self.modules[-1],
-                tuple(Frame(f.f_code, self._node(f), f.f_globals.get("__name__", "")) for f in found),
+                tuple(
+                    Frame(f.f_code, self._node(f), f.f_globals.get("__name__", "")) for f in found
+                ),
                 tuple((s, v) for s, v in leaves if is_number(v)),
                 tuple((s, size_expression(v)) for s, v in leaves if isinstance(v, torch.SymInt)),
                 len(args),
