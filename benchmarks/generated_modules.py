@@ -21,8 +21,8 @@ import depcut
 
 sys.path.insert(0, str(HERE.parent / "tests" / "field"))
 
-import places  # noqa: E402
-import zoo  # noqa: E402
+import places
+import zoo
 
 
 def main() -> int:

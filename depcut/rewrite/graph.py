@@ -81,8 +81,13 @@ def _sizes(call: ModuleCall, keep: Keep) -> dict[int, tuple[int | None, ...]]:
         if isinstance(leaf, fx.Node) and isinstance(dims, tuple):
             given = leaf.meta["val"].shape
             counts = zip(given, dims, strict=True)
-            out[i] = tuple(keep.count(t) if isinstance(size, int) else None for size, t in counts)
+            out[i] = tuple(keep.count(t) if _is_constant(size) else None for size, t in counts)
     return out
+
+
+def _is_constant(size: int | torch.SymInt) -> bool:
+    """Whether a size is that of the example: a symbol may have been tied to it by the code."""
+    return isinstance(size, int) or not size_expression(size).free_symbols
 
 
 def _call_of(program: Program, name: str) -> ModuleCall:

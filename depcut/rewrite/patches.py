@@ -11,7 +11,7 @@ import difflib
 import functools
 import textwrap
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ from torch import nn
 from depcut.errors import InputError, PlanError
 from depcut.rewrite.callees import by_name, exchanging
 from depcut.rewrite.functions import (
+    NoSourceError,
     Span,
     edited,
     is_filled,
@@ -84,23 +85,25 @@ Patch = tuple[FunctionPatch, ...]
 def _item(value: Any, steps: Steps, change: Callable[[Any], Any]) -> Any:
     if not steps:
         return change(value)
+    if isinstance(value, Mapping):
+        return {**value, steps[0]: _item(value[str(steps[0])], steps[1:], change)}
     items = list(value)
     index = int(steps[0])
     items[index] = _item(items[index], steps[1:], change)
     return tuple(items) if isinstance(value, tuple) else items
 
 
-def with_item(value: Any, new: float, *steps: int) -> Any:
+def with_item(value: Any, new: float, *steps: int | str) -> Any:
     """A sequence of sizes with one of them exchanged."""
     return _item(value, steps, lambda _: new)
 
 
-def scaled(value: Any, new: int, old: int, *steps: int) -> Any:
+def scaled(value: Any, new: int, old: int, *steps: int | str) -> Any:
     """A size, or one of a sequence of sizes, times a ratio."""
     return _item(value, steps, lambda size: size * new // old)
 
 
-def swapped(value: Any, old: float, new: float, *steps: int) -> Any:
+def swapped(value: Any, old: float, new: float, *steps: int | str) -> Any:
     """The new number in place of the old one.
 
     Raises:
@@ -129,7 +132,7 @@ _HELPERS: dict[str, Callable[..., Any]] = {
 
 def _text(expression: str, edit: Edit) -> str:
     """The text that takes the place of an expression."""
-    steps = "".join(f", {step}" for step in edit.steps)
+    steps = "".join(f", {step!r}" for step in edit.steps)
     if edit.kind == "set":
         return f"_depcut_with_item({expression}, {edit.new!r}{steps})" if steps else repr(edit.new)
     if edit.kind == "scale":
@@ -310,10 +313,10 @@ def _subclass(kind: type[nn.Module], patch: Patch) -> type[nn.Module]:
         helpers = {name: helper for name, helper in _HELPERS.items() if name in text}
         compiled = recompiled(function, text, {**helpers, **called})
         if part.caller is None:
-            holder = methods.get(part.name, holder)
+            original, holder = holder, methods.get(part.name, holder)
         whole = _exchanged(holder, function, compiled)
         if part.caller is None:
-            methods[part.name] = whole
+            methods |= dict.fromkeys(_names(kind, original), whole)
         new[number] = whole.__func__ if isinstance(whole, staticmethod | classmethod) else whole
         exchanges[number] = functools.partial(exchanging, holder, whole, function, compiled)
     origin, before = getattr(kind, "_depcut_patches", (kind, ()))
@@ -326,10 +329,27 @@ def _subclass(kind: type[nn.Module], patch: Patch) -> type[nn.Module]:
         "__reduce_ex__": _reduction(origin, patches),
         "_depcut_patches": (origin, patches),
     }
-    made: type[nn.Module] = types.new_class(
-        kind.__name__, (kind,), exec_body=lambda body: body.update(namespace)
-    )
+    try:
+        made: type[nn.Module] = types.new_class(
+            kind.__name__, (_Unannounced, kind), exec_body=lambda body: body.update(namespace)
+        )
+        made.__bases__ = (kind,)
+    except Exception as error:  # of a metaclass
+        raise NoSourceError(f"a subclass of {kind.__qualname__} cannot be made: {error}") from error
     return made
+
+
+class _Unannounced:
+    """Keeps the making of a subclass from the original class, which may register it or refuse."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        pass
+
+
+def _names(kind: type, value: Any) -> list[str]:
+    """All names under which a class has an attribute."""
+    names = {name for base in kind.__mro__ for name, held in vars(base).items() if held is value}
+    return [name for name in names if _static(kind, name) is value]
 
 
 def _exchanged(holder: Any, old: types.FunctionType, new: types.FunctionType) -> Any:

@@ -134,6 +134,10 @@ class _Patcher:
             frames = call.frames
             if not frames:
                 raise CannotPatchError("a call of torch is not made by the model's code")
+            if frames[0].node is None:
+                raise CannotPatchError(
+                    f"the source of {frames[0].code.co_name} is not at hand, or not what runs"
+                )
             length = self._to_method(frames, 1)
             while True:
                 key = _key(frames[:length])
@@ -314,13 +318,14 @@ class _Patcher:
     def _calls_others(self, function: _Function) -> bool:
         """Whether the expression that calls a function calls others as well."""
         assert function.caller is not None
-        for program in self.keep.coupling.program.examples:
-            for call in program.torch_calls:
-                for inner, frame in zip((None, *call.frames), call.frames, strict=False):
-                    if frame.code is function.caller.code and frame.span == function.at:
-                        if inner is None or not holds(function.code, inner.code):
-                            return True
-        return False
+        place = function.caller.code, function.at
+        calls = (c for p in self.keep.coupling.program.examples for c in p.torch_calls)
+        return any(
+            (frame.code, frame.span) == place
+            and (inner is None or not holds(function.code, inner.code))
+            for call in calls
+            for inner, frame in zip((None, *call.frames), call.frames, strict=False)
+        )
 
 
 def _call_at(source: Source, span: tuple[int, ...]) -> ast.Call | None:

@@ -100,8 +100,6 @@ def keyword_of(call: ast.Call, name: str) -> ast.expr | None:
 
 
 def _argument(node: ast.Call, call: TorchCall, steps: Steps) -> Place | None:
-    if any(k.arg is None for k in node.keywords):
-        return None
     names = _parameters(call.function)
     head = steps[0]
     name = head if isinstance(head, str) else (names[head] if head < len(names) else None)
@@ -109,11 +107,19 @@ def _argument(node: ast.Call, call: TorchCall, steps: Steps) -> Place | None:
         value = keyword_of(node, name)
         if value is not None:
             return _item(value, steps[1:])
+    mappings = [k.value for k in node.keywords if k.arg is None]
+    receiver = _receiver(node, call)
+    if mappings:
+        several = len(mappings) > 1 or any(isinstance(a, ast.Starred) for a in node.args)
+        positional = not isinstance(head, str) and head - receiver < len(node.args)
+        if several or (name is None and not positional):
+            return None
+        if not positional:
+            return Place(mappings[0], (str(name), *steps[1:]))
     if isinstance(head, str):
         if head not in names:
             return None
         head = names.index(head)
-    receiver = _receiver(node, call)
     return _element(node.args, head - receiver, call.positional - receiver, steps[1:])
 
 

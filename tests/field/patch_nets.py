@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812 - its name everywhere
 
 import depcut
 
@@ -149,7 +149,11 @@ def index(shape: torch.Size, kept: tuple[Any, ...]) -> tuple[np.ndarray, ...]:
 
 
 def assert_same(
-    slim: Callable[..., Any], dense: Callable[..., Any], *args: Any, tolerance: float = 1e-5, **kw: Any
+    slim: Callable[..., Any],
+    dense: Callable[..., Any],
+    *args: Any,
+    tolerance: float = 1e-5,
+    **kw: Any,
 ) -> None:
     """Both give the same values, of the same precision."""
     with torch.no_grad():

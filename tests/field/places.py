@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import zoo
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812 - its name everywhere
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: int = 10000) -> Tensor:
@@ -90,7 +90,7 @@ class AttnProcessor2_0:  # noqa: N801
         if input_ndim == 4:
             batch_size, channel, height, width = hidden_states.shape
             hidden_states = hidden_states.view(batch_size, channel, height * width).transpose(1, 2)
-        batch_size, sequence_length, _ = (
+        batch_size, _, _ = (
             hidden_states.shape if encoder_hidden_states is None else encoder_hidden_states.shape
         )
         if attention_mask is not None:
@@ -110,9 +110,7 @@ class AttnProcessor2_0:  # noqa: N801
         hidden_states = F.scaled_dot_product_attention(
             query, key, value, attn_mask=attention_mask, dropout_p=0.0, is_causal=False
         )
-        hidden_states = hidden_states.transpose(1, 2).reshape(
-            batch_size, -1, attn.heads * head_dim
-        )
+        hidden_states = hidden_states.transpose(1, 2).reshape(batch_size, -1, attn.heads * head_dim)
         hidden_states = hidden_states.to(query.dtype)
         hidden_states = attn.to_out[0](hidden_states)
         hidden_states = attn.to_out[1](hidden_states)
@@ -196,17 +194,13 @@ class Attention(nn.Module):
         head_size = self.heads
         batch_size, seq_len, dim = tensor.shape
         tensor = tensor.reshape(batch_size, seq_len, head_size, dim // head_size)
-        return tensor.permute(0, 2, 1, 3).reshape(
-            batch_size * head_size, seq_len, dim // head_size
-        )
+        return tensor.permute(0, 2, 1, 3).reshape(batch_size * head_size, seq_len, dim // head_size)
 
     def batch_to_head_dim(self, tensor: Tensor) -> Tensor:
         head_size = self.heads
         batch_size, seq_len, dim = tensor.shape
         tensor = tensor.reshape(batch_size // head_size, head_size, seq_len, dim)
-        return tensor.permute(0, 2, 1, 3).reshape(
-            batch_size // head_size, seq_len, dim * head_size
-        )
+        return tensor.permute(0, 2, 1, 3).reshape(batch_size // head_size, seq_len, dim * head_size)
 
     def get_attention_scores(
         self, query: Tensor, key: Tensor, attention_mask: Tensor | None
@@ -370,16 +364,12 @@ def _sequence(width: int, lengths: tuple[int, ...], batch: int) -> tuple[Tensor,
 
 
 def _encoder(width: int, norm_first: bool) -> nn.Module:
-    layer = nn.TransformerEncoderLayer(
-        width, 4, 2 * width, batch_first=True, norm_first=norm_first
-    )
+    layer = nn.TransformerEncoderLayer(width, 4, 2 * width, batch_first=True, norm_first=norm_first)
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
 
 
 def _decoder(width: int, norm_first: bool) -> nn.Module:
-    layer = nn.TransformerDecoderLayer(
-        width, 4, 2 * width, batch_first=True, norm_first=norm_first
-    )
+    layer = nn.TransformerDecoderLayer(width, 4, 2 * width, batch_first=True, norm_first=norm_first)
     return nn.TransformerDecoder(layer, 2, nn.LayerNorm(width))
 
 
