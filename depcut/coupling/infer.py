@@ -167,9 +167,7 @@ def _give_up(
     return [_frozen_dims(s or (), reason.why, node.name) for s in sizes]
 
 
-def _freeze_unread(
-    program: Program, dims: dict[str, Dims], env: dict[fx.Node, Output]
-) -> None:
+def _freeze_unread(program: Program, dims: dict[str, Dims], env: dict[fx.Node, Output]) -> None:
     """Freeze what the example calls leave of a table whose rows belong to places of the input.
 
     A longer input reads more of a table of positions. Such rows occur nowhere but beside the frozen

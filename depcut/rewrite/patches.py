@@ -43,7 +43,8 @@ class Edit:
         span: Where the expression stands in the function.
         kind: "set": the number itself; "scale": times new / old; "swap": in place of old, and an
             error where the expression gives something else; "keyword": as a further argument of
-            the call; "function": the patched function of that number, called in its place;
+            the call; "unreached": an error where it
+            is asked for; "function": the patched function of that number, called in its place;
             "callee": that function where the expression gives the original.
         new: The number.
         old: Of "scale" and "swap", what the expression gives now.
@@ -123,7 +124,22 @@ def swapped(value: Any, old: float, new: float, *steps: int | str) -> Any:
     return _item(value, steps, change)
 
 
+def unreached(number: float) -> float:
+    """What stands in place of a number in a branch that no example call took.
+
+    Raises:
+        InputError: Always.
+    """
+    raise InputError(
+        f"the code takes a branch that no example call took, and which names {number}: elsewhere "
+        "in this function that is another number in the smaller model",
+        where="a patched module",
+        remedy="pass a call that takes the branch as an example, too: inputs=[...]",
+    )
+
+
 _HELPERS: dict[str, Callable[..., Any]] = {
+    "_depcut_unreached": unreached,
     "_depcut_with_item": with_item,
     "_depcut_scaled": scaled,
     "_depcut_swapped": swapped,
@@ -152,6 +168,8 @@ def _text(expression: str, edit: Edit) -> str:
             bound = expression.rpartition(".")[0]
             return f"_depcut_function_{edit.new}.__get__({bound})"
         return f"_depcut_function_{edit.new}"
+    if edit.kind == "unreached":
+        return f"_depcut_unreached({edit.new!r})"
     if edit.kind == "callee":
         return f"_depcut_callee_{edit.new}({expression})"
     raise ValueError(edit.kind)

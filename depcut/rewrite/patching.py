@@ -27,6 +27,7 @@ from depcut.rewrite.functions import (
 from depcut.rewrite.observe import Mismatch, Wanted, wanted
 from depcut.rewrite.patches import Edit, FunctionPatch, Patch, resolved
 from depcut.rewrite.places import Place, is_typed, keyword_of, place_of
+from depcut.rewrite.unreached import unreached_numbers
 
 # With one size given as -1, torch computes it.
 _VIEWS = frozenset({"view", "reshape", "unflatten"})
@@ -98,6 +99,7 @@ class _Patcher:
     wanted: dict[TorchCall, Wanted]
     edits: dict[_Function, set[Edit]] = field(default_factory=dict)
     inferred: set[tuple[TorchCall, Steps]] = field(default_factory=set)
+    replaced: dict[_Function, set[float]] = field(default_factory=dict)
 
     def attempt(self, mismatches: Sequence[Mismatch]) -> Patch | str:
         """The patch, or why there can be none."""
@@ -118,9 +120,25 @@ class _Patcher:
             function = self._function(chains[call])
             for item in items:
                 self._add(function, self._edit(item))
+                self.replaced.setdefault(function, set()).add(item.actual)
+        for function, numbers in self.replaced.items():
+            self._guard(function, numbers - {0, 1, -1})
         for function in list(self.edits):
             self._calls(function)
         return self._ordered()
+
+    def _guard(self, function: _Function, numbers: set[float]) -> None:
+        """Have lines that no example call ran raise if they name a number that was replaced."""
+        source = source_of(function.code)
+        frames = (
+            frame
+            for program in self.keep.coupling.program.captured
+            for call in program.torch_calls
+            for frame in call.frames
+        )
+        ran = {f.span for f in frames if f.span is not None and holds(function.code, f.code)}
+        for span, number in unreached_numbers(source, ran, numbers):
+            self.edits[function].add(Edit(span, "unreached", number))
 
     def _chains(self, wrong: dict[TorchCall, list[Mismatch]]) -> dict[TorchCall, tuple[Frame, ...]]:
         """For each call, the frames (innermost first) up to the method that is patched.

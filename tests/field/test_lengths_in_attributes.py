@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from nets import normal, seeded
 from torch import Tensor, nn
 
 import depcut
-from nets import normal, seeded
 
 WIDTH = 16
 
