@@ -39,8 +39,8 @@ def importable_name(module: str, code: types.CodeType) -> str | None:
     for made in gc.get_referrers(code):
         if isinstance(made, types.FunctionType) and holds(made.__code__, code):
             name = f"{module}:{made.__qualname__}"
-            _LOCAL[name] = made
-            return name
+            if "<" in name and _LOCAL.setdefault(name, made) is made:
+                return name
     return None
 
 

@@ -15,6 +15,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+# Names that a patch gives to the functions that the source calls.
+CALLED = "_depcut_"
+
 # A position in the source of a function: lines from 0, columns in bytes.
 Span = tuple[int, int, int, int]
 
@@ -109,7 +112,8 @@ def reachable(value: Any, inner: types.CodeType, depth: int = 8) -> types.Functi
     if isinstance(value, types.FunctionType):
         if holds(value.__code__, inner):
             return value
-        inside = [c.cell_contents for c in value.__closure__ or () if is_filled(c)]
+        cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+        inside = [c.cell_contents for n, c in cells if is_filled(c) and not n.startswith(CALLED)]
     else:
         inside = [f for f in (getattr(value, name, None) for name in _WRAPPED) if f is not None]
     for item in inside:
@@ -215,7 +219,7 @@ def recompiled(
     """
     code = function.__code__
     owner = function.__qualname__.split(".<locals>.")[-1].rpartition(".")[0].rpartition(".")[2]
-    free = [name for name in (*code.co_freevars, *extra) if name != "__class__"]
+    free = [n for n in dict.fromkeys((*code.co_freevars, *extra)) if n != "__class__"]
     within = owner if owner.isidentifier() else "_"
     whole = ast.parse(f"def _outer({', '.join(free)}):\n class {within}: pass")
     if text[:1].isspace():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import re
 import textwrap
 import types
 from collections.abc import Callable, Mapping
@@ -25,11 +26,15 @@ from depcut.rewrite.functions import (
     Span,
     edited,
     is_filled,
+    reachable,
     recompiled,
     rewrapped,
     source_of,
     text_at,
 )
+
+# Names of what exchanges the function that an expression gives.
+EXCHANGES = "_depcut_callee_"
 
 Steps = tuple[int | str, ...]
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -146,7 +151,7 @@ _HELPERS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _text(expression: str, edit: Edit) -> str:
+def _text(expression: str, edit: Edit, level: int) -> str:
     """The text that takes the place of an expression."""
     steps = "".join(f", {step!r}" for step in edit.steps)
     if edit.kind == "set":
@@ -166,13 +171,24 @@ def _text(expression: str, edit: Edit) -> str:
     if edit.kind == "function":
         if edit.name == "method":
             bound = expression.rpartition(".")[0]
-            return f"_depcut_function_{edit.new}.__get__({bound})"
-        return f"_depcut_function_{edit.new}"
+            return f"{patched_name(edit, level)}.__get__({bound})"
+        return patched_name(edit, level)
     if edit.kind == "unreached":
         return f"_depcut_unreached({edit.new!r})"
     if edit.kind == "callee":
-        return f"_depcut_callee_{edit.new}({expression})"
+        return f"{patched_name(edit, level)}({expression})"
     raise ValueError(edit.kind)
+
+
+def patched_name(edit: Edit, level: int) -> str:
+    """The name of a patched function, or of what exchanges it, in the source that calls it."""
+    return f"_depcut_{edit.kind}_{level}_{edit.new}"
+
+
+def _level(text: str) -> int:
+    """How many patches a source has had that gave it such names."""
+    levels = re.findall(r"_depcut_(?:function|callee)_(\d+)_\d+", text)
+    return 1 + max(map(int, levels), default=-1)
 
 
 def patched_text(text: str, edits: tuple[Edit, ...]) -> str:
@@ -183,6 +199,7 @@ def patched_text(text: str, edits: tuple[Edit, ...]) -> str:
         edits: None of the expressions stands within another; several may be of one.
     """
     new: dict[Span, str] = {}
+    level = _level(text)
     for edit in sorted(edits):
         if edit.kind == "keyword":
             line, column = edit.span[2], edit.span[3] - 1
@@ -191,7 +208,8 @@ def patched_text(text: str, edits: tuple[Edit, ...]) -> str:
             at = (line, column, line, column)
             new[at] = new.get(at, "") + f"{comma}{edit.name}={edit.new!r}"
         else:
-            new[edit.span] = _text(new.get(edit.span, text_at(text, edit.span)), edit)
+            held = new.get(edit.span, text_at(text, edit.span))
+            new[edit.span] = _text(held, edit, level)
     return edited(text, new)
 
 
@@ -317,21 +335,22 @@ def _subclass(kind: type[nn.Module], patch: Patch) -> type[nn.Module]:
     # A function is called by one that stands before it.
     for number in reversed(range(len(patch))):
         part, (function, holder) = patch[number], functions[number]
+        text = source_of(function.__code__).text
+        level = _level(text)
         called = {
-            f"_depcut_function_{edit.new}": new[int(edit.new)]
-            for edit in part.edits
+            patched_name(edit, level): new[int(edit.new)]
             if edit.kind == "function"
-        }
-        called |= {
-            f"_depcut_callee_{edit.new}": exchanges[int(edit.new)](others=bool(edit.name))
+            else exchanges[int(edit.new)](others=bool(edit.name))
             for edit in part.edits
-            if edit.kind == "callee"
+            if edit.kind in {"function", "callee"}
         }
-        text = patched_text(source_of(function.__code__).text, part.edits)
+        text = patched_text(text, part.edits)
         helpers = {name: helper for name, helper in _HELPERS.items() if name in text}
-        compiled = recompiled(function, text, {**helpers, **called})
         if part.caller is None:
             original, holder = holder, methods.get(part.name, holder)
+            # An earlier one may have been exchanged among those that this one closes over.
+            function = reachable(_getter(holder), function.__code__) or function
+        compiled = recompiled(function, text, {**helpers, **called})
         whole = _exchanged(holder, function, compiled)
         if part.caller is None:
             methods |= dict.fromkeys(_names(kind, original), whole)
@@ -368,6 +387,10 @@ def _names(kind: type, value: Any) -> list[str]:
     """All names under which a class has an attribute."""
     names = {name for base in kind.__mro__ for name, held in vars(base).items() if held is value}
     return [name for name in names if _static(kind, name) is value]
+
+
+def _getter(holder: Any) -> Any:
+    return holder.fget if isinstance(holder, property) else holder
 
 
 def _exchanged(holder: Any, old: types.FunctionType, new: types.FunctionType) -> Any:

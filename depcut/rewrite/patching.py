@@ -25,7 +25,7 @@ from depcut.rewrite.functions import (
     source_of,
 )
 from depcut.rewrite.observe import Mismatch, Wanted, wanted
-from depcut.rewrite.patches import Edit, FunctionPatch, Patch, resolved
+from depcut.rewrite.patches import EXCHANGES, Edit, FunctionPatch, Patch, resolved
 from depcut.rewrite.places import Place, is_typed, keyword_of, place_of
 from depcut.rewrite.unreached import unreached_numbers
 
@@ -311,7 +311,7 @@ class _Patcher:
             return found
         caller = inner[order.index(function.caller)]
         call = _call_at(source_of(caller.__code__), function.at)
-        name = ast.unparse(call.func) if call is not None else ""
+        name = self._called(call.func, caller, function.code) if call is not None else ""
         holder = resolved(caller, name, type(self.module)) if _is_dotted(name) else None
         innermost = reachable(holder, function.code) if holder is not None else None
         if innermost is None:  # what the name stands for is known when it runs
@@ -321,11 +321,22 @@ class _Patcher:
             raise CannotPatchError(f"{function.code.co_name} is not called by a name that lasts")
         return name, innermost
 
+    def _called(self, node: ast.expr, caller: FunctionType, code: CodeType) -> str:
+        """The text of a callee; where an earlier patch exchanges it, the name of what does."""
+        while isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            name = node.func.id
+            if not name.startswith(EXCHANGES) or len(node.args) != 1:
+                break
+            if reachable(resolved(caller, name, type(self.module)), code) is not None:
+                return name
+            node = node.args[0]
+        return ast.unparse(node)
+
     def _call(self, function: _Function, number: int, caller: FunctionType, name: str) -> Edit:
         source = source_of(caller.__code__)
         call = _call_at(source, function.at)
         assert call is not None
-        if ":" in name:
+        if ":" in name or name.startswith(EXCHANGES):
             others = "others" if self._calls_others(function) else ""
             return Edit(source.span(call.func), "callee", number, name=others)
         held = resolved(caller, name, type(self.module))

@@ -1,4 +1,4 @@
-"""Lines of a patched function that no example call ran, and that hold a number that was exchanged."""
+"""Lines of a patched function that no example call ran, and that name a number it replaces."""
 
 from __future__ import annotations
 

@@ -315,11 +315,11 @@ def closed_over(factor: float, width: int = 16) -> type[nn.Module]:
     """A class whose method closes over locals."""
 
     def scaled(h: Tensor) -> Tensor:
-        return h * factor
+        return h.reshape(len(h), 16) * factor
 
     class Closing(Base):
         def mixed(self, h: Tensor) -> Tensor:
-            return scaled(h.view(len(h), 4, width // 4).flip(1)).reshape(len(h), width)
+            return scaled(h.view(len(h), 4, width // 4).flip(1)).view(len(h), width)
 
     return Closing
 

@@ -59,7 +59,7 @@ def test_what_the_class_says_of_itself() -> None:
         if name != "__bases__":
             assert getattr(type(slim), name) == getattr(type(dense), name)
     assert type(slim).__bases__ == (source_nets.Inherited,)
-    assert repr(slim).replace(f"={slim.a.out_features}", "=16") == repr(dense)
+    assert repr(slim).startswith("Inherited(\n  (a): Linear(in_features=8, out_features=8, ")
     assert inspect.signature(type(slim).mixed) == inspect.signature(type(dense).mixed)
     assert type(slim).mixed.__doc__ == type(dense).mixed.__doc__
 
@@ -97,7 +97,9 @@ def test_the_same_numbers_give_the_same_class() -> None:
     assert type(a) is type(b)
 
 
-@pytest.mark.parametrize("kind", [source_nets.Private, source_nets.HelperFunction])
+@pytest.mark.parametrize(
+    "kind", [source_nets.ZeroArgumentSuper, source_nets.Processed, source_nets.OtherWithTheHelper]
+)
 def test_shrunk_twice(kind: type[nn.Module]) -> None:
     once, _ = assert_patched(kind, 0.25)
     twice, dense = pair(once, X, 0.3)
