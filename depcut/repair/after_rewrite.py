@@ -10,8 +10,7 @@ from depcut.errors import InputError
 from depcut.ops.normalization import is_batch_norm
 from depcut.plan.keep import Keep
 from depcut.repair.compensate import Compensation, compensate
-from depcut.repair.contractions import find_contractions
-from depcut.repair.folding import absorbed, fold_constants, may_fold
+from depcut.repair.folding import absorbed, fold_constants, foldable, may_fold
 from depcut.verify.repaired import verify_repaired
 
 
@@ -37,7 +36,7 @@ def repair(
         verify_repaired(slim, keep, model, _re_solved(keep, done))
         return done
     if may_fold(keep, model):
-        contractions = find_contractions(keep.coupling, model)
+        contractions = foldable(keep, model)
         changed = fold_constants(keep, model, slim, contractions)
         if changed:
             spared = absorbed(contractions)
