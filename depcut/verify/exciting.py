@@ -11,6 +11,7 @@ from depcut.capture.program import Program
 from depcut.graph.operators import base_name, is_aten
 from depcut.plan.keep import Keep
 from depcut.reference.run import Reference, example
+from depcut.support.failures import reraise_fatal
 from depcut.support.torch_private import pytree
 
 # Operators that move, cast or bound the numbers that they get.
@@ -111,7 +112,8 @@ def _finite(keep: Keep, model: nn.Module, leaves: list[Any]) -> float:
         with torch.no_grad():
             given = pytree.tree_leaves(example(keep, leaves=leaves))
             outputs, _ = Reference(keep, model).run(given)
-    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
+    except Exception as error:  # noqa: BLE001  whatever an operator raises on them
+        reraise_fatal(error)
         return -1.0
     shares = [
         float(torch.isfinite(o).double().mean())

@@ -25,7 +25,7 @@ from depcut.plan.attributes import attribute_value, solve
 from depcut.plan.keep import Keep
 from depcut.reference.run import example
 from depcut.rewrite.build import Slim
-from depcut.support.failures import first_line
+from depcut.support.failures import first_line, reraise_fatal
 from depcut.support.torch_private import TorchDispatchMode, pytree
 from depcut.verify.module_results import follow
 from depcut.verify.replay import are_close, numbers_of
@@ -135,7 +135,8 @@ def _takes(model: nn.Module, keep: Keep, leaves: Sequence[Any]) -> bool:
     try:
         with torch.no_grad(), as_captured():
             model(*args, **kwargs)
-    except Exception:  # noqa: BLE001  whatever the model's code raises: it does not take them
+    except Exception as error:  # noqa: BLE001  whatever the model's code raises: it does not
+        reraise_fatal(error)
         return False
     return True
 
@@ -212,6 +213,7 @@ def differs_at(slim: Slim, model: nn.Module, other: Sequence[Any]) -> Difference
     except DepcutError:
         return None  # a generated module says that it does not take it
     except Exception as problem:  # noqa: BLE001  whatever the model's code raises
+        reraise_fatal(problem)
         open_calls = second.running or [""]
         if any(name in slim.generated for name in open_calls):
             return None
