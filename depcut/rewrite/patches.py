@@ -12,15 +12,16 @@ import functools
 import re
 import textwrap
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, TypeVar
 
 from torch import nn
 
-from depcut.errors import InputError, PlanError
+from depcut.errors import PlanError
 from depcut.rewrite.callees import by_name, exchanging
+from depcut.rewrite.exchanges import HELPERS, Steps
 from depcut.rewrite.functions import (
     NoSourceError,
     Span,
@@ -36,7 +37,6 @@ from depcut.rewrite.functions import (
 # Names of what exchanges the function that an expression gives.
 EXCHANGES = "_depcut_callee_"
 
-Steps = tuple[int | str, ...]
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -86,69 +86,6 @@ class FunctionPatch:
 
 
 Patch = tuple[FunctionPatch, ...]
-
-
-def _item(value: Any, steps: Steps, change: Callable[[Any], Any]) -> Any:
-    if not steps:
-        return change(value)
-    if isinstance(value, Mapping):
-        return {**value, steps[0]: _item(value[str(steps[0])], steps[1:], change)}
-    items = list(value)
-    index = int(steps[0])
-    items[index] = _item(items[index], steps[1:], change)
-    return tuple(items) if isinstance(value, tuple) else items
-
-
-def with_item(value: Any, new: float, *steps: int | str) -> Any:
-    """A sequence of sizes with one of them exchanged."""
-    return _item(value, steps, lambda _: new)
-
-
-def scaled(value: Any, new: int, old: int, *steps: int | str) -> Any:
-    """A size, or one of a sequence of sizes, times a ratio."""
-    return _item(value, steps, lambda size: size * new // old)
-
-
-def swapped(value: Any, old: float, new: float, *steps: int | str) -> Any:
-    """The new number in place of the old one.
-
-    Raises:
-        InputError: The code computes neither: it depends on something that the plan did not see.
-    """
-
-    def change(number: Any) -> Any:
-        if number in (old, new):
-            return new
-        raise InputError(
-            f"the code computes {number} where it computed {old} in the example call, which "
-            f"the smaller model takes for {new}",
-            where="a patched module",
-            remedy="call it as in the example, or pass such a call as an example, too",
-        )
-
-    return _item(value, steps, change)
-
-
-def unreached(number: float) -> float:
-    """What stands in place of a number in a branch that no example call took.
-
-    Raises:
-        InputError: Always.
-    """
-    raise InputError(
-        f"the code takes a branch that no example call took, and which names {number}: elsewhere "
-        "in this function that is another number in the smaller model",
-        where="a patched module",
-        remedy="pass a call that takes the branch as an example, too: inputs=[...]",
-    )
-
-
-_HELPERS: dict[str, Callable[..., Any]] = {
-    "_depcut_unreached": unreached,
-    "_depcut_with_item": with_item,
-    "_depcut_scaled": scaled,
-    "_depcut_swapped": swapped,
-}
 
 
 def _text(expression: str, edit: Edit, level: int) -> str:
@@ -345,7 +282,7 @@ def _subclass(kind: type[nn.Module], patch: Patch) -> type[nn.Module]:
             if edit.kind in {"function", "callee"}
         }
         text = patched_text(text, part.edits)
-        helpers = {name: helper for name, helper in _HELPERS.items() if name in text}
+        helpers = {name: helper for name, helper in HELPERS.items() if name in text}
         if part.caller is None:
             original, holder = holder, methods.get(part.name, holder)
             # An earlier one may have been exchanged among those that this one closes over.
