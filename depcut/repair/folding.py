@@ -62,19 +62,6 @@ def absorbed(contractions: Sequence[Contraction]) -> dict[fx.Node, tuple[fx.Node
     }
 
 
-def foldable(keep: Keep, model: nn.Module) -> Sequence[Contraction]:
-    """What reads the groups of a model, with the constants that hold at any size of the inputs.
-
-    Args:
-        keep: What stays of the dense model.
-        model: The dense model.
-    """
-    contractions = find_contractions(keep.coupling, model)
-    if contributions(keep, contractions):
-        return lasting(keep.coupling.program, model, contractions)
-    return contractions
-
-
 def may_fold(keep: Keep, model: nn.Module) -> bool:
     """Whether a removed unit may be a constant: whether a parameter that makes one is zero there.
 
