@@ -254,6 +254,43 @@ FAULTS = [
     # Several example calls.
     Fault("coupling", "in program.captured:\n        more", "in (program,):\n        more", CALLS),
     Fault("allocate", "return along(where, counts, cost) if", "return counts if", CALLS),
+    # Patches of source code.
+    Fault(
+        "capture",
+        "        if not _is_machinery(frame.f_code):  # a function",
+        "        if True:  # a function",
+        "tests/field/test_patches.py",
+    ),
+    Fault(
+        "rewrite",
+        "            new = change.numbers.get(i, old)\n",
+        "            new = old\n",
+        "tests/field/test_unreached.py",
+    ),
+    Fault(
+        "rewrite",
+        "        if number in (old, new):\n            return new",
+        "        if True:\n            return new",
+        "tests/field/test_patches.py",
+    ),
+    Fault(
+        "rewrite",
+        "                    if type(constant.value) is int and constant.value in numbers:",
+        "                    if False:",
+        "tests/field/test_unreached.py",
+    ),
+    Fault(
+        "plan",
+        "            fixed = right is not None and all(",
+        "            fixed = True or all(",
+        "tests/field/test_lengths_in_attributes.py",
+    ),
+    Fault(
+        "apply",
+        "        if not slim.generated:\n            return _noted",
+        "        if True:\n            return _noted",
+        "tests/field/test_own_code.py",
+    ),
     Fault("rewrite", "and _form(a) == _form(b)", "and True", f"{CALLS} -k differently"),
     Fault(
         "rewrite",
@@ -302,8 +339,8 @@ FAULTS = [
         "tests/test_latency.py -k recognised",
     ),
     Fault(
-        "analysis",
-        "reasons.setdefault(f.reason, []).append(f.tensor)",
+        "allocate",
+        "reasons.setdefault(dimension.reason, []).append(dimension.tensor)",
         "pass",
         "tests/test_errors.py -k prunable",
     ),

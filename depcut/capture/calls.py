@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import executing
 import torch
 
 from depcut.support.torch_private import size_expression
@@ -181,8 +182,6 @@ class Recorder:
             self.compared.add(Comparison(operator, left, right))
 
     def _node(self, frame: types.FrameType) -> ast.AST | None:
-        import executing
-
         key = frame.f_code, frame.f_lasti
         if key not in self._nodes:
             try:

@@ -37,6 +37,8 @@ from depcut.rewrite.functions import (
 # Names of what exchanges the function that an expression gives.
 EXCHANGES = "_depcut_callee_"
 
+# Of a patched class: the class that it was made of, and the patches one after the other.
+PATCHES = "_depcut_patches"
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -293,7 +295,7 @@ def _subclass(kind: type[nn.Module], patch: Patch) -> type[nn.Module]:
             methods |= dict.fromkeys(_names(kind, original), whole)
         new[number] = whole.__func__ if isinstance(whole, staticmethod | classmethod) else whole
         exchanges[number] = functools.partial(exchanging, holder, whole, function, compiled)
-    origin, before = getattr(kind, "_depcut_patches", (kind, ()))
+    origin, before = getattr(kind, PATCHES, (kind, ()))
     patches = (*before, patch)
     namespace = {
         **methods,
@@ -301,7 +303,7 @@ def _subclass(kind: type[nn.Module], patch: Patch) -> type[nn.Module]:
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
         "__reduce_ex__": _reduction(origin, patches),
-        "_depcut_patches": (origin, patches),
+        PATCHES: (origin, patches),
     }
     try:
         made: type[nn.Module] = types.new_class(
