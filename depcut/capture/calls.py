@@ -104,10 +104,12 @@ class Recorder:
     Attributes:
         calls: All calls so far, in order.
         modules: Those whose forward runs now, the innermost last.
+        lines: (file, line) of the model's code that were seen to run: they call torch or a module.
     """
 
     calls: list[TorchCall] = field(default_factory=list)
     modules: list[str] = field(default_factory=lambda: [""])
+    lines: set[tuple[str, int]] = field(default_factory=set)
     _nodes: dict[tuple[types.CodeType, int], ast.AST | None] = field(default_factory=dict)
 
     def record(
@@ -128,6 +130,7 @@ class Recorder:
         found = list(_frames(inspect.currentframe()))
         if not found or found[0].f_code.co_filename.startswith(_SHAPES):
             return None
+        self._saw(found)
         leaves = list(_leaves(args)) + [
             ((name, *steps), leaf)
             for name, value in kwargs.items()
@@ -145,6 +148,19 @@ class Recorder:
             )
         )
         return len(self.calls) - 1
+
+    def enter(self, module: str) -> None:
+        """Note that the forward of a module begins."""
+        self.modules.append(module)
+        frame = inspect.currentframe()
+        while frame is not None and frame.f_code.co_filename != _MODULE_CALL:
+            frame = frame.f_back
+        while frame is not None and frame.f_code.co_filename == _MODULE_CALL:
+            frame = frame.f_back
+        self._saw(list(_frames(frame)))
+
+    def _saw(self, frames: list[types.FrameType]) -> None:
+        self.lines.update((frame.f_code.co_filename, frame.f_lineno) for frame in frames)
 
     def _node(self, frame: types.FrameType) -> ast.AST | None:
         import executing

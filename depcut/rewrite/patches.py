@@ -41,11 +41,12 @@ class Edit:
         span: Where the expression stands in the function.
         kind: "set": the number itself; "scale": times new / old; "swap": in place of old, and an
             error where the expression gives something else; "keyword": as a further argument of
-            the call; "function": the patched function of that number, called in its place.
+            the call; "function": the patched function of that number, called in its place;
+            "guard": an error before the statement that begins there.
         new: The number.
         old: Of "scale" and "swap", what the expression gives now.
         steps: The item, where the expression gives a sequence.
-        name: Of "keyword".
+        name: Of "keyword"; of "guard", what would be wrong.
     """
 
     span: Span
@@ -117,10 +118,24 @@ def swapped(value: Any, old: float, new: float, *steps: int) -> Any:
     return _item(value, steps, change)
 
 
+def not_run(what: str) -> None:
+    """Refuse a branch that holds sizes of the dense model.
+
+    Raises:
+        InputError: Always.
+    """
+    raise InputError(
+        f"{what} is the dense model's, and no example call has run it",
+        where="a patched module",
+        remedy="shrink with a call that takes this branch as a further example: inputs=[...]",
+    )
+
+
 _HELPERS: dict[str, Callable[..., Any]] = {
     "_depcut_with_item": with_item,
     "_depcut_scaled": scaled,
     "_depcut_swapped": swapped,
+    "_depcut_not_run": not_run,
 }
 
 
@@ -158,7 +173,11 @@ def patched_text(text: str, edits: tuple[Edit, ...]) -> str:
     """
     new: dict[Span, str] = {}
     for edit in sorted(edits):
-        if edit.kind == "keyword":
+        if edit.kind == "guard":
+            before = text.splitlines()[edit.span[0]].encode()[: edit.span[1]].decode()
+            then = "; " if before.strip() else f"\n{before}"
+            new[edit.span] = f"_depcut_not_run({edit.name!r}){then}"
+        elif edit.kind == "keyword":
             line, column = edit.span[2], edit.span[3] - 1
             head = edited(text, {(line, column, *_end(text)): ""}).rstrip()
             comma = "" if head.endswith(("(", ",")) else ", "
@@ -355,3 +374,12 @@ def apply_patch(module: ModuleT, patch: Patch) -> ModuleT:
     """
     module.__class__ = patched_class(type(module), patch)  # type: ignore[assignment]
     return module
+
+
+def unpatch(module: nn.Module) -> None:
+    """Undo `apply_patch`.
+
+    Args:
+        module: The module; it is changed.
+    """
+    module.__class__ = vars(type(module)).get("_depcut_patches", (type(module),))[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from types import CodeType, FunctionType
 from typing import Any
@@ -23,6 +23,7 @@ from depcut.rewrite.functions import (
     reachable,
     source_of,
 )
+from depcut.rewrite.not_run import Branches, guard_patch, with_branches
 from depcut.rewrite.observe import Mismatch, Wanted, wanted
 from depcut.rewrite.patches import Edit, FunctionPatch, Patch, resolved
 from depcut.rewrite.places import Place, is_typed, keyword_of, place_of
@@ -36,7 +37,10 @@ class CannotPatchError(Exception):
 
 
 def patches(
-    model: nn.Module, keep: Keep, mismatches: Sequence[Mismatch]
+    model: nn.Module,
+    keep: Keep,
+    mismatches: Sequence[Mismatch],
+    branches: Callable[[str], Branches],
 ) -> tuple[dict[str, Patch], dict[str, str]]:
     """Patches of the classes whose code gets numbers wrong.
 
@@ -44,6 +48,7 @@ def patches(
         model: The smaller model, whose modules are to be patched.
         keep: What stays.
         mismatches: The numbers.
+        branches: Gives what deals with the branches of a module that did not run.
 
     Returns:
         Patches by module, and why there is none by module.
@@ -56,7 +61,7 @@ def patches(
     found: dict[str, Patch] = {}
     failed: dict[str, str] = {}
     for name, items in wrong.items():
-        patcher = _Patcher(model.get_submodule(name), name, keep, provenance, sizes)
+        patcher = _Patcher(model.get_submodule(name), name, keep, provenance, sizes, branches(name))
         patch = patcher.attempt(items)
         if isinstance(patch, str):
             failed[name] = patch
@@ -94,6 +99,7 @@ class _Patcher:
     keep: Keep
     provenance: dict[TorchCall, tuple[Expr | None, ...]]
     wanted: dict[TorchCall, Wanted]
+    branches: Branches
     edits: dict[_Function, set[Edit]] = field(default_factory=dict)
     inferred: set[tuple[TorchCall, Steps]] = field(default_factory=set)
 
@@ -300,7 +306,17 @@ class _Patcher:
                 caller = order.index(function.caller)
                 edit = self._call(function, number, inner[caller], out[number].name)
                 out[caller] = replace(out[caller], edits=tuple(sorted((*out[caller].edits, edit))))
-        return tuple(out)
+        further = {
+            i: self.branches.edits(found, self.edits[function])
+            for i, (function, found) in enumerate(zip(order, inner, strict=True))
+        }
+        return self._with_other_methods(with_branches(tuple(out), further))
+
+    def _with_other_methods(self, patch: Patch) -> Patch:
+        """The patch, and the branches that did not run of methods that need no other."""
+        methods = {part.name for part in patch if part.caller is None}
+        others = guard_patch(type(self.module), self.branches)
+        return (*patch, *(part for part in others if part.name not in methods))
 
     def _found(
         self, function: _Function, order: list[_Function], inner: list[FunctionType]
