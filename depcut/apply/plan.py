@@ -148,7 +148,7 @@ class Plan(PlanData):
             macs,
             params,
             compensation,
-            dict(slim.patched),
+            {**slim.guarded, **slim.patched},
             tuple(sorted({layer_of(name) for name in left})),
             keep.coupling.program.notes,
         )

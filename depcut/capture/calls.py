@@ -122,11 +122,13 @@ class Recorder:
         calls: All calls so far, in order.
         modules: Those whose forward runs now, the innermost last.
         compared: What the model's code has compared so far.
+        lines: (file, line) of the model's code that were seen to run: they call torch or a module.
     """
 
     calls: list[TorchCall] = field(default_factory=list)
     modules: list[str] = field(default_factory=lambda: [""])
     compared: set[Comparison] = field(default_factory=set)
+    lines: set[tuple[str, int]] = field(default_factory=set)
     _nodes: dict[tuple[types.CodeType, int], ast.AST | None] = field(default_factory=dict)
 
     def record(
@@ -147,6 +149,7 @@ class Recorder:
         found = list(_frames(inspect.currentframe()))
         if not found or found[0].f_code.co_filename.startswith(_SHAPES):
             return None
+        self._saw(found)
         leaves = list(_leaves(args)) + [
             ((name, *steps), leaf)
             for name, value in kwargs.items()
@@ -166,6 +169,19 @@ class Recorder:
             )
         )
         return len(self.calls) - 1
+
+    def enter(self, module: str) -> None:
+        """Note that the forward of a module begins."""
+        self.modules.append(module)
+        frame = inspect.currentframe()
+        while frame is not None and frame.f_code.co_filename != _MODULE_CALL:
+            frame = frame.f_back
+        while frame is not None and frame.f_code.co_filename == _MODULE_CALL:
+            frame = frame.f_back
+        self._saw(list(_frames(frame)))
+
+    def _saw(self, frames: list[types.FrameType]) -> None:
+        self.lines.update((frame.f_code.co_filename, frame.f_lineno) for frame in frames)
 
     def compare(self, operator: str, left: Any, right: Any) -> None:
         """Record a comparison if it is the model's code, and not torch's, that makes it.

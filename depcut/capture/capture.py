@@ -120,7 +120,7 @@ def _gates(model: nn.Module, unused: frozenset[str]) -> frozenset[str]:
 
 
 def _record_calls(
-    model: nn.Module, marks: list[fx.Node], calls: list[ModuleCall], modules: list[str]
+    model: nn.Module, marks: list[fx.Node], calls: list[ModuleCall], recorder: Recorder
 ) -> None:
     """Note for every module call which nodes are its arguments and results, by hooks that stay."""
     open_calls: list[tuple[tuple[Any, ...], pytree.TreeSpec]] = []
@@ -136,11 +136,11 @@ def _record_calls(
     def listen(name: str, module: nn.Module) -> None:
         def before(_: nn.Module, args: Any, kwargs: Any) -> None:
             open_calls.append(flat((args, kwargs)))
-            modules.append(name)
+            recorder.enter(name)
 
         def after(_: nn.Module, _args: Any, _kwargs: Any, result: Any) -> None:
             leaves, spec = open_calls.pop()
-            modules.pop()
+            recorder.modules.pop()
             calls.append(ModuleCall(name, leaves, spec, *flat(result)))
 
         module.register_forward_pre_hook(before, with_kwargs=True)
@@ -195,6 +195,7 @@ def _capture(
         program,
         torch_calls=tuple(recorder.calls),
         compared=frozenset(recorder.compared),
+        lines=frozenset(recorder.lines),
         states=states,
         batching=batching,
         batch=batch_of(*call) if batching is Batch.FIXED else program.batch,
@@ -212,7 +213,7 @@ def _traced(
 ) -> tuple[torch.export.ExportedProgram, tuple[Any, ...] | None]:
     """Export a clone and record its calls on the way; random states where its code drew."""
     provenance.trace_attributes(seen)
-    _record_calls(seen, marks, calls, recorder.modules)
+    _record_calls(seen, marks, calls, recorder)
     with (
         capturing(root=provenance.root),
         provenance.ProvenanceMode(marks, recorder, correct),

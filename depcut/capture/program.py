@@ -63,6 +63,7 @@ class Program:
         unused: Parameters that no graph uses.
         torch_calls: Every call of the torch API, in order.
         compared: Numbers that the model's code compares.
+        lines: (file, line) of the model's code that were seen to run.
         states: Random states of Python and numpy that the capture started from, where the model's
             code drew from them: another course of it would be another graph.
         structure: The model's modules and attributes when it was captured.
@@ -90,6 +91,7 @@ class Program:
     unused: frozenset[str] = field(default_factory=frozenset)
     torch_calls: tuple[TorchCall, ...] = ()
     compared: frozenset[Comparison] = field(default_factory=frozenset)
+    lines: frozenset[tuple[str, int]] = frozenset()
     states: tuple[Any, ...] | None = None
     around: frozenset[str] = field(default_factory=frozenset)
     structure: Structure = field(default_factory=dict)

@@ -11,7 +11,7 @@ from torch import fx, nn
 from depcut.capture.modes import modes
 from depcut.capture.program import module_of, parent_of
 from depcut.errors import VerificationError
-from depcut.graph.liveness import rewritten
+from depcut.graph.liveness import enclosing, rewritten
 from depcut.plan.attributes import solve
 from depcut.plan.keep import Keep
 from depcut.rewrite.alike import generate_alike
@@ -20,8 +20,9 @@ from depcut.rewrite.dropout import attention_dropout
 from depcut.rewrite.functions import NoSourceError
 from depcut.rewrite.graph import CannotGenerateError
 from depcut.rewrite.module import set_attributes
+from depcut.rewrite.not_run import Branches, changed_sizes, guard_patch
 from depcut.rewrite.observe import observe
-from depcut.rewrite.patches import apply_patch, difference
+from depcut.rewrite.patches import apply_patch, difference, unpatch
 from depcut.rewrite.patching import patches
 from depcut.rewrite.removal import remove_dead
 from depcut.rewrite.tensors import narrowed_copy
@@ -39,6 +40,7 @@ class Slim:
         generated: Modules that were generated, with the reason.
         patched: Modules whose class was patched, with what changed.
         fitted: Modules with a class of depcut's that computes the new sizes.
+        guarded: Modules of which only branches that did not run are dealt with, with what changed.
         unpatchable: Modules whose class could not be patched, with the reason.
         inlined: Modules whose lines went into an enclosing generated one, with what forced it.
     """
@@ -50,6 +52,7 @@ class Slim:
     patched: dict[str, str] = field(default_factory=dict)
     inlined: dict[str, str] = field(default_factory=dict)
     fitted: dict[str, str] = field(default_factory=dict)
+    guarded: dict[str, str] = field(default_factory=dict)
     unpatchable: dict[str, str] = field(default_factory=dict)
 
     def replace(self, name: str, why: str) -> str:
@@ -99,9 +102,11 @@ class Slim:
         """
         if {*stuck} <= {*self.unpatchable}:
             return dict(stuck)
+        for name in self.guarded:
+            unpatch(self.model.get_submodule(name))
         others = {*self.generated, *self.inlined, *self.fitted}
         wrong = observe(self.model, self.keep, others)
-        found, failed = patches(self.model, self.keep, wrong)
+        found, failed = patches(self.model, self.keep, wrong, self.branches)
         for name, patch in found.items():
             module = self.model.get_submodule(name)
             kind = type(module)
@@ -111,11 +116,39 @@ class Slim:
                 failed[name] = str(error)
                 continue
             self.patched[name] = difference(kind, patch)
+        self.guard()
         left = {name: why for name, why in stuck.items() if name not in self.patched}
         self.unpatchable.update(left)
         return {
             name: "; ".join(filter(None, (why, failed.get(name)))) for name, why in left.items()
         }
+
+    @cached_property
+    def _changed(self) -> dict[str, set[int]]:
+        return changed_sizes(self.keep)
+
+    def branches(self, name: str) -> Branches:
+        """What deals with the branches of a module that the example calls do not run."""
+        dense, slim = self.dense.get_submodule(name), self.model.get_submodule(name)
+        return Branches(self.keep, name, dense, slim, self._changed.get(name, ()))
+
+    def guard(self) -> None:
+        """Deal with the branches that did not run where nothing else is patched."""
+        self.guarded.clear()
+        others = {*self.generated, *self.inlined, *self.fitted, *self.patched}
+        for name, sizes in self._changed.items():
+            if not sizes or {name, *enclosing(name)} & {*self.generated, *self.inlined}:
+                continue
+            if name in others or not _has(self.model, name):
+                continue
+            module = self.model.get_submodule(name)
+            kind = type(module)
+            if kind.__module__.startswith("torch."):
+                continue
+            patch = guard_patch(kind, self.branches(name))
+            if patch:
+                apply_patch(module, patch)
+                self.guarded[name] = difference(kind, patch)
 
     @cached_property
     def _dropouts(self) -> dict[fx.Node, float]:
@@ -128,6 +161,14 @@ class Slim:
             return
         parent = self.model.get_submodule(parent_of(name))
         children_of(parent)[name.rpartition(".")[2]] = module
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
 
 
 def rewrite(model: nn.Module, keep: Keep) -> Slim:
@@ -157,5 +198,7 @@ def rewrite(model: nn.Module, keep: Keep) -> Slim:
     for name in sorted(wanted, key=lambda n: -n.count(".") - bool(n)):
         if name not in slim.generated and name not in slim.inlined:
             slim.replace(name, wanted[name])
+    if not slim.guarded:
+        slim.guard()
     remove_dead(slim.model, keep, {*slim.generated, *slim.inlined})
     return slim

@@ -51,22 +51,21 @@ def swapped(value: Any, old: float, new: float, *steps: int | str) -> Any:
     return _item(value, steps, change)
 
 
-def unreached(number: float) -> float:
-    """What stands in place of a number in a branch that no example call took.
+def not_run(what: str) -> None:
+    """Refuse a branch that holds sizes of the dense model.
 
     Raises:
         InputError: Always.
     """
     raise InputError(
-        f"the code takes a branch that no example call took, and which names {number}: elsewhere "
-        "in this function that is another number in the smaller model",
+        f"{what} is the dense model's, and no example call has run it",
         where="a patched module",
-        remedy="pass a call that takes the branch as an example, too: inputs=[...]",
+        remedy="shrink with a call that takes this branch as a further example: inputs=[...]",
     )
 
 
 HELPERS: dict[str, Callable[..., Any]] = {
-    "_depcut_unreached": unreached,
+    "_depcut_not_run": not_run,
     "_depcut_with_item": with_item,
     "_depcut_scaled": scaled,
     "_depcut_swapped": swapped,

@@ -50,13 +50,14 @@ class Edit:
         span: Where the expression stands in the function.
         kind: "set": the number itself; "scale": times new / old; "swap": in place of old, and an
             error where the expression gives something else; "keyword": as a further argument of
-            the call; "unreached": an error where it
-            is asked for; "function": the patched function of that number, called in its place;
-            "callee": that function where the expression gives the original.
+            the call; "function": the patched function of that number, called in its place;
+            "callee": that function where the expression gives the original; "guard": an error
+            before the statement that begins there.
         new: The number.
         old: Of "scale" and "swap", what the expression gives now.
         steps: The item, where the expression gives a sequence.
-        name: Of "keyword"; of "callee" "others" where the expression gives others as well.
+        name: Of "keyword"; of "callee" "others" where the expression gives others as well; of
+            "guard", what would be wrong.
     """
 
     span: Span
@@ -112,8 +113,6 @@ def _text(expression: str, edit: Edit, level: int) -> str:
             bound = expression.rpartition(".")[0]
             return f"{patched_name(edit, level)}.__get__({bound})"
         return patched_name(edit, level)
-    if edit.kind == "unreached":
-        return f"_depcut_unreached({edit.new!r})"
     if edit.kind == "callee":
         return f"{patched_name(edit, level)}({expression})"
     raise ValueError(edit.kind)
@@ -140,7 +139,11 @@ def patched_text(text: str, edits: tuple[Edit, ...]) -> str:
     new: dict[Span, str] = {}
     level = _level(text)
     for edit in sorted(edits):
-        if edit.kind == "keyword":
+        if edit.kind == "guard":
+            before = text.splitlines()[edit.span[0]].encode()[: edit.span[1]].decode()
+            then = "; " if before.strip() else f"\n{before}"
+            new[edit.span] = f"_depcut_not_run({edit.name!r}){then}"
+        elif edit.kind == "keyword":
             line, column = edit.span[2], edit.span[3] - 1
             head = edited(text, {(line, column, *_end(text)): ""}).rstrip()
             comma = "" if head.endswith(("(", ",")) else ", "
@@ -369,3 +372,12 @@ def apply_patch(module: ModuleT, patch: Patch) -> ModuleT:
     """
     module.__class__ = patched_class(type(module), patch)  # type: ignore[assignment]
     return module
+
+
+def unpatch(module: nn.Module) -> None:
+    """Undo `apply_patch`.
+
+    Args:
+        module: The module; it is changed.
+    """
+    module.__class__ = vars(type(module)).get("_depcut_patches", (type(module),))[0]

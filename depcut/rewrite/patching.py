@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from types import CodeType, FunctionType
 from typing import Any
@@ -24,10 +24,10 @@ from depcut.rewrite.functions import (
     reachable,
     source_of,
 )
+from depcut.rewrite.not_run import Branches, guard_patch, with_branches
 from depcut.rewrite.observe import Mismatch, Wanted, wanted
 from depcut.rewrite.patches import EXCHANGES, Edit, FunctionPatch, Patch, resolved
 from depcut.rewrite.places import Place, is_typed, keyword_of, place_of
-from depcut.rewrite.unreached import unreached_numbers
 
 # With one size given as -1, torch computes it.
 _VIEWS = frozenset({"view", "reshape", "unflatten"})
@@ -38,7 +38,10 @@ class CannotPatchError(Exception):
 
 
 def patches(
-    model: nn.Module, keep: Keep, mismatches: Sequence[Mismatch]
+    model: nn.Module,
+    keep: Keep,
+    mismatches: Sequence[Mismatch],
+    branches: Callable[[str], Branches],
 ) -> tuple[dict[str, Patch], dict[str, str]]:
     """Patches of the classes whose code gets numbers wrong.
 
@@ -46,6 +49,7 @@ def patches(
         model: The smaller model, whose modules are to be patched.
         keep: What stays.
         mismatches: The numbers.
+        branches: Gives what deals with the branches of a module that did not run.
 
     Returns:
         Patches by module, and why there is none by module.
@@ -58,7 +62,7 @@ def patches(
     found: dict[str, Patch] = {}
     failed: dict[str, str] = {}
     for name, items in wrong.items():
-        patcher = _Patcher(model.get_submodule(name), name, keep, provenance, sizes)
+        patcher = _Patcher(model.get_submodule(name), name, keep, provenance, sizes, branches(name))
         patch = patcher.attempt(items)
         if isinstance(patch, str):
             failed[name] = patch
@@ -97,9 +101,9 @@ class _Patcher:
     keep: Keep
     provenance: dict[TorchCall, tuple[Expr | None, ...]]
     wanted: dict[TorchCall, Wanted]
+    branches: Branches
     edits: dict[_Function, set[Edit]] = field(default_factory=dict)
     inferred: set[tuple[TorchCall, Steps]] = field(default_factory=set)
-    replaced: dict[_Function, set[float]] = field(default_factory=dict)
 
     def attempt(self, mismatches: Sequence[Mismatch]) -> Patch | str:
         """The patch, or why there can be none."""
@@ -120,25 +124,9 @@ class _Patcher:
             function = self._function(chains[call])
             for item in items:
                 self._add(function, self._edit(item))
-                self.replaced.setdefault(function, set()).add(item.actual)
-        for function, numbers in self.replaced.items():
-            self._guard(function, numbers - {0, 1, -1})
         for function in list(self.edits):
             self._calls(function)
         return self._ordered()
-
-    def _guard(self, function: _Function, numbers: set[float]) -> None:
-        """Have lines that no example call ran raise if they name a number that was replaced."""
-        source = source_of(function.code)
-        frames = (
-            frame
-            for program in self.keep.coupling.program.captured
-            for call in program.torch_calls
-            for frame in call.frames
-        )
-        ran = {f.span for f in frames if f.span is not None and holds(function.code, f.code)}
-        for span, number in unreached_numbers(source, ran, numbers):
-            self.edits[function].add(Edit(span, "unreached", number))
 
     def _chains(self, wrong: dict[TorchCall, list[Mismatch]]) -> dict[TorchCall, tuple[Frame, ...]]:
         """For each call, the frames (innermost first) up to the method that is patched.
@@ -299,7 +287,17 @@ class _Patcher:
                 caller = order.index(function.caller)
                 edit = self._call(function, number, inner[caller], out[number].name)
                 out[caller] = replace(out[caller], edits=tuple(sorted((*out[caller].edits, edit))))
-        return tuple(out)
+        further = {
+            i: self.branches.edits(found, self.edits[function])
+            for i, (function, found) in enumerate(zip(order, inner, strict=True))
+        }
+        return self._with_other_methods(with_branches(tuple(out), further))
+
+    def _with_other_methods(self, patch: Patch) -> Patch:
+        """The patch, and the branches that did not run of methods that need no other."""
+        methods = {part.name for part in patch if part.caller is None}
+        others = guard_patch(type(self.module), self.branches)
+        return (*patch, *(part for part in others if part.name not in methods))
 
     def _found(
         self, function: _Function, order: list[_Function], inner: list[FunctionType]

@@ -1,7 +1,7 @@
 """Later calls of a slim model and of its dense one: what came of each.
 
-Half of the units of some groups contribute nothing, so that the model without them means the same in
-every call, whatever its mode, precision or inputs.
+Half of the units of some groups contribute nothing, so that the model without them means the same
+in every call, whatever its mode, precision or inputs.
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ def _under(context: Callable[[], Any]) -> Callable[[nn.Module, Given], Any]:
 
 
 def _pickled(model: nn.Module, given: Given) -> Any:
-    return given(pickle.loads(pickle.dumps(model)))
+    return given(pickle.loads(pickle.dumps(model)))  # noqa: S301
 
 
 def _saved(model: nn.Module, given: Given) -> Any:
@@ -278,7 +278,8 @@ def _exported(model: nn.Module, given: Given) -> Any:
 
 def _shrunk(model: nn.Module, given: Given) -> Any:
     """The shape of what a smaller one still gives."""
-    return given(depcut.shrink(model, 0.2, given.args)).to("meta")
+    keywords = {k: v for k, v in given.kwargs.items() if v is not None}
+    return given(depcut.shrink(model, 0.2, given.args or keywords)).to("meta")
 
 
 def _threaded(model: nn.Module, given: Given) -> Any:
@@ -355,7 +356,7 @@ def later(pair: Pair, given: str, context: str, seed: int = 1) -> Outcome:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            expected = (CONTEXTS["eval"] if context == "shrink" else run)(pair.dense, arguments)
+            expected = run(pair.dense, arguments)
         except Exception as error:  # noqa: BLE001  (whatever the dense model refuses is skipped)
             return Outcome("skipped", f"{type(error).__name__}: {error}")
         try:
@@ -371,8 +372,6 @@ def later(pair: Pair, given: str, context: str, seed: int = 1) -> Outcome:
 
 
 def _compared(pair: Pair, context: str, given: Given, expected: Any, actual: Any) -> Outcome:
-    if context == "shrink":
-        expected = expected.to("meta")
     if context == "dropout":
         (expected, after), (actual, now) = expected, actual
         if not torch.equal(after, now):  # other shapes were drawn
@@ -395,7 +394,9 @@ def _compared(pair: Pair, context: str, given: Given, expected: Any, actual: Any
 
 
 def _scale(tensor: Tensor) -> float:
-    return max(1e-3, float(tensor.detach().double().nan_to_num().abs().max())) if tensor.numel() else 1.0
+    if not tensor.numel():
+        return 1.0
+    return max(1e-3, float(tensor.detach().double().nan_to_num().abs().max()))
 
 
 def _close(actual: Tensor, expected: Tensor, bound: float, what: str) -> None:

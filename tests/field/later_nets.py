@@ -539,7 +539,9 @@ def written(pick: Choose) -> NetSource:
     width = pick([16, 24])
     kind = pick(["tokens", "tokens", "ids", "images"])
     names = [pick([*BLOCKS, "attention", "attention"]) for _ in range(pick([1, 2, 3]))]
-    parts = [BLOCKS[n](f"{n.title().replace('_', '')}{i}", width, pick) for i, n in enumerate(names)]
+    parts = []
+    for i, name in enumerate(names):
+        parts.append(BLOCKS[name](f"{name.title().replace('_', '')}{i}", width, pick))
     norm = pick(["nn.Identity()", f"nn.LayerNorm({width})"])
     stem = {
         "tokens": f"nn.Linear(5, {width})",

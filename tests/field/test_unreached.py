@@ -1,54 +1,40 @@
-"""Branches that no example call took and that name a width: an error by name, or patched too."""
+"""Branches that the example call does not run: the report names what stays as wide as it was."""
 
 from __future__ import annotations
 
-import pytest
+import copy
+
 import torch
-from nets import normal, seeded
 from torch import Tensor, nn
 
 import depcut
-from depcut.errors import InputError
 
 
-class Branching(nn.Module):
-    """Without a flag, hidden units in four rows; with it, in eight, and scaled."""
+class Branches(nn.Module):
+    """One trunk, an early exit, and heads that are chosen by name."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = nn.Linear(6, 16), nn.Linear(16, 6)
+        torch.manual_seed(0)
+        self.trunk, self.exit = nn.Linear(6, 16), nn.Linear(16, 4)
+        self.heads = nn.ModuleDict(
+            {name: nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)) for name in "ab"}
+        )
+        self.eval()
 
-    def forward(self, x: Tensor, twice: bool = False, thrice: bool = False) -> Tensor:
-        hidden = self.first(x).view(-1, 16).relu()
-        if twice:
-            hidden = hidden[:, :16] * 2
-        if thrice:
-            hidden = hidden * 3
-        return self.second(hidden)
-
-
-def halved(inputs: object) -> tuple[nn.Module, nn.Module]:
-    """The dense model, whose second half of units is dead, and the smaller one."""
-    model = seeded(Branching, 0)
-    with torch.no_grad():
-        model.second.weight[:, 8:] = 0
-    analysis = depcut.analyze(model, inputs)  # type: ignore[arg-type]
-    [group] = [g for g in analysis.groups if g.size == 16]
-    return model, analysis.plan_keeping({group.name: list(range(8))}).apply(model)
+    def forward(self, x: Tensor, which: str = "a", early: bool = False) -> Tensor:
+        hidden = torch.relu(self.trunk(x))
+        return self.exit(hidden) if early else self.heads[which](hidden)
 
 
-def test_a_branch_that_no_example_took_is_refused_where_it_names_the_width() -> None:
-    x = normal(2, 6)
-    model, slim = halved(x)
-    torch.testing.assert_close(slim(x), model(x))
-    torch.testing.assert_close(slim(x, thrice=True), model(x, thrice=True))
-    with pytest.raises(InputError, match=r"a branch that no example call took, and which names 16"):
-        slim(x, twice=True)
-    assert "_depcut_unreached(16)" in depcut.report(slim).patched[""]
+def test_the_report_names_layers_that_no_example_reached() -> None:
+    slim = depcut.shrink(Branches(), 0.4, torch.randn(3, 6))
+    found = depcut.report(copy.deepcopy(slim))
+    assert found.unreached == ("exit", "heads.b.0", "heads.b.2")
+    assert "not reached by the example inputs, left as wide as it was: exit" in str(found)
+    assert slim.heads["b"][0].in_features == 16
 
 
-def test_with_an_example_of_it_the_branch_is_right() -> None:
-    x = normal(2, 6)
-    model, slim = halved([(x,), {"x": x, "twice": True}])
-    torch.testing.assert_close(slim(x), model(x))
-    torch.testing.assert_close(slim(x, twice=True), model(x, twice=True))
+def test_a_report_on_a_model_without_branches_names_none() -> None:
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    assert depcut.report(depcut.shrink(model, 0.4, torch.randn(3, 6))).unreached == ()
