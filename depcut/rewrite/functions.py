@@ -11,7 +11,7 @@ import linecache
 import operator
 import textwrap
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,9 @@ Span = tuple[int, int, int, int]
 _FUTURE = functools.reduce(
     operator.or_, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
 )
+
+
+_OURS = "<depcut "  # how the names of files of patched functions begin
 
 
 class NoSourceError(Exception):
@@ -56,13 +59,17 @@ class Source:
         return at.lineno - first, at.col_offset, at.end_lineno - first, at.end_col_offset
 
 
-@functools.cache
 def source_of(code: types.CodeType) -> Source:
     """The source that a function was compiled from.
 
     Raises:
         NoSourceError: There is none, or it was changed since.
     """
+    return _source_of(code, code.co_filename)  # codes of two files may be equal
+
+
+@functools.cache
+def _source_of(code: types.CodeType, _filename: str) -> Source:
     lines = linecache.getlines(code.co_filename)
     if not lines:
         raise NoSourceError(f"the source of {code.co_name} is not at hand")
@@ -81,6 +88,10 @@ def source_of(code: types.CodeType) -> Source:
     source = Source("".join(lines[node.lineno - 1 : end]), node.lineno, node)
     if lines[node.lineno - 1][: node.col_offset].strip():
         raise NoSourceError(f"{code.co_name} does not stand on lines of its own")
+    if not code.co_filename.startswith(_OURS):
+        made = _made(code.co_filename, "".join(lines)).get((code.co_name, code.co_firstlineno), [])
+        if not any(_is_alike(each, code) for each in made):
+            raise NoSourceError(f"the source of {code.co_name} is not what runs")
     return source
 
 
@@ -90,6 +101,36 @@ def _tree(filename: str, text: str) -> ast.Module:
         return ast.parse(text)
     except SyntaxError as error:
         raise NoSourceError(f"{filename} cannot be read: {error}") from error
+
+
+@functools.lru_cache(maxsize=64)
+def _made(filename: str, text: str) -> dict[tuple[str, int], list[types.CodeType]]:
+    """The codes that the text of a file is compiled to, by name and first line."""
+    out: dict[tuple[str, int], list[types.CodeType]] = {}
+    pending = [compile(text, filename, "exec", dont_inherit=True)]
+    while pending:
+        code = pending.pop()
+        out.setdefault((code.co_name, code.co_firstlineno), []).append(code)
+        pending += [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    return out
+
+
+def _is_alike(one: types.CodeType, other: types.CodeType) -> bool:
+    """Whether two codes do the same, wherever they stand."""
+    if any(name.startswith("@py") for name in other.co_varnames + other.co_names):
+        return True  # pytest rewrote the assertions of a test module
+    return (
+        one.co_code == other.co_code
+        and one.co_names == other.co_names
+        and one.co_varnames == other.co_varnames
+        and len(one.co_consts) == len(other.co_consts)
+        and all(
+            _is_alike(a, b)
+            if isinstance(a, types.CodeType) and isinstance(b, types.CodeType)
+            else type(a) is type(b) and (a == b or repr(a) == repr(b))
+            for a, b in zip(one.co_consts, other.co_consts, strict=True)
+        )
+    )
 
 
 def holds(code: types.CodeType, inner: types.CodeType) -> bool:
@@ -218,13 +259,26 @@ def recompiled(
         NoSourceError: The text does not compile to a function of that kind.
     """
     code = function.__code__
+    new = _compiled(function, text, extra)
+    cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
+    cells |= {key: types.CellType(value) for key, value in extra.items()}
+    if not set(new.co_freevars) <= set(cells):
+        raise NoSourceError(f"{function.__qualname__} refers to a class that is not at hand")
+    if hasattr(code, "co_qualname"):
+        new = new.replace(co_qualname=code.co_qualname)
+    return with_code(function, new, tuple(cells[n] for n in new.co_freevars))
+
+
+def _compiled(function: types.FunctionType, text: str, extra: Iterable[str]) -> types.CodeType:
+    """The code of a text in the surroundings of a function; `extra` are further free variables."""
+    code = function.__code__
     owner = function.__qualname__.split(".<locals>.")[-1].rpartition(".")[0].rpartition(".")[2]
     free = [n for n in dict.fromkeys((*code.co_freevars, *extra)) if n != "__class__"]
     within = owner if owner.isidentifier() else "_"
     whole = ast.parse(f"def _outer({', '.join(free)}):\n class {within}: pass")
     if text[:1].isspace():
         text = "if 1:\n" + text
-    file = _registered(f"<depcut {function.__module__}.{function.__qualname__}>", text)
+    file = _registered(f"{_OURS}{function.__module__}.{function.__qualname__}>", text)
     try:
         [statement] = ast.parse(text).body
         definition: Any = statement.body[0] if isinstance(statement, ast.If) else statement
@@ -234,14 +288,7 @@ def recompiled(
     except SyntaxError as error:
         raise NoSourceError(f"{function.__qualname__} cannot be compiled again") from error
     outer = next(_codes(compiled, "_outer"))
-    new = next(_codes(next(_codes(outer, within)), code.co_name))
-    cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
-    cells |= {key: types.CellType(value) for key, value in extra.items()}
-    if not set(new.co_freevars) <= set(cells):
-        raise NoSourceError(f"{function.__qualname__} refers to a class that is not at hand")
-    if hasattr(code, "co_qualname"):
-        new = new.replace(co_qualname=code.co_qualname)
-    return with_code(function, new, tuple(cells[n] for n in new.co_freevars))
+    return next(_codes(next(_codes(outer, within)), code.co_name))
 
 
 def _registered(name: str, text: str) -> str:

@@ -18,8 +18,8 @@ from torch import nn
 from depcut import axes
 from depcut.capture.program import module_of, parent_of
 from depcut.plan.keep import Keep
+from depcut.rewrite.edits import Edit, FunctionPatch, Patch
 from depcut.rewrite.functions import NoSourceError, Source, method_holding, source_of
-from depcut.rewrite.patches import Edit, FunctionPatch, Patch
 
 _SIZED = frozenset(
     {"view", "reshape", "unflatten", "expand", "repeat", "split", "narrow", "zeros", "ones"}

@@ -16,6 +16,7 @@ from depcut.capture.provenance import Expr, call_of, literals_of
 from depcut.plan.keep import Keep
 from depcut.plan.lengths import is_fixed
 from depcut.rewrite.callees import by_name, importable_name
+from depcut.rewrite.edits import EXCHANGES, Edit, FunctionPatch, Patch
 from depcut.rewrite.functions import (
     NoSourceError,
     Source,
@@ -26,7 +27,7 @@ from depcut.rewrite.functions import (
 )
 from depcut.rewrite.not_run import Branches, guard_patch, with_branches
 from depcut.rewrite.observe import Mismatch, Wanted, wanted
-from depcut.rewrite.patches import EXCHANGES, Edit, FunctionPatch, Patch, resolved
+from depcut.rewrite.patches import resolved
 from depcut.rewrite.places import Place, is_typed, keyword_of, place_of
 
 # With one size given as -1, torch computes it.

@@ -189,6 +189,7 @@ CHANGES = {
     "another line in the method": lambda text: text.replace(
         "        return", "        pass\n        return"
     ),
+    "another operator": lambda text: text.replace("flip(1)", "flip(2)"),
     "no longer there": lambda text: "import torch\n",
     "no longer Python": lambda text: "((\n" + text,
 }
