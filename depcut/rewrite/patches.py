@@ -245,3 +245,14 @@ def apply_patch(module: ModuleT, patch: Patch) -> ModuleT:
     """
     module.__class__ = patched_class(type(module), patch)  # type: ignore[assignment]
     return module
+
+
+def unpatch(module: nn.Module) -> None:
+    """Undo the last `apply_patch`.
+
+    Args:
+        module: The module; it is changed.
+    """
+    kind = type(module)
+    if PATCHES in vars(kind):
+        module.__class__ = kind.__bases__[0]
