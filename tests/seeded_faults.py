@@ -275,8 +275,8 @@ FAULTS = [
     ),
     Fault(
         "rewrite",
-        "PLACEHOLDER",
-        "False",
+        "            if suspect is None:",
+        "            if True:",
         "tests/field/test_branches_not_run.py",
     ),
     Fault(
