@@ -11,6 +11,7 @@ import ast
 import builtins
 import inspect
 import math
+import operator
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -97,6 +98,27 @@ class TorchCall:
     left: bool | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """A comparison of two numbers in the model's code.
+
+    Attributes:
+        call: Where it is made; of a call of the torch API it has the module and the frames.
+        sides: Both numbers, or where they come from.
+        truth: What came out.
+    """
+
+    call: TorchCall
+    sides: tuple[Any, Any]
+    truth: bool
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """The same for the same expression, reached in the same way."""
+        frames = tuple((frame.code, frame.span) for frame in self.call.frames)
+        return self.call.module, frames
+
+
 @dataclass
 class Recorder:
     """Makes the record of each call.
@@ -105,11 +127,13 @@ class Recorder:
         calls: All calls so far, in order.
         modules: Those whose forward runs now, the innermost last.
         lines: (file, line) of the model's code that were seen to run: they call torch or a module.
+        comparisons: Of sizes and attributes, in order.
     """
 
     calls: list[TorchCall] = field(default_factory=list)
     modules: list[str] = field(default_factory=lambda: [""])
     lines: set[tuple[str, int]] = field(default_factory=set)
+    comparisons: list[Comparison] = field(default_factory=list)
     _nodes: dict[tuple[types.CodeType, int], ast.AST | None] = field(default_factory=dict)
 
     def record(
@@ -148,6 +172,28 @@ class Recorder:
             )
         )
         return len(self.calls) - 1
+
+    def compare(
+        self, frame: types.FrameType | None, sides: tuple[Any, Any], truth: bool
+    ) -> Comparison | None:
+        """Record a comparison of two numbers that is an expression of the model's code.
+
+        Args:
+            frame: The function that compares.
+            sides: Both numbers, or where they come from.
+            truth: What comes out.
+        """
+        if frame is None or frame.f_code.co_filename.startswith((_TORCH, _HERE)):
+            return None
+        node = self._node(frame)
+        if not isinstance(node, ast.Compare) or len(node.ops) > 1:
+            return None
+        if not all(_is_number(side, frame) for side in (node.left, *node.comparators)):
+            return None
+        frames = tuple(Frame(f.f_code, self._node(f)) for f in _frames(frame))
+        call = TorchCall(operator.eq, self.modules[-1], frames)
+        self.comparisons.append(Comparison(call, sides, truth))
+        return self.comparisons[-1]
 
     def enter(self, module: str) -> None:
         """Note that the forward of a module begins."""

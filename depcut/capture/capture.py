@@ -194,6 +194,7 @@ def _capture(
     return replace(
         program,
         torch_calls=tuple(recorder.calls),
+        comparisons=tuple(recorder.comparisons),
         lines=frozenset(recorder.lines),
         states=states,
         batching=batching,

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from depcut.capture.batches import Batch
-from depcut.capture.calls import TorchCall
+from depcut.capture.calls import Comparison, TorchCall
 from depcut.capture.structure import Structure
 from depcut.support.torch_private import pytree
 
@@ -62,6 +62,7 @@ class Program:
             budgets are about, which is this call.
         unused: Parameters that no graph uses.
         torch_calls: Every call of the torch API, in order.
+        comparisons: Those of sizes and attributes in the model's code.
         lines: (file, line) of the model's code that were seen to run.
         states: Random states of Python and numpy that the capture started from, where the model's
             code drew from them: another course of it would be another graph.
@@ -89,6 +90,7 @@ class Program:
     others: tuple[Program, ...] = ()
     unused: frozenset[str] = field(default_factory=frozenset)
     torch_calls: tuple[TorchCall, ...] = ()
+    comparisons: tuple[Comparison, ...] = ()
     lines: frozenset[tuple[str, int]] = frozenset()
     states: tuple[Any, ...] | None = None
     around: frozenset[str] = field(default_factory=frozenset)

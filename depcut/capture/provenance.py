@@ -9,9 +9,12 @@ create, so that the rewrite knows which attribute supplies each size, e.g. `("at
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
+import threading
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -124,6 +127,16 @@ for _symbol, _name in _METHODS.items():
         setattr(_kind, f"__r{_name}__", _traced_operator(_symbol, True))
 
 
+class _Modes(threading.local):
+    """The modes in force in each thread, the innermost last."""
+
+    def __init__(self) -> None:
+        self.stack: list[ProvenanceMode] = []
+
+
+_MODES = _Modes()
+
+
 def _comparison(kind: type, name: str) -> Callable[[Any, Any], Any]:
     own = getattr(kind.__base__, name)
 
@@ -131,7 +144,10 @@ def _comparison(kind: type, name: str) -> Callable[[Any, Any], Any]:
         if isinstance(other, torch.SymInt | torch.SymFloat):
             # Of an int that is no plain one, a SymInt says that it is another number.
             return getattr(operator, name)(_plain(self), other)
-        return own(self, other)
+        truth = own(self, other)
+        if _MODES.stack and isinstance(truth, bool) and is_number(other):
+            return _MODES.stack[-1].compared(inspect.currentframe(), (self, other), truth)
+        return truth
 
     return method
 
@@ -188,6 +204,31 @@ class ProvenanceMode(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.marks, self.recorder, self.correct = marks, recorder, correct
+
+    def __enter__(self) -> ProvenanceMode:
+        """Also see comparisons from now on."""
+        super().__enter__()  # type: ignore[no-untyped-call]
+        _MODES.stack.append(self)
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        """No longer."""
+        _MODES.stack.remove(self)
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
+
+    def compared(self, frame: FrameType | None, sides: tuple[Any, Any], truth: bool) -> bool:
+        """Record a comparison of two numbers; what comes out of it, corrected.
+
+        Args:
+            frame: Of the method that compares.
+            sides: The numbers.
+            truth: What they give.
+        """
+        caller = frame.f_back if frame is not None else None
+        origins = [getattr(side, "expr", side) for side in sides]
+        made = self.recorder.compare(caller, (origins[0], origins[1]), truth)
+        correct = getattr(self.correct, "compared", None)
+        return truth if made is None or correct is None else bool(correct(made))
 
     def __torch_function__(
         self,

@@ -14,10 +14,11 @@ from typing import Any
 
 from torch import fx, nn
 
-from depcut.capture.calls import Steps, TorchCall
+from depcut import axes
+from depcut.capture.calls import Comparison, Steps, TorchCall
 from depcut.capture.capture import corrected_calls, hint
 from depcut.capture.program import Program
-from depcut.capture.provenance import call_of
+from depcut.capture.provenance import OPERATORS, Expr, call_of
 from depcut.graph.liveness import enclosing
 from depcut.plan.attributes import number_of
 from depcut.plan.keep import Keep
@@ -36,6 +37,7 @@ class Mismatch:
         index: Which of the call's numbers it is; None of a symbolic size or a keyword.
         symbolic: Whether it is a multiple of the batch.
         keyword: Whether it is an argument that the call leaves out.
+        truth: Whether it is what a comparison of widths gives.
     """
 
     call: TorchCall
@@ -45,6 +47,7 @@ class Mismatch:
     index: int | None = None
     symbolic: bool = False
     keyword: bool = False
+    truth: bool = False
 
 
 @dataclass
@@ -115,6 +118,10 @@ class _Observer:
         self.at: dict[str, int] = defaultdict(int)
         names = {call.module for call in self.program.torch_calls}
         self.lost = {name for name in names if {"", name, *enclosing(name)} & {*others}}
+        self.weights = weight_axes(keep)
+        self.truths: dict[tuple[Any, ...], list[Comparison]] = defaultdict(list)
+        for comparison in self.program.comparisons:
+            self.truths[comparison.place].append(comparison)
         gone = keep.gone.nodes
         alive = {call_of(n) for n in self.program.sizes if n not in gone}
         self.removed = {call_of(n) for n in gone} - alive
@@ -142,6 +149,20 @@ class _Observer:
                 self.found.append(Mismatch(dense, (name,), 0, value, keyword=True))
                 arguments["kwargs"] = {**arguments["kwargs"], name: value}
         return arguments["args"], arguments["kwargs"]
+
+    def compared(self, made: Comparison) -> bool:
+        """What a comparison of the smaller model's code is to give: of widths, what it gave."""
+        dense = self.truths.get(made.place, [])
+        fixed = all(
+            is_fixed(side, self.keep, self.weights) for each in dense for side in each.sides
+        )
+        if len({each.truth for each in dense}) != 1 or not fixed:
+            return made.truth
+        truth = dense[0].truth
+        if truth != made.truth:
+            call = dense[0].call
+            self.found.append(Mismatch(call, (), made.truth, truth, truth=True))
+        return truth
 
     def _symbol(
         self, dense: TorchCall, i: int, steps: Steps, count: int, size: int, arguments: Any
@@ -186,6 +207,45 @@ class _Observer:
             and [s for s, _ in call.numbers] == [s for s, _ in dense.numbers]
             and [s for s, _ in call.symbols] == [s for s, _ in dense.symbols]
         )
+
+
+def weight_axes(keep: Keep) -> frozenset[axes.Axis]:
+    """The free axes of parameters and buffers.
+
+    No size of an input is among them; the rows of a table of positions, which are as many as an
+    input is long, are frozen.
+
+    Args:
+        keep: What stays.
+    """
+    return frozenset(
+        leaf
+        for dims in keep.coupling.dims.values()
+        for term in dims
+        for leaf in axes.leaves(axes.resolve(term))
+        if not leaf.reason
+    )
+
+
+def is_fixed(expr: Expr | None, keep: Keep, weights: Collection[axes.Axis]) -> bool:
+    """Whether no size in an expression is the input's: all are widths of the weights.
+
+    Args:
+        expr: Where a number comes from.
+        keep: What stays.
+        weights: See `weight_axes`.
+    """
+    if not isinstance(expr, tuple) or expr[0] == "attr":
+        return True
+    if expr[0] in OPERATORS:
+        return all(is_fixed(part, keep, weights) for part in expr[1:3])
+    coupling = keep.coupling
+    node = coupling.program.marks.get(expr[1])
+    dims = coupling.env.get(node) if node is not None else None
+    if not isinstance(dims, tuple):
+        return False
+    read = dims[expr[2] : expr[2] + 1] if expr[0] == "size" else dims
+    return all(leaf in weights for term in read for leaf in axes.leaves(axes.resolve(term)))
 
 
 def _plain(value: float) -> float:

@@ -6,6 +6,7 @@ import ast
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from depcut import axes
 from depcut.capture.calls import Frame, Steps, TorchCall
-from depcut.capture.provenance import OPERATORS, Expr, call_of, literals_of
+from depcut.capture.provenance import Expr, call_of, literals_of
 from depcut.plan.keep import Keep
 from depcut.rewrite.functions import (
     NoSourceError,
@@ -24,7 +25,7 @@ from depcut.rewrite.functions import (
     source_of,
 )
 from depcut.rewrite.not_run import Branches, guard_patch, with_branches
-from depcut.rewrite.observe import Mismatch, Wanted, wanted
+from depcut.rewrite.observe import Mismatch, Wanted, is_fixed, wanted, weight_axes
 from depcut.rewrite.patches import Edit, FunctionPatch, Patch, resolved
 from depcut.rewrite.places import Place, is_typed, keyword_of, place_of
 
@@ -221,6 +222,9 @@ class _Patcher:
         source = source_of(_outermost(type(self.module), code))
         if mismatch.keyword:
             return self._keyword(call, mismatch, source)
+        if mismatch.truth:
+            assert call.frames[0].node is not None
+            return Edit(source.span(call.frames[0].node), "set", mismatch.wanted)
         place = place_of(call, mismatch.steps)
         if place is None:
             raise CannotPatchError(
@@ -241,34 +245,13 @@ class _Patcher:
         index = mismatch.index
         expr = exprs[index] if index is not None and index < len(exprs) else None
         if expr is not None:
-            return "set" if self._is_fixed(expr) else "scale"
+            return "set" if is_fixed(expr, self.keep, self._weights) else "scale"
         typed = not place.steps and is_typed(place.node, source.tree)
         return "set" if typed else "swap"
 
-    def _is_fixed(self, expr: Expr) -> bool:
-        """Whether no size in an expression is the input's: all are widths of the weights."""
-        if not isinstance(expr, tuple) or expr[0] == "attr":
-            return True
-        if expr[0] in OPERATORS:
-            return all(map(self._is_fixed, expr[1:3]))
-        coupling = self.keep.coupling
-        node = coupling.program.marks.get(expr[1])
-        dims = coupling.env.get(node) if node is not None else None
-        if not isinstance(dims, tuple):
-            return False
-        read = dims[expr[2] : expr[2] + 1] if expr[0] == "size" else dims
-        return all(
-            leaf in self._weights for term in read for leaf in axes.leaves(axes.resolve(term))
-        )
-
-    @property
-    def _weights(self) -> set[Any]:
-        return {
-            leaf
-            for dims in self.keep.coupling.dims.values()
-            for term in dims
-            for leaf in axes.leaves(axes.resolve(term))
-        }
+    @cached_property
+    def _weights(self) -> frozenset[axes.Axis]:
+        return weight_axes(self.keep)
 
     def _keyword(self, call: TorchCall, mismatch: Mismatch, source: Source) -> Edit:
         node, name = call.frames[0].node, str(mismatch.steps[0])
