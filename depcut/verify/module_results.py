@@ -166,6 +166,10 @@ def run_plain(
 
 
 def _run(seen: nn.Module, args: Any, kwargs: Any, keep: Keep, replay: Replay | None) -> list[Any]:
+    for module in seen.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            # In nested tensors what is padded is left out, and zero in the end; not in a graph.
+            module.use_nested_tensor = False
     if keep.coupling.program.states is not None:
         restore_python(keep.coupling.program.states)
     with torch.no_grad(), replay.mode() if replay is not None else nullcontext():
