@@ -11,11 +11,12 @@ import ast
 import builtins
 import inspect
 import math
+import operator
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import executing
 import torch
@@ -100,18 +101,29 @@ class TorchCall:
     left: bool | None = None
 
 
-class Comparison(NamedTuple):
-    """Two numbers that the model's code compares, one of which is an attribute or a size.
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """A comparison of two numbers in the model's code.
 
     Attributes:
+        call: Where it is made; of a call of the torch API it has the module and the frames.
         operator: Such as "__gt__".
-        left: Provenance of the first.
-        right: Provenance of the second; None for a size that is a multiple of the batch.
+        sides: Both numbers, or where they come from; None for a multiple of the batch.
+        truth: What came out.
+        plain: Whether it is an expression of two numbers, such as `a > b`; else `min` compares.
     """
 
+    call: TorchCall
     operator: str
-    left: Any
-    right: Any
+    sides: tuple[Any, Any]
+    truth: bool
+    plain: bool
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """The same for the same expression, reached in the same way."""
+        frames = tuple((frame.code, frame.span) for frame in self.call.frames)
+        return self.call.module, frames
 
 
 @dataclass
@@ -121,14 +133,14 @@ class Recorder:
     Attributes:
         calls: All calls so far, in order.
         modules: Those whose forward runs now, the innermost last.
-        compared: What the model's code has compared so far.
         lines: (file, line) of the model's code that were seen to run: they call torch or a module.
+        comparisons: Of sizes and attributes, in order.
     """
 
     calls: list[TorchCall] = field(default_factory=list)
     modules: list[str] = field(default_factory=lambda: [""])
-    compared: set[Comparison] = field(default_factory=set)
     lines: set[tuple[str, int]] = field(default_factory=set)
+    comparisons: list[Comparison] = field(default_factory=list)
     _nodes: dict[tuple[types.CodeType, int], ast.AST | None] = field(default_factory=dict)
 
     def record(
@@ -170,6 +182,35 @@ class Recorder:
         )
         return len(self.calls) - 1
 
+    def compare(
+        self, frame: types.FrameType | None, name: str, sides: tuple[Any, Any], truth: bool
+    ) -> Comparison | None:
+        """Record a comparison of two numbers that the model's code makes.
+
+        Args:
+            frame: The function that compares.
+            name: Of the operator.
+            sides: Both numbers, or where they come from; None for a multiple of the batch.
+            truth: What comes out.
+
+        Returns:
+            What was recorded; None where it is torch that compares.
+        """
+        while frame is not None and _is_machinery(frame.f_code):  # `min` is torch's in a capture
+            frame = frame.f_back
+        if frame is None or frame.f_code.co_filename.startswith((_TORCH, _HERE)):
+            return None
+        node = self._node(frame)
+        plain = (
+            isinstance(node, ast.Compare)
+            and len(node.ops) == 1
+            and all(_is_number(side, frame) for side in (node.left, *node.comparators))
+        )
+        frames = tuple(Frame(f.f_code, self._node(f)) for f in _frames(frame))
+        call = TorchCall(operator.eq, self.modules[-1], frames)
+        self.comparisons.append(Comparison(call, name, sides, truth, plain))
+        return self.comparisons[-1]
+
     def enter(self, module: str) -> None:
         """Note that the forward of a module begins."""
         self.modules.append(module)
@@ -182,20 +223,6 @@ class Recorder:
 
     def _saw(self, frames: list[types.FrameType]) -> None:
         self.lines.update((frame.f_code.co_filename, frame.f_lineno) for frame in frames)
-
-    def compare(self, operator: str, left: Any, right: Any) -> None:
-        """Record a comparison if it is the model's code, and not torch's, that makes it.
-
-        Args:
-            operator: Such as "__gt__".
-            left: Provenance of the first number.
-            right: Provenance of the second.
-        """
-        frame = inspect.currentframe()
-        while frame is not None and _is_machinery(frame.f_code):  # `min` is torch's in a capture
-            frame = frame.f_back
-        if frame is not None and not frame.f_code.co_filename.startswith(_TORCH):
-            self.compared.add(Comparison(operator, left, right))
 
     def _node(self, frame: types.FrameType) -> ast.AST | None:
         key = frame.f_code, frame.f_lasti

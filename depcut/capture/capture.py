@@ -194,7 +194,7 @@ def _capture(
     return replace(
         program,
         torch_calls=tuple(recorder.calls),
-        compared=frozenset(recorder.compared),
+        comparisons=tuple(recorder.comparisons),
         lines=frozenset(recorder.lines),
         states=states,
         batching=batching,

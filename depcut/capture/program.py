@@ -62,7 +62,7 @@ class Program:
             and verification are of all calls; data, scores, MACs and time of this one.
         unused: Parameters that no graph uses.
         torch_calls: Every call of the torch API, in order.
-        compared: Numbers that the model's code compares.
+        comparisons: Those of sizes and attributes in the model's code.
         lines: (file, line) of the model's code that were seen to run.
         states: Random states of Python and numpy that the capture started from, where the model's
             code drew from them: another course of it would be another graph.
@@ -90,7 +90,7 @@ class Program:
     others: tuple[Program, ...] = ()
     unused: frozenset[str] = field(default_factory=frozenset)
     torch_calls: tuple[TorchCall, ...] = ()
-    compared: frozenset[Comparison] = field(default_factory=frozenset)
+    comparisons: tuple[Comparison, ...] = ()
     lines: frozenset[tuple[str, int]] = frozenset()
     states: tuple[Any, ...] | None = None
     around: frozenset[str] = field(default_factory=frozenset)

@@ -9,9 +9,12 @@ create, so that the rewrite knows which attribute supplies each size, e.g. `("at
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
+import threading
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -19,7 +22,6 @@ from torch import fx, nn
 from torch.fx import traceback
 from torch.fx.experimental import proxy_tensor
 from torch.overrides import TorchFunctionMode
-from typing_extensions import Self
 
 from depcut.capture.calls import Recorder, TorchCall, is_number
 from depcut.support.torch_private import pytree
@@ -125,20 +127,30 @@ for _symbol, _name in _METHODS.items():
         setattr(_kind, f"__r{_name}__", _traced_operator(_symbol, True))
 
 
-_recorders: list[Recorder] = []  # of the capture in progress, the last; captures take turns
+class _Modes(threading.local):
+    """The modes in force in each thread, the innermost last."""
+
+    def __init__(self) -> None:
+        self.stack: list[ProvenanceMode] = []
+
+
+_MODES = _Modes()
 
 
 def _comparison(kind: type, name: str) -> Callable[[Any, Any], Any]:
     own = getattr(kind.__base__, name)
 
     def method(self: Any, other: Any) -> Any:
-        if _recorders and isinstance(other, int | float | torch.SymInt):
-            plain = None if isinstance(other, torch.SymInt) else _plain(other)
-            _recorders[-1].compare(name, self.expr, getattr(other, "expr", plain))
         if isinstance(other, torch.SymInt | torch.SymFloat):
+            if _MODES.stack:
+                _MODES.stack[-1].compared(inspect.currentframe(), name, (self, None), truth=False)
             # Of an int that is no plain one, a SymInt says that it is another number.
             return getattr(operator, name)(_plain(self), other)
-        return own(self, other)
+        truth = own(self, other)
+        if _MODES.stack and isinstance(truth, bool) and is_number(other):
+            sides = (self, other)
+            return _MODES.stack[-1].compared(inspect.currentframe(), name, sides, truth=truth)
+        return truth
 
     return method
 
@@ -196,16 +208,34 @@ class ProvenanceMode(TorchFunctionMode):
         super().__init__()
         self.marks, self.recorder, self.correct = marks, recorder, correct
 
-    def __enter__(self) -> Self:
-        """Record comparisons, too."""
-        _recorders.append(self.recorder)
+    def __enter__(self) -> ProvenanceMode:
+        """Also see comparisons from now on."""
         super().__enter__()  # type: ignore[no-untyped-call]
+        _MODES.stack.append(self)
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        """Record no more."""
-        _recorders.remove(self.recorder)
-        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+    def __exit__(self, *raised: Any) -> None:
+        """No longer."""
+        _MODES.stack.remove(self)
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
+
+    def compared(
+        self, frame: FrameType | None, name: str, sides: tuple[Any, Any], *, truth: bool
+    ) -> bool:
+        """Record a comparison of two numbers; what comes out of it, corrected.
+
+        Args:
+            frame: Of the method that compares.
+            name: Of the operator.
+            sides: The numbers; None for a multiple of the batch.
+            truth: What they give.
+        """
+        caller = frame.f_back if frame is not None else None
+        origins = [getattr(side, "expr", side) for side in sides]
+        made = self.recorder.compare(caller, name, (origins[0], origins[1]), truth)
+        correct = getattr(self.correct, "compared", None)
+        plain = made is not None and made.plain and None not in sides
+        return bool(correct(made)) if plain and correct is not None else truth
 
     def __torch_function__(
         self,

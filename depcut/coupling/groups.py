@@ -140,9 +140,13 @@ class Coupling:
 
     @cached_property
     def weight_axes(self) -> frozenset[Axis]:
-        """Every axis of a parameter or buffer: what has it has the same size in every call."""
+        """The free axes of parameters and buffers: what has them is as large in every call.
+
+        No size of an input is among them; the rows of a table of positions, which are as many as
+        an input is long, are frozen.
+        """
         terms = (axes.resolve(term) for dims in self.dims.values() for term in dims)
-        return frozenset(leaf for term in terms for leaf in axes.leaves(term))
+        return frozenset(leaf for term in terms for leaf in axes.leaves(term) if not leaf.reason)
 
     @cached_property
     def group_of(self) -> dict[Axis, Group]:

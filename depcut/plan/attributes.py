@@ -105,7 +105,8 @@ def _compared(
     changed = {a for a, value in values.items() if value != attribute_value(model, a)}
     out: set[Attribute] = set()
     for program in keep.coupling.program.examples if changed else ():
-        for name, left, right in program.compared:
+        for comparison in program.comparisons:
+            name, (left, right) = comparison.operator, comparison.sides
             mine = changed.intersection((*_attributes(left), *_attributes(right)))
             if not mine:
                 continue

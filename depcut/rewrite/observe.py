@@ -14,13 +14,14 @@ from typing import Any
 
 from torch import fx, nn
 
-from depcut.capture.calls import Steps, TorchCall
+from depcut.capture.calls import Comparison, Steps, TorchCall
 from depcut.capture.capture import corrected_calls, hint
 from depcut.capture.program import Program
 from depcut.capture.provenance import call_of
 from depcut.graph.liveness import enclosing
 from depcut.plan.attributes import number_of
 from depcut.plan.keep import Keep
+from depcut.plan.lengths import is_fixed
 from depcut.support.torch_private import size_expression
 
 
@@ -36,6 +37,7 @@ class Mismatch:
         index: Which of the call's numbers it is; None of a symbolic size or a keyword.
         symbolic: Whether it is a multiple of the batch.
         keyword: Whether it is an argument that the call leaves out.
+        truth: Whether it is what a comparison of widths gives.
     """
 
     call: TorchCall
@@ -45,6 +47,7 @@ class Mismatch:
     index: int | None = None
     symbolic: bool = False
     keyword: bool = False
+    truth: bool = False
 
 
 @dataclass
@@ -115,6 +118,10 @@ class _Observer:
         self.at: dict[str, int] = defaultdict(int)
         names = {call.module for call in self.program.torch_calls}
         self.lost = {name for name in names if {"", name, *enclosing(name)} & {*others}}
+        self.truths: dict[tuple[Any, ...], list[Comparison]] = defaultdict(list)
+        for comparison in self.program.comparisons:
+            if comparison.plain and None not in comparison.sides:
+                self.truths[comparison.place].append(comparison)
         gone = keep.gone.nodes
         alive = {call_of(n) for n in self.program.sizes if n not in gone}
         self.removed = {call_of(n) for n in gone} - alive
@@ -142,6 +149,18 @@ class _Observer:
                 self.found.append(Mismatch(dense, (name,), 0, value, keyword=True))
                 arguments["kwargs"] = {**arguments["kwargs"], name: value}
         return arguments["args"], arguments["kwargs"]
+
+    def compared(self, made: Comparison) -> bool:
+        """What a comparison of the smaller model's code is to give: of widths, what it gave."""
+        dense = self.truths.get(made.place, [])
+        fixed = all(is_fixed(side, self.keep.coupling) for each in dense for side in each.sides)
+        if len({each.truth for each in dense}) != 1 or not fixed:
+            return made.truth
+        truth = dense[0].truth
+        if truth != made.truth:
+            call = dense[0].call
+            self.found.append(Mismatch(call, (), made.truth, truth, truth=True))
+        return truth
 
     def _symbol(
         self, dense: TorchCall, i: int, steps: Steps, count: int, size: int, arguments: Any

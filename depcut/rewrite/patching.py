@@ -228,6 +228,9 @@ class _Patcher:
         source = source_of(_outermost(type(self.module), code))
         if mismatch.keyword:
             return self._keyword(call, mismatch, source)
+        if mismatch.truth:
+            assert call.frames[0].node is not None
+            return Edit(source.span(call.frames[0].node), "set", mismatch.wanted)
         place = place_of(call, mismatch.steps)
         if place is None:
             raise CannotPatchError(

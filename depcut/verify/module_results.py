@@ -167,6 +167,10 @@ def run_plain(
 
 
 def _run(seen: nn.Module, args: Any, kwargs: Any, keep: Keep, replay: Replay | None) -> list[Any]:
+    for module in seen.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            # In nested tensors what is padded is left out, and zero in the end; not in a graph.
+            module.use_nested_tensor = False
     if keep.coupling.program.states is not None:
         restore_python(keep.coupling.program.states)
     drawn = replay.mode() if replay is not None else nullcontext()
@@ -261,7 +265,7 @@ class _Watcher:
                 return
             leaves = pytree.tree_leaves(result)
             for node, leaf in zip(call.out_leaves, leaves, strict=False):
-                if not isinstance(node, fx.Node) or not isinstance(leaf, torch.Tensor):
+                if not isinstance(node, fx.Node) or not _is_dense(leaf):
                     continue
                 dims = self.keep.coupling.env.get(node)
                 if not isinstance(dims, tuple):
@@ -281,10 +285,15 @@ class _Watcher:
         dims = self.keep.coupling.env.get(node)
         if node in self.tensors:
             return  # it may be rescaled, as the magnitude of a normalised weight is
-        if isinstance(leaf, torch.Tensor) and isinstance(dims, tuple):
+        if _is_dense(leaf) and isinstance(dims, tuple):
             value = leaf.detach().clone() if node in self.top else sampled(leaf)
             self.seen.inner.append(Inner(node, value, module))
             self.recorded.add(node)
+
+
+def _is_dense(leaf: Any) -> bool:
+    """Whether a value is a tensor with sizes; nested ones, as torch's encoder makes, have none."""
+    return isinstance(leaf, torch.Tensor) and not leaf.is_nested
 
 
 def _as_predicted(leaf: torch.Tensor, node: fx.Node, dims: Dims, keep: Keep) -> bool:
