@@ -21,8 +21,6 @@ from typing import Any
 import executing
 import torch
 
-from depcut.support.torch_private import size_expression
-
 Step = int | str
 Steps = tuple[Step, ...]
 
@@ -86,7 +84,8 @@ class TorchCall:
         frames: The frames of the model's code, innermost first, up to the `forward` of the
             innermost module.
         numbers: Where each number stands among (args, kwargs), with its value.
-        symbols: Where each symbolic size stands, with its expression.
+        symbols: Where each symbolic size stands, with the size; its expression is known when the
+            capture is over, as symbols may turn out to be equal.
         positional: How many arguments were given by position.
         left: Of an operator between two operands: whether the number is the left one; None where
             that could not be seen.
@@ -96,7 +95,7 @@ class TorchCall:
     module: str
     frames: tuple[Frame, ...]
     numbers: tuple[tuple[Steps, float], ...] = ()
-    symbols: tuple[tuple[Steps, Any], ...] = ()
+    symbols: tuple[tuple[Steps, torch.SymInt], ...] = ()
     positional: int = 0
     left: bool | None = None
 
@@ -175,7 +174,7 @@ class Recorder:
                     Frame(f.f_code, self._node(f), f.f_globals.get("__name__", "")) for f in found
                 ),
                 tuple((s, v) for s, v in leaves if is_number(v)),
-                tuple((s, size_expression(v)) for s, v in leaves if isinstance(v, torch.SymInt)),
+                tuple((s, v) for s, v in leaves if isinstance(v, torch.SymInt)),
                 len(args),
                 self._left(found[0]) if len(args) == 2 else None,
             )

@@ -82,7 +82,7 @@ def wanted(keep: Keep) -> dict[TorchCall, Wanted]:
             elif dense != count and isinstance(value, fx.Node):
                 expression = size_expression(value.meta["val"])
                 for i, (_, symbol) in enumerate(call.symbols):
-                    if symbol == expression:
+                    if size_expression(symbol) == expression:
                         out[call].symbols[i] = count, dense
         out[call].keywords.update(keep.pins(node))
     return out
@@ -167,8 +167,8 @@ class _Observer:
     ) -> Any:
         """Compare a multiple of the batch, by its value in the example."""
         value = _get(arguments, steps)
-        _, expression = dense.symbols[i]
-        actual, old = hint(value), _evaluated(expression, self.program)
+        _, symbol = dense.symbols[i]
+        actual, old = hint(value), _evaluated(size_expression(symbol), self.program)
         if old is None or actual == (new := old * count // size):
             return arguments
         self.found.append(Mismatch(dense, steps, actual, new, symbolic=True))

@@ -120,3 +120,28 @@ def test_another_processor_is_refused() -> None:
     slim.attention.processor = places.AttnProcessor()
     with pytest.raises(depcut.DepcutError, match="calls AttnProcessor where it called AttnProcessor2_0"):
         slim(drawn(2, 6, 5))
+
+
+class Twice(nn.Module):
+    """Its inputs have batches of their own until the first attention combines them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Crossing(places.AttnProcessor), Crossing(places.AttnProcessor2_0)
+        self.between = nn.Linear(3, 5)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        return self.second(self.between(self.first(x, context)))
+
+
+def test_batches_that_turn_out_to_be_one() -> None:
+    torch.manual_seed(0)
+    net, call = Twice().eval(), (drawn(2, 6, 5), drawn(2, 9, 32))
+    analysis = depcut.analyze(net, call)
+    kept = {g.name: list(range(g.size - 1)) for g in analysis.groups if g.size < 32}
+    plan = analysis.plan_keeping(kept)
+    dense = zeroed(net, plan.tensor_indices())
+    slim = plan.apply(dense)
+    assert slim.first.attention.heads < 4
+    assert not depcut.report(slim).generated
+    assert_same(slim, dense, drawn(3, 7, 5), drawn(3, 4, 32))
