@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -146,9 +147,10 @@ class Slim:
             if kind.__module__.startswith("torch."):
                 continue
             patch = guard_patch(kind, self.branches(name))
-            if patch:
-                apply_patch(module, patch)
-                self.guarded[name] = difference(kind, patch)
+            with contextlib.suppress(NoSourceError, TypeError):  # its branches are left alone
+                if patch:
+                    apply_patch(module, patch)
+                    self.guarded[name] = difference(kind, patch)
 
     @cached_property
     def _dropouts(self) -> dict[fx.Node, float]:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.node import map_aggregate, map_arg
 
 from depcut.capture.program import ModuleCall
 from depcut.errors import InputError
-from depcut.support.torch_private import pytree
+from depcut.support.torch_private import pytree, schema_of, size_expression
 
 
 class GeneratedModule(nn.Module):
@@ -53,8 +57,19 @@ class GeneratedModule(nn.Module):
         self.precisions = {
             i: leaf.meta["val"].dtype
             for i, leaf in enumerate(call.leaves)
-            if i in sizes and isinstance(leaf, fx.Node) and _names_precision(graph)
+            if i in sizes and isinstance(leaf, fx.Node) and _names(graph, torch.dtype)
         }
+        self.devices = {
+            i: leaf.meta["val"].device
+            for i, leaf in enumerate(call.leaves)
+            if i in sizes and isinstance(leaf, fx.Node) and _names(graph, torch.device)
+        }
+        self.settings = {
+            name: value
+            for name, value in vars(original).items()
+            if name != "training" and type(value) in (bool, int, float, str)
+        }
+        self.equal = _equal_sizes(call.leaves, sizes)
         self.modal = _asks_for_mode(type(original))
         self.signature = inspect.signature(type(original).forward)
         self._compile()
@@ -71,12 +86,14 @@ class GeneratedModule(nn.Module):
         return str(self.graph.python_code("self").src)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the compiled function, which is made anew."""
-        return {k: v for k, v in self.__dict__.items() if k != "_run"}
+        """Everything but the compiled function, which is made anew; operators by name."""
+        state = {k: v for k, v in self.__dict__.items() if k != "_run"}
+        return {**state, "graph": _stored(self.graph)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and compile the graph again."""
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        graph = _restored(state["graph"])
+        super().__setstate__({**state, "graph": graph})  # type: ignore[no-untyped-call]
         self._compile()
 
     def extra_repr(self) -> str:
@@ -110,6 +127,15 @@ class GeneratedModule(nn.Module):
         for i, dtype in self.precisions.items():
             if leaves[i].dtype != dtype:
                 self._refuse(f"a tensor of {dtype}", f"one of {leaves[i].dtype}")
+        for i, device in self.devices.items():
+            if leaves[i].device.type != device.type:
+                self._refuse(f"a tensor on {device}", f"one on {leaves[i].device}")
+        for places in self.equal:
+            if len(lengths := {leaves[i].shape[dim] for i, dim in places}) > 1:
+                self._refuse("tensors that agree in a size", f"ones of {sorted(lengths)}")
+        for name, setting in self.settings.items():
+            if self.__dict__.get(name) != setting:
+                self._refuse(f"{name}={setting!r}", f"{name}={self.__dict__.get(name)!r}")
         if self.training and self.modal:
             self._refuse("eval(), which its code asks for", "train()")
 
@@ -144,6 +170,53 @@ class GeneratedModule(nn.Module):
         )
 
 
+@dataclass(frozen=True)
+class _Name:
+    """A node, or an operator of torch, by name: operators themselves cannot be pickled."""
+
+    parts: tuple[str, ...]
+
+
+def _named(target: Any) -> Any:
+    schema = schema_of(target)
+    if schema is None:
+        return target
+    namespace, _, name = schema.name.partition("::")
+    return _Name((namespace, name, schema.overload_name or "default"))
+
+
+def _stored(graph: fx.Graph) -> list[tuple[Any, ...]]:
+    """A graph as data: (name, kind, target, args, kwargs) of each node."""
+
+    def name(node: fx.Node) -> Any:
+        return _Name((node.name,))
+
+    def plain(value: Any) -> Any:
+        return map_arg(value, name)
+
+    return [
+        (node.name, node.op, _named(node.target), plain(node.args), plain(node.kwargs))
+        for node in graph.nodes
+    ]
+
+
+def _restored(stored: Sequence[tuple[Any, ...]]) -> fx.Graph:
+    """The graph of `_stored`."""
+    graph = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
+
+    def real(value: Any) -> Any:
+        return map_aggregate(
+            value, lambda leaf: nodes[leaf.parts[0]] if isinstance(leaf, _Name) else leaf
+        )
+
+    for name, kind, target, args, kwargs in stored:
+        if isinstance(target, _Name):
+            target = functools.reduce(getattr, target.parts, torch.ops)  # noqa: PLW2901
+        nodes[name] = graph.create_node(kind, target, real(args), real(kwargs), name)
+    return graph
+
+
 def _said(value: Any) -> str:
     return (
         f"a tensor of sizes {tuple(value.shape)}"
@@ -158,10 +231,24 @@ def _is_equal(given: Any, captured: Any) -> bool:
     return True
 
 
-def _names_precision(graph: fx.Graph) -> bool:
-    """Whether an operator of the graph has a precision among its arguments."""
+def _equal_sizes(
+    leaves: Sequence[Any], sizes: Mapping[int, tuple[int | None, ...]]
+) -> list[list[tuple[int, int]]]:
+    """The sizes that may vary, as (leaf, dimension), by which of them must be the same."""
+    places: dict[Any, list[tuple[int, int]]] = {}
+    for i, each in sizes.items():
+        for dim, size in enumerate(each):
+            if size is None and isinstance(leaves[i], fx.Node):
+                length = leaves[i].meta["val"].shape[dim]
+                if isinstance(length, torch.SymInt):
+                    places.setdefault(size_expression(length), []).append((i, dim))
+    return [same for same in places.values() if len(same) > 1]
+
+
+def _names(graph: fx.Graph, kind: type) -> bool:
+    """Whether an operator of the graph has a precision, or a device, among its arguments."""
     return any(
-        isinstance(leaf, torch.dtype)
+        isinstance(leaf, kind)
         for node in graph.nodes
         for leaf in pytree.tree_leaves((node.args, node.kwargs))
     )

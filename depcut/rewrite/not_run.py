@@ -122,6 +122,9 @@ class Branches:
             for body in bodies:
                 if not body or not isinstance(body, list):
                     continue
+                if body[0].col_offset == node.col_offset:  # an elif
+                    yield from self._branches(ast.Module(body, []), file)
+                    continue
                 lines = range(body[0].lineno, body[-1].end_lineno + 1)
                 if any((file, line) in self.ran for line in lines):
                     for statement in body:
