@@ -101,9 +101,11 @@ class Recorder:
     Attributes:
         calls: All calls so far, in order.
         modules: Those whose forward runs now, the innermost last.
+        comparisons: Pairs of numbers that the code compared: see `provenance.Comparison`.
     """
 
     calls: list[TorchCall] = field(default_factory=list)
+    comparisons: list[Any] = field(default_factory=list)
     modules: list[str] = field(default_factory=lambda: [""])
     _nodes: dict[tuple[types.CodeType, int], ast.AST | None] = field(default_factory=dict)
 

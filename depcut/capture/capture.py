@@ -194,6 +194,7 @@ def _capture(
     return replace(
         program,
         torch_calls=tuple(recorder.calls),
+        comparisons=tuple(dict.fromkeys(recorder.comparisons)),
         states=states,
         batching=batching,
         batch=batch_of(*call) if batching is Batch.FIXED else program.batch,
@@ -212,14 +213,17 @@ def _traced(
     """Export a clone and record its calls on the way; random states where its code drew."""
     provenance.trace_attributes(seen)
     _record_calls(seen, marks, calls, recorder.modules)
+    mode = provenance.ProvenanceMode(marks, recorder, correct)
     with (
         capturing(root=provenance.root),
-        provenance.ProvenanceMode(marks, recorder, correct),
+        mode,
+        mode.comparing(),
         traceback.preserve_node_meta(),
     ):
         states = python_states()
         given, keywords = cloned_arguments(call)
         exported = _export(seen, given, keywords, batching)
+        recorder.comparisons += mode.comparisons
         return exported, None if same_states(states, python_states()) else states
 
 

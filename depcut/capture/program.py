@@ -62,6 +62,7 @@ class Program:
             budgets are about, which is this call.
         unused: Parameters that no graph uses.
         torch_calls: Every call of the torch API, in order.
+        comparisons: Numbers that the code compares with each other, with their provenance.
         states: Random states of Python and numpy that the capture started from, where the model's
             code drew from them: another course of it would be another graph.
         structure: The model's modules and attributes when it was captured.
@@ -88,6 +89,7 @@ class Program:
     others: tuple[Program, ...] = ()
     unused: frozenset[str] = field(default_factory=frozenset)
     torch_calls: tuple[TorchCall, ...] = ()
+    comparisons: tuple[Any, ...] = ()
     states: tuple[Any, ...] | None = None
     around: frozenset[str] = field(default_factory=frozenset)
     structure: Structure = field(default_factory=dict)

@@ -12,6 +12,8 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
@@ -24,6 +26,10 @@ from depcut.capture.calls import Recorder, TorchCall, is_number
 from depcut.support.torch_private import pytree
 
 Expr = int | float | tuple[Any, ...]
+
+# Two numbers that the code compares, each with its value.
+Comparison = tuple[tuple[Expr | None, float], tuple[Expr | None, float]]
+_COMPARISONS: ContextVar[list[Comparison] | None] = ContextVar("comparisons", default=None)
 
 KEY = "depcut_literals"
 MARK = "depcut_mark"
@@ -124,13 +130,27 @@ for _symbol, _name in _METHODS.items():
         setattr(_kind, f"__r{_name}__", _traced_operator(_symbol, True))
 
 
+def _compared(one: Any, other: Any) -> None:
+    """Note that the code compares two numbers; the other is None where it is a symbolic size."""
+    found = _COMPARISONS.get()
+    if found is not None:
+        sides = [
+            (one.expr, _plain(one)),
+            (None, 0) if other is None else (other.expr, _plain(other)),
+        ]
+        found.append((sides[0], sides[1]))
+
+
 def _comparison(kind: type, name: str) -> Callable[[Any, Any], Any]:
     own = getattr(kind.__base__, name)
 
     def method(self: Any, other: Any) -> Any:
         if isinstance(other, torch.SymInt | torch.SymFloat):
             # Of an int that is no plain one, a SymInt says that it is another number.
+            _compared(self, None)
             return getattr(operator, name)(_plain(self), other)
+        if isinstance(other, Traced | TracedFloat):
+            _compared(self, other)
         return own(self, other)
 
     return method
@@ -188,6 +208,16 @@ class ProvenanceMode(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.marks, self.recorder, self.correct = marks, recorder, correct
+        self.comparisons: list[Comparison] = []
+
+    @contextmanager
+    def comparing(self) -> Iterator[None]:
+        """Note what the code compares, as long as the context lasts."""
+        token = _COMPARISONS.set(self.comparisons)
+        try:
+            yield
+        finally:
+            _COMPARISONS.reset(token)
 
     def __torch_function__(
         self,

@@ -72,6 +72,9 @@ def solve(keep: Keep, model: nn.Module) -> Solution:
     for demand in demands:
         if isinstance(demand.expr, tuple) and evaluate(demand.expr, keep, settled) != demand.target:
             _derive_one(demand, keep, values, settled)
+    for attribute in _compared(keep, settled):
+        if values.pop(attribute, None) is not None:
+            conflicts.add(attribute)
     stuck = _stuck(demands, keep, conflicts, settled)
     return Solution({a: v for a, v in values.items() if a not in conflicts}, stuck)
 
@@ -236,6 +239,19 @@ def _repurposed(
             new = evaluate(expr, keep, lookup)
             if new is not None and abs(new - value) > 1e-12 * abs(value):
                 yield node, f"its code would use {new:.6g} where the dense model uses {value:.6g}"
+
+
+def _compared(keep: Keep, lookup: Lookup) -> set[Attribute]:
+    """Attributes that the code compares with what does not shrink with them, such as a length."""
+    out: set[Attribute] = set()
+    for program in keep.coupling.program.examples:
+        for sides in program.comparisons:
+            news = [None if e is None else evaluate(e, keep, lookup) for e, _ in sides]
+            changed = [n is not None and n != v for n, (_, v) in zip(news, sides, strict=True)]
+            for (expr, _), mine, other in zip(sides, changed, changed[::-1], strict=True):
+                if mine and not other and expr is not None:
+                    out |= {*_attributes(expr)}
+    return out
 
 
 def _derive(demand: _Demand, keep: Keep, values: dict[Attribute, int], lookup: Lookup) -> bool:
