@@ -44,6 +44,7 @@ class Fault:
 
 RULES = "tests/test_rules.py -k"
 CALLS = "tests/field/test_example_calls.py"
+SOURCE = "tests/field/test_patched_source.py"
 FAULTS = [
     # Rules of operators, a fault in each file.
     Fault("ops", "op.unify(q[-1], k[-1])", "pass", f"{RULES} sdpa"),
@@ -180,6 +181,13 @@ FAULTS = [
     Fault("coupling", "in program.captured:\n        more", "in (program,):\n        more", CALLS),
     Fault("allocate", "return along(where, counts, cost) if", "return counts if", CALLS),
     Fault("rewrite", "and _form(a) == _form(b)", "and True", f"{CALLS} -k differently"),
+    # Patched source.
+    Fault("rewrite", "return functools.partial(whole, value)", "return value", f"{SOURCE} -k Proc"),
+    Fault("rewrite", "one.co_code == other.co_code", "True", f"{SOURCE} -k changed_since"),
+    Fault(
+        "rewrite", "return 1 + max(map(int, levels), default=-1)", "return 0", f"{SOURCE} -k twice"
+    ),
+    Fault("plan", "if mine and not other and", "if False and", f"{SOURCE} -k with_a_length"),
     Fault("verify", "enumerate(whole.calls)", "enumerate(whole.calls[:1])", f"{CALLS} -k later"),
     Fault(
         "repair",
