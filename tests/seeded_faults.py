@@ -45,6 +45,7 @@ class Fault:
 RULES = "tests/test_rules.py -k"
 CALLS = "tests/field/test_example_calls.py"
 ATTENTION = "tests/field/test_attention"
+SOURCE = "tests/field/test_patched_source.py"
 FAULTS = [
     # Rules of operators, a fault in each file.
     Fault("ops", "op.unify(q[-1], k[-1])", "pass", f"{RULES} sdpa"),
@@ -310,6 +311,13 @@ FAULTS = [
         "left.kept",
         f"{ATTENTION}_classes.py -k again",
     ),
+    # Patched source.
+    Fault("rewrite", "return functools.partial(whole, value)", "return value", f"{SOURCE} -k Proc"),
+    Fault("rewrite", "one.co_code == other.co_code", "True", f"{SOURCE} -k changed_since"),
+    Fault(
+        "rewrite", "return 1 + max(map(int, levels), default=-1)", "return 0", f"{SOURCE} -k twice"
+    ),
+    Fault("plan", "if mine and not other and", "if False and", f"{SOURCE} -k with_a_length"),
     Fault("verify", "enumerate(whole.calls)", "enumerate(whole.calls[:1])", f"{CALLS} -k later"),
     Fault(
         "repair",

@@ -107,7 +107,10 @@ def _tree(filename: str, text: str) -> ast.Module:
 def _made(filename: str, text: str) -> dict[tuple[str, int], list[types.CodeType]]:
     """The codes that the text of a file is compiled to, by name and first line."""
     out: dict[tuple[str, int], list[types.CodeType]] = {}
-    pending = [compile(text, filename, "exec", dont_inherit=True)]
+    try:
+        pending = [compile(text, filename, "exec", dont_inherit=True)]
+    except (SyntaxError, ValueError) as error:  # a cell of a notebook that awaits something
+        raise NoSourceError(f"{filename} cannot be compiled: {error}") from error
     while pending:
         code = pending.pop()
         out.setdefault((code.co_name, code.co_firstlineno), []).append(code)

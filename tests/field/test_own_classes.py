@@ -118,7 +118,9 @@ def test_a_processor_that_the_module_calls(call: Any) -> None:
 def test_another_processor_is_refused() -> None:
     slim = copy.deepcopy(_crossing(places.AttnProcessor2_0)[0])
     slim.attention.processor = places.AttnProcessor()
-    with pytest.raises(depcut.DepcutError, match="calls AttnProcessor where it called AttnProcessor2_0"):
+    with pytest.raises(
+        depcut.DepcutError, match="calls AttnProcessor where it called AttnProcessor2_0"
+    ):
         slim(drawn(2, 6, 5))
 
 

@@ -323,3 +323,43 @@ def test_torch_save_keeps_two_instances_apart() -> None:
     loaded = torch.load(file, weights_only=False)
     for made, (_, dense) in zip(loaded, pairs, strict=True):
         assert_same(made, dense, drawn(3, 8))
+
+
+class Limited(nn.Module):
+    """One attribute is a width, and the longest sequence; [B, L, 8] to [B, min(L, 16), 5]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.n = nn.Linear(8, 16), nn.Linear(16, 5), 16
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, length, _ = x.shape
+        h = self.a(x).tanh().view(b, length, 4, self.n // 4).flip(2).reshape(b, length, self.n)
+        if length > self.n:
+            h = h[:, : self.n]
+        return self.b(h)
+
+
+@pytest.mark.parametrize("length", [6, 12, 20])
+def test_a_width_that_is_compared_with_a_length(length: int) -> None:
+    slim, dense = pair(seeded(Limited), drawn(2, 6, 8))
+    assert slim.n == 16
+    assert slim.a.out_features == 8
+    assert_same(slim, dense, drawn(2, length, 8))
+
+
+class Checked(Limited):
+    """The attribute is compared with the width that it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).tanh()
+        if h.shape[-1] != self.n:
+            raise ValueError(h.shape)
+        return self.b(h.reshape(*x.shape[:2], self.n))
+
+
+def test_a_width_that_is_compared_with_itself() -> None:
+    slim = depcut.shrink(seeded(Checked), 0.4, drawn(2, 6, 8), align=1)
+    assert slim.n == slim.a.out_features < 16
+    assert not depcut.report(slim).patched
+    assert slim(drawn(3, 20, 8)).shape == (3, 20, 5)
