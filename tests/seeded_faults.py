@@ -317,7 +317,6 @@ FAULTS = [
     Fault(
         "rewrite", "return 1 + max(map(int, levels), default=-1)", "return 0", f"{SOURCE} -k twice"
     ),
-    Fault("plan", "if mine and not other and", "if False and", f"{SOURCE} -k with_a_length"),
     Fault("verify", "enumerate(whole.calls)", "enumerate(whole.calls[:1])", f"{CALLS} -k later"),
     Fault(
         "repair",

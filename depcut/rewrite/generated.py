@@ -124,6 +124,10 @@ class GeneratedModule(nn.Module):
             if not fits:
                 wanted = ", ".join("any" if size is None else str(size) for size in sizes)
                 self._refuse(f"a tensor of sizes ({wanted})", f"one of sizes {given}")
+        self._check_state(leaves)
+
+    def _check_state(self, leaves: list[Any]) -> None:
+        """Refuse other precisions, devices, settings and modes."""
         for i, dtype in self.precisions.items():
             if leaves[i].dtype != dtype:
                 self._refuse(f"a tensor of {dtype}", f"one of {leaves[i].dtype}")

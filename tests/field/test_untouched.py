@@ -193,7 +193,7 @@ def assert_clean(slim: nn.Module) -> None:
     assert slim.hidden.shape == (2, slim.first.out_features)
 
 
-def pairs() -> list[Any]:
+def shares() -> list[Any]:
     """Each net with each call: in the sweep a fifth of them, in turns, else `-m exhaustive`."""
     return [
         pytest.param(
@@ -206,7 +206,7 @@ def pairs() -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize(("structure", "name"), pairs())
+@pytest.mark.parametrize(("structure", "name"), shares())
 def test_every_net_is_untouched(structure: str, name: str, tmp_path: Path) -> None:
     found = NETS[structure]
     model, x = found.build().train(), found.inputs(2)
