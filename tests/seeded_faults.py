@@ -42,11 +42,27 @@ class Fault:
     tests: str
 
 
+LATER = "tests/field/test_later_calls.py -k"
 RULES = "tests/test_rules.py -k"
 CALLS = "tests/field/test_example_calls.py"
 ATTENTION = "tests/field/test_attention"
 SOURCE = "tests/field/test_patched_source.py"
 FAULTS = [
+    # Later calls.
+    Fault("coupling", "for leaf in tables - read:", "for leaf in ():", f"{LATER} rows"),
+    Fault(
+        "rewrite",
+        "if any((file, line) in self.ran for line in lines):",
+        "if True:",
+        f"{LATER} branch",
+    ),
+    Fault("rewrite", "if truth != made.truth:", "if False:", f"{LATER} Asserting"),
+    Fault(
+        "graph",
+        "if target is torch.ops.aten.view.default else target",
+        "if False else target",
+        f"{LATER} OtherLayout",
+    ),
     # Rules of operators, a fault in each file.
     Fault("ops", "op.unify(q[-1], k[-1])", "pass", f"{RULES} sdpa"),
     Fault(

@@ -106,11 +106,11 @@ def deadened(net: nn.Module, given: Given, pick: Choose) -> None:
     with torch.no_grad():
         for name, parameter in net.named_parameters(remove_duplicate=False):
             stays = torch.zeros_like(parameter)
-            stays[_mesh(parameter, indices[name])] = 1
+            stays[mesh(parameter, indices[name])] = 1
             parameter.mul_(stays)
 
 
-def _mesh(tensor: Tensor, indices: Any) -> Any:
+def mesh(tensor: Tensor, indices: Any) -> Any:
     """Index arrays that broadcast to what stays of a tensor."""
     out: list[Tensor] = []
     for dim, kept in enumerate(indices):
@@ -420,6 +420,6 @@ def _compare_gradients(pair: Pair, expected: Any, actual: Any) -> None:
             continue
         assert (mine is None) == (theirs is None), f"gradient of {name}: {mine} {theirs}"
         if mine is not None:
-            kept = theirs[_mesh(theirs, indices[name])]
+            kept = theirs[mesh(theirs, indices[name])]
             assert mine.shape == kept.shape, f"gradient of {name}: {mine.shape}, {kept.shape}"
             _close(mine, kept, 1e-4 * largest, f"gradient of {name}")
