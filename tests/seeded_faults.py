@@ -329,7 +329,12 @@ FAULTS = [
     ),
     # Patched source.
     Fault("rewrite", "return functools.partial(whole, value)", "return value", f"{SOURCE} -k Proc"),
-    Fault("rewrite", "one.co_code == other.co_code", "True", f"{SOURCE} -k changed_since"),
+    Fault(
+        "rewrite",
+        "if not any(_is_alike(each, code) for each in made):",
+        "if False:",
+        f"{SOURCE} -k changed_since",
+    ),
     Fault(
         "rewrite", "return 1 + max(map(int, levels), default=-1)", "return 0", f"{SOURCE} -k twice"
     ),

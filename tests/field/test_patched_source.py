@@ -7,6 +7,7 @@ import inspect
 import io
 import linecache
 import pickle
+import re
 import subprocess
 import sys
 import textwrap
@@ -207,6 +208,8 @@ def test_a_file_changed_since_it_was_imported(change: Any, tmp_path: Path) -> No
         plan = depcut.analyze(model, X).plan(0.4, align=1)
         dense = zeroed(model, plan.tensor_indices())
         slim = plan.apply(dense)
+        [why] = depcut.report(slim).generated.values()
+        assert re.search("not what runs|not where its code says it is", why), why
         assert_same(slim, dense, X)
         assert_same(slim, dense, drawn(8, 8))
     finally:
