@@ -55,9 +55,15 @@ def changed_sizes(keep: Keep) -> dict[str, set[int]]:
 
 @dataclass(frozen=True)
 class _Branch:
-    """A body of statements that did not run."""
+    """A body of statements that did not run.
+
+    Attributes:
+        body: The statements.
+        compared: What its condition compares: a length there is one inside of it, too.
+    """
 
     body: list[ast.stmt]
+    compared: frozenset[str] = frozenset()
 
 
 class Branches:
@@ -130,7 +136,7 @@ class Branches:
                     for statement in body:
                         yield from self._branches(ast.Module([statement], []), file)
                 else:
-                    yield _Branch(body)
+                    yield _Branch(body, _compared(node))
 
     def _suspect(
         self, branch: _Branch, source: Source, twins: Mapping[str, Edit], found: set[Edit]
@@ -148,6 +154,8 @@ class Branches:
                         return node
                     found.add(replace(twin, span=source.span(node)))
                 for place in _places(node):
+                    if ast.unparse(place) in branch.compared:
+                        continue
                     twin = twins.get(ast.unparse(place))
                     if twin is not None:
                         found.add(replace(twin, span=source.span(place)))
@@ -239,6 +247,13 @@ def _twins(source: Source, edits: Collection[Edit]) -> dict[str, Edit]:
             if key:
                 found.setdefault(key, set()).add(replace(edit, span=(0, 0, 0, 0)))
     return {key: next(iter(same)) for key, same in found.items() if len(same) == 1}
+
+
+def _compared(node: ast.If | ast.For | ast.While) -> frozenset[str]:
+    """The sides of the comparisons in a condition."""
+    test = None if isinstance(node, ast.For) else node.test
+    found = (n for n in ast.walk(test or ast.Pass()) if isinstance(n, ast.Compare))
+    return frozenset(ast.unparse(side) for n in found for side in (n.left, *n.comparators))
 
 
 def _called(node: ast.Call) -> str:

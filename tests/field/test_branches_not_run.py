@@ -42,9 +42,7 @@ def test_a_branch_that_no_example_took_is_refused_where_it_names_the_width() -> 
     model, slim = halved(x)
     torch.testing.assert_close(slim(x), model(x))
     torch.testing.assert_close(slim(x, thrice=True), model(x, thrice=True))
-    with pytest.raises(
-        InputError, match="16 in a branch of Branching"
-    ):
+    with pytest.raises(InputError, match="16 in a branch of Branching"):
         slim(x, twice=True)
     assert "_depcut_not_run(" in depcut.report(slim).patched[""]
 
