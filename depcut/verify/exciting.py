@@ -43,6 +43,8 @@ def exciting(keep: Keep, model: nn.Module) -> tuple[Any, ...] | None:
     if not drawn:
         return None
     given = _finite(keep, model, leaves)
+    if given < 0:
+        return None  # the model does not take the example: what verifies it will say so
     chosen = [drawn.get(i, leaf) for i, leaf in enumerate(leaves)]
     if _finite(keep, model, chosen) >= given:
         return tuple(chosen)
