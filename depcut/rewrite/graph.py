@@ -19,6 +19,7 @@ from depcut.graph.arguments import Path, replaced, schema
 from depcut.graph.operators import (
     MODE_FLAGS,
     enters_autocast,
+    in_any_layout,
     is_arithmetic,
     is_mutating,
     is_operator,
@@ -279,6 +280,7 @@ class _Builder:
             self._pass(node)
             return
         new = self.graph.node_copy(node, self._value)
+        new.target = in_any_layout(node.target)
         self.env[node] = new
         set_literals(new, node, self.keep, self.graph)
         self._follow_mode(new, node)
