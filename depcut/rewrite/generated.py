@@ -19,6 +19,10 @@ from depcut.errors import InputError
 from depcut.support.torch_private import pytree, schema_of, size_expression
 
 
+# What a generated module sets itself, or what is compared in another way.
+_OWN = frozenset({"training", "replaces", "modal"})
+
+
 class GeneratedModule(nn.Module):
     """Stands in for a module whose code cannot express the new sizes; see `code`.
 
@@ -67,7 +71,7 @@ class GeneratedModule(nn.Module):
         self.settings = {
             name: value
             for name, value in vars(original).items()
-            if name != "training" and type(value) in (bool, int, float, str)
+            if name not in _OWN and type(value) in (bool, int, float, str)
         }
         self.equal = _equal_sizes(call.leaves, sizes)
         self.modal = _asks_for_mode(type(original))
