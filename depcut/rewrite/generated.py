@@ -18,7 +18,6 @@ from depcut.capture.program import ModuleCall
 from depcut.errors import InputError
 from depcut.support.torch_private import pytree, schema_of, size_expression
 
-
 # What a generated module sets itself, or what is compared in another way.
 _OWN = frozenset({"training", "replaces", "modal"})
 
