@@ -422,7 +422,7 @@ def test_an_equality_is_given_up_when_the_budget_demands_it() -> None:
     plan = analysis.plan(0.1, align=1, ignore=[n.replace("[", "[[]") for n in names])
     assert set(plan.kept) == {key.name}
     slim = plan.apply(analysis.model)
-    assert "attention" in depcut.report(slim).generated
+    assert "attention" in depcut.report(slim).patched
 
 
 def test_an_implicit_scale_holds_the_head_size_while_heads_can_go() -> None:
@@ -443,7 +443,7 @@ def test_an_implicit_scale_is_pinned_when_the_budget_demands_it() -> None:
     plan = analysis.plan(0.2, align=1, ignore=[n.replace("[", "[[]") for n in names])
     assert count(plan, key) < 16
     slim = plan.apply(analysis.model)
-    assert set(depcut.report(slim).generated) == {"attention"}
+    assert set(depcut.report(slim).patched) == {"attention"}
     assert "scale = 0.25" in slim.attention.code
 
 

@@ -42,6 +42,7 @@ def test_predictions_for_a_plan_are_what_the_slim_model_has(name: str) -> None:
     assert plan.macs < analysis.macs
 
 
+@pytest.mark.usefixtures("only_generated")
 def test_a_model_generated_as_a_whole_can_be_analysed_again() -> None:
     net = NETS["adaptive_flatten"]
     model, inputs = net.build(), net.inputs(2)

@@ -500,7 +500,7 @@ def test_no_agreement_where_only_one_has_nan(tmp_path, monkeypatch):
         (Branching(), torch.randn(2, 4), ExportError, "torch.export cannot capture"),
         (nn.Linear(4, 4), "x", InputError, "inputs is a str"),
         (nn.Linear(4, 4), {"wrong": torch.randn(2, 4)}, InputError, "do not fit forward"),
-        (nn.Linear(4, 4), (), InputError, "do not fit forward"),
+        (nn.Linear(4, 4), (), InputError, "inputs holds no tensor"),
         (nn.Linear(4, 4), (3,), InputError, "no tensor"),
         (nn.Linear(4, 4).bfloat16(), torch.randn(2, 4).bfloat16(), ExportError, "onnxruntime"),
     ],

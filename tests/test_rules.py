@@ -421,7 +421,7 @@ case(
     (2, 6, 5),
     (12, 3, 3),
     (6, 4, 1),
-    groups=(2, 2, 3),
+    groups=(2, 2, 2, 3),
 )
 
 case("max_pool1d", lambda x: F.max_pool1d(x, 2), (2, 6, 8), groups=(2, 6))

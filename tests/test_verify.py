@@ -262,6 +262,7 @@ def with_scale() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 6), Scaled(), nn.Linear(6, 5))
 
 
+@pytest.mark.usefixtures("only_generated")
 def test_a_number_that_would_change_with_the_size_is_pinned() -> None:
     model, inputs = seeded(with_scale, 0), normal(2, 4)
     plan = plan_of(model, inputs)
@@ -310,6 +311,7 @@ class Branches(nn.Module):
         return self.down(y.sigmoid() if y.shape[-1] > 11 else y.tanh())
 
 
+@pytest.mark.usefixtures("only_generated")
 def test_a_branch_on_a_width_is_pinned() -> None:
     model, inputs = seeded(Branches, 0), normal(2, 6)
     plan = plan_of(model, inputs)
@@ -331,6 +333,7 @@ class InsistsOnItsWidth(nn.Module):
         return self.down(y)
 
 
+@pytest.mark.usefixtures("only_generated")
 def test_code_that_raises_at_another_width_is_generated() -> None:
     model, inputs = seeded(InsistsOnItsWidth, 0), normal(2, 6)
     plan = plan_of(model, inputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import CodeType
 from typing import Any
 
 import torch
@@ -123,6 +124,14 @@ class Program:
             return self
         calls = [replace(p, others=()) for p in self.examples]
         return replace(calls.pop(number), others=tuple(calls))
+
+    @cached_property
+    def codes(self) -> dict[str, frozenset[CodeType]]:
+        """The code of the functions that ran in each module's forward and called torch."""
+        found: dict[str, set[CodeType]] = {}
+        for call in self.torch_calls:
+            found.setdefault(call.module, set()).update(frame.code for frame in call.frames)
+        return {name: frozenset(codes) for name, codes in found.items()}
 
     @cached_property
     def names(self) -> dict[fx.Node, str]:

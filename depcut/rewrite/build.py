@@ -196,6 +196,7 @@ def rewrite(model: nn.Module, keep: Keep) -> Slim:
     solution = replace(solution, stuck=stuck_nodes)
     dropped = rewritten(keep.coupling.program, keep.gone)
     stuck = {name: why for name, why in solution.modules.items() if name not in dropped}
+    slim.unpatchable.update(dropped)
     wanted = {**(slim.patch(stuck) if stuck else {}), **dropped}
     for name in sorted(wanted, key=lambda n: -n.count(".") - bool(n)):
         if name not in slim.generated and name not in slim.inlined:

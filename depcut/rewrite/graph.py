@@ -79,7 +79,7 @@ def _sizes(call: ModuleCall, keep: Keep) -> dict[int, tuple[int | None, ...]]:
     out = {}
     for i, leaf in enumerate(call.leaves):
         dims = keep.coupling.env.get(leaf) if isinstance(leaf, fx.Node) else None
-        if isinstance(leaf, fx.Node) and isinstance(dims, tuple):
+        if isinstance(leaf, fx.Node) and isinstance(dims, tuple) and leaf not in keep.gone.nodes:
             given = leaf.meta["val"].shape
             counts = zip(given, dims, strict=True)
             out[i] = tuple(keep.count(t) if _is_constant(size) else None for size, t in counts)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -83,14 +83,8 @@ class Branches:
         self.changed = frozenset(size for size in changed if size > 1)
         self.dense, self.slim = vars(dense), vars(slim)
         programs = keep.coupling.program.examples
-        self.ran = {line for program in programs for line in program.lines}
-        self.codes = {
-            frame.code
-            for program in programs
-            for call in program.torch_calls
-            if call.module == name
-            for frame in call.frames
-        }
+        self.ran = [program.lines for program in programs]
+        self.codes = frozenset[CodeType]().union(*(p.codes.get(name, ()) for p in programs))
 
     def edits(self, function: FunctionType, known: Collection[Edit] = ()) -> set[Edit]:
         """Edits of a function beside those of the code that runs.
@@ -132,7 +126,7 @@ class Branches:
                     yield from self._branches(ast.Module(body, []), file)
                     continue
                 lines = range(body[0].lineno, body[-1].end_lineno + 1)
-                if any((file, line) in self.ran for line in lines):
+                if any((file, line) in ran for ran in self.ran for line in lines):
                     for statement in body:
                         yield from self._branches(ast.Module([statement], []), file)
                 else:

@@ -13,7 +13,7 @@ from torch import nn
 from depcut.capture.flags import flags_as_before
 from depcut.capture.program import parent_of, stack_entries, where
 from depcut.capture.random_state import preserved
-from depcut.errors import VerificationError
+from depcut.errors import InputError, VerificationError
 from depcut.plan.keep import Keep
 from depcut.reference.run import masked_outputs
 from depcut.rewrite.build import Slim
@@ -159,7 +159,9 @@ class _Verification:
                     return attempt if attempt.problem is None else whole
                 # What raised and does not a second time is no fault of the code.
                 again = attempt if attempt.problem is None else self._try(trial)
-                if not again.found.good and self._holds(trial):
+                # A generated module says what it does not take.
+                refuses = isinstance(again.problem, InputError) and bool(self.slim.generated)
+                if not again.found.good and not refuses and self._holds(trial):
                     return again
                 attempt = whole
             worst = max(worst, attempt.found.size)
@@ -290,10 +292,13 @@ class _Verification:
 
 
 def _replace(slim: Slim, names: Sequence[str], why: str) -> None:
-    """Generate modules; of the later ones only those that have not been dealt with on the way."""
-    slim.replace(names[0], why)
-    for name in names[1:]:
-        if name not in slim.generated and name not in slim.inlined:
+    """Patch modules, all at once, or generate them: those not dealt with on the way."""
+    done = {*slim.generated, *slim.inlined, *slim.patched}
+    slim.patch({name: why for name in names if name not in done} or {names[0]: why})
+    for name in names:
+        if name in slim.patched and name not in done:
+            continue
+        if name == names[0] or (name not in slim.generated and name not in slim.inlined):
             slim.replace(name, why)
 
 

@@ -1,8 +1,8 @@
 """Later calls of slim models: another mask, length, batch, precision, mode, device than captured.
 
-A (net, later call) pair is drawn; what the dense model accepts must come out the same from the slim
-one, or be refused by name. A patched model refuses nothing but branches that no example call ran and
-that name sizes of the dense model. Counter-examples follow, each by name.
+A (net, later call) pair is drawn; what the dense model accepts must come out the same from the
+slim one, or be refused by name. A patched model refuses nothing but branches that no example call
+ran and that name sizes of the dense model. Counter-examples follow, each by name.
 """
 
 from __future__ import annotations
