@@ -189,7 +189,7 @@ def apply_depth(it: Subject) -> Call:
 
 @entry
 def compensate(it: Subject) -> Call:
-    plan = it.plan()
+    plan = it.plan(of="channels")  # heads go at every depth
     return lambda: plan.apply(it.model, data=it.data(), progress=False)
 
 

@@ -444,7 +444,7 @@ def test_an_implicit_scale_is_pinned_when_the_budget_demands_it() -> None:
     assert count(plan, key) < 16
     slim = plan.apply(analysis.model)
     assert set(depcut.report(slim).patched) == {"attention"}
-    assert "scale = 0.25" in slim.attention.code
+    assert "scale=0.25" in depcut.report(slim).patched["attention"]
 
 
 # Repeatability -----------------------------------------------------------------------------------
