@@ -10,11 +10,18 @@ from importlib.util import find_spec
 import pytest
 import torch
 import zoo
+from shares import share_out
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Side by side, threads of one worker would wait for those of the others.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave a share of what is shown of many nets alike to the sweep."""
+    share_out(items)
 
 
 @pytest.fixture(scope="module", autouse=True)

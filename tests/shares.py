@@ -1,0 +1,102 @@
+"""Which share of a test's cases runs by default: the others run with `-m sweep`.
+
+The default set has five minutes. What is shown of many nets or options alike is shown of some of
+them by default, evenly spread, and of all of them in the sweep.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import pytest
+
+# Names of tests of which every fourth case, every second, or none runs by default.
+FOURTH = """
+test_a_batch_of_one_beside_a_number test_a_dropped_branch_is_a_branch_of_zeros
+test_a_file_changed_since_it_was_imported test_a_form_sums_what_the_operator_sums
+test_a_later_call_with_any_masks_and_lengths test_a_model_that_caches_is_untouched
+test_a_model_that_computes_something_else_is_refused test_a_plan_survives_saving_and_loading
+test_a_product_with_zeros_is_not_tainted test_an_interrupted_run_ends_with_the_same_weights
+test_an_unaligned_budget_is_met_within_a_percent
+test_another_checkpoint_is_cut_at_the_same_places
+test_another_instance_with_the_same_weights_gives_the_same_tensors
+test_cells_read_what_a_loop_over_the_steps_reads
+test_contractions_of_weights_without_a_site_are_known test_criteria_need_weights
+test_every_branch_is_found test_every_criterion_scores_every_net
+test_every_structure_has_finite_scores test_gradient_criteria_are_their_formulas
+test_impossible_rows_are_refused test_kept_weights_return_to_the_snapshot
+test_keyword_arguments_in_every_form
+test_little_data_dead_units_and_large_activations_give_finite_weights
+test_losses_are_those_of_a_whole_pass test_macs_are_those_that_torch_counts
+test_magnitudes_are_norms_of_all_that_a_unit_owns test_members_and_aggregates_are_those_of_a_loop
+test_mistakes_are_named test_outputs_come_closer test_plans_keep_the_best_units_of_each_row
+test_predictions_for_a_plan_are_what_the_slim_model_has test_recurrent_modules
+test_rows_of_heads_and_groups test_scores_follow_a_permutation_of_the_units
+test_sites_compute_what_their_nodes_compute test_state_is_sliced_like_its_parameter_and_trains_on
+test_structure test_structures_with_dead_units_compute_the_same test_sums_of_rows_against_loops
+test_terms_of_a_product_have_the_energy_of_what_zeroing_them_takes
+test_the_harness_catches_a_missing_literal test_the_layer_with_a_wrong_number_is_named
+test_the_masked_model_is_the_smaller_one test_the_model_is_only_read
+test_the_penalty_is_the_sum_over_what_each_unit_owns test_two_plans_in_turn_are_one_plan
+test_weight_norm_keeps_the_weights_that_stay test_what_a_run_advances_is_where_it_was
+test_what_is_not_tainted_is_the_same_for_other_inputs test_what_mixes_the_rows_binds_them
+test_what_stays_takes_over_what_repeats_it test_widths_and_branches_together
+test_work_grows_linearly
+""".split()
+HALF = """
+test_a_budget_is_met_with_branches_dropped
+test_a_file_with_a_wrong_entry_ends_in_an_error_that_explains
+test_a_fresh_model_is_the_same_architecture_with_other_weights
+test_a_link_stays_one_and_its_file_is_written
+test_a_longer_input_comes_out_as_from_the_dense_model test_a_model_is_served_while_it_is_captured
+test_a_model_of_another_precision_passes test_a_model_that_draws_is_compared_by_value
+test_a_run_that_failed_goes_on_to_the_same_end
+test_a_scale_that_is_computed_out_of_sight_is_found test_a_state_of_another_run_is_refused
+test_a_student_that_is_the_teacher_has_nothing_to_learn
+test_a_width_that_is_compared_with_a_length test_budgets_are_of_the_dense_model
+test_channels_that_look_at_their_neighbours_are_frozen
+test_checkpoints_of_another_request_are_refused test_costs_are_those_of_the_result
+test_every_group_is_read_somewhere test_form test_generated_modules_are_copied_and_loaded
+test_generated_modules_keep_keys_and_take_any_batch test_gradients_reach_the_student_alone
+test_half_of_a_public_architecture test_impossible_units test_inputs_and_outputs_of_all_forms
+test_little_memory_gives_the_same_scores test_macs_do_not_depend_on_the_batch
+test_many_candidates_at_once_cost_what_each_costs test_named_net test_one_call_of_a_shared_layer
+test_other_runs_resume_alike test_predictions_equal_reality test_rows_of_attention_against_zeros
+test_rows_of_convolutions_against_zeros test_shrunk_twice
+test_shuffled_channels_and_gates_have_no_rows test_slicing_before_equals_slicing_after
+test_steps_that_rank_units_row_by_row_are_one_plan
+test_the_distance_counts_every_removed_element_once test_tied_parameters_stay_tied
+test_units_of_each_row_are_masked_and_come_back_from_a_state
+test_vectors_of_wrong_shapes_are_refused
+test_what_a_class_cannot_express_is_generated_and_the_reason_recorded
+test_what_scripts_import_is_declared test_what_was_cached_before_stays
+test_whenever_an_export_is_killed_a_whole_pair_is_there test_wrong_calls
+""".split()
+NONE = """
+test_a_model_with_a_generated_module_is_exported test_a_pickle_in_another_process
+test_branches_of_a_public_architecture test_half_of_a_public_architecture_with_branches_dropped
+""".split()
+
+EVERY = dict.fromkeys(FOURTH, 4) | dict.fromkeys(HALF, 2)
+
+
+def share_out(items: Sequence[pytest.Item]) -> None:
+    """Mark the cases that are left to the sweep.
+
+    Args:
+        items: All tests that were collected.
+    """
+    cases: dict[tuple[str, str], list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        name = getattr(item, "originalname", item.name)
+        if any(item.get_closest_marker(mark) for mark in ("sweep", "exhaustive")):
+            continue
+        if name in NONE:
+            item.add_marker(pytest.mark.sweep)
+        elif name in EVERY:
+            cases[item.nodeid.partition("::")[0], name].append(item)
+    for (_, name), found in cases.items():
+        for number, item in enumerate(found):
+            if number % EVERY[name]:
+                item.add_marker(pytest.mark.sweep)
