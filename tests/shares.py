@@ -1,11 +1,13 @@
 """Which share of a test's cases runs by default: the others run with `-m sweep`.
 
 The default set has five minutes. What is shown of many nets or options alike is shown of some of
-them by default, evenly spread, and of all of them in the sweep.
+them by default, evenly spread, and of all of them in the sweep. With DEPCUT_TESTS=whole all cases
+run by default, as they do where coverage is measured.
 """
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -91,6 +93,8 @@ def share_out(items: Sequence[pytest.Item]) -> None:
     Args:
         items: All tests that were collected.
     """
+    if os.environ.get("DEPCUT_TESTS") == "whole":
+        return
     cases: dict[tuple[str, str], list[pytest.Item]] = defaultdict(list)
     for item in items:
         name = getattr(item, "originalname", item.name)
