@@ -148,7 +148,7 @@ def arguments(inputs: Inputs, where: str = "inputs=") -> tuple[tuple[Any, ...], 
 
 
 def refuse_without_values(tree: Any, device: torch.device) -> None:
-    """Refuse tensors on the meta device for a model that has values.
+    """Refuse sparse tensors, and those on the meta device for a model that has values.
 
     Args:
         tree: Arguments.
@@ -164,6 +164,13 @@ def refuse_without_values(tree: Any, device: torch.device) -> None:
                 f"{device}",
                 where="inputs=",
                 remedy="pass tensors with values; their device is changed where it must be",
+            )
+        sparse = isinstance(leaf, torch.Tensor) and not leaf.is_nested
+        if sparse and leaf.layout is not torch.strided:
+            raise InputError(
+                f"an input of shape {tuple(leaf.shape)} is sparse",
+                where="inputs=",
+                remedy="pass x.to_dense(): what reads it can be compared with values alone",
             )
 
 

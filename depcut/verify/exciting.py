@@ -63,6 +63,8 @@ def _drawn(program: Program, leaves: list[Any]) -> list[tuple[int, Tensor]]:
     for i, (node, leaf) in enumerate(zip(program.inputs, leaves, strict=True)):
         if not isinstance(leaf, Tensor) or leaf.is_meta or leaf.numel() < 2:
             continue
+        if leaf.layout is not torch.strided or leaf.is_nested:
+            continue
         if not bool((leaf == leaf.reshape(-1)[0]).all()):
             continue
         if leaf.is_floating_point():

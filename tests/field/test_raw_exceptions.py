@@ -646,3 +646,9 @@ def test_a_wrong_command_ends_with_a_message(what: str, models: str) -> None:
     assert err.strip()
     assert "Traceback" not in err
     assert len(err) < 3000
+
+
+def test_sparse_inputs_are_refused_by_name() -> None:
+    model = seeded(Words, 0).a
+    with refused("is sparse", "to_dense", model=model):
+        depcut.analyze(model, torch.eye(8).to_sparse())
