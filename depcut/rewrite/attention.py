@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -149,12 +150,16 @@ class SlimMultiheadAttention(nn.MultiheadAttention):
         packed: Any = self.in_proj_weight  # None where each has its own
         bias: Any = self.in_proj_bias
         if packed is not None and query is key and key is value:
-            q, k, v = functional.linear(query, packed, bias).split(rows, -1)
+            together = functional.linear(query, packed, bias)
+            if len({*rows}) == 1:  # as the stock class does, whose units are the same in all three
+                q, k, v = together.unflatten(-1, (3, -1)).unbind(-2)
+            else:
+                q, k, v = together.split(rows, -1)
             return q, k, v
         weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         if packed is not None:
-            weights = packed.split(rows)
-        biases = (None, None, None) if bias is None else bias.split(rows)
+            weights = _cut(packed, rows)  # type: ignore[assignment]
+        biases = (None, None, None) if bias is None else _cut(bias, rows)
         q, k, v = map(functional.linear, (query, key, value), weights, biases)
         return q, k, v
 
@@ -313,3 +318,11 @@ def _merged(masks: _Masks, q: Tensor, k: Tensor) -> Tensor | None:
     padding = padding[:, None, None]
     # Runtimes of ONNX files do not broadcast a mask along the queries.
     return padding.expand(-1, -1, length, -1) if attention is None else attention + padding
+
+
+def _cut(x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    """Weights or biases of queries, keys and values that are laid end to end.
+
+    Equal ones are cut as the stock class cuts them, evenly: a later plan keeps them equal.
+    """
+    return x.chunk(len(sizes)) if len({*sizes}) == 1 else x.split(list(sizes))

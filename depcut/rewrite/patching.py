@@ -240,6 +240,8 @@ class _Patcher:
         if (mismatch.call, mismatch.steps) in self.inferred:
             return Edit(source.span(place.node), "set", -1, 0, place.steps)
         kind = self._kind(mismatch, place, source)
+        if kind == "scale" and not mismatch.actual:
+            kind = "swap"  # nothing can be a multiple of 0
         old = 0.0 if kind == "set" else mismatch.actual
         return Edit(source.span(place.node), kind, mismatch.wanted, old, place.steps)
 
