@@ -52,7 +52,7 @@ FAULTS = [
     Fault("coupling", "for leaf in tables - read:", "for leaf in ():", f"{LATER} rows"),
     Fault(
         "rewrite",
-        "if any((file, line) in self.ran for line in lines):",
+        "if any((file, line) in ran for ran in self.ran for line in lines):",
         "if True:",
         f"{LATER} branch",
     ),
