@@ -228,7 +228,9 @@ def shapes(module: nn.MultiheadAttention, batch: int, length: int, source: int) 
     return [tuple((batch, n)[i] for i in order) for n in (length, source, source)]
 
 
-def compare(both: Pair, slim: Any, dense: Any, weights: bool, average: bool, **near: Any) -> None:
+def assert_alike(
+    both: Pair, slim: Any, dense: Any, weights: bool, average: bool, **near: Any
+) -> None:
     near = near or {"rtol": 1e-4, "atol": 1e-5}
     (out, its), (full, all_of_them) = slim, dense
     torch.testing.assert_close(out, full[..., both.out], **near)

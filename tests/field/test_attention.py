@@ -16,8 +16,8 @@ from attention_pairs import (
     HEADS,
     KINDS,
     WIDTH,
+    assert_alike,
     causal,
-    compare,
     drawn,
     inputs,
     padding,
@@ -52,7 +52,7 @@ def test_a_later_call_with_any_masks_and_lengths(name: str, called: str) -> None
             asked = {"need_weights": weights, "average_attn_weights": average}
             result = both.slim(*slim, **keywords, **asked)
             asked["average_attn_weights"] = False
-            compare(both, result, both.dense(*dense, **keywords, **asked), weights, average)
+            assert_alike(both, result, both.dense(*dense, **keywords, **asked), weights, average)
 
 
 def test_a_mask_by_head_may_be_that_of_the_heads_that_are_left() -> None:
@@ -170,7 +170,7 @@ def test_other_precisions(name: str, dtype: torch.dtype) -> None:
             m(*x, need_weights=weights, **keywords) for m, x in zip(modules, given, strict=True)
         )
         assert slim[0].dtype == dtype
-        compare(both, slim, dense, weights, average=False, **near)
+        assert_alike(both, slim, dense, weights, average=False, **near)
 
 
 def test_autocast() -> None:

@@ -15,8 +15,8 @@ from attention_pairs import (
     KINDS,
     SIZE,
     WIDTH,
+    assert_alike,
     causal,
-    compare,
     drawn,
     expanded,
     inputs,
@@ -93,7 +93,7 @@ def test_a_slim_attention_shrinks_again(name: str) -> None:
                 m(*x, **keywords, need_weights=weights, average_attn_weights=False)
                 for m, x in zip((slim, both.dense), given, strict=True)
             )
-            compare(both, made, full, weights, average=False)
+            assert_alike(both, made, full, weights, average=False)
 
 
 @pytest.mark.sweep

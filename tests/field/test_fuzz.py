@@ -345,23 +345,32 @@ def _run(number: int, family: str | None = None, names: list[str] | None = None)
     return f"{chosen}: {outcome}"
 
 
+def _tried(
+    numbers: range, family: str | None = None, names: list[str] | None = None
+) -> tuple[Counter[str], list[str]]:
+    """What came of the cases of some numbers, and those that raised what no user should see."""
+    counts: Counter[str] = Counter()
+    failures = []
+    for number in numbers:
+        try:
+            counts[_run(number, family, names)] += 1
+        except Exception as error:  # noqa: BLE001, PERF203  (all of them are to be seen)
+            failures.append(f"case {number}: {type(error).__name__}: {error}"[:300])
+    return counts, failures
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_wrong_calls(family: str, tmp_path: Path) -> None:
     with _world(tmp_path):
-        for number in range(8):
-            _run(number, family, QUICK if family == "arguments" else None)
+        counts, failures = _tried(range(8), family, QUICK if family == "arguments" else None)
+    assert not failures, "\n".join(failures)
+    assert counts.total() == 8
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("start", range(0, TRIALS, 100))
 def test_a_thousand_wrong_calls(start: int, tmp_path: Path) -> None:
-    counts: Counter[str] = Counter()
-    failures = []
     with _world(tmp_path):
-        for number in range(start, start + 100):
-            try:
-                counts[_run(number)] += 1
-            except Exception as error:  # noqa: BLE001, PERF203  (all of them are to be seen)
-                failures.append(f"case {number}: {type(error).__name__}: {error}"[:300])
+        counts, failures = _tried(range(start, start + 100))
     print(dict(counts))
     assert not failures, "\n".join(failures)

@@ -80,7 +80,7 @@ def test_another_image_size(size: tuple[int, int]) -> None:
     assert_same(*both(Images, IMAGES), drawn(2, 3, *size))
 
 
-def same_draws(slim: nn.Module, dense: nn.Module, x: Tensor) -> None:
+def assert_same_draws(slim: nn.Module, dense: nn.Module, x: Tensor) -> None:
     torch.manual_seed(3)
     got = slim(x)
     torch.manual_seed(3)
@@ -92,7 +92,7 @@ def test_dropout_that_the_example_had_off() -> None:
     assert_same(slim, dense, X)
     slim.train(), dense.train()
     assert not torch.allclose(slim(X), slim(X))
-    same_draws(slim, dense, X)
+    assert_same_draws(slim, dense, X)
 
 
 def test_dropout_set_to_zero_afterwards() -> None:
@@ -107,7 +107,7 @@ def test_dropout_set_afterwards() -> None:
     slim, dense = both(Heads, X)
     slim.train(), dense.train()
     slim.p = dense.p = 0.3
-    same_draws(slim, dense, X)
+    assert_same_draws(slim, dense, X)
 
 
 def gradients(model: nn.Module, x: Tensor) -> tuple[Tensor | None, bool]:

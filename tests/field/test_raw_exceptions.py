@@ -35,7 +35,7 @@ X = inputs(3)
 
 
 @contextlib.contextmanager
-def refused(
+def assert_refused(
     *words: str, kind: type[DepcutError] = InputError, model: nn.Module | None = None
 ) -> Iterator[None]:
     """The block raises an error with a remedy that says these words, and leaves all as it was."""
@@ -113,11 +113,11 @@ class RaisesOnDevice(nn.Module):
 def test_export_and_bench_name_what_the_model_raises(tmp_path: Path) -> None:
     model = seeded(RaisesOnDevice, 0)
     model.limit = 7
-    with refused("OddError", "message cannot be read", kind=CallError, model=model):
+    with assert_refused("OddError", "message cannot be read", kind=CallError, model=model):
         depcut.export(model, tmp_path / "a.onnx", X)
-    with refused("OddError", model=model):
+    with assert_refused("OddError", model=model):
         depcut.bench({"a": model}, X, runtime="torch", rounds=6)
-    with refused("OddError", kind=CallError, model=model):
+    with assert_refused("OddError", kind=CallError, model=model):
         depcut.compare(model, model, X, runtime=None)
 
 
@@ -137,7 +137,7 @@ def test_a_function_of_the_caller_that_raises_is_quoted(call: Callable[[Any], An
     def failing(*_: object) -> Any:
         raise OutsideError("the function fails")
 
-    with refused("OutsideError", "the function fails"):
+    with assert_refused("OutsideError", "the function fails"):
         call(failing)
 
 
@@ -147,7 +147,7 @@ def test_data_that_raises_is_quoted() -> None:
         raise OutsideError("the disk is gone")
 
     model = net()
-    with refused("OutsideError", "the disk is gone", "data=", model=model):
+    with assert_refused("OutsideError", "the disk is gone", "data=", model=model):
         depcut.shrink(model, 0.5, X, data=failing())
 
 
@@ -221,9 +221,9 @@ def test_a_module_whose_own_protocol_of_copies_fails_is_copied_all_the_same() ->
 def test_a_forward_without_a_signature(tmp_path: Path) -> None:
     model = net()
     model.forward = torch.relu  # type: ignore[method-assign]
-    with refused("forward"):
+    with assert_refused("forward"):
         depcut.shrink(model, 0.5, X)
-    with refused("forward"):
+    with assert_refused("forward"):
         depcut.export(model, tmp_path / "a.onnx", X)
 
 
@@ -237,7 +237,7 @@ def test_lazy_parameters_are_named_with_what_settles_them(tmp_path: Path) -> Non
         lambda: depcut.bench({"a": model}, X, runtime="torch", rounds=6),
         lambda: depcut.compare(model, model, X, runtime=None),
     ):
-        with refused("lazy", "run the model once"):
+        with assert_refused("lazy", "run the model once"):
             call()
     model(X)
     assert depcut.shrink(model.eval(), 0.5, X, align=1)(X).shape == (3, 2)
@@ -299,16 +299,16 @@ WRONG: dict[str, tuple[Callable[[], nn.Module], Any, tuple[str, ...]]] = {
 def test_wrong_inputs_are_not_blamed_on_the_model(what: str) -> None:
     make, given, words = WRONG[what]
     model = seeded(make, 0)
-    with refused(*words, model=model):
+    with assert_refused(*words, model=model):
         depcut.shrink(model, 0.5, given(), align=1)
 
 
 def test_wrong_data_is_not_blamed_on_the_model() -> None:
     model = seeded(Words, 0)
     good, bad = torch.ones(2, 5, dtype=torch.int64), torch.full((2, 5), 99)
-    with refused("IndexError", "data, item 1", kind=CallError, model=model):
+    with assert_refused("IndexError", "data, item 1", kind=CallError, model=model):
         depcut.shrink(model, 0.5, good, data=[good, bad], align=1)
-    with refused("IndexError", "data, item 1", kind=CallError, model=model):
+    with assert_refused("IndexError", "data, item 1", kind=CallError, model=model):
         depcut.analyze(model, good).plan(0.5, data=[good, bad], score="wanda")
 
 
@@ -323,7 +323,7 @@ def test_inputs_that_require_gradients_are_as_good_as_others(tmp_path: Path) -> 
 
 def test_export_quotes_the_model_on_wrong_inputs(tmp_path: Path) -> None:
     model = seeded(Conv, 0)
-    with refused("the model itself raises", "channels", model=model):
+    with assert_refused("the model itself raises", "channels", model=model):
         depcut.export(model, tmp_path / "a.onnx", normal(2, 4, 8, 8))
     assert list(tmp_path.iterdir()) == []
 
@@ -334,13 +334,13 @@ def test_export_quotes_the_model_on_wrong_inputs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("keep", [None, 3, b"first", ["first"], {1: [0]}, {"first": Hostile()}])
 def test_kept_units_of_a_wrong_kind(keep: Any) -> None:
     model = net()
-    with refused(kind=PlanError, model=model):
+    with assert_refused(kind=PlanError, model=model):
         depcut.analyze(model, X).plan_keeping(keep)
 
 
 @pytest.mark.parametrize("name", ["keep", "ratois", "widths"])
 def test_a_keyword_that_does_not_exist(name: str) -> None:
-    with refused(name):
+    with assert_refused(name):
         depcut.shrink(net(), 0.5, X, **{name: None})
 
 
@@ -348,20 +348,20 @@ def test_a_keyword_that_does_not_exist(name: str) -> None:
     "ratio", ["x", math.nan, math.inf, 1j, torch.tensor(0.5), True, np.array([0.5]), 10**400]
 )
 def test_a_ratio_of_a_wrong_kind(ratio: Any) -> None:
-    with refused("ratio", model=(model := net())):
+    with assert_refused("ratio", model=(model := net())):
         depcut.shrink(model, ratio, X)
     for ratios in ({"first": ratio}, {None: 0.5}, {1: 0.5}, [("first", 0.5)], "first", b"x"):
-        with refused("ratios", model=model):
+        with assert_refused("ratios", model=model):
             depcut.shrink(model, 0.5, X, ratios=ratios)
 
 
 @pytest.mark.parametrize("seed", [-1, "a", 1.5, 2**64, None, True])
 def test_a_seed_of_a_wrong_kind(seed: Any) -> None:
-    with refused("seed"):
+    with assert_refused("seed"):
         depcut.shrink(net(), 0.5, X, seed=seed)
-    with refused("seed"):
+    with assert_refused("seed"):
         training.TrainingOptions(seed=seed)
-    with refused("seed"):
+    with assert_refused("seed"):
         training.fresh(net(), plan(), seed=seed)
 
 
@@ -369,18 +369,18 @@ def test_numpy_integers_count_as_integers() -> None:
     chosen = depcut.Options(align=np.int64(4), seed=np.uint8(3), threads=np.int32(2))
     assert (chosen.align, chosen.seed, chosen.threads) == (4, 3, 2)
     assert type(chosen.align) is int
-    with refused("align"):
+    with assert_refused("align"):
         depcut.Options(align=np.bool_(True))
 
 
 def test_a_loss_without_data_is_not_left_aside() -> None:
-    with refused("loss=", "data"):
+    with assert_refused("loss=", "data"):
         depcut.shrink(net(), 0.5, X, loss=loss)
 
 
 def test_nothing_is_timed_and_nothing_asked_for_is_left_aside() -> None:
     for name, value in (("provider", "cpu"), ("batch_size", 4), ("pin", True), ("memory", True)):
-        with refused(name, "nothing is timed"):
+        with assert_refused(name, "nothing is timed"):
             depcut.compare(net(), net(), X, runtime=None, **{name: value})
 
 
@@ -439,7 +439,7 @@ TAMPERED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("what", few(TAMPERED, *SOME))
 def test_a_tampered_plan(what: str, tmp_path: Path) -> None:
     path, model = _saved(tmp_path, **TAMPERED[what]), net()
-    with refused(kind=PlanError, model=model):
+    with assert_refused(kind=PlanError, model=model):
         depcut.Plan.load(path).apply(model)
 
 
@@ -465,10 +465,10 @@ RAW_FILES: dict[str, bytes] = {
 def test_a_file_that_is_no_plan(what: str, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_bytes(RAW_FILES[what])
-    with refused("plan", kind=PlanError):
+    with assert_refused("plan", kind=PlanError):
         depcut.Plan.load(path)
     if what != "empty":  # that is a file of options, none of them changed
-        with refused():
+        with assert_refused():
             depcut.Options.read(path)
 
 
@@ -480,14 +480,14 @@ def test_a_path_that_is_none(path: Any) -> None:
         lambda: depcut.Options.read(path),
         lambda: depcut.export(net(), path, X),
     ):
-        with refused(kind=DepcutError):
+        with assert_refused(kind=DepcutError):
             call()
 
 
 def test_a_plan_is_read_from_files_only(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")  # opening it would wait for ever
     for path in (tmp_path, tmp_path / "fifo", "/dev/zero", tmp_path / "missing" / "plan.json"):
-        with refused(kind=PlanError):
+        with assert_refused(kind=PlanError):
             depcut.Plan.load(path)
 
 
@@ -524,7 +524,7 @@ def test_a_damaged_checkpoint(what: str, tmp_path: Path) -> None:
     retrain()
     for file in tmp_path.rglob("*.json"):
         file.write_bytes(RAW_FILES[what])
-    with refused(kind=DepcutError):
+    with assert_refused(kind=DepcutError):
         retrain()
 
 
@@ -650,5 +650,5 @@ def test_a_wrong_command_ends_with_a_message(what: str, models: str) -> None:
 
 def test_sparse_inputs_are_refused_by_name() -> None:
     model = seeded(Words, 0).a
-    with refused("is sparse", "to_dense", model=model):
+    with assert_refused("is sparse", "to_dense", model=model):
         depcut.analyze(model, torch.eye(8).to_sparse())
