@@ -74,41 +74,10 @@ def fresh(
             remedy='pass a function of a module or "moments"',
         )
     slim = plan.apply(model, inputs, progress=False)
-    trained = dict(slim.named_parameters())
-    moments = {
-        n: (float(p.detach().float().mean()), float(p.detach().float().std(correction=0)))
-        for n, p in trained.items()
-        if p.is_floating_point()
-    }
-    constants = {n: p.detach().clone() for n, p in trained.items() if not p.requires_grad}
     devices = list(range(torch.cuda.device_count()))
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         torch.manual_seed(seed)
-        for parameter in trained.values():
-            if parameter.is_floating_point() or parameter.is_complex():
-                parameter.fill_(torch.nan)
-        for name, module in reversed(list(slim.named_modules())):
-            try:
-                _reset(module, attribute(model, name) if name else model)
-            except Exception as error:
-                reraise_fatal(error)
-                raise InputError(
-                    f"its parameters cannot be drawn anew: {first_line(error)}",
-                    where=name or type(model).__name__,
-                    remedy="let its reset method read the sizes of its parameters",
-                ) from error
-            if callable(init):
-                init(module)
-        left = []
-        for name, parameter in trained.items():
-            if not bool(torch.isnan(parameter).any()):
-                continue
-            if name in constants:
-                parameter.copy_(constants[name])
-            elif init == "moments" and name in moments:
-                parameter.normal_(*moments[name])
-            else:
-                left.append(name)
+        left = _draw(slim, model, init)
     if left:
         raise InputError(
             f"nothing draws new values for {listed(left)}",
@@ -118,6 +87,43 @@ def fresh(
             "present mean and deviation",
         )
     return slim
+
+
+def _draw(slim: nn.Module, model: nn.Module, init: Init | str | None) -> list[str]:
+    """Draw all weights anew; names of the parameters that nothing draws."""
+    trained = dict(slim.named_parameters())
+    moments = {
+        n: (float(p.detach().float().mean()), float(p.detach().float().std(correction=0)))
+        for n, p in trained.items()
+        if p.is_floating_point()
+    }
+    constants = {n: p.detach().clone() for n, p in trained.items() if not p.requires_grad}
+    for parameter in trained.values():
+        if parameter.is_floating_point() or parameter.is_complex():
+            parameter.fill_(torch.nan)
+    for name, module in reversed(list(slim.named_modules())):
+        try:
+            _reset(module, attribute(model, name) if name else model)
+        except Exception as error:
+            reraise_fatal(error)
+            raise InputError(
+                f"its parameters cannot be drawn anew: {first_line(error)}",
+                where=name or type(model).__name__,
+                remedy="let its reset method read the sizes of its parameters",
+            ) from error
+        if callable(init):
+            init(module)
+    left = []
+    for name, parameter in trained.items():
+        if not bool(torch.isnan(parameter).any()):
+            continue
+        if name in constants:
+            parameter.copy_(constants[name])
+        elif init == "moments" and name in moments:
+            parameter.normal_(*moments[name])
+        else:
+            left.append(name)
+    return left
 
 
 def _reset(module: nn.Module, dense: object) -> None:

@@ -93,6 +93,18 @@ def geometric(ratio: float, steps: int) -> tuple[float, ...]:
     return (*(1 - (1 - ratio) ** (k / steps) for k in range(1, steps)), ratio)
 
 
+def _sources(
+    model: nn.Module, items: Sequence[Any] | None, **functions: Callable[..., Any] | None
+) -> dict[str, Any]:
+    """What a resumed run must be given again, as texts to compare."""
+    return {
+        "structure": structure_text(model),
+        "weights": digest(model),
+        "data": None if items is None else f"{len(items)} items {data_text(items[:1])}",
+        **{name: callable_text(function) for name, function in functions.items()},
+    }
+
+
 @takes_options(Options, IterateKeywords)
 def iterate(
     model: nn.Module,
@@ -158,14 +170,7 @@ def iterate(
         "architecture": fingerprint(dense.coupling),
     }
     if checkpoint is not None:
-        request |= {
-            "structure": structure_text(model),
-            "weights": digest(model),
-            "retrain": callable_text(retrain),
-            "optimizer": callable_text(optimizer),
-            "loss": callable_text(loss),
-            "data": None if items is None else f"{len(items)} items {data_text(items[:1])}",
-        }
+        request |= _sources(model, items, retrain=retrain, optimizer=optimizer, loss=loss)
     disk = None if checkpoint is None else RunFolder(checkpoint, request, chosen.resume)
     turns = _Turns(dense, targets, retrain, optimizer, loss, items, disk, chosen)
     with nullcontext() if disk is None else claimed(disk.folder, "checkpoint=", InputError):
