@@ -7,7 +7,7 @@ things, and no weight has its initial value: biases are not zero, norms not the 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,6 +144,53 @@ def pairs(batch: int) -> dict[str, Tensor]:
     tokens = text(batch)
     tokens["input_ids"][:, -1] = EOS
     return tokens | small_images(batch)
+
+
+# Results ------------------------------------------------------------------------------------------
+
+# Ways to generate: options of `generate`, and whether the prompts are padded on the left.
+GENERATIONS: dict[str, tuple[dict[str, Any], bool]] = {
+    "greedy": ({}, False),
+    "no cache": ({"use_cache": False}, False),
+    "static cache": ({"cache_implementation": "static"}, False),
+    "beams": ({"num_beams": 3}, False),
+    "left padding": ({}, True),
+}
+
+
+def outputs(family: Family, model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that a call returns by name, those of outputs inside of outputs included."""
+    with torch.no_grad():
+        return dict(_tensors(model(**family.inputs(2)), ""))
+
+
+def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Mapping | tuple):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, item in items:
+            yield from _tensors(item, f"{name}.{key}".removeprefix("."))
+
+
+def generated(family: Family, model: nn.Module, way: str, length: int = 8) -> dict[str, Tensor]:
+    """What `generate` returns: the tokens, and the logits behind each of them.
+
+    Raises:
+        Exception: Whatever the library raises for a way that the architecture does not support.
+    """
+    options, left = GENERATIONS[way]
+    inputs = family.inputs(2)
+    inputs.pop("decoder_input_ids", None)
+    if left:
+        if "input_ids" not in inputs:
+            raise ValueError("its inputs are no text")
+        inputs = padded(2, "left")
+    given = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False, **options}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        made = model.generate(**inputs, **given, output_logits=True, return_dict_in_generate=True)
+    return dict(_tensors({"tokens": made["sequences"], "logits": torch.stack(made["logits"])}, ""))
 
 
 # Families -----------------------------------------------------------------------------------------
