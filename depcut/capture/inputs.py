@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from depcut.capture.batches import widened
-from depcut.capture.dry_run import result_shapes
+from depcut.capture.dry_run import result_shapes, runs
 from depcut.capture.refusals import signature_of
 from depcut.conventions.convention import Convention, convention_of
 from depcut.errors import InputError, in_call, listed
@@ -244,7 +244,7 @@ def _by_convention(model: nn.Module, convention: Convention) -> Inputs:
     tried = []
     for candidate in islice(convention.example_inputs(model), _CANDIDATES):
         _, kwargs = with_settings(model, (), candidate)
-        if result_shapes(model, (), kwargs) is not None:
+        if runs(model, (), kwargs):
             return candidate
         tried.append(shapes_of(candidate))
     raise InputError(

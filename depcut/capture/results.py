@@ -230,7 +230,7 @@ def _members(value: Any) -> tuple[list[tuple[str, Any]], bool]:
     return list(getattr(value, "__dict__", {}).items()), False
 
 
-# What a user names ---------------------------------------------------------------------------------
+# What a user names --------------------------------------------------------------------------------
 
 
 def settled_outputs(outputs: Outputs) -> Names | None:

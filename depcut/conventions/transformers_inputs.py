@@ -32,11 +32,15 @@ def candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
     Args:
         model: A `PreTrainedModel`.
     """
+    masked = "attention_mask" in inspect.signature(model.forward).parameters
     for rows in (2, 1):  # some heads take several rows only where a padding token is set
         for names in _sets(model):
             shapes = [_SHAPES[name](model) for name in names]
             for chosen in _diagonal(shapes):
-                yield _made(model, dict(zip(names, chosen, strict=True)), rows)
+                made = _made(model, dict(zip(names, chosen, strict=True)), rows)
+                if masked and "input_ids" in made:  # as a tokenizer gives it
+                    yield {**made, "attention_mask": torch.ones_like(made["input_ids"])}
+                yield made
     dummy = _own_dummy_inputs(model)
     if dummy:
         yield dummy
@@ -105,7 +109,7 @@ def _own_dummy_inputs(model: nn.Module) -> dict[str, Any] | None:
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in named.items()}
 
 
-# Shapes without the batch, by the name of the argument ---------------------------------------------
+# Shapes without the batch, by the name of the argument --------------------------------------------
 
 
 def _texts(model: nn.Module) -> list[Shape]:
