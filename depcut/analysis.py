@@ -34,6 +34,7 @@ from depcut.capture.capture import capture
 from depcut.capture.inputs import Inputs
 from depcut.capture.program import Program
 from depcut.capture.random_state import preserved
+from depcut.capture.results import Outputs
 from depcut.coupling.groups import Coupling, Frozen, Group, layer_of
 from depcut.coupling.infer import infer_coupling
 from depcut.deploy.runtime import bind_inputs, resized
@@ -380,7 +381,7 @@ class Analysis:
         return str(file.getvalue()).rstrip()
 
 
-def analyze(model: nn.Module, inputs: Inputs = None) -> Analysis:
+def analyze(model: nn.Module, inputs: Inputs = None, outputs: Outputs = None) -> Analysis:
     """Find out what can be removed from a model; it is only read.
 
     Args:
@@ -389,10 +390,14 @@ def analyze(model: nn.Module, inputs: Inputs = None) -> Analysis:
             such example calls, for a model that runs other layers in each (`which="b"`, early
             exits, other lengths): an axis that one of them freezes stays, and nothing that any of
             them runs keeps its dense width for want of a call. Left out, inferred from the first
-            layer where that is unambiguous.
+            layer where that is unambiguous, or made as the model's library has it.
+        outputs: Which outputs count, by names (keys, attributes; nested ones with dots; globs) or
+            positions: `("logits",)`. The dimensions of the others may become narrower. Left out,
+            all but those that the model's library calls auxiliary; `"*"` are all.
 
     Raises:
         CaptureError: The model cannot be captured.
-        InputError: The inputs are of the wrong kind, or cannot be inferred.
+        InputError: The inputs are of the wrong kind, or cannot be inferred; or there is no such
+            output.
     """
-    return Analysis(model, infer_coupling(capture(model, inputs)), inputs)
+    return Analysis(model, infer_coupling(capture(model, inputs, outputs)), inputs)

@@ -14,6 +14,7 @@ ORDER = """
 errors version
 support
 axes
+conventions
 capture
 graph
 ops

@@ -23,9 +23,10 @@ from depcut.errors import PlanError
 from depcut.options import ApplyKeywords, Options
 from depcut.plan import cost
 from depcut.plan.data import PlanData, make_plan
-from depcut.plan.fingerprint import example_of
+from depcut.plan.fingerprint import example_of, outputs_of
 from depcut.plan.keep import Keep
 from depcut.plan.unchanged import check_unchanged
+from depcut.plan.uncounted import narrower
 from depcut.repair.after_rewrite import repair, wants_repair
 from depcut.repair.compensate import Compensation
 from depcut.rewrite.build import Slim, rewrite
@@ -106,9 +107,7 @@ class Plan(PlanData):
         coupling = self.coupling
         if coupling is None or model is not self.model or inputs is not None:
             self.check(model)
-            coupling = infer_coupling(
-                capture(model, inputs if inputs is not None else example_of(self.inputs, model))
-            )
+            coupling = self._analysed(model, inputs)
         else:
             check_unchanged(coupling.program, model)
         keep = self.keep(coupling)
@@ -154,7 +153,7 @@ class Plan(PlanData):
             compensation,
             {**slim.guarded, **slim.patched},
             tuple(sorted({layer_of(name) for name in left})),
-            (*keep.coupling.program.notes, *notes),
+            (*keep.coupling.program.notes, *narrower(keep), *notes),
         )
 
     @property
@@ -194,10 +193,14 @@ class Plan(PlanData):
             PlanError: The model has another architecture.
         """
         self.check(model)
-        example = inputs if inputs is not None else example_of(self.inputs, model)
-        coupling = infer_coupling(capture(model, example))
+        coupling = self._analysed(model, inputs)
         self.keep(coupling)
         return replace(self, coupling=coupling, model=model)
+
+    def _analysed(self, model: nn.Module, inputs: Inputs) -> Coupling:
+        """A model analysed as the plan's was: the same outputs count."""
+        example = inputs if inputs is not None else example_of(self.inputs, model)
+        return infer_coupling(capture(model, example, outputs_of(self.inputs)))
 
     def tensor_indices(self) -> dict[str, tuple[Indices | None, ...]]:
         """Kept indices of every dimension of every parameter and buffer, by name.
