@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "depcut"
 ORDER = """
 errors version
 support
+libraries
 axes
 capture
 graph
@@ -26,6 +27,7 @@ allocate
 rewrite
 verify
 repair
+rebuild
 options
 apply
 deploy

@@ -1,0 +1,1 @@
+"""What is known of model libraries: conventions of a library, never of an architecture."""
