@@ -13,7 +13,6 @@ PACKAGE = Path(__file__).resolve().parent.parent / "depcut"
 ORDER = """
 errors version
 support
-libraries
 axes
 capture
 graph

@@ -31,6 +31,7 @@ from depcut.rebuild.stock import prove
 from depcut.repair.after_rewrite import repair, wants_repair
 from depcut.repair.compensate import Compensation
 from depcut.rewrite.build import Slim, rewrite
+from depcut.rewrite.finish import finish
 from depcut.rewrite.optimizer import check_optimizer, narrow_optimizer
 from depcut.support.keywords import settled, takes_options
 from depcut.verify.calls import verify_calls
@@ -134,10 +135,13 @@ class Plan(PlanData):
                 prove(stock.model, keep)
         if optimizer is not None:
             narrow_optimizer(optimizer, model, slim.model, keep)
-        record(slim.model, self._report(slim, error, compensation))
+        notes = finish(slim.model, model, keep)
+        record(slim.model, self._report(slim, error, compensation, notes))
         return slim.model
 
-    def _report(self, slim: Slim, error: float, compensation: Compensation | None) -> Report:
+    def _report(
+        self, slim: Slim, error: float, compensation: Compensation | None, notes: tuple[str, ...]
+    ) -> Report:
         """The report on the smaller model."""
         keep = slim.keep
         macs, params = (
@@ -155,7 +159,7 @@ class Plan(PlanData):
             compensation,
             {**slim.guarded, **slim.patched},
             tuple(sorted({layer_of(name) for name in left})),
-            keep.coupling.program.notes,
+            (*keep.coupling.program.notes, *notes),
         )
 
     @property

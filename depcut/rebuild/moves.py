@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from depcut.allocate.space import StepTie
-from depcut.libraries.recipe import Number, Path, Recipe, Values
+from depcut.rebuild.recipe import Number, Path, Recipe, Values
 from depcut.rebuild.solve import Solver
 from depcut.rebuild.twin import Twin, alike, changes, twin_of
 from depcut.support.failures import reraise_fatal

@@ -14,9 +14,9 @@ from depcut.allocate.space import Counts, StepTie
 from depcut.capture.random_state import preserved
 from depcut.coupling.groups import Coupling
 from depcut.errors import InputError, PlanError, VerificationError
-from depcut.libraries.recipe import Number, Path, recipe_of
 from depcut.plan.keep import Keep
 from depcut.rebuild.moves import Builder, Move, candidates, knobs, scaled, subsets
+from depcut.rebuild.recipe import Number, Path, recipe_of
 from depcut.rebuild.solve import Solver
 from depcut.rebuild.stock import rebuilt
 from depcut.rebuild.twin import Twin, twin_of

@@ -10,8 +10,8 @@ from torch import nn
 
 from depcut.capture.random_state import preserved
 from depcut.errors import VerificationError
-from depcut.libraries.recipe import recipe_of
 from depcut.plan.keep import Keep
+from depcut.rebuild.recipe import recipe_of
 from depcut.rebuild.twin import Twin, buffers, changes, settle, twin_of
 from depcut.rewrite.build import Slim
 from depcut.rewrite.removal import remove_dead

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Protocol
 
 from torch import nn
+
+from depcut.support.conventions import adapters
 
 Path = tuple[str | int, ...]  # of a number in nested fields and lists
 Number = int | float
@@ -35,17 +37,15 @@ class Recipe(Protocol):
         ...
 
 
-Maker = Callable[[nn.Module], Recipe | None]
-
-
 def recipe_of(model: nn.Module) -> Recipe | None:
-    """The recipe of a model; None where its library is not known to build classes from numbers.
+    """The recipe of a model, from the adapter of its library: its function `recipe(model)`.
 
     Args:
         model: Any model; it is only read.
-    """
-    # Each library's conventions are loaded with the first model that can be of it.
-    from depcut.libraries import transformers_config
 
-    makers: tuple[Maker, ...] = (transformers_config.recipe,)
-    return next((found for make in makers if (found := make(model)) is not None), None)
+    Returns:
+        It; None where no library is known to build the model's class from numbers.
+    """
+    makers = (getattr(adapter, "recipe", None) for adapter in adapters(model))
+    found = (make(model) for make in makers if make is not None)
+    return next((recipe for recipe in found if recipe is not None), None)

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from depcut.libraries.empty import empty_on_meta
-from depcut.libraries.recipe import Number, Path, Recipe, Values
+from depcut.rebuild.empty import empty_on_meta
+from depcut.rebuild.recipe import Number, Path, Recipe, Values
 
 # Read by many classes where a config has it, though few configs have it by themselves.
 _OPTIONAL = ("head_dim",)
