@@ -45,6 +45,8 @@ from depcut.options import CalibrateKeywords, Options, PlanKeywords
 from depcut.plan import cost
 from depcut.plan.cost import Cost
 from depcut.plan.data import PlanData
+from depcut.rebuild.choose import checked, within
+from depcut.rebuild.rebuilding import Rebuilding, check_rebuildable, rebuilding
 from depcut.support.checks import check_kind
 from depcut.support.keywords import settled, takes_options
 
@@ -145,6 +147,7 @@ class Analysis:
             refuse_frozen(self.frozen, type(self.model).__name__)
         calibration = self.calibrate(data, loss=loss, options=chosen)
         score = criterion_or_default(chosen.score, has_data=data is not None)
+        rebuild = self._rebuilding(chosen)
         request = Request(
             score,
             allocation_or_default(chosen.allocation, score, of),
@@ -153,34 +156,64 @@ class Analysis:
             chosen.ratios or {},
             chosen.seed,
             calibration,
+            hold=rebuild.held if rebuild else (),
+            together=rebuild.ties if rebuild else None,
         )
         with blaming_calls(self.model, self.program, calibration):
             chooser = Chooser(self.coupling, self.model, request)
 
             def choose(whole: frozenset[int]) -> PlanData:
-                return self._within(ratio, of, chooser.holding(whole), chosen)
+                return self._within(ratio, of, chooser.holding(whole), chosen, rebuild)
 
-            never = chosen.generated == "never"
+            never = chosen.generated == "never" and rebuild is None
             whole = frozenset[int]()
             plan = with_own_code(choose, self.coupling, self.model) if never else choose(whole)
         settings = {**plan.settings, "options": chosen.record()}
         return Plan.of(replace(plan, settings=settings), self.coupling, self.model)
 
-    def _within(self, ratio: float | None, of: str, chooser: Chooser, chosen: Options) -> PlanData:
+    @cached_property
+    def rebuilding(self) -> tuple[Rebuilding | None, str]:
+        """What a config can say of smaller widths; None, and why, where it cannot be built anew."""
+        return rebuilding(self.coupling, self.model)
+
+    def _rebuilding(self, chosen: Options) -> Rebuilding | None:
+        """What the config limits widths to, if it does.
+
+        Raises:
+            InputError: It is to, and cannot.
+        """
+        if chosen.rebuildable is False or (chosen.depth and chosen.rebuildable == "auto"):
+            return None
+        found, why = self.rebuilding
+        if chosen.rebuildable is True:
+            check_rebuildable(found, why, depth=chosen.depth)
+        return found
+
+    def _within(
+        self,
+        ratio: float | None,
+        of: str,
+        chooser: Chooser,
+        chosen: Options,
+        rebuild: Rebuilding | None,
+    ) -> PlanData:
         """The best units that meet the budget."""
         if of == "latency":
             milliseconds = chosen.latency_ms
             goal = Goal(ratio, None if milliseconds is None else 1e-3 * milliseconds)
             times = self.latency(threads=chosen.threads, progress=chosen.progress)
-            return plan_for_latency(
+            plan = plan_for_latency(
                 self.model, self._inputs, chooser, times, goal, progress=chosen.progress
             )
+            return checked(rebuild, plan) if rebuild else plan
         removed = float(cast(float, ratio))
         if chosen.depth:
             data = chooser.request.calibration
             flat = [data.leaves(b) for b in data.batches] if data else ()
             return depth_and_width(chooser, self.residuals, of, removed, flat)
         quantity = self.costs[of]
+        if rebuild is not None:
+            return within(rebuild, chooser, quantity, removed, of)
         counts = chooser.meet(quantity, quantity.total * (1 - removed), of)
         return chooser.plan(counts, {"ratio": removed, "of": of})
 

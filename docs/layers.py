@@ -27,6 +27,7 @@ allocate
 rewrite
 verify
 repair
+rebuild
 options
 apply
 deploy

@@ -27,6 +27,8 @@ from depcut.plan.fingerprint import example_of, outputs_of
 from depcut.plan.keep import Keep
 from depcut.plan.unchanged import check_unchanged
 from depcut.plan.uncounted import narrower
+from depcut.rebuild.rebuilding import recorded
+from depcut.rebuild.stock import prove
 from depcut.repair.after_rewrite import repair, wants_repair
 from depcut.repair.compensate import Compensation
 from depcut.rewrite.build import Slim, rewrite
@@ -122,11 +124,14 @@ class Plan(PlanData):
                 progress=chosen.progress,
             )
         with blaming_calls(model, coupling.program, calibration):
-            slim = rewrite(model, keep)
+            stock = recorded(self.settings, model, keep)
+            slim = stock or rewrite(model, keep)
             error = verify_calls(slim, model)
             check_own_tensors(slim.model, model, keep)
             repaired = chosen.compensate
             compensation = repair(slim.model, model, keep, calibration) if repaired else None
+            if stock:
+                prove(stock.model, keep)
         if optimizer is not None:
             narrow_optimizer(optimizer, model, slim.model, keep)
         notes = finish(slim.model, model, keep)

@@ -12,8 +12,11 @@ from torch import nn
 
 from depcut.integrations.refusal import allow_saving, refuse_saving
 from depcut.integrations.reload import reload_problem, stock_class
+from depcut.integrations.transformers_config import recipe
 from depcut.plan.keep import Keep
 from depcut.reference.run import example
+
+__all__ = ["finish", "recipe"]
 
 # Where the base classes with these methods are defined. Models of the first can be built from their
 # config and loaded from memory, so that they can be tried.
