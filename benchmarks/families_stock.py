@@ -8,6 +8,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import measure  # it puts the tests on the path, whose families are meant below
+
 # isort: split
 import families
 import torch
@@ -39,7 +41,7 @@ def compared(name: str, folder: Path) -> dict[str, Any]:
         try:
             model = auto.from_pretrained(folder)
         except Exception as error:  # noqa: BLE001  (a family that does not load is a result)
-            return {"error": f"from_pretrained: {type(error).__name__}: {error}"[:300]}
+            return {"error": f"from_pretrained: {measure.first_line(error)}"}
         equal, differs = [], {}
         for way, wanted in expected.items():
             try:
@@ -49,7 +51,7 @@ def compared(name: str, folder: Path) -> dict[str, Any]:
                     else families.generated(family, model, way)
                 )
             except Exception as error:  # noqa: BLE001  (the same)
-                differs[way] = f"{type(error).__name__}: {error}"[:300]
+                differs[way] = measure.first_line(error)
                 continue
             gap = difference(wanted, made)
             if gap:
