@@ -21,7 +21,12 @@ __all__ = ["finish", "recipe"]
 # Where the base classes with these methods are defined. Models of the first can be built from their
 # config and loaded from memory, so that they can be tried.
 _TRIED = "transformers.modeling_utils"
-_UNTRIED = frozenset(("huggingface_hub.hub_mixin", "diffusers.models.modeling_utils"))
+_ADAPTED = "peft.peft_model"  # its files hold adapters alone
+_UNTRIED = frozenset(("huggingface_hub.hub_mixin", "diffusers.models.modeling_utils", _ADAPTED))
+
+_REBUILDABLE = "shrunk with rebuildable=True, from_pretrained takes it"
+_ATTACHED = "adapters are attached, and were cut with it"
+_MERGED = "merge the adapters before the model is shrunk, or attach them to the smaller one"
 
 
 def finish(slim: nn.Module, dense: nn.Module, keep: Keep) -> list[str]:
@@ -49,7 +54,7 @@ def finish(slim: nn.Module, dense: nn.Module, keep: Keep) -> list[str]:
         if why is None:
             allow_saving(model)
         else:
-            refuse_saving(model, why)
+            refuse_saving(model, why, _MERGED if why == _ATTACHED else _REBUILDABLE)
     return notes
 
 
@@ -81,6 +86,8 @@ def _problem(
     """Why the library would not bring the model back, if it would not."""
     if stock_class(model) is not stock_class(before):
         return "it was generated from the graph"
+    if any(home.startswith("peft.") for part in model.modules() for home in _homes(part)):
+        return _ATTACHED
     if _TRIED not in _homes(model):
         return "its config gives the sizes of the dense model"
     return reload_problem(model, slim, name, example(keep))
