@@ -14,6 +14,7 @@ one that goes or changes. No other module spells a private name of a library; th
 | `SymInt.node.expr` | the expression of a symbolic size |
 | `nn.Module._modules`, `_parameters`, `_buffers` | members go without `__setattr__` of the user |
 | `nn.Module._forward_pre_hooks`, `BasePruningMethod._tensor_name` | masks of `nn.utils.prune` |
+| `nn.Module._non_persistent_buffers_set`, the names of its hooks | they are stored with a module |
 | `nn.modules.conv._ConvNd`, `nn.modules.batchnorm._NormBase` | what all of these layers share |
 | `nn.MultiheadAttention._reset_parameters` | its initialisation has no public name |
 | `functional._canonical_mask`, `_mha_shape_check` | attention's masks and refusals, slim as stock |
@@ -62,12 +63,15 @@ __all__ = [
     "compile_settings",
     "enter_autocast",
     "exit_autocast",
+    "hooks_of",
     "is_packed",
     "make_subclass",
+    "non_persistent_of",
     "parameters_of",
     "proxy_tensor",
     "pruned_names",
     "pytree",
+    "registries",
     "replaced_by_export",
     "schema_of",
     "set_epoch",
@@ -153,6 +157,35 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
         module: The module.
     """
     return module._buffers
+
+
+def non_persistent_of(module: nn.Module) -> set[str]:
+    """Names of the buffers of a module that its state does not hold, to be changed.
+
+    Args:
+        module: The module.
+    """
+    return module._non_persistent_buffers_set
+
+
+def registries() -> frozenset[str]:
+    """Attributes in which every module keeps tensors, children and hooks."""
+    return frozenset(vars(nn.Module())) - {"training"}
+
+
+def hooks_of(module: nn.Module) -> dict[str, list[Any]]:
+    """The functions that a module calls with its forward or backward, by the registry they are in.
+
+    Args:
+        module: The module.
+    """
+    held = {name: vars(module).get(name) for name in sorted(registries()) if "ward_" in name}
+    called = {
+        name: [hook for hook in hooks.values() if callable(hook)]
+        for name, hooks in held.items()
+        if isinstance(hooks, dict)
+    }
+    return {name: hooks for name, hooks in called.items() if hooks}
 
 
 def pruned_names(module: nn.Module) -> Iterator[str]:
