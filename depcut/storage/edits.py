@@ -61,4 +61,4 @@ def _edit(data: dict[str, Any]) -> Edit:
     )
     if not sound:
         raise ValueError(f"an edit of the source is damaged: {str(data)[:100]}")
-    return Edit(span, kind, *numbers, steps, name)  # type: ignore[arg-type]
+    return Edit(span, kind, *numbers, steps, name)

@@ -58,8 +58,8 @@ def generated_data(module: GeneratedModule, description: Description) -> dict[st
             "name": node.name,
             "kind": node.op,
             "target": _target(node),
-            "args": description.value(fx.map_arg(node.args, _Reference), node.name),
-            "kwargs": description.value(fx.map_arg(dict(node.kwargs), _Reference), node.name),
+            "args": description.value(_plain(node.args), node.name),
+            "kwargs": description.value(_plain(node.kwargs), node.name),
         }
         for node in module.graph.nodes
     ]
@@ -74,6 +74,21 @@ class _Reference(str):
     def __new__(cls, node: fx.Node) -> _Reference:
         """The reference to a node."""
         return super().__new__(cls, node.name)
+
+
+def _plain(value: Any) -> Any:
+    """Arguments with names in place of nodes, in Python's own containers."""
+    if isinstance(value, fx.Node):
+        return _Reference(value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if type(value) is tuple:
+        return tuple(map(_plain, value))
+    if isinstance(value, slice):
+        return slice(*map(_plain, (value.start, value.stop, value.step)))
+    return value
 
 
 def _target(node: fx.Node) -> Any:

@@ -6,6 +6,7 @@ import copy
 import functools
 import types
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -111,7 +112,7 @@ class Rebuild:
             make_slim(module, module)
         for data in record.get("patches", ()):
             patch = patch_of(data)
-            module.__class__ = patched_class(type(module), patch)  # type: ignore[assignment]
+            module.__class__ = patched_class(type(module), patch)
 
     def _fill(self, module: nn.Module, record: dict[str, Any]) -> None:
         path = record["path"]
@@ -120,7 +121,7 @@ class Rebuild:
             text = f"hooks {hooks or 'none'} in place of {record['hooks'] or 'none'}"
             raise self._differs(f"the one at hand has the {text}", path)
         for key, held in (("parameters", parameters_of), ("buffers", buffers_of)):
-            tensors: Any = held(module)  # type: ignore[operator]
+            tensors: Any = held(module)
             new = {
                 name: None if slot is None else self._tensors.get(slot, tensors.get(name))
                 for name, slot in record[key].items()
@@ -205,6 +206,8 @@ class Rebuild:
             new[key] = self.value(held, old.get(key, _MISSING), f"{path}[{key!r}]")
         if "of" not in data:
             return new
+        if built is _MISSING and data["of"] == name_of(OrderedDict):
+            return OrderedDict(new)
         self._same_kind(data, built, path)
         out = copy.copy(built)
         out.clear()

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from depcut.errors import InputError
 from depcut.rewrite.copying import like
+from depcut.support.torch_private import is_wrapper
 from depcut.support.weights import open_tensors, write_tensors
 
 STATE, REST = "weights.safetensors", "tensors.safetensors"
@@ -75,7 +75,7 @@ class TensorTable:
             "parameter": isinstance(tensor, nn.Parameter),
             "requires_grad": tensor.requires_grad and tensor.is_leaf,
         }
-        if not value.is_contiguous() and _is_dense(slot["shape"], value.stride()):
+        if not value.is_contiguous() and _is_dense(value.shape, value.stride()):
             slot["strides"] = list(value.stride())
         self.slots.append(slot)
         return len(self.slots) - 1
@@ -118,7 +118,7 @@ def _check(tensor: Tensor, name: str) -> None:
         problem = "has no values: it is on the meta device"
     elif tensor.layout != torch.strided or tensor.is_nested:
         problem = f"has the layout {tensor.layout}"
-    elif tensor.is_quantized or is_traceable_wrapper_subclass(tensor):  # type: ignore[no-untyped-call]
+    elif tensor.is_quantized or is_wrapper(tensor):
         problem = f"is a {type(tensor).__name__} of {tensor.dtype}"
     if problem:
         raise InputError(

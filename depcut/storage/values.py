@@ -72,7 +72,7 @@ class Description:
         """Number the tensors of the model's state first, by the names that they have there."""
         for path, module in model.named_modules():
             for held in (parameters_of, buffers_of):
-                for name, tensor in held(module).items():  # type: ignore[operator]
+                for name, tensor in held(module).items():
                     if tensor is not None and name not in non_persistent_of(module):
                         self.tensors.add(tensor, _joined(path, name), True)
 
@@ -90,7 +90,7 @@ class Description:
                 name: None
                 if tensor is None
                 else self.tensors.add(tensor, _joined(path, name), False)
-                for name, tensor in held(module).items()  # type: ignore[operator]
+                for name, tensor in held(module).items()
             }
         record["transient"] = sorted(non_persistent_of(module))
         record["children"] = {
@@ -175,6 +175,19 @@ class Description:
                 name: self.value(held, f"{path}.{name}") for name, held in vars(value).items()
             }
         return number
+
+
+def class_name(description: Description) -> str:
+    """The name of the class that a model has, or had before it was generated.
+
+    Args:
+        description: Of the model.
+    """
+    first = description.modules[0]
+    if "generated" not in first:
+        return str(first["class"])
+    module, _, name = str(first["generated"]["replaces"]).rpartition(".")
+    return f"{module}:{name}"
 
 
 def is_plain_object(value: Any) -> bool:

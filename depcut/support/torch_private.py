@@ -8,6 +8,7 @@ one that goes or changes. No other module spells a private name of a library; th
 | `torch.utils._pytree` | the specs of nested arguments in what torch.export returns are of it |
 | `torch._subclasses.fake_tensor.FakeTensorMode` | shapes of a forward without computing it |
 | `torch.utils._python_dispatch.TorchDispatchMode` | sees the operators that a forward executes |
+| `torch.utils._python_dispatch.is_traceable_wrapper_subclass` | tensors that hold other ones |
 | `torch.amp.autocast_mode._enter_autocast`, `_exit_autocast` | what a graph holds for autocast |
 | `torch.fx.experimental.proxy_tensor`, its `_ModuleStackTracer` | nodes of a capture |
 | `OpOverload._schema` | argument names, defaults and effects of an operator |
@@ -48,6 +49,7 @@ from torch.nn.utils import prune
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass as _is_wrapper
 
 __all__ = [
     "COMPILER_FLAGS",
@@ -65,6 +67,7 @@ __all__ = [
     "exit_autocast",
     "hooks_of",
     "is_packed",
+    "is_wrapper",
     "make_subclass",
     "non_persistent_of",
     "parameters_of",
@@ -89,6 +92,15 @@ def is_packed(module: nn.Module) -> bool:
         module: The layer.
     """
     return hasattr(module, "_packed_params")
+
+
+def is_wrapper(tensor: Tensor) -> bool:
+    """Whether a tensor is made of others: distributed, quantized, jagged ones.
+
+    Args:
+        tensor: The tensor.
+    """
+    return bool(_is_wrapper(tensor))
 
 
 def replaced_by_export() -> dict[str, tuple[Any, str]]:
