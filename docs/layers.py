@@ -33,7 +33,7 @@ apply
 deploy
 timing latency
 analysis dead_units api
-training integrations
+training integrations storage
 depcut cli __main__
 """.split()
 

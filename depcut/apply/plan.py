@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from typing_extensions import Unpack
 
+from depcut.apply.carried import carry
 from depcut.apply.report import Report, record
 from depcut.axes import Indices
 from depcut.branches.branch import Residuals
@@ -136,6 +137,7 @@ class Plan(PlanData):
             narrow_optimizer(optimizer, model, slim.model, keep)
         notes = finish(slim.model, model, keep)
         record(slim.model, self._report(slim, error, compensation, notes))
+        carry(slim.model, self)
         return slim.model
 
     def _report(

@@ -145,6 +145,16 @@ def report(model: nn.Module) -> Report:
     return Report(**data, compensation=done)
 
 
+def report_record(model: nn.Module) -> dict[str, Any]:
+    """A model's report as plain data.
+
+    Args:
+        model: A model with a report.
+    """
+    data: dict[str, Any] = json.loads(vars(model)[_ATTRIBUTE])
+    return data
+
+
 def lineage_of(model: nn.Module) -> dict[str, str]:
     """The plan's digest and request, for the files made from a model; {} for a dense one.
 

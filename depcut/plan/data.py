@@ -130,7 +130,11 @@ class PlanData:
         Raises:
             DepcutError: It cannot be written.
         """
-        data = {
+        files.write_json(path, self.record(), "plan", indent=1)
+
+    def record(self) -> dict[str, Any]:
+        """The plan as plain data, which its file holds."""
+        return {
             "format": FORMAT,
             "fingerprint": self.fingerprint,
             "settings": dict(self.settings),
@@ -140,7 +144,6 @@ class PlanData:
             "kept": {name: kept.tolist() for name, kept in self.kept.items()},
             "dropped": list(self.dropped),
         }
-        files.write_json(path, data, "plan", indent=1)
 
     @classmethod
     def load(cls: type[DataT], path: str | os.PathLike[str]) -> DataT:
