@@ -274,7 +274,7 @@ def _derive(demand: _Demand, keep: Keep, values: dict[Attribute, int], lookup: L
     assert isinstance(demand.expr, tuple)
     if evaluate(demand.expr, keep, lookup) is not None:
         return False
-    solution = _invert(demand.expr, demand.target, keep, lookup)
+    solution = invert(demand.expr, demand.target, keep, lookup)
     if solution is None:
         return False
     attribute, value = solution
@@ -310,7 +310,7 @@ def _attributes(expr: Expr | None) -> Iterator[Attribute]:
         yield from _attributes(expr[2])
 
 
-def _invert(expr: Expr, target: int, keep: Keep, lookup: Lookup) -> tuple[Attribute, int] | None:
+def invert(expr: Expr, target: int, keep: Keep, lookup: Lookup) -> tuple[Attribute, int] | None:
     if isinstance(expr, int | float):
         return None
     if expr[0] == "attr":
@@ -332,7 +332,7 @@ def _invert(expr: Expr, target: int, keep: Keep, lookup: Lookup) -> tuple[Attrib
     value = wanted.get(expr[0])
     if value is None:
         return None
-    return _invert(expr[1] if left is None else expr[2], value, keep, lookup)
+    return invert(expr[1] if left is None else expr[2], value, keep, lookup)
 
 
 def _unmet(demand: _Demand, keep: Keep, conflicts: set[Attribute], lookup: Lookup) -> str | None:
