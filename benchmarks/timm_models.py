@@ -59,20 +59,19 @@ class Case:
         self.slim = depcut.shrink(self.dense, ratio, self.x)
 
 
-
 def check(function: Callable[[Case], Any]) -> Callable[[Case], Any]:
-    """Register a check: it raises `Wrong`, or what the library raises, where it fails."""
+    """Register a check: it raises `WrongError`, or what the library raises, where it fails."""
     CHECKS[function.__name__] = function
     return function
 
 
-class Wrong(Exception):
+class WrongError(Exception):
     """What an attribute says is not what the model does."""
 
 
 def equal(told: Any, done: Any) -> None:
     if told != done:
-        raise Wrong(f"{told} told, {done} returned")
+        raise WrongError(f"{told} told, {done} returned")
 
 
 @check
@@ -159,7 +158,7 @@ def features_only(case: Case) -> None:
         with torch.random.fork_rng():
             dense = case.timm.create_model(case.name, pretrained=False, features_only=True).eval()
     except RuntimeError as error:
-        raise Missing from error
+        raise MissingError from error
     slim = depcut.shrink(dense, case.ratio, case.x)
     equal(slim.feature_info.channels(), [channels(m, n) for m, n in told(slim, case.x)])
     equal(dense.feature_info.channels(), slim.feature_info.channels())
@@ -172,7 +171,7 @@ def features_only(case: Case) -> None:
     equal(wrapped.feature_info.channels(), [channels(m, n) for m, n in told(wrapped, case.x)])
 
 
-class Missing(Exception):
+class MissingError(Exception):
     """The library does not have it for this architecture."""
 
 
@@ -234,7 +233,7 @@ def attempt(name: str, ratio: float) -> Row:
             try:
                 function(case)
                 row[title] = "yes"
-            except Missing:
+            except MissingError:  # noqa: PERF203
                 row[title] = GOOD[1]
             except Exception as error:  # noqa: BLE001
                 row[title] = measure.first_line(error)

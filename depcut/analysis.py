@@ -46,6 +46,7 @@ from depcut.plan.cost import Cost
 from depcut.plan.data import PlanData
 from depcut.support.checks import check_kind
 from depcut.support.keywords import settled, takes_options
+from depcut.support.unwrap import unwrapped
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -395,4 +396,5 @@ def analyze(model: nn.Module, inputs: Inputs = None) -> Analysis:
         CaptureError: The model cannot be captured.
         InputError: The inputs are of the wrong kind, or cannot be inferred.
     """
+    model = unwrapped(model)
     return Analysis(model, infer_coupling(capture(model, inputs)), inputs)

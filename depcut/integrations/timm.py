@@ -23,7 +23,7 @@ from depcut.capture.dry_run import result_shapes
 from depcut.capture.program import ModuleCall
 from depcut.capture.provenance import Traced, trace_attributes
 from depcut.capture.random_state import preserved
-from depcut.plan.attributes import Attribute, attribute_value, invert
+from depcut.plan.attributes import Attribute, invert
 from depcut.plan.keep import Keep
 from depcut.rewrite.module import set_attributes
 from depcut.support.failures import first_line, reraise_fatal
@@ -178,7 +178,7 @@ class _Model:
             try:
                 seen.reset_classifier(_CLASSES)  # type: ignore[operator]
                 shapes = result_shapes(seen, args, kwargs)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001  it is told as a note
                 reraise_fatal(error)
                 shapes, why = None, first_line(error)
             else:
@@ -198,8 +198,8 @@ class _Model:
         if not isinstance(entries, Sequence) or not all(isinstance(e, dict) for e in entries):
             return
         renewed = [self._entry(dict(entry)) for entry in entries]
-        if given is entries:
-            vars(self.slim)["feature_info"] = type(entries)(renewed)  # type: ignore[call-arg]
+        if isinstance(given, list | tuple):
+            vars(self.slim)["feature_info"] = type(given)(renewed)
         else:
             info: Any = copy.copy(given)
             info.info = renewed
@@ -217,7 +217,7 @@ class _Model:
         for call in self._calls_of(module):
             for leaf in call.leaves if inputs else call.out_leaves:
                 dims = self.keep.coupling.env.get(leaf) if isinstance(leaf, fx.Node) else None
-                if isinstance(dims, tuple) and not isinstance(dims[0], tuple | list):
+                if isinstance(dims, tuple) and dims and not isinstance(dims[0], tuple | list):
                     dense = [resolve(term).size for term in dims]
                     if width in dense:
                         return _renewed(width, dense, [self.keep.count(term) for term in dims])

@@ -311,6 +311,17 @@ def _attributes(expr: Expr | None) -> Iterator[Attribute]:
 
 
 def invert(expr: Expr, target: int, keep: Keep, lookup: Lookup) -> tuple[Attribute, int] | None:
+    """The attribute that an expression follows from, and its value for another result.
+
+    Args:
+        expr: Where a number comes from.
+        target: What it is to become.
+        keep: What stays.
+        lookup: The attributes that are known; None for the one that is sought.
+
+    Returns:
+        None where no single attribute, or no whole number, gives the result.
+    """
     if isinstance(expr, int | float):
         return None
     if expr[0] == "attr":
