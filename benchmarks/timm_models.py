@@ -86,10 +86,12 @@ def num_features(case: Case) -> None:
 
 def widths(model: Any, x: torch.Tensor) -> list[list[int]]:
     features = model.forward_features(x)
+    if not isinstance(features, torch.Tensor):
+        return [[sum(f.shape[-1] for f in features)]]
     try:
         return [list(features.shape), list(model.forward_head(features, pre_logits=True).shape)]
     except TypeError:  # a head that knows no pre_logits
-        return [list(features.shape)] if isinstance(features, torch.Tensor) else []
+        return [list(features.shape)]
 
 
 @check

@@ -71,11 +71,17 @@ __all__ = [
 ]
 
 _LATER = ("integrations", "training")  # loaded when first asked for
-_ADAPTERS = ("timm",)  # libraries of models; loaded for those alone
+# Adapters of libraries of models, by library; loaded for those alone.
+_ADAPTERS = {
+    "timm": "timm",
+    "transformers": "pretrained",
+    "diffusers": "pretrained",
+    "huggingface_hub": "pretrained",
+}
 
-for _library in _ADAPTERS:
+for _library, _adapter in _ADAPTERS.items():
     conventions.register(
-        _library, functools.partial(importlib.import_module, f"depcut.integrations.{_library}")
+        _library, functools.partial(importlib.import_module, f"depcut.integrations.{_adapter}")
     )
 
 

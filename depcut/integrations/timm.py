@@ -129,16 +129,16 @@ class _Model:
         for attribute, old, new in zip(("num_features", "head_hidden_size"), dense, slim):  # noqa: B905
             width = vars(self.dense).get(attribute)
             if type(width) is int:
-                self._set(self.slim, attribute, _renewed(width, old, new))
+                self._set(self.slim, (attribute,), _renewed(width, old, new))
 
-    def _set(self, module: nn.Module, attribute: str, width: int) -> None:
+    def _set(self, module: nn.Module, path: tuple[Any, ...], width: int) -> None:
         """Set a width, and those that repeat it where nothing else has changed them."""
         name = next(n for n, m in self.slim.named_modules() if m is module)
         dense = vars(self.dense.get_submodule(name))
-        set_attributes(module, {("", (attribute,)): width}, set())
+        set_attributes(module, {("", path): width}, set())
         for other, same in _REPEATED.items():
             held = vars(module).get(other)
-            if same == attribute and dense.get(same) == dense.get(other) == held:
+            if (same,) == path and dense.get(same) == dense.get(other) == held:
                 set_attributes(module, {("", (other,)): width}, set())
 
     # Classifier -----------------------------------------------------------------------------------
@@ -165,9 +165,9 @@ class _Model:
             return None
 
         found = invert(needed.expr, width, self.keep, unknown)
-        if found is not None and len(found[0][1]) == 1:
+        if found is not None:
             (name, path), value = found
-            self._set(self.slim.get_submodule(name), path[0], value)
+            self._set(self.slim.get_submodule(name), path, value)
 
     def _reset_fails(self) -> list[str]:
         """Whether a new classifier works on the smaller model where it does on the dense one."""
@@ -238,15 +238,20 @@ class _Features(nn.Module):
         self.model, self.head = model, head
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-        """The first tensor of each."""
+        """A tensor with the sizes of each."""
         features = self.model.forward_features(*args, **kwargs)  # type: ignore[operator]
         if not self.head:
-            return (_first(features),)
-        return _first(features), _first(self.model.forward_head(features, pre_logits=True))  # type: ignore[operator]
+            return (_sized(features),)
+        return _sized(features), _sized(self.model.forward_head(features, pre_logits=True))  # type: ignore[operator]
 
 
-def _first(tree: Any) -> torch.Tensor:
-    return next(leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor))
+def _sized(tree: Any) -> torch.Tensor:
+    """The tensor; of several, one with the width of each and their sum for sizes."""
+    tensors = [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    if len(tensors) == 1:
+        return tensors[0]
+    widths = [tensor.shape[-1] for tensor in tensors]
+    return tensors[0].new_empty([*widths, sum(widths)])
 
 
 def _flat(*names: str) -> str:

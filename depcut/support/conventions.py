@@ -33,6 +33,5 @@ def adapters(model: nn.Module) -> Iterator[Any]:
     """
     kinds = {base for module in model.modules() for base in type(module).__mro__}
     used = {kind.__module__.partition(".")[0] for kind in kinds}
-    for library, load in _LOADERS.items():
-        if library in used:
-            yield load()
+    found = [load() for library, load in _LOADERS.items() if library in used]
+    yield from {id(adapter): adapter for adapter in found}.values()  # one may serve several
