@@ -49,6 +49,7 @@ from depcut.rebuild.choose import checked, within
 from depcut.rebuild.rebuilding import Rebuilding, check_rebuildable, rebuilding
 from depcut.support.checks import check_kind
 from depcut.support.keywords import settled, takes_options
+from depcut.support.unwrap import unwrapped
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -433,4 +434,5 @@ def analyze(model: nn.Module, inputs: Inputs = None, outputs: Outputs = None) ->
         InputError: The inputs are of the wrong kind, or cannot be inferred; or there is no such
             output.
     """
+    model = unwrapped(model)
     return Analysis(model, infer_coupling(capture(model, inputs, outputs)), inputs)

@@ -16,6 +16,7 @@ from depcut.capture.results import Outputs
 from depcut.options import Options, ShrinkKeywords
 from depcut.repair.after_rewrite import wants_repair
 from depcut.support.keywords import settled, takes_options
+from depcut.support.unwrap import unwrapped
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -56,7 +57,8 @@ def shrink(
     chosen = settled(Options, options, given, ShrinkKeywords, "shrink")
     check_budget(ratio, chosen.of, chosen.latency_ms, chosen.depth)
     wants_repair(chosen.compensate, data is not None)
-    items, inputs = read_with_inputs(data, chosen.batches, inputs, model, loss is not None)
+    plain = unwrapped(model)
+    items, inputs = read_with_inputs(data, chosen.batches, inputs, plain, loss is not None)
     analysis = analyze(model, inputs, outputs)
     calibration = analysis.calibrate(items, loss=loss, options=chosen)
     plan = analysis.plan(ratio, data=calibration, options=chosen)

@@ -22,6 +22,7 @@ from depcut.repair.dead import Stuck, find_dead
 from depcut.repair.folding import contributions, fold_constants
 from depcut.repair.other_sizes import lasting
 from depcut.rewrite.masks import without_masks
+from depcut.support.unwrap import unwrapped
 from depcut.verify.calls import verify_equal_calls
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -98,6 +99,7 @@ def compaction(model: nn.Module, inputs: Inputs = None, *, outputs: Outputs = EV
     Raises:
         DepcutError: See `depcut.analyze`.
     """
+    model = unwrapped(model)
     plain = without_masks(model) if isinstance(model, nn.Module) else model
     coupling = analyze(plain, inputs, outputs).coupling
     empty = [n for n, t in plain.state_dict(keep_vars=True).items() if t.is_meta]

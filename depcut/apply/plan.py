@@ -36,6 +36,7 @@ from depcut.rewrite.build import Slim, rewrite
 from depcut.rewrite.finish import finish
 from depcut.rewrite.optimizer import check_optimizer, narrow_optimizer
 from depcut.support.keywords import settled, takes_options
+from depcut.support.unwrap import unwrapped, unwrapping_note
 from depcut.verify.calls import verify_calls
 from depcut.verify.ownership import check_own_tensors
 
@@ -104,6 +105,7 @@ class Plan(PlanData):
             VerificationError: The smaller model does not compute what it should.
         """
         chosen = settled(Options, options, given, ApplyKeywords, "apply", one_stage=True)
+        given_model, model = model, unwrapped(model)
         repairs = wants_repair(chosen.compensate, data is not None)
         if optimizer is not None:
             check_optimizer(optimizer, model)
@@ -135,7 +137,7 @@ class Plan(PlanData):
                 prove(stock.model, keep)
         if optimizer is not None:
             narrow_optimizer(optimizer, model, slim.model, keep)
-        notes = finish(slim.model, model, keep)
+        notes = (*finish(slim.model, model, keep), *unwrapping_note(given_model))
         record(slim.model, self._report(slim, error, compensation, notes))
         carry(slim.model, self)
         return slim.model
@@ -199,6 +201,7 @@ class Plan(PlanData):
         Raises:
             PlanError: The model has another architecture.
         """
+        model = unwrapped(model)
         self.check(model)
         coupling = self._analysed(model, inputs)
         self.keep(coupling)

@@ -12,6 +12,7 @@ from torch import nn
 
 from depcut.errors import InputError, PlanError, listed
 from depcut.repair.compensate import Compensation, Repair
+from depcut.support.unwrap import unwrapped
 
 # A string: deepcopy and pickle take it along, and nothing of depcut is needed to load it.
 _ATTRIBUTE = "_depcut_report"
@@ -123,6 +124,7 @@ def report(model: nn.Module) -> Report:
         InputError: It is no module.
         PlanError: No plan was applied to it.
     """
+    model = unwrapped(model)
     if not isinstance(model, nn.Module):
         raise InputError(
             f"model is a {type(model).__name__}, not a torch.nn.Module",

@@ -274,7 +274,7 @@ def _derive(demand: _Demand, keep: Keep, values: dict[Attribute, int], lookup: L
     assert isinstance(demand.expr, tuple)
     if evaluate(demand.expr, keep, lookup) is not None:
         return False
-    solution = _invert(demand.expr, demand.target, keep, lookup)
+    solution = invert(demand.expr, demand.target, keep, lookup)
     if solution is None:
         return False
     attribute, value = solution
@@ -311,7 +311,18 @@ def attributes_in(expr: Expr | None) -> Iterator[Attribute]:
         yield from attributes_in(expr[2])
 
 
-def _invert(expr: Expr, target: int, keep: Keep, lookup: Lookup) -> tuple[Attribute, int] | None:
+def invert(expr: Expr, target: int, keep: Keep, lookup: Lookup) -> tuple[Attribute, int] | None:
+    """The attribute that an expression follows from, and its value for another result.
+
+    Args:
+        expr: Where a number comes from.
+        target: What it is to become.
+        keep: What stays.
+        lookup: The attributes that are known; None for the one that is sought.
+
+    Returns:
+        None where no single attribute, or no whole number, gives the result.
+    """
     if isinstance(expr, int | float):
         return None
     if expr[0] == "attr":
@@ -333,7 +344,7 @@ def _invert(expr: Expr, target: int, keep: Keep, lookup: Lookup) -> tuple[Attrib
     value = wanted.get(expr[0])
     if value is None:
         return None
-    return _invert(expr[1] if left is None else expr[2], value, keep, lookup)
+    return invert(expr[1] if left is None else expr[2], value, keep, lookup)
 
 
 def _unmet(demand: _Demand, keep: Keep, conflicts: set[Attribute], lookup: Lookup) -> str | None:

@@ -113,7 +113,7 @@ class PlanData:
                 f"a plan applies to a torch.nn.Module, not to a {type(model).__name__}",
                 remedy="pass the model itself",
             )
-        check_module(model)
+        model = check_module(model)
         theirs = {n: list(t.shape) for n, t in model.state_dict(keep_vars=True).items()}
         for name, shape in self.shapes.items():
             if name in theirs and theirs[name] != list(shape):
