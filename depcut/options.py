@@ -16,7 +16,6 @@ from depcut.calibration.data import BATCHES
 from depcut.errors import InputError, listed
 from depcut.plan.cost import COSTS
 from depcut.scores import CRITERIA, Criterion, Score, score_name
-from depcut.support import files
 from depcut.support.checks import (
     LARGEST,
     THREADS,
@@ -27,11 +26,7 @@ from depcut.support.checks import (
 )
 from depcut.support.failures import shown
 from depcut.support.keywords import option
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from depcut.support.toml_files import read_options
 
 QUANTITIES = (*COSTS, "latency")
 
@@ -253,16 +248,7 @@ class Options(Common):
         Raises:
             InputError: It cannot be read, names an unknown option, or a value is wrong.
         """
-        try:
-            values = tomllib.loads(files.read_text(path))
-        except InputError:
-            raise
-        except (OSError, ValueError, RecursionError) as error:
-            raise InputError(
-                f"no options can be read: {error}",
-                where=str(path),
-                remedy='write TOML, such as: score = "obs"',
-            ) from error
+        values = read_options(path)
         known = [f.name for f in fields(Options)]
         unknown = [name for name in values if name not in known]
         if unknown:
