@@ -20,6 +20,7 @@ ops
 coupling
 branches
 plan
+pictures
 reference
 calibration scores
 allocate

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,10 +21,15 @@ from depcut.coupling.groups import Coupling, layer_of
 from depcut.coupling.infer import infer_coupling
 from depcut.errors import PlanError
 from depcut.options import ApplyKeywords, Options
+from depcut.pictures.plans import plan_records, plan_rows, plan_summary
+from depcut.pictures.plots import plot_widths
+from depcut.pictures.shown import Shown
+from depcut.pictures.summary import Summary
 from depcut.plan import cost
 from depcut.plan.data import PlanData, make_plan
 from depcut.plan.fingerprint import example_of
 from depcut.plan.keep import Keep
+from depcut.plan.layers import layer_sizes
 from depcut.plan.unchanged import check_unchanged
 from depcut.repair.after_rewrite import repair, wants_repair
 from depcut.repair.compensate import Compensation
@@ -34,9 +39,12 @@ from depcut.support.keywords import settled, takes_options
 from depcut.verify.calls import verify_calls
 from depcut.verify.ownership import check_own_tensors
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
-@dataclass(frozen=True, eq=False)
-class Plan(PlanData):
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Plan(PlanData, Shown):
     """Kept units of every narrowed group, for one architecture.
 
     Attributes:
@@ -129,10 +137,12 @@ class Plan(PlanData):
             compensation = repair(slim.model, model, keep, calibration) if repaired else None
         if optimizer is not None:
             narrow_optimizer(optimizer, model, slim.model, keep)
-        record(slim.model, self._report(slim, error, compensation))
+        record(slim.model, self._report(slim, model, error, compensation))
         return slim.model
 
-    def _report(self, slim: Slim, error: float, compensation: Compensation | None) -> Report:
+    def _report(
+        self, slim: Slim, dense: nn.Module, error: float, compensation: Compensation | None
+    ) -> Report:
         """The report on the smaller model."""
         keep = slim.keep
         macs, params = (
@@ -151,6 +161,7 @@ class Plan(PlanData):
             {**slim.guarded, **slim.patched},
             tuple(sorted({layer_of(name) for name in left})),
             keep.coupling.program.notes,
+            layer_sizes(keep, dense),
         )
 
     @property
@@ -221,6 +232,29 @@ class Plan(PlanData):
         """Predicted number of parameters after the plan."""
         keep = self.keep()
         return cost.params(keep.coupling, keep.gone)(keep.counts)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each group of the architecture."""
+        return plan_rows(self)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Plot the units of each group, dense and kept; needs matplotlib.
+
+        Args:
+            ax: Axes of matplotlib; a new figure when left out.
+
+        Raises:
+            InputError: matplotlib is not installed, or `ax` is none of its axes.
+        """
+        return plot_widths(self.rows(), f"plan {self.digest}", ax)
+
+    def records(self) -> dict[str, Any]:
+        """What a page shows of it."""
+        return plan_records(self, self.coupling, self.model)
+
+    def summary(self) -> Summary:
+        """What notebooks show."""
+        return plan_summary(self, self.records())
 
 
 def planned(
