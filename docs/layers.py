@@ -21,6 +21,7 @@ ops
 coupling
 branches
 plan
+pictures
 reference
 calibration scores
 allocate

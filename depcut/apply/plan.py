@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,10 +22,15 @@ from depcut.coupling.groups import Coupling, layer_of
 from depcut.coupling.infer import infer_coupling
 from depcut.errors import PlanError
 from depcut.options import ApplyKeywords, Options
+from depcut.pictures.plans import plan_records, plan_rows, plan_summary
+from depcut.pictures.plots import plot_widths
+from depcut.pictures.shown import Shown
+from depcut.pictures.summary import Summary
 from depcut.plan import cost
 from depcut.plan.data import PlanData, make_plan
 from depcut.plan.fingerprint import example_of, outputs_of
 from depcut.plan.keep import Keep
+from depcut.plan.layers import layer_sizes
 from depcut.plan.unchanged import check_unchanged
 from depcut.plan.uncounted import narrower
 from depcut.rebuild.rebuilding import recorded
@@ -40,9 +45,12 @@ from depcut.support.unwrap import unwrapped, unwrapping_note
 from depcut.verify.calls import verify_calls
 from depcut.verify.ownership import check_own_tensors
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
-@dataclass(frozen=True, eq=False)
-class Plan(PlanData):
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Plan(PlanData, Shown):
     """Kept units of every narrowed group, for one architecture.
 
     Attributes:
@@ -138,12 +146,17 @@ class Plan(PlanData):
         if optimizer is not None:
             narrow_optimizer(optimizer, model, slim.model, keep)
         notes = (*finish(slim.model, model, keep), *unwrapping_note(given_model))
-        record(slim.model, self._report(slim, error, compensation, notes))
+        record(slim.model, self._report(slim, model, error, compensation, notes))
         carry(slim.model, self)
         return slim.model
 
     def _report(
-        self, slim: Slim, error: float, compensation: Compensation | None, notes: tuple[str, ...]
+        self,
+        slim: Slim,
+        dense: nn.Module,
+        error: float,
+        compensation: Compensation | None,
+        notes: tuple[str, ...],
     ) -> Report:
         """The report on the smaller model."""
         keep = slim.keep
@@ -163,6 +176,7 @@ class Plan(PlanData):
             {**slim.guarded, **slim.patched},
             tuple(sorted({layer_of(name) for name in left})),
             (*keep.coupling.program.notes, *narrower(keep), *notes),
+            layer_sizes(keep, dense),
         )
 
     @property
@@ -238,6 +252,29 @@ class Plan(PlanData):
         """Predicted number of parameters after the plan."""
         keep = self.keep()
         return cost.params(keep.coupling, keep.gone)(keep.counts)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each group of the architecture."""
+        return plan_rows(self)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Plot the units of each group, dense and kept; needs matplotlib.
+
+        Args:
+            ax: Axes of matplotlib; a new figure when left out.
+
+        Raises:
+            InputError: matplotlib is not installed, or `ax` is none of its axes.
+        """
+        return plot_widths(self.rows(), f"plan {self.digest}", ax)
+
+    def records(self) -> dict[str, Any]:
+        """What a page shows of it."""
+        return plan_records(self, self.coupling, self.model)
+
+    def summary(self) -> Summary:
+        """What notebooks show."""
+        return plan_summary(self, self.records())
 
 
 def planned(

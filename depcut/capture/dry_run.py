@@ -1,4 +1,4 @@
-"""Whether a forward runs on some inputs, and the shapes of its results: without values if it can."""
+"""Whether a forward runs on some inputs, and its results' shapes: without values if it can."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ ANEW = "make a plan for this model with depcut.analyze(model, inputs).plan(...)"
 DataT = TypeVar("DataT", bound="PlanData")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PlanData:
     """Kept units of every narrowed group, for one architecture.
 
@@ -130,10 +130,10 @@ class PlanData:
         Raises:
             DepcutError: It cannot be written.
         """
-        files.write_json(path, self.record(), "plan", indent=1)
+        files.write_json(path, self.to_dict(), "plan", indent=1)
 
-    def record(self) -> dict[str, Any]:
-        """The plan as plain data, which its file holds."""
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data: what `save` writes."""
         return {
             "format": FORMAT,
             "fingerprint": self.fingerprint,
@@ -188,6 +188,16 @@ class PlanData:
         text = json.dumps({n: k.tolist() for n, k in sorted(self.kept.items())})
         text += json.dumps(self.dropped) if self.dropped else ""
         return hashlib.sha256((self.fingerprint + text).encode()).hexdigest()[:16]
+
+    @property
+    def headline(self) -> str:
+        """One line that says what it is."""
+        made = "".join(f", {n} {self.settings[n]}" for n in ("ratio", "of") if n in self.settings)
+        gone = f", {len(self.dropped)} branches dropped" if self.dropped else ""
+        return f"Plan {self.digest}: {len(self.kept)} of {len(self.sizes)} groups{made}{gone}"
+
+    def __repr__(self) -> str:
+        return f"<{self.headline}>"
 
     def __str__(self) -> str:
         rows = [
