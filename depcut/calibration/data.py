@@ -8,25 +8,30 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from depcut.calibration.identity import check_same_loss, check_same_model
+from depcut.calibration.items import Items
+from depcut.calibration.lengths import with_numbers
+from depcut.calibration.own_loss import MODEL, OWN_LOSS
 from depcut.calibration.reader import PAIRS, Batch, Reader
+from depcut.calibration.rows import batched, holds_rows
 from depcut.capture.clone import clone
 from depcut.capture.eager import refuse_failing_call
 from depcut.capture.inputs import Inputs, device_of
 from depcut.capture.program import Program
 from depcut.capture.random_state import preserved
-from depcut.errors import InputError
+from depcut.errors import DepcutError, InputError
+from depcut.graph.resized import FlatInputs
 from depcut.support.checks import check_integer
 from depcut.support.failures import first_line, reraise_fatal
 from depcut.support.torch_private import pytree
 
 Data = Iterable[Any]
-Loss = Callable[[Any, Any], torch.Tensor]
+Loss = Callable[[Any, Any], torch.Tensor] | Literal["model"]
 
 BATCHES = 32  # read of `data` unless told otherwise
 
@@ -42,14 +47,16 @@ class Calibration:
         device: The model's.
         low_memory: Whether to trade time for memory.
         progress: Whether to show a progress bar on standard error.
+        unused: Keys of the items that the model does not take.
     """
 
     program: Program
     batches: tuple[Batch, ...]
-    loss: Loss | None
+    loss: Callable[[Any, Any], torch.Tensor] | None
     device: torch.device
     low_memory: bool = False
     progress: bool = True
+    unused: tuple[str, ...] = ()
 
     @cached_property
     def rows(self) -> int:
@@ -63,7 +70,13 @@ class Calibration:
 
     def leaves(self, batch: Batch) -> list[Any]:
         """A batch's flat inputs for the captured graph, on the model's device."""
-        return list(pytree.tree_leaves(self.arguments(batch)))
+        return FlatInputs(pytree.tree_leaves(self.arguments(batch)), batch.resized)
+
+    def loss_arguments(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the model gets where the loss is taken: with the labels if the loss is its own."""
+        args, kwargs = self.arguments(batch)
+        labels = batch.labels if self.loss is OWN_LOSS else {}
+        return args, {**kwargs, **moved(dict(labels), self.device)}
 
 
 def moved(tree: Any, device: torch.device) -> Any:
@@ -104,21 +117,29 @@ def calibrate(
             NaN, or the loss fails or returns no scalar; or what was calibrated is another model, or
             with another loss.
     """
+    if loss == MODEL:
+        loss = OWN_LOSS
     if isinstance(data, Calibration):
         check_same_loss(data.loss, loss)
-        if data.program is not program:
-            check_same_model(data.program, program)
-        return replace(data, program=program, device=device_of(model))
+        moved_on = replace(data, program=program, device=device_of(model))
+        if data.program is program:
+            return moved_on
+        check_same_model(data.program, program)
+        reader = Reader(program, model, loss is not None)
+        return replace(moved_on, batches=with_numbers(reader, model, data.batches))
     if loss is not None and not callable(loss):
         raise InputError(
             f"loss is a {type(loss).__name__}, not a function",
             where="loss=",
-            remedy="pass a function of (output, target), e.g. torch.nn.functional.cross_entropy",
+            remedy="pass a function of (output, target), e.g. torch.nn.functional.cross_entropy, "
+            'or loss="model" for the loss that the model itself takes of the labels in the data',
         )
-    reader = Reader(program, model, loss is not None)
+    reader = Reader(program, model, loss is not None and loss is not OWN_LOSS)
     items = read_items(data, batches)
     bound = tuple(reader.batch(item, f"data, item {i}") for i, item in enumerate(items))
+    bound = with_numbers(reader, model, bound)
     calibration = Calibration(program, bound, loss, device_of(model), low_memory, progress)
+    calibration = replace(calibration, unused=tuple(reader.unused))
     if loss is not None:
         _check_loss(calibration, model)
     return calibration
@@ -139,7 +160,11 @@ def read_items(data: Data, batches: int = BATCHES) -> list[Any]:
         kind = type(data).__name__
         raise InputError(f"data is a {kind}", where="data=", remedy=f"pass {PAIRS}: [x], not x")
     try:
+        if holds_rows(data):
+            return batched(data, batches)
         items = list(islice(data, min(batches, sys.maxsize)))
+    except DepcutError:
+        raise
     except Exception as error:
         reraise_fatal(error)
         raise InputError(
@@ -189,9 +214,7 @@ def read_with_inputs(
         return None, inputs
     items = read_items(data, batches)
     if inputs is None and isinstance(model, nn.Module):
-        inputs = inputs_of(items[0], model, pairs)
-        # Loaders collate to lists; as inputs= a list would be several example calls.
-        inputs = tuple(inputs) if isinstance(inputs, list) else inputs
+        inputs = Items(model, pairs).taken_apart(items[0]).inputs
     return items, inputs
 
 
@@ -200,7 +223,7 @@ def _check_loss(calibration: Calibration, model: nn.Module) -> None:
     """Call the loss once, on the first batch."""
     batch = calibration.batches[0]
     refuse_failing_call(model, ("data, item 0,", batch.args, batch.kwargs))
-    args, kwargs = calibration.arguments(batch)
+    args, kwargs = calibration.loss_arguments(batch)
     with torch.no_grad():
         output = clone(model, buffers=True)(*args, **kwargs)
         checked_loss(calibration, output, batch)

@@ -70,6 +70,20 @@ def capture(model: nn.Module, inputs: Inputs = None) -> Program:
     return _merged(programs, unused)
 
 
+def captured_again(model: nn.Module, call: Call, program: Program) -> Program:
+    """One graph of another call, captured as a program was.
+
+    Args:
+        model: The model that the program was captured of; it is only read.
+        call: Of the same structure, with other sizes.
+        program: The program.
+
+    Raises:
+        CaptureError: The model cannot be exported with it.
+    """
+    return _capture(model, call, [], frozenset(), 0, program.batching)
+
+
 def _in_training(
     model: nn.Module, program: Program, marks: list[fx.Node], unused: frozenset[str], number: int
 ) -> Program | None:
