@@ -24,7 +24,7 @@ from depcut.capture.eager import refuse_failing_call
 from depcut.capture.inputs import Inputs, device_of
 from depcut.capture.program import Program
 from depcut.capture.random_state import preserved
-from depcut.errors import DepcutError, InputError
+from depcut.errors import DepcutError, InputError, listed
 from depcut.graph.resized import FlatInputs
 from depcut.support.checks import check_integer
 from depcut.support.failures import first_line, reraise_fatal
@@ -57,6 +57,23 @@ class Calibration:
     low_memory: bool = False
     progress: bool = True
     unused: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """What was read: batches, examples, sizes, and what was left aside."""
+        lengths = len({id(b.resized) for b in self.batches})
+        lines = [
+            f"{len(self.batches)} batches of {self.rows} examples in all"
+            + (f", of {lengths} sizes" if lengths > 1 else "")
+        ]
+        padded = sum(int((~b.valid).sum()) for b in self.batches if b.valid is not None)
+        if padded:
+            lines.append(f"  {padded} padded positions are no data")
+        labels = dict.fromkeys(name for b in self.batches for name in b.labels)
+        if labels:
+            lines.append(f"  targets, which no repair needs: {listed(list(labels))}")
+        if self.unused:
+            lines.append(f"  the model takes no {listed(list(self.unused))}")
+        return "\n".join(lines)
 
     @cached_property
     def rows(self) -> int:
@@ -107,7 +124,8 @@ def calibrate(
             pairs; without a loss, targets are left aside. What this returned before for this model,
             or for another instance of its architecture, is taken over.
         loss: A function of (output, target) that returns a scalar. Of an item that is no pair,
-            it gets the whole item as target.
+            it gets the whole item as target. "model": what the model itself returns as its loss
+            where it is given the labels in the data.
         batches: How many items to read at most.
         low_memory: Whether later passes should trade time for memory.
         progress: Whether later passes show a progress bar on standard error.
@@ -117,8 +135,7 @@ def calibrate(
             NaN, or the loss fails or returns no scalar; or what was calibrated is another model, or
             with another loss.
     """
-    if loss == MODEL:
-        loss = OWN_LOSS
+    loss = loss_function(loss)
     if isinstance(data, Calibration):
         check_same_loss(data.loss, loss)
         moved_on = replace(data, program=program, device=device_of(model))
@@ -127,13 +144,6 @@ def calibrate(
         check_same_model(data.program, program)
         reader = Reader(program, model, loss is not None)
         return replace(moved_on, batches=with_numbers(reader, model, data.batches))
-    if loss is not None and not callable(loss):
-        raise InputError(
-            f"loss is a {type(loss).__name__}, not a function",
-            where="loss=",
-            remedy="pass a function of (output, target), e.g. torch.nn.functional.cross_entropy, "
-            'or loss="model" for the loss that the model itself takes of the labels in the data',
-        )
     reader = Reader(program, model, loss is not None and loss is not OWN_LOSS)
     items = read_items(data, batches)
     bound = tuple(reader.batch(item, f"data, item {i}") for i, item in enumerate(items))
@@ -143,6 +153,27 @@ def calibrate(
     if loss is not None:
         _check_loss(calibration, model)
     return calibration
+
+
+def loss_function(loss: Loss | None) -> Callable[[Any, Any], torch.Tensor] | None:
+    """The function that a loss is, "model" standing for the model's own.
+
+    Args:
+        loss: What a user passes as loss=.
+
+    Raises:
+        InputError: It is something else.
+    """
+    if loss is None or callable(loss):
+        return loss
+    if loss == MODEL:
+        return OWN_LOSS
+    raise InputError(
+        f"loss is a {type(loss).__name__}, not a function",
+        where="loss=",
+        remedy="pass a function of (output, target), e.g. torch.nn.functional.cross_entropy, "
+        'or loss="model" for the loss that the model itself takes of the labels in the data',
+    )
 
 
 def read_items(data: Data, batches: int = BATCHES) -> list[Any]:
@@ -156,13 +187,14 @@ def read_items(data: Data, batches: int = BATCHES) -> list[Any]:
         InputError: It is no iterable of items, or empty.
     """
     batches = check_integer(batches, "batches", 1)
-    if isinstance(data, torch.Tensor | str | Mapping) or not isinstance(data, Iterable):
+    rows = holds_rows(data)
+    whole = isinstance(data, torch.Tensor | str | Mapping)
+    if whole or not (rows or isinstance(data, Iterable)):
         kind = type(data).__name__
         raise InputError(f"data is a {kind}", where="data=", remedy=f"pass {PAIRS}: [x], not x")
     try:
-        if holds_rows(data):
-            return batched(data, batches)
-        items = list(islice(data, min(batches, sys.maxsize)))
+        most = min(batches, sys.maxsize)
+        items = batched(data, most) if rows else list(islice(data, most))
     except DepcutError:
         raise
     except Exception as error:
@@ -245,6 +277,8 @@ def checked_loss(calibration: Calibration, output: Any, batch: Batch) -> torch.T
     place = f"loss={name}"
     try:
         value = calibration.loss(output, moved(batch.target, calibration.device))
+    except DepcutError:
+        raise
     except Exception as error:
         reraise_fatal(error)
         raise InputError(

@@ -56,6 +56,7 @@ class Items:
         self.model, self.pairs = model, pairs
         self.signature = inspect.signature(model.forward)
         self.takes = self.signature.parameters
+        self._positional = [p for p in self.takes.values() if p.kind is not _Parameter.KEYWORD_ONLY]
         self._known: dict[Any, bool] = {}
 
     def taken_apart(self, item: Any) -> Item:
@@ -70,7 +71,9 @@ class Items:
             own = 1 if pair else self._own(item)
             if own < len(item):
                 inner = self._inputs(item[0] if own == 1 else item[:own])
-                return Item(inner.inputs, item[-1], inner.labels, inner.unused)
+                next_one = [p for p in self._positional[own : own + 1] if _is_target(p)]
+                labels = {**inner.labels, **{p.name: item[-1] for p in next_one}}
+                return Item(inner.inputs, item[-1], labels, inner.unused)
         return self._inputs(item)
 
     def _inputs(self, item: Any) -> Item:
@@ -111,8 +114,7 @@ class Items:
             return count
         if not self._binds(item):
             return count - 1 if count == 2 or self._binds(item[:-1]) else count
-        takes = [p for p in self.takes.values() if p.kind is not _Parameter.KEYWORD_ONLY]
-        last = takes[min(count, len(takes)) - 1]
+        last = self._positional[min(count, len(self._positional)) - 1]
         if last.kind is _Parameter.VAR_POSITIONAL or last.default is _Parameter.empty:
             return count
         whole, rest = tuple(item), tuple(item[:-1])

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from depcut.calibration.items import Item, Items
+from depcut.calibration.padding import valid_positions
 from depcut.capture.capture import is_symbolic
 from depcut.capture.inputs import arguments, device_of
 from depcut.capture.program import Program
@@ -36,6 +37,7 @@ class Batch:
         labels: Keyword arguments of the model that are targets, of which it takes its own loss.
         resized: The numbers of the captured graph for the batch's sizes; None where these are the
             captured ones, but for the batch dimension.
+        valid: Flags (examples, length) of the positions that are no padding; None: all.
     """
 
     args: tuple[Any, ...]
@@ -44,6 +46,7 @@ class Batch:
     rows: int
     labels: Mapping[str, Any] = field(default_factory=dict)
     resized: Resized | None = None
+    valid: torch.Tensor | None = None
 
 
 class Reader:
@@ -82,7 +85,9 @@ class Reader:
                 f"its tensors have batches of {sorted(rows)}", where=place, remedy="make them equal"
             )
         self.unused.update(dict.fromkeys(taken.unused))
-        return Batch(args, kwargs, taken.target, rows.pop() if rows else 1, taken.labels)
+        valid = valid_positions(self.names, leaves)
+        count = rows.pop() if rows else 1
+        return Batch(args, kwargs, taken.target, count, taken.labels, valid=valid)
 
     def sizes(self, batch: Batch) -> tuple[Any, ...]:
         """What of the shapes of a batch is captured: all sizes but those of free first ones."""
@@ -219,8 +224,8 @@ class Reader:
             )
         if leaf.is_floating_point() and not leaf.is_meta and not bool(torch.isfinite(leaf).all()):
             raise InputError(
-                f"{int((~torch.isfinite(leaf)).sum())} of the {leaf.numel()} values of {name} are NaN "
-                "or infinite",
+                f"{int((~torch.isfinite(leaf)).sum())} of the {leaf.numel()} values of {name} are "
+                "NaN or infinite",
                 where=place,
                 remedy="clean the data; statistics of it would mean nothing",
             )
@@ -238,9 +243,12 @@ def names_of_inputs(program: Program, signature: inspect.Signature) -> list[str]
     parameters = list(signature.parameters)
     names = []
     for path, _ in pytree.tree_flatten_with_path((program.args, program.kwargs))[0]:
-        position = path[1].idx if isinstance(path[1], pytree.SequenceKey) else None
-        first = path[1].key if position is None else (*parameters, *([""] * position))[position]
-        name = first or f"argument {position}"
+        top = path[1]
+        if isinstance(top, pytree.SequenceKey):
+            known = top.idx < len(parameters)
+            name = parameters[top.idx] if known else f"argument {top.idx}"
+        else:
+            name = top.key if isinstance(top, pytree.MappingKey) else str(top)
         names.append(f"{name}{pytree.keystr(path[2:])}")
     return names
 

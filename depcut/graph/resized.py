@@ -7,11 +7,10 @@ the numbers of the second one; all that is known of the first graph's nodes hold
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx
 
 from depcut.capture.program import Program, where
@@ -75,7 +74,7 @@ def resize(program: Program, other: Program) -> Resized | str:
             return f"the code takes another course: {where(there)}"
         if node.op == "call_function":
             given = fx.map_arg((there.args, there.kwargs), lambda n: own.get(n, n))
-            if list(_nodes((node.args, node.kwargs))) != list(_nodes(given)):
+            if _nodes((node.args, node.kwargs)) != _nodes(given):
                 return f"the code computes it from other values: {where(there)}"
             if given != (node.args, node.kwargs):
                 arguments[node] = given
@@ -102,20 +101,13 @@ def _same_target(program: Program, node: fx.Node, other: Program, there: fx.Node
     return ours == theirs or typed
 
 
-def _nodes(tree: Any) -> Iterator[fx.Node]:
+def _nodes(tree: Any) -> list[fx.Node]:
     """The nodes among nested arguments, in order, slices included."""
     found: list[fx.Node] = []
-    fx.map_arg(tree, lambda n: found.append(n) or n)
-    return iter(found)
 
+    def note(node: fx.Node) -> fx.Node:
+        found.append(node)
+        return node
 
-def same_sizes(first: Any, second: Any) -> bool:
-    """Whether two inputs have the same sizes but for the first one, the batch.
-
-    Args:
-        first: A tensor, or anything else.
-        second: Alike.
-    """
-    if not isinstance(first, torch.Tensor) or not isinstance(second, torch.Tensor):
-        return True
-    return first.shape[1:] == second.shape[1:]
+    fx.map_arg(tree, note)
+    return found

@@ -1,4 +1,4 @@
-"""Terms and size literals of a graph that runs on inputs of other lengths than the captured ones."""
+"""Terms and size literals of a graph that runs on inputs of another length than the captured."""
 
 from __future__ import annotations
 
