@@ -46,7 +46,8 @@ def shrink(
         outputs: Names or positions of the outputs that count, see `depcut.analyze`.
         data: Calibration data: any iterable of what the model takes, or of (input, target) pairs;
             of several example calls, of what the first one passes.
-        loss: A function of (output, target) that returns a scalar, for criteria with gradients.
+        loss: A function of (output, target) that returns a scalar, for criteria with gradients;
+            "model": the loss that the model itself returns where it is given the labels.
         optimizer: One that trains `model`; its state is sliced, and it trains the result.
         options: What else is chosen, as one object; the keywords that follow go before it.
         **given: The fields of `depcut.Options`.

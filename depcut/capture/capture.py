@@ -78,6 +78,20 @@ def capture(model: nn.Module, inputs: Inputs = None, outputs: Outputs = None) ->
     return replace(_merged(programs, unused), made=made)
 
 
+def captured_again(model: nn.Module, call: Call, program: Program) -> Program:
+    """One graph of another call, captured as a program was.
+
+    Args:
+        model: The model that the program was captured of; it is only read.
+        call: Of the same structure, with other sizes.
+        program: The program.
+
+    Raises:
+        CaptureError: The model cannot be exported with it.
+    """
+    return _capture(model, call, [], frozenset(), 0, program.batching)
+
+
 def _in_training(
     model: nn.Module,
     program: Program,
