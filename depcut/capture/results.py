@@ -208,8 +208,8 @@ def _registered(value: Any) -> list[tuple[str, Any]] | None:
         return None
     if isinstance(value, Mapping) and len(value) == len(children):
         names = [str(key) for key in value]
-    elif isinstance(value, tuple) and hasattr(value, "_fields"):
-        names = list(value._fields)
+    elif isinstance(value, tuple) and hasattr(type(value), "__match_args__"):
+        names = list(type(value).__match_args__)
     else:
         held = getattr(value, "__dict__", {}).items()
         known = {id(child): key for key, child in held}

@@ -17,7 +17,8 @@ from torch import fx, nn
 
 from depcut import axes
 from depcut.axes.rows import fitted
-from depcut.capture.capture import held_tensors, is_symbolic
+from depcut.capture.capture import is_symbolic
+from depcut.capture.held import held_tensors
 from depcut.capture.inputs import Inputs, normalize
 from depcut.graph.arguments import replaced
 from depcut.graph.interpreter import Interpreter, Pausing, finished

@@ -26,9 +26,9 @@ from depcut.calibration.progress import bar
 from depcut.calibration.sites import find_sites
 from depcut.calibration.solve import solve
 from depcut.calibration.visits import check_finite
-from depcut.capture.capture import held_tensors
 from depcut.capture.clone import clone
 from depcut.capture.eager import user_line
+from depcut.capture.held import held_tensors
 from depcut.capture.process_state import as_captured
 from depcut.capture.program import layer_of
 from depcut.capture.random_state import preserved
