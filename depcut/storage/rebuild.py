@@ -190,7 +190,7 @@ class Rebuild:
         if data["of"] == name_of(torch.Size):
             return torch.Size(new)
         self._same_kind(data, built, path)
-        return type(built)(*new) if hasattr(type(built), "_fields") else type(built)(new)
+        return type(built)(*new) if hasattr(type(built), "__match_args__") else type(built)(new)
 
     def _list(self, data: Any, built: Any, path: str) -> Any:
         self._same_kind(data, built, path)
