@@ -76,6 +76,21 @@ def test_the_dense_model_is_saved_as_ever(whole: Any, tmp_path: Path) -> None:
         assert torch.equal(again(**IDS).logits, whole(**IDS).logits)
 
 
+def test_what_hangs_from_the_model_comes_along() -> None:
+    model = dense()
+    model.generation_config.temperature, model.config.id2label = 0.7, {0: "no", 1: "yes"}
+    model.processor = {"kind": "any object that someone hung there"}
+    said = model.config.to_dict(), model.generation_config.to_dict()
+    slim = depcut.shrink(model, 0.2, IDS)
+    assert slim.generation_config.to_dict() == said[1]
+    assert slim.config.id2label == model.config.id2label
+    assert slim.processor == model.processor
+    assert slim.config is not model.config
+    assert slim.model.config is slim.config
+    assert slim.generation_config is not model.generation_config
+    assert (model.config.to_dict(), model.generation_config.to_dict()) == said
+
+
 class WithHead(nn.Module):
     """A model of the library inside of someone's own."""
 
