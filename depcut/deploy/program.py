@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +44,10 @@ def write_program(model: nn.Module, path: Path, inputs: Any) -> tuple[int, ...]:
         InputError: The inputs do not fit.
         OSError: The file cannot be written.
     """
-    arguments = bind_inputs(model, inputs)
     with preserved(), converting():
-        seen = _with_plain_results(model)
-        arguments, program = captured(seen, arguments)
+        keywords = frozenset(inputs) if isinstance(inputs, Mapping) else frozenset[str]()
+        seen = _as_called(model, keywords)
+        arguments, program = captured(seen, bind_inputs(seen, inputs))
         try:
             torch.export.save(program, path)
             loaded = torch.export.load(path).module()
@@ -68,8 +68,11 @@ def write_program(model: nn.Module, path: Path, inputs: Any) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def _with_plain_results(model: nn.Module) -> nn.Module:
-    """A clone whose forward returns Python's own containers, which any process can read."""
+def _as_called(model: nn.Module, keywords: Collection[str]) -> nn.Module:
+    """A clone whose forward takes keywords as such, and returns Python's own containers.
+
+    A program is called in the form in which it was captured, in processes that know no others.
+    """
     seen = clone(model)
     forward = seen.forward
 
@@ -77,6 +80,16 @@ def _with_plain_results(model: nn.Module) -> nn.Module:
     def plain(*args: Any, **kwargs: Any) -> Any:
         return _plain(forward(*args, **kwargs))
 
+    given = inspect.signature(forward)
+    kept = [p for name, p in given.parameters.items() if name not in keywords]
+    named = [
+        given.parameters[name].replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for name in given.parameters
+        if name in keywords
+    ]
+    last = [p for p in kept if p.kind is inspect.Parameter.VAR_KEYWORD]
+    first = [p for p in kept if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    plain.__signature__ = given.replace(parameters=[*first, *named, *last])  # type: ignore
     seen.forward = plain
     return seen
 
