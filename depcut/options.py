@@ -123,6 +123,13 @@ class Options(Common):
         'attributes nor a patch of its source gives the new widths: "allowed", or "never", which '
         "keeps the groups concerned whole and says which.",
     )
+    rebuildable: bool | str = option(
+        "auto",
+        "Whether the smaller model is to be what its class builds from a config alone, so that it "
+        "is saved and loaded without depcut: widths that the config says once are cut alike in all "
+        'layers, what it cannot say is not cut; "auto": of models whose class is built from a '
+        "config (transformers); False: every width is cut for itself.",
+    )
     optimizer_state: str = option(
         "slice",
         'What becomes of the optimizer\'s state at each step: "slice" it along, or "reset" it.',
@@ -145,6 +152,8 @@ class Options(Common):
                 where="compensate=",
                 remedy='use "auto" (if there is data), True or False',
             )
+        if not isinstance(self.rebuildable, bool):
+            self._one_of("rebuildable", ("auto",))
         if self.allocation is not None:
             self._one_of("allocation", ALLOCATIONS, "allocation")
         self._one_of("optimizer_state", ("slice", "reset"))
@@ -294,6 +303,7 @@ class PlanKeywords(GradualKeywords, total=False):
     threads: int
     depth: bool
     generated: str
+    rebuildable: bool | str
 
 
 class ShrinkKeywords(PlanKeywords, total=False):

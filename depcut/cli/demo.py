@@ -26,8 +26,9 @@ from depcut.errors import InputError
 from depcut.plan.cost import count_macs, count_params
 from depcut.support import files
 from depcut.support.checks import LARGEST, check_integer
-from depcut.timing.bench import BenchResult, bench, check_timing
-from depcut.timing.comparison import quantity
+from depcut.support.quantities import quantity
+from depcut.timing.bench import bench, check_timing
+from depcut.timing.measurements import BenchResult
 
 _BATCH = 64
 _MOST_EPOCHS = 10_000
