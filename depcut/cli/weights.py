@@ -45,11 +45,14 @@ def fill(model: nn.Module, path: Path) -> None:
         lacks = [f"it lacks {listed(missing, 3)}"] * bool(missing)
         has = [f"the model has no {listed(unknown, 3)}"] * bool(unknown)
         raise _refusal("; ".join(lacks + has), path)
+    for name, value in state.items():
+        there, here = getattr(value, "shape", None), getattr(own[name], "shape", None)
+        if there != here:
+            raise _refusal(f"{name} has shape {_sizes(there)}, in the model {_sizes(here)}", path)
     try:
         model.load_state_dict(state, strict=False)
-    except RuntimeError as error:  # of sizes: its first line names the class alone
-        text = " ".join(str(error).split()).partition(": ")[2]
-        raise _refusal(text or first_line(error), path) from error
+    except RuntimeError as error:
+        raise _refusal(" ".join(str(error).split()), path) from error
 
 
 def _content(path: Path) -> Any:
@@ -76,9 +79,10 @@ def _content(path: Path) -> Any:
 
 def _sharded(path: Path) -> dict[str, Any]:
     """The tensors of all files that an index names."""
-    places = files.read_json(path)[_INDEX]
+    index = files.read_json(path)
+    places = index.get(_INDEX) if isinstance(index, dict) else None
     if not isinstance(places, dict) or not all(isinstance(n, str) for n in places.values()):
-        raise ValueError(f"{_INDEX} names no files")
+        raise ValueError(f"it has no {_INDEX} from names to files")
     tensors: dict[str, Any] = {}
     for name in sorted(set(places.values())):
         shard = path.parent / name
@@ -125,6 +129,11 @@ def _without_prefix(state: dict[str, Any], own: Mapping[str, Any]) -> dict[str, 
             break
         state = {name.removeprefix(first): tensor for name, tensor in state.items()}
     return state
+
+
+def _sizes(shape: Any) -> str:
+    """A shape as text; what is no tensor has none."""
+    return "none" if shape is None else str(list(shape))
 
 
 def _refusal(what: str, path: Path) -> InputError:

@@ -25,11 +25,16 @@ def check_folder(path: Path) -> None:
     Raises:
         InputError: There is one.
     """
-    check_path(path, "--out")
-    there = next((p for p in (path, *path.parents) if p.exists()), None)
-    if there is not None and not there.is_dir():
+    path = check_path(path, "out")
+    try:
+        there = next((p for p in (path, *path.parents) if p.exists()), path)
+        obstacle = "" if there.is_dir() or there == path else f"{there} is no folder"
+        obstacle = f"{path} is no folder" if path.is_file() else obstacle
+    except OSError as error:
+        obstacle = str(error)
+    if obstacle:
         raise InputError(
-            f"the folder cannot be made: {there} is no folder",
+            f"the folder cannot be made: {obstacle}",
             where="--out",
             remedy="choose a folder that can be written to",
         )
