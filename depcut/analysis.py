@@ -34,6 +34,7 @@ from depcut.capture.capture import capture
 from depcut.capture.inputs import Inputs
 from depcut.capture.program import Program
 from depcut.capture.random_state import preserved
+from depcut.capture.results import Outputs
 from depcut.coupling.groups import Coupling, Frozen, Group, layer_of
 from depcut.coupling.infer import infer_coupling
 from depcut.deploy.runtime import bind_inputs, resized
@@ -44,8 +45,11 @@ from depcut.options import CalibrateKeywords, Options, PlanKeywords
 from depcut.plan import cost
 from depcut.plan.cost import Cost
 from depcut.plan.data import PlanData
+from depcut.rebuild.choose import checked, within
+from depcut.rebuild.rebuilding import Rebuilding, check_rebuildable, rebuilding
 from depcut.support.checks import check_kind
 from depcut.support.keywords import settled, takes_options
+from depcut.support.unwrap import unwrapped
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -144,6 +148,7 @@ class Analysis:
             refuse_frozen(self.frozen, type(self.model).__name__)
         calibration = self.calibrate(data, loss=loss, options=chosen)
         score = criterion_or_default(chosen.score, has_data=data is not None)
+        rebuild = self._rebuilding(chosen)
         request = Request(
             score,
             allocation_or_default(chosen.allocation, score, of),
@@ -152,34 +157,64 @@ class Analysis:
             chosen.ratios or {},
             chosen.seed,
             calibration,
+            hold=rebuild.held if rebuild else (),
+            together=rebuild.ties if rebuild else None,
         )
         with blaming_calls(self.model, self.program, calibration):
             chooser = Chooser(self.coupling, self.model, request)
 
             def choose(whole: frozenset[int]) -> PlanData:
-                return self._within(ratio, of, chooser.holding(whole), chosen)
+                return self._within(ratio, of, chooser.holding(whole), chosen, rebuild)
 
-            never = chosen.generated == "never"
+            never = chosen.generated == "never" and rebuild is None
             whole = frozenset[int]()
             plan = with_own_code(choose, self.coupling, self.model) if never else choose(whole)
         settings = {**plan.settings, "options": chosen.record()}
         return Plan.of(replace(plan, settings=settings), self.coupling, self.model)
 
-    def _within(self, ratio: float | None, of: str, chooser: Chooser, chosen: Options) -> PlanData:
+    @cached_property
+    def rebuilding(self) -> tuple[Rebuilding | None, str]:
+        """What a config can say of smaller widths; None, and why, where it cannot be built anew."""
+        return rebuilding(self.coupling, self.model)
+
+    def _rebuilding(self, chosen: Options) -> Rebuilding | None:
+        """What the config limits widths to, if it does.
+
+        Raises:
+            InputError: It is to, and cannot.
+        """
+        if chosen.rebuildable is False or (chosen.depth and chosen.rebuildable == "auto"):
+            return None
+        found, why = self.rebuilding
+        if chosen.rebuildable is True:
+            check_rebuildable(found, why, depth=chosen.depth)
+        return found
+
+    def _within(
+        self,
+        ratio: float | None,
+        of: str,
+        chooser: Chooser,
+        chosen: Options,
+        rebuild: Rebuilding | None,
+    ) -> PlanData:
         """The best units that meet the budget."""
         if of == "latency":
             milliseconds = chosen.latency_ms
             goal = Goal(ratio, None if milliseconds is None else 1e-3 * milliseconds)
             times = self.latency(threads=chosen.threads, progress=chosen.progress)
-            return plan_for_latency(
+            plan = plan_for_latency(
                 self.model, self._inputs, chooser, times, goal, progress=chosen.progress
             )
+            return checked(rebuild, plan) if rebuild else plan
         removed = float(cast(float, ratio))
         if chosen.depth:
             data = chooser.request.calibration
             flat = [data.leaves(b) for b in data.batches] if data else ()
             return depth_and_width(chooser, self.residuals, of, removed, flat)
         quantity = self.costs[of]
+        if rebuild is not None:
+            return within(rebuild, chooser, quantity, removed, of)
         counts = chooser.meet(quantity, quantity.total * (1 - removed), of)
         return chooser.plan(counts, {"ratio": removed, "of": of})
 
@@ -380,7 +415,7 @@ class Analysis:
         return str(file.getvalue()).rstrip()
 
 
-def analyze(model: nn.Module, inputs: Inputs = None) -> Analysis:
+def analyze(model: nn.Module, inputs: Inputs = None, outputs: Outputs = None) -> Analysis:
     """Find out what can be removed from a model; it is only read.
 
     Args:
@@ -389,10 +424,15 @@ def analyze(model: nn.Module, inputs: Inputs = None) -> Analysis:
             such example calls, for a model that runs other layers in each (`which="b"`, early
             exits, other lengths): an axis that one of them freezes stays, and nothing that any of
             them runs keeps its dense width for want of a call. Left out, inferred from the first
-            layer where that is unambiguous.
+            layer where that is unambiguous, or made as the model's library has it.
+        outputs: Which outputs count, by names (keys, attributes; nested ones with dots; globs) or
+            positions: `("logits",)`. The dimensions of the others may become narrower. Left out,
+            all but those that the model's library calls auxiliary; `"*"` are all.
 
     Raises:
         CaptureError: The model cannot be captured.
-        InputError: The inputs are of the wrong kind, or cannot be inferred.
+        InputError: The inputs are of the wrong kind, or cannot be inferred; or there is no such
+            output.
     """
-    return Analysis(model, infer_coupling(capture(model, inputs)), inputs)
+    model = unwrapped(model)
+    return Analysis(model, infer_coupling(capture(model, inputs, outputs)), inputs)

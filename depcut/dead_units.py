@@ -15,12 +15,14 @@ from depcut.apply.plan import Plan, planned
 from depcut.apply.report import amend
 from depcut.capture.inputs import Inputs
 from depcut.capture.random_state import preserved
+from depcut.capture.results import EVERY, Outputs
 from depcut.errors import InputError, listed
 from depcut.repair.contractions import Contraction, find_contractions
 from depcut.repair.dead import Stuck, find_dead
 from depcut.repair.folding import contributions, fold_constants
 from depcut.repair.other_sizes import lasting
 from depcut.rewrite.masks import without_masks
+from depcut.support.unwrap import unwrapped
 from depcut.verify.calls import verify_equal_calls
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -78,7 +80,7 @@ class Compaction:
 
 
 @preserved()
-def compaction(model: nn.Module, inputs: Inputs = None) -> Compaction:
+def compaction(model: nn.Module, inputs: Inputs = None, *, outputs: Outputs = EVERY) -> Compaction:
     """Find the units that are dead already; the model is only read.
 
     A unit is dead where all that reads it multiplies it with zeros, or reads a constant that a bias
@@ -91,12 +93,15 @@ def compaction(model: nn.Module, inputs: Inputs = None) -> Compaction:
         inputs: A tensor, a tuple of positional or a dict of keyword arguments, or a list of several
             such example calls, in all of which a unit must be dead; left out, inferred from the
             first layer where that is unambiguous.
+        outputs: Names or positions of the outputs that are to stay, see `depcut.analyze`; of a unit
+            that only others need nothing is left. Left out, all of them.
 
     Raises:
         DepcutError: See `depcut.analyze`.
     """
+    model = unwrapped(model)
     plain = without_masks(model) if isinstance(model, nn.Module) else model
-    coupling = analyze(plain, inputs).coupling
+    coupling = analyze(plain, inputs, outputs).coupling
     empty = [n for n, t in plain.state_dict(keep_vars=True).items() if t.is_meta]
     if empty:
         raise InputError(
@@ -118,7 +123,7 @@ def compaction(model: nn.Module, inputs: Inputs = None) -> Compaction:
     return Compaction(plan, folded, dead.stuck, plain, contractions)
 
 
-def compact(model: ModelT, inputs: Inputs = None) -> ModelT:
+def compact(model: ModelT, inputs: Inputs = None, *, outputs: Outputs = EVERY) -> ModelT:
     """The model without the units that are dead already; in eval mode it computes the same.
 
     Warns where nothing is dead: the result is an equal copy then. `print(depcut.compaction(model,
@@ -129,11 +134,13 @@ def compact(model: ModelT, inputs: Inputs = None) -> ModelT:
         inputs: A tensor, a tuple of positional or a dict of keyword arguments, or a list of several
             such example calls, in all of which a unit must be dead; left out, inferred from the
             first layer where that is unambiguous.
+        outputs: Names or positions of the outputs that are to stay, see `depcut.analyze`; of a unit
+            that only others need nothing is left. Left out, all of them.
 
     Raises:
         DepcutError: See `depcut.analyze` and `Plan.apply`.
     """
-    dead = compaction(model, inputs)
+    dead = compaction(model, inputs, outputs=outputs)
     if not dead.plan.kept:
         warnings.warn(f"nothing was removed: {dead}", stacklevel=2)
     return cast(ModelT, dead.apply())

@@ -14,6 +14,7 @@ ORDER = """
 errors version
 support
 axes
+conventions
 capture
 graph
 ops
@@ -26,12 +27,13 @@ allocate
 rewrite
 verify
 repair
+rebuild
 options
 apply
 deploy
 timing latency
 analysis dead_units api
-training integrations
+training integrations storage
 depcut cli __main__
 """.split()
 

@@ -97,7 +97,7 @@ def _cosine(a: torch.Tensor, b: torch.Tensor, channels: list[int]) -> float:
 
 
 def outputs_of(keep: Keep, model: nn.Module, batches: Sequence[Batch]) -> list[list[Any]]:
-    """Flat outputs of what stays, for every batch.
+    """Flat outputs of what stays, those that count, for every batch.
 
     Args:
         keep: What stays.
@@ -106,7 +106,8 @@ def outputs_of(keep: Keep, model: nn.Module, batches: Sequence[Batch]) -> list[l
     """
     reference = Reference(keep, model, sliced=True)
     with torch.no_grad():
-        return [reference.run(_copied(batch))[0] for batch in batches]
+        results = keep.coupling.program.results
+        return [results.of(reference.run(_copied(batch))[0]) for batch in batches]
 
 
 def output_change(dense: list[list[Any]], other: list[list[Any]]) -> float:

@@ -12,6 +12,7 @@ from torch import nn
 
 from depcut.errors import InputError, PlanError, listed
 from depcut.repair.compensate import Compensation, Repair
+from depcut.support.unwrap import unwrapped
 
 # A string: deepcopy and pickle take it along, and nothing of depcut is needed to load it.
 _ATTRIBUTE = "_depcut_report"
@@ -123,6 +124,7 @@ def report(model: nn.Module) -> Report:
         InputError: It is no module.
         PlanError: No plan was applied to it.
     """
+    model = unwrapped(model)
     if not isinstance(model, nn.Module):
         raise InputError(
             f"model is a {type(model).__name__}, not a torch.nn.Module",
@@ -143,6 +145,16 @@ def report(model: nn.Module) -> Report:
     data |= {name: tuple(data.get(name, ())) for name in ("macs", "params", "unreached")}
     data |= {name: tuple(data[name]) for name in ("macs", "params", "notes")}
     return Report(**data, compensation=done)
+
+
+def report_record(model: nn.Module) -> dict[str, Any]:
+    """A model's report as plain data.
+
+    Args:
+        model: A model with a report.
+    """
+    data: dict[str, Any] = json.loads(vars(model)[_ATTRIBUTE])
+    return data
 
 
 def lineage_of(model: nn.Module) -> dict[str, str]:

@@ -104,7 +104,8 @@ class _Probe:
             for node, value in zip(self.program.outputs, outputs, strict=True):
                 if isinstance(value, torch.Tensor) and value.requires_grad:
                     watched.setdefault(node, value)
-            scalar = self._projection(outputs, generator, batch.valid)
+            results = self.program.results.of(outputs)
+            scalar = self._projection(results, generator, batch.valid)
         wanted = {n: v for n, v in watched.items() if v.requires_grad}
         gradients = torch.autograd.grad(scalar, list(wanted.values()), allow_unused=True)
         return {

@@ -22,11 +22,12 @@ from depcut.capture.batches import (
 from depcut.capture.calls import Recorder, TorchCall
 from depcut.capture.clone import clone, cloned_arguments
 from depcut.capture.eager import refuse_failing_call, user_line
-from depcut.capture.inputs import Call, Inputs, example_calls
+from depcut.capture.inputs import Call, Inputs, example_calls, infer_inputs, made_note
 from depcut.capture.process_state import capturing
 from depcut.capture.program import ModuleCall, Program
 from depcut.capture.random_state import python_states, same_states
 from depcut.capture.refusals import check_inputs, check_model
+from depcut.capture.results import Names, Outputs, Results, Viewer, check_outputs, settled_outputs
 from depcut.capture.signature import name_keywords
 from depcut.capture.structure import structure_of
 from depcut.capture.wrappers import inline_wrappers
@@ -35,13 +36,15 @@ from depcut.support.failures import first_line, reraise_fatal
 from depcut.support.torch_private import buffers_of, parameters_of, pytree
 
 
-def capture(model: nn.Module, inputs: Inputs = None) -> Program:
+def capture(model: nn.Module, inputs: Inputs = None, outputs: Outputs = None) -> Program:
     """Capture what a model computes, on a clone: the model is only read.
 
     Args:
         model: Any module that torch.export can capture.
         inputs: A tensor, a tuple of positional or a dict of keyword arguments, or a list of several
             such example calls; inferred if None.
+        outputs: Names, globs over names or positions of the outputs that count; None: all but
+            those that the model's library calls auxiliary, see `depcut.conventions`.
 
     Returns:
         The first example call, with the others beside it.
@@ -51,6 +54,10 @@ def capture(model: nn.Module, inputs: Inputs = None) -> Program:
         InputError: The inputs are of the wrong kind, or the model does not take them.
     """
     check_model(model)
+    names, made = settled_outputs(outputs), ""
+    if inputs is None:
+        inputs = infer_inputs(model)
+        made = made_note(inputs)
     calls = example_calls(model, inputs, widen=False)
     for number, call in enumerate(calls):
         with in_call(number, len(calls)):
@@ -59,15 +66,16 @@ def capture(model: nn.Module, inputs: Inputs = None) -> Program:
     programs = []
     for number, call in enumerate(calls):
         with in_call(number, len(calls)):
-            programs.append(_freest(model, call, marks, number))
+            programs.append(_freest(model, call, marks, number, names))
+    check_outputs(names, [program.results for program in programs])
     unused = frozenset.intersection(*(p.unused for p in programs))
     for number, program in enumerate(programs):
         if unused:
-            training = _in_training(model, program, marks, unused, number)
+            training = _in_training(model, program, marks, unused, number, names)
             if training is not None:
                 unused &= training.unused
                 programs[number] = replace(program, training=training)
-    return _merged(programs, unused)
+    return replace(_merged(programs, unused), made=made)
 
 
 def captured_again(model: nn.Module, call: Call, program: Program) -> Program:
@@ -81,11 +89,16 @@ def captured_again(model: nn.Module, call: Call, program: Program) -> Program:
     Raises:
         CaptureError: The model cannot be exported with it.
     """
-    return _capture(model, call, [], frozenset(), 0, program.batching)
+    return _capture(model, call, [], frozenset(), 0, program.batching, program.results.names)
 
 
 def _in_training(
-    model: nn.Module, program: Program, marks: list[fx.Node], unused: frozenset[str], number: int
+    model: nn.Module,
+    program: Program,
+    marks: list[fx.Node],
+    unused: frozenset[str],
+    number: int,
+    names: Names | None,
 ) -> Program | None:
     """A call in training, if it uses some of the unused parameters.
 
@@ -93,7 +106,8 @@ def _in_training(
     """
     call = (program.args, program.kwargs)
     try:
-        training = _capture(model, call, marks, _gates(model, unused), number, program.batching)
+        gates = _gates(model, unused)
+        training = _capture(model, call, marks, gates, number, program.batching, names)
     except CaptureError:
         return None
     return None if unused <= training.unused else training
@@ -108,12 +122,14 @@ def _merged(programs: list[Program], unused: frozenset[str]) -> Program:
     return replace(first, others=tuple(others))
 
 
-def _freest(model: nn.Module, call: Call, marks: list[fx.Node], number: int) -> Program:
+def _freest(
+    model: nn.Module, call: Call, marks: list[fx.Node], number: int, names: Names | None
+) -> Program:
     """The program with its batch as free as the model's code lets it be."""
     refused: CaptureError | None = None
     for batching, wide in ways(model, *call):
         try:
-            return _capture(model, wide, marks, frozenset(), number, batching)
+            return _capture(model, wide, marks, frozenset(), number, batching, names)
         except CaptureError as error:  # noqa: PERF203  each attempt may be refused
             refused = refused or error
     assert refused is not None
@@ -195,11 +211,13 @@ def _capture(
     training: frozenset[str],
     number: int,
     batching: Batch,
+    names: Names | None,
 ) -> Program:
     """One graph of one example call, with some modules in training mode."""
     calls: list[ModuleCall] = []
     seen = clone(model, training=training)
     recorder = Recorder()
+    viewer = Viewer(seen, names)
     exported, states = _traced(seen, call, batching, marks, calls, recorder)
     program = _program(model, exported, calls, *call)
     suffix = (f"_call{number}" if number else "") + ("_training" if training else "")
@@ -213,6 +231,7 @@ def _capture(
         states=states,
         batching=batching,
         batch=batch_of(*call) if batching is Batch.FIXED else program.batch,
+        results=viewer.results or Results(),
     )
 
 
@@ -255,7 +274,9 @@ def corrected_calls(
     """
     recorder = Recorder()
     with contextlib.suppress(CaptureError):  # what ran until then was seen
-        _traced(clone(model), call, batching, [], [], recorder, correct)
+        seen = clone(model)
+        Viewer(seen, None)
+        _traced(seen, call, batching, [], [], recorder, correct)
     return tuple(recorder.calls)
 
 

@@ -336,7 +336,8 @@ class _Repairer:
         args, kwargs = self.calibration.arguments(self.calibration.batches[number])
         try:
             with as_captured():
-                outputs = pytree.tree_leaves(clone(self.slim, buffers=True)(*args, **kwargs))
+                result = clone(self.slim, buffers=True)(*args, **kwargs)
+            outputs = self.program.results.flat(result)
         except Exception as error:
             reraise_fatal(error)
             raise VerificationError(

@@ -26,6 +26,7 @@ from depcut.support.checks import (
 from depcut.support.failures import shown
 from depcut.support.machine import processor
 from depcut.support.tables import rendered
+from depcut.support.unwrap import unwrapped
 from depcut.timing.backends import Candidate, Runner, Setup
 from depcut.timing.clock import Speedup, Timing, interleave
 from depcut.timing.pinning import pinned
@@ -240,6 +241,7 @@ def bench(
     """
     check_runtime(runtime, provider)
     _check_candidates(candidates)
+    candidates = {name: unwrapped(candidate) for name, candidate in candidates.items()}
     batch_sizes = check_timing(threads, rounds, warmup, batch_sizes, memory)
     threads, rounds, warmup = map(operator.index, (threads, rounds, warmup))
     chosen = RUNTIMES[runtime]

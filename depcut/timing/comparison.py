@@ -146,8 +146,7 @@ def compare(
         InputError: The inputs do not fit, an argument is out of its range, or the provider is
             absent.
     """
-    check_module(dense, "dense")
-    check_module(slim, "slim")
+    dense, slim = check_module(dense, "dense"), check_module(slim, "slim")
     if runtime is None:
         check_timing(threads, rounds, warmup, None, memory)
         idle: dict[str, tuple[Any, bool | None]] = {

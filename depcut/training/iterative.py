@@ -33,6 +33,7 @@ from depcut.scores import score_name
 from depcut.support.checks import check_integer, check_items
 from depcut.support.files import claimed
 from depcut.support.keywords import settled, takes_options
+from depcut.support.unwrap import unwrapped
 from depcut.training.checkpoint import digest
 from depcut.training.compose import TensorIndices, composed
 from depcut.training.folders import RunFolder
@@ -151,6 +152,7 @@ def iterate(
         PlanError: The retrain function changed the architecture.
     """
     chosen = settled(Options, options, given, IterateKeywords, "iterate")
+    model = unwrapped(model)
     targets = _targets(ratio, steps)
     _check(retrain, chosen.of, optimizer)
     wants_repair(chosen.compensate, data is not None)
