@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from depcut.capture.capture import is_symbolic
-from depcut.capture.inputs import arguments, device_of
+from depcut.capture.inputs import arguments, device_of, with_settings
 from depcut.capture.program import Program
 from depcut.errors import InputError
 from depcut.support.failures import reraise_fatal, shown
@@ -42,6 +42,7 @@ class Reader:
 
     def __init__(self, program: Program, model: nn.Module, pairs: bool) -> None:
         self.program, self.pairs, self.device = program, pairs, device_of(model)
+        self.model = model
         self.signature = inspect.signature(model.forward)
         self.expected, self.spec = pytree.tree_flatten((program.args, program.kwargs))
         nodes = program.inputs
@@ -54,7 +55,8 @@ class Reader:
     def batch(self, item: Any, place: str) -> Batch:
         """The item as a batch; `place` says which one it is, for messages."""
         inputs, target = self._split(item)
-        args, kwargs = self._bound(arguments(inputs, place), place)
+        given = with_settings(self.model, *arguments(inputs, place))
+        args, kwargs = self._bound(given, place)
         args, kwargs = _in_order((args, kwargs), (self.program.args, self.program.kwargs))
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if spec != self.spec:
