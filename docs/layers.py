@@ -14,18 +14,21 @@ ORDER = """
 errors version
 support
 axes
+conventions
 capture
 graph
 ops
 coupling
 branches
 plan
+pictures
 reference
 calibration scores
 allocate
 rewrite
 verify
 repair
+rebuild
 options
 apply
 deploy

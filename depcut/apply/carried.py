@@ -21,7 +21,7 @@ def carry(model: nn.Module, plan: PlanData) -> None:
         plan: What was applied.
     """
     # Not by setattr: the class may have a __setattr__ of its own.
-    vars(model)[_ATTRIBUTE] = json.dumps([*carried(model), plan.record()], default=_unknown)
+    vars(model)[_ATTRIBUTE] = json.dumps([*carried(model), plan.to_dict()], default=_unknown)
 
 
 def carried(model: nn.Module) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from depcut.capture.capture import held_tensors
+from depcut.capture.held import held_tensors
 from depcut.capture.random_state import preserved
 from depcut.capture.refusals import check_module
 from depcut.errors import DepcutError, InputError

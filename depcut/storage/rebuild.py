@@ -28,6 +28,7 @@ from depcut.support.torch_private import (
     hooks_of,
     non_persistent_of,
     parameters_of,
+    pytree,
     registries,
 )
 
@@ -190,7 +191,7 @@ class Rebuild:
         if data["of"] == name_of(torch.Size):
             return torch.Size(new)
         self._same_kind(data, built, path)
-        return type(built)(*new) if hasattr(type(built), "_fields") else type(built)(new)
+        return type(built)(*new) if pytree.is_namedtuple_class(type(built)) else type(built)(new)
 
     def _list(self, data: Any, built: Any, path: str) -> Any:
         self._same_kind(data, built, path)

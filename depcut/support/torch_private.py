@@ -24,11 +24,14 @@ one that goes or changes. No other module spells a private name of a library; th
 | `torch.compiler._is_compiling_flag`, `_is_exporting_flag` | they are to be on in one thread |
 | `_packed_params` | quantized layers have it |
 | `torch._dynamo.config` | to make torch.compile raise where it would fall back |
+| `torch._dynamo.eval_frame.OptimizedModule._orig_mod` | the model that torch.compile wraps |
+| `nn.Module._compiled_call_impl` | the compiled call of one module, which is no copy's |
 | `LRScheduler._update_lr`, `_is_initial`, `_step_count` | to set the rates of a restored schedule |
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -52,6 +55,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass as _is_wrapper
 
 __all__ = [
+    "COMPILED_CALL",
     "COMPILER_FLAGS",
     "RESET_METHODS",
     "ConvNd",
@@ -63,6 +67,7 @@ __all__ = [
     "check_attention_shapes",
     "children_of",
     "compile_settings",
+    "compiled_module",
     "enter_autocast",
     "exit_autocast",
     "hooks_of",
@@ -80,6 +85,9 @@ __all__ = [
     "set_epoch",
     "size_expression",
 ]
+
+# Attribute of a module that `Module.compile()` was called on.
+COMPILED_CALL = "_compiled_call_impl"
 
 # What draws the weights of a layer anew; the second is nn.MultiheadAttention's.
 RESET_METHODS = ("reset_parameters", "_reset_parameters")
@@ -231,6 +239,19 @@ def compile_settings(**changes: Any) -> AbstractContextManager[None]:
     """
     settings: AbstractContextManager[None] = torch._dynamo.config.patch(**changes)
     return settings
+
+
+def compiled_module(value: object) -> nn.Module | None:
+    """The module that torch.compile wraps; None for what is no such wrapper.
+
+    Args:
+        value: Anything.
+    """
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # absent where nothing was compiled
+    if dynamo is None or not isinstance(value, dynamo.OptimizedModule):
+        return None
+    module: nn.Module = value._orig_mod
+    return module
 
 
 def set_epoch(schedule: LRScheduler, epoch: int) -> None:
