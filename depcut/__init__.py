@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,9 @@ from depcut.errors import (
 from depcut.ops.registry import Op, rule
 from depcut.options import Options
 from depcut.scores import Score
+from depcut.storage.load import load
+from depcut.storage.save import save
+from depcut.support import conventions
 from depcut.timing.bench import bench
 from depcut.timing.comparison import compare
 from depcut.version import __version__
@@ -62,13 +66,27 @@ __all__ = [
     "compare",
     "export",
     "integrations",
+    "load",
     "report",
     "rule",
+    "save",
     "shrink",
     "training",
 ]
 
 _LATER = ("integrations", "training")  # loaded when first asked for
+# Adapters of libraries of models, by library; loaded for those alone.
+_ADAPTERS = {
+    "timm": "timm",
+    "transformers": "pretrained",
+    "diffusers": "pretrained",
+    "huggingface_hub": "pretrained",
+}
+
+for _library, _adapter in _ADAPTERS.items():
+    conventions.register(
+        _library, functools.partial(importlib.import_module, f"depcut.integrations.{_adapter}")
+    )
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,7 @@ from depcut.capture.results import Outputs
 from depcut.options import Options, ShrinkKeywords
 from depcut.repair.after_rewrite import wants_repair
 from depcut.support.keywords import settled, takes_options
+from depcut.support.unwrap import unwrapped
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -45,7 +46,8 @@ def shrink(
         outputs: Names or positions of the outputs that count, see `depcut.analyze`.
         data: Calibration data: any iterable of what the model takes, or of (input, target) pairs;
             of several example calls, of what the first one passes.
-        loss: A function of (output, target) that returns a scalar, for criteria with gradients.
+        loss: A function of (output, target) that returns a scalar, for criteria with gradients;
+            "model": the loss that the model itself returns where it is given the labels.
         optimizer: One that trains `model`; its state is sliced, and it trains the result.
         options: What else is chosen, as one object; the keywords that follow go before it.
         **given: The fields of `depcut.Options`.
@@ -56,7 +58,8 @@ def shrink(
     chosen = settled(Options, options, given, ShrinkKeywords, "shrink")
     check_budget(ratio, chosen.of, chosen.latency_ms, chosen.depth)
     wants_repair(chosen.compensate, data is not None)
-    items, inputs = read_with_inputs(data, chosen.batches, inputs, model, loss is not None)
+    plain = unwrapped(model)
+    items, inputs = read_with_inputs(data, chosen.batches, inputs, plain, loss is not None)
     analysis = analyze(model, inputs, outputs)
     calibration = analysis.calibrate(items, loss=loss, options=chosen)
     plan = analysis.plan(ratio, data=calibration, options=chosen)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from torch import nn
@@ -17,18 +17,22 @@ from depcut.capture.inputs import Inputs
 from depcut.capture.random_state import preserved
 from depcut.capture.results import EVERY, Outputs
 from depcut.errors import InputError, listed
+from depcut.pictures.record import plain
+from depcut.pictures.shown import Shown
+from depcut.pictures.summary import Summary, Table
 from depcut.repair.contractions import Contraction, find_contractions
 from depcut.repair.dead import Stuck, find_dead
 from depcut.repair.folding import contributions, fold_constants
 from depcut.repair.other_sizes import lasting
 from depcut.rewrite.masks import without_masks
+from depcut.support.unwrap import unwrapped
 from depcut.verify.calls import verify_equal_calls
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
-@dataclass(frozen=True, eq=False)
-class Compaction:
+@dataclass(frozen=True, eq=False, repr=False)
+class Compaction(Shown):
     """The dead units of a model, and what holds those that stay.
 
     Attributes:
@@ -64,6 +68,39 @@ class Compaction:
         amend(slim, error=verify_equal_calls(slim, keep, self.model))
         return slim
 
+    def to_dict(self) -> dict[str, Any]:
+        """What goes, what stays and why, and the plan, as plain data."""
+        stuck = [{"group": s.group, "units": list(s.units), "reason": s.reason} for s in self.stuck]
+        removed = dict(self.removed)
+        return {
+            "removed": removed,
+            "folded": list(self.folded),
+            "stuck": plain(stuck),
+            "plan": self.plan.to_dict(),
+        }
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each group of the architecture."""
+        return self.plan.rows()
+
+    def records(self) -> dict[str, Any]:
+        """What a page shows of it."""
+        return self.plan.records()
+
+    @property
+    def headline(self) -> str:
+        """One line that says what it is."""
+        dead, total = sum(self.removed.values()), sum(self.plan.sizes.values())
+        return f"Compaction: {dead} of {total} units are dead and can go, {len(self.stuck)} stay"
+
+    def summary(self) -> Summary:
+        """What notebooks show."""
+        rows = [(n, str(self.plan.sizes[n]), str(count)) for n, count in self.removed.items()]
+        table = Table(("group", "units", "dead"), rows, "groups")
+        notes = [f"constants folded into {listed(list(self.folded))}"] if self.folded else []
+        notes += [f"dead, but stays: {s.group}: {s.reason}" for s in self.stuck]
+        return Summary(self.headline, {}, (table,), tuple(notes))
+
     def __str__(self) -> str:
         removed = self.removed
         total = sum(self.plan.sizes.values())
@@ -98,6 +135,7 @@ def compaction(model: nn.Module, inputs: Inputs = None, *, outputs: Outputs = EV
     Raises:
         DepcutError: See `depcut.analyze`.
     """
+    model = unwrapped(model)
     plain = without_masks(model) if isinstance(model, nn.Module) else model
     coupling = analyze(plain, inputs, outputs).coupling
     empty = [n for n, t in plain.state_dict(keep_vars=True).items() if t.is_meta]

@@ -21,18 +21,20 @@ ops
 coupling
 branches
 plan
+pictures
 reference
 calibration scores
 allocate
 rewrite
 verify
 repair
+rebuild
 options
 apply
 deploy
 timing latency
 analysis dead_units api
-training integrations
+training integrations storage
 depcut cli __main__
 """.split()
 

@@ -63,6 +63,12 @@ FAULTS = [
         "if False else target",
         f"{LATER} OtherLayout",
     ),
+    Fault(
+        "rewrite",
+        'if hasattr(adapter, "finish"):',
+        "if False:",
+        "tests/field/test_conventions.py",
+    ),
     # Rules of operators, a fault in each file.
     Fault("ops", "op.unify(q[-1], k[-1])", "pass", f"{RULES} sdpa"),
     Fault(

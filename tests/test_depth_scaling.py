@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import random
 import sys
 from collections import Counter
@@ -33,7 +34,7 @@ from depcut.plan.cost import ITEMS, NOTHING, dense_total
 from depcut.reference.run import ReferenceRun
 from depcut.repair import compensate as repair
 from depcut.scores import scaled_flow, score, synaptic
-from depcut.verify import verify
+from depcut.verify import compare, verify
 
 PACKAGE = str(Path(depcut.__file__).parent)
 QUICK, DEEP = (4, 8, 16), (25, 50, 100)
@@ -99,6 +100,13 @@ def as_many_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     """The search for a depth judges as many plans at every depth, so that they can be compared."""
     monkeypatch.setattr(search, "_FIRST", 3)
     monkeypatch.setattr(search, "_LATER", 0)
+
+
+@pytest.fixture(autouse=True)
+def no_second_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What rounding makes of a depth decides whether a result is compared in double, too."""
+    monkeypatch.setattr(compare, "CERTAIN", math.inf)
+    monkeypatch.setattr(compare, "_CERTAIN_INSIDE", math.inf)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch import nn
 
 from depcut.allocate.lagrange import least_loss, nudged
 from depcut.allocate.order import along, meet, order
-from depcut.allocate.space import Counts, Space, space
+from depcut.allocate.space import Counts, Space, StepTie, space
 from depcut.axes import Indices
 from depcut.calibration.data import Calibration
 from depcut.coupling.groups import Coupling, Frozen, Group, layer_of
@@ -40,6 +40,8 @@ class Request:
         seed: For criteria that draw.
         calibration: Data, and perhaps a loss, for criteria that need them.
         hold: Numbers of further groups whose width must stay.
+        together: Groups that shrink in common steps; None: no further ties, and widths that the
+            model's classes express are preferred.
     """
 
     score: str | Score | Criterion = "magnitude"
@@ -50,6 +52,7 @@ class Request:
     seed: int = 0
     calibration: Calibration | None = None
     hold: Collection[int] = ()
+    together: tuple[StepTie, ...] | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -81,7 +84,7 @@ class Chooser:
         self.coupling, self.model, self.request = coupling, model, request
         self.held = _held(coupling, request.ignore) | set(request.hold)
         self.absent: frozenset[int] = frozenset()
-        self.fixed = _fixed(coupling, request.ratios, self.held)
+        self.fixed = _fixed(coupling, request, self.held)
         self.additive = is_additive(request.score)
         self.scores: Scores = score(
             request.score, coupling, model, request.seed, request.calibration
@@ -97,7 +100,7 @@ class Chooser:
             return self
         other = copy.copy(self)
         other.held = self.held | set(numbers)
-        other.fixed = _fixed(self.coupling, self.request.ratios, other.held)
+        other.fixed = _fixed(self.coupling, self.request, other.held)
         return other
 
     def without(self, tensors: Collection[str]) -> Chooser:
@@ -183,7 +186,11 @@ class Chooser:
 
     def _spaces(self) -> tuple[Space, Space]:
         """The steps under the preferences of the model's classes, and those without them."""
-        liked, taken = preferences(self.coupling), self.held | set(self.fixed) | self.absent
+        taken = self.held | set(self.fixed) | self.absent
+        if self.request.together is not None:
+            tied = space(self.coupling, self.request.align, taken, (), self.request.together)
+            return tied, tied
+        liked = preferences(self.coupling)
         ties = [pair for pair in liked.ties if self.absent.isdisjoint(pair)]
         align = self.request.align
         return (
@@ -347,9 +354,9 @@ def _held(coupling: Coupling, ignore: Iterable[str]) -> set[int]:
     return {i for p in ignore for i in matching(coupling, p, "ignore=")}
 
 
-def _fixed(coupling: Coupling, ratios: Mapping[str, float], held: set[int]) -> dict[int, int]:
+def _fixed(coupling: Coupling, request: Request, held: set[int]) -> dict[int, int]:
     fixed: dict[int, int] = {}
-    for pattern, ratio in ratios.items():
+    for pattern, ratio in request.ratios.items():
         if ratio != 0:
             check_ratio(ratio, f"ratios[{pattern!r}]")
         for index in matching(coupling, pattern, "ratios="):
@@ -363,6 +370,11 @@ def _fixed(coupling: Coupling, ratios: Mapping[str, float], held: set[int]) -> d
     for group in coupling.groups:
         if group.tied in by_tie:
             fixed[group.index] = by_tie[group.tied]
+    for each in request.together or ():
+        sizes = {i: coupling.groups[i].size for i in each.groups}
+        steps = [fixed[i] * each.steps // size for i, size in sizes.items() if i in fixed]
+        if steps:
+            fixed |= {i: size * max(1, min(steps)) // each.steps for i, size in sizes.items()}
     return {i: n for i, n in fixed.items() if i not in held}
 
 

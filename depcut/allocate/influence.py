@@ -16,6 +16,7 @@ from torch import fx, nn
 from depcut import axes
 from depcut.branches.branch import Block, Branch
 from depcut.coupling.groups import Coupling
+from depcut.graph.resized import FlatInputs, numbers_of_run
 from depcut.plan.keep import Keep
 from depcut.reference.run import Reference, example
 from depcut.support.torch_private import pytree
@@ -34,7 +35,8 @@ def examples(coupling: Coupling) -> list[Batch]:
 
 def _copied(batch: Batch) -> Batch:
     """The batch with its tensors cloned, since a graph may change its inputs in place."""
-    return [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in batch]
+    leaves = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in batch]
+    return FlatInputs(leaves, numbers_of_run(batch))
 
 
 def influence(

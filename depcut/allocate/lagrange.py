@@ -72,9 +72,7 @@ def nudged(
     Returns:
         Kept count of each group; None if all of them were tried.
     """
-    classes = len(where.sizes)
-    first = [int(np.flatnonzero(where.class_of == number)[0]) for number in range(classes)]
-    taken = (where.sizes - counts[first]) // where.steps
+    taken = where.taken(counts)
     rows = []
     for number in np.flatnonzero(where.available):
         for choice in range(where.available[number] + 1):
@@ -117,7 +115,7 @@ class _Search:
         choices = np.arange(self.available[number] + 1)
         counts = np.repeat(self.where.kept(taken)[None], len(choices), axis=0)
         kept = self.where.sizes[number] - choices * self.where.steps[number]
-        counts[:, self.members[number]] = kept[:, None]
+        counts[:, self.members[number]] = kept[:, None] * self.where.units[self.members[number]]
         return self.parts[number].many(counts)
 
     def settled(self, taken: Counts, price: float) -> Counts:

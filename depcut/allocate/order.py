@@ -49,7 +49,7 @@ def order(
         )
     available, keys, classes = where.available, [], []
     lost = marginals(where, scores, additive) if allocation == "global" else []
-    price = np.bincount(where.class_of, weights=cost.gradient(cost.dense), minlength=len(available))
+    price = where.per_class(cost.gradient(cost.dense))
     for number, (size, step, n) in enumerate(zip(where.sizes, where.steps, available, strict=True)):
         share = np.arange(1, n + 1) * step / size
         if allocation == "uniform":
@@ -118,9 +118,7 @@ def _closest(where: Space, before: Counts, after: Counts, cost: Cost, target: fl
         if abs(excess) < error:
             best, error = base, abs(excess)
         sign = 1 if excess > 0 else -1
-        prices = np.bincount(
-            where.class_of, weights=cost.gradient(where.kept(base)), minlength=len(base)
-        )
+        prices = where.per_class(cost.gradient(where.kept(base)))
         change = prices * where.steps
         open_ = (base < where.available) if sign > 0 else (base > 0) & ~where.held
         usable = np.flatnonzero(open_ & (change > 0) & (change < 2 * abs(excess)))
@@ -145,10 +143,8 @@ def along(where: Space, counts: Counts, cost: Cost) -> Counts:
     Returns:
         Kept count of each group, [groups].
     """
-    classes = len(where.sizes)
-    first = [int(np.flatnonzero(where.class_of == number)[0]) for number in range(classes)]
-    taken = (where.sizes - counts[first]) // where.steps
-    price = np.bincount(where.class_of, weights=cost.gradient(cost.dense), minlength=classes)
+    taken = where.taken(counts)
+    price = where.per_class(cost.gradient(cost.dense))
     free = where.available > 0
     seen, unseen = free & (price > 0), free & (price == 0)
     if seen.any():

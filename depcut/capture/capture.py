@@ -22,6 +22,7 @@ from depcut.capture.batches import (
 from depcut.capture.calls import Recorder, TorchCall
 from depcut.capture.clone import clone, cloned_arguments
 from depcut.capture.eager import refuse_failing_call, user_line
+from depcut.capture.held import aliases, attribute, held_tensors, memory
 from depcut.capture.inputs import Call, Inputs, example_calls, infer_inputs, made_note
 from depcut.capture.process_state import capturing
 from depcut.capture.program import ModuleCall, Program
@@ -33,7 +34,7 @@ from depcut.capture.structure import structure_of
 from depcut.capture.wrappers import inline_wrappers
 from depcut.errors import CaptureError, in_call
 from depcut.support.failures import first_line, reraise_fatal
-from depcut.support.torch_private import buffers_of, parameters_of, pytree
+from depcut.support.torch_private import pytree
 
 
 def capture(model: nn.Module, inputs: Inputs = None, outputs: Outputs = None) -> Program:
@@ -76,6 +77,20 @@ def capture(model: nn.Module, inputs: Inputs = None, outputs: Outputs = None) ->
                 unused &= training.unused
                 programs[number] = replace(program, training=training)
     return replace(_merged(programs, unused), made=made)
+
+
+def captured_again(model: nn.Module, call: Call, program: Program) -> Program:
+    """One graph of another call, captured as a program was.
+
+    Args:
+        model: The model that the program was captured of; it is only read.
+        call: Of the same structure, with other sizes.
+        program: The program.
+
+    Raises:
+        CaptureError: The model cannot be exported with it.
+    """
+    return _capture(model, call, [], frozenset(), 0, program.batching, program.results.names)
 
 
 def _in_training(
@@ -279,7 +294,7 @@ def _program(
     named = {n.name: n for n in graph.nodes if n.op == "placeholder"}
     tensors, parameters, anonymous, around = {}, set(), set(), set()
     own = held_tensors(model)
-    held, places = {id(t) for t in own.values()}, {_memory(t): n for n, t in own.items()}
+    held, places = {id(t) for t in own.values()}, {memory(t): n for n, t in own.items()}
     for spec in exported.graph_signature.input_specs:
         if spec.kind == InputKind.USER_INPUT or spec.target is None:
             continue
@@ -288,7 +303,7 @@ def _program(
             parameters.add(spec.target)
         elif spec.kind == InputKind.CONSTANT_TENSOR:
             constant = exported.constants.get(spec.target)
-            owned = None if constant is None else places.get(_memory(constant))
+            owned = None if constant is None else places.get(memory(constant))
             if owned is not None and attribute(model, spec.target) is None:
                 # A function that closes over it, say: export sees no attribute that holds it.
                 tensors[named[spec.arg.name]] = owned
@@ -316,7 +331,7 @@ def _program(
         kwargs=kwargs,
         batch=batch,
         dynamic=bool(symbolic),
-        aliases=_aliases(model),
+        aliases=aliases(model),
         in_spec=exported.call_spec.in_spec,
         out_spec=exported.call_spec.out_spec,
         constants={n: exported.constants[n] for n in anonymous},
@@ -324,12 +339,6 @@ def _program(
         structure=structure_of(model),
     )
     return replace(program, unused=program.parameters - program.read)
-
-
-def _memory(tensor: torch.Tensor) -> Any:
-    """What a tensor shares with its detached self, and with no other one."""
-    at = tensor.data_ptr() if tensor.layout is torch.strided else 0
-    return (at, tensor.shape, tensor.stride(), tensor.dtype) if at else id(tensor)
 
 
 def _resolved(call: ModuleCall, marks: dict[int, fx.Node]) -> ModuleCall:
@@ -343,37 +352,6 @@ def _resolved(call: ModuleCall, marks: dict[int, fx.Node]) -> ModuleCall:
         tuple(map(leaf, call.out_leaves)),
         call.out_spec,
     )
-
-
-def attribute(model: nn.Module, name: str) -> Any:
-    """The attribute at a qualified name, or None."""
-    value: Any = model
-    for part in name.split("."):
-        value = getattr(value, part, None)
-        if value is None:
-            return None
-    return value
-
-
-def held_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter, buffer and plain tensor attribute of a model, by each qualified name."""
-    out: dict[str, torch.Tensor] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        prefix = f"{name}." if name else ""
-        for held in (vars(module), parameters_of(module), buffers_of(module)):
-            out.update({prefix + k: v for k, v in held.items() if isinstance(v, torch.Tensor)})
-    return out
-
-
-def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    names: dict[int, list[str]] = {}
-    for name, tensor in (
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ):
-        names.setdefault(id(tensor), []).append(name)
-    shared = [tuple(group) for group in names.values() if len(group) > 1]
-    return {name: group for group in shared for name in group}
 
 
 def is_symbolic(value: Any) -> bool:

@@ -24,7 +24,7 @@ from torch import fx, nn
 
 from depcut.capture.references import ATOMS, reaches, referent_of
 from depcut.support.failures import first_line, reraise_fatal
-from depcut.support.torch_private import buffers_of, parameters_of
+from depcut.support.torch_private import COMPILED_CALL, buffers_of, parameters_of
 
 # A change of these would not be seen in the model, or they cannot exist twice.
 _SHARED = (type, enum.Enum, np.generic, np.dtype, np.memmap, fx.Graph, fx.Node)
@@ -129,6 +129,8 @@ class Copier:
     def _fill_object(self, value: Any, copied: Any) -> None:
         fields = copied.__dict__ if hasattr(value, "__dict__") else {}
         for key, item in dict(getattr(value, "__dict__", ())).items():
+            if key == COMPILED_CALL and isinstance(value, nn.Module):
+                continue  # of the original's code; torch's own copies are without it, too
             if key in _REGISTRIES and type(item) is dict and isinstance(value, nn.Module):
                 fields[key] = {name: self._copy_of(held) for name, held in item.copy().items()}
             else:

@@ -10,6 +10,7 @@ from torch import nn
 
 from depcut.errors import CaptureError, DepcutError, InputError, listed
 from depcut.support.torch_private import is_packed
+from depcut.support.unwrap import unwrapped
 
 
 def check_model(model: object) -> None:
@@ -27,6 +28,12 @@ def check_model(model: object) -> None:
         )
     model = check_module(model)
     for name, module in model.named_modules():
+        if type(module).__module__.startswith("torch.distributed.fsdp"):
+            raise CaptureError(
+                f"the model is distributed: {type(module).__name__} holds parts of its weights",
+                where=f"layer {name!r}",
+                remedy="shrink the model before it is sharded, or gather its weights first",
+            )
         quantized = ".quantized" in type(module).__module__ and is_packed(module)
         scripted = isinstance(module, torch.jit.ScriptModule)
         if quantized or scripted or ".quantized.modules" in type(module).__module__:
@@ -37,6 +44,12 @@ def check_model(model: object) -> None:
                 remedy=f"shrink the model first, then have it {kind}",
             )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if type(tensor).__module__.startswith("torch.distributed"):
+            raise CaptureError(
+                f"the model is distributed: its weights are parts of a {type(tensor).__name__}",
+                where=name,
+                remedy="shrink the model before it is sharded, or gather its weights first",
+            )
         if tensor.is_quantized:
             raise CaptureError(
                 "the model holds a quantized tensor", where=name, remedy="shrink, then quantize"
@@ -55,6 +68,8 @@ def check_module(
 ) -> nn.Module:
     """Refuse what is no module, or one whose parameters have no shapes yet; return the module.
 
+    A wrapper of torch.compile or data parallelism is left away.
+
     Args:
         model: What the user passed.
         name: As what.
@@ -63,6 +78,7 @@ def check_module(
     Raises:
         InputError: It is something else; as `error`.
     """
+    model = unwrapped(model)
     if not isinstance(model, nn.Module):
         is_class = isinstance(model, type) and issubclass(model, nn.Module)
         got = f"the class {model.__name__}" if is_class else f"a {type(model).__name__}"  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -217,8 +217,8 @@ def _registered(value: Any) -> list[tuple[str, Any]] | None:
         return None
     if isinstance(value, Mapping) and len(value) == len(children):
         names = [str(key) for key in value]
-    elif isinstance(value, tuple) and hasattr(value, "_fields"):
-        names = list(value._fields)
+    elif isinstance(value, tuple) and hasattr(type(value), "__match_args__"):
+        names = list(cast(Any, type(value)).__match_args__)
     else:
         held = getattr(value, "__dict__", {}).items()
         known = {id(child): key for key, child in held}

@@ -79,7 +79,7 @@ def draft(
     arguments = bind_inputs(model, inputs)
     with converting():
         try:
-            arguments, program = _capture(model, arguments, free_batch=free_batch)
+            arguments, program = captured(model, arguments, free_batch=free_batch)
         except ExportError:
             refuse_failing_call(model, ("inputs=", arguments.args, arguments.kwargs))
             raise
@@ -121,16 +121,25 @@ def _checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
     return entries
 
 
-def _capture(
+def captured(
     model: nn.Module, arguments: inspect.BoundArguments, *, free_batch: bool = True
 ) -> tuple[inspect.BoundArguments, torch.export.ExportedProgram]:
-    """The exported program, and the arguments it was made with."""
+    """The exported program of a model in evaluation mode, and the arguments it was made with.
+
+    Args:
+        model: The model; it is only read.
+        arguments: What `bind_inputs` returned.
+        free_batch: Whether dimension 0 is free, where the model's code allows that.
+
+    Raises:
+        ExportError: torch.export cannot capture the model.
+    """
     args, kwargs = widened(model, arguments.args, arguments.kwargs)
     wide = arguments.signature.bind(*args, **kwargs)
     if free_batch and batch_size(wide) > batch_size(arguments):
         # torch.export takes a dimension of one for a constant.
         with contextlib.suppress(ExportError):
-            return _capture(model, wide)
+            return captured(model, wide)
     # Kernels are chosen by what is to be differentiated: here and in the conversion, nothing.
     seen = clone(model, requires_grad=False)
     args, kwargs = cloned_arguments((arguments.args, arguments.kwargs))

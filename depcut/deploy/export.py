@@ -109,7 +109,7 @@ def export(
             with PyTorch. Nothing has been written then.
         InputError: `inputs` does not fit the model's forward, or an option is wrong.
     """
-    check_module(model)
+    model = check_module(model)
     for name, value in (("rtol", rtol), ("atol", atol)):
         if value is not None:
             check_number(value, name, "pass a number that is not negative", least=0)

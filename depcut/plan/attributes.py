@@ -107,7 +107,7 @@ def _compared(
     for program in keep.coupling.program.examples if changed else ():
         for comparison in program.comparisons:
             name, (left, right) = comparison.operator, comparison.sides
-            mine = changed.intersection((*_attributes(left), *_attributes(right)))
+            mine = changed.intersection((*attributes_in(left), *attributes_in(right)))
             if not mine:
                 continue
             fixed = right is not None and all(is_fixed(e, keep.coupling) for e in (left, right))
@@ -286,7 +286,7 @@ def _derive(demand: _Demand, keep: Keep, values: dict[Attribute, int], lookup: L
     assert isinstance(demand.expr, tuple)
     if evaluate(demand.expr, keep, lookup) is not None:
         return False
-    solution = _invert(demand.expr, demand.target, keep, lookup)
+    solution = invert(demand.expr, demand.target, keep, lookup)
     if solution is None:
         return False
     attribute, value = solution
@@ -302,7 +302,7 @@ def _derive(demand: _Demand, keep: Keep, values: dict[Attribute, int], lookup: L
 def _derive_one(demand: _Demand, keep: Keep, values: dict[Attribute, int], settled: Lookup) -> None:
     """Solve for one attribute of several that nothing else decides, the others as they are."""
     assert isinstance(demand.expr, tuple)
-    for candidate in _attributes(demand.expr):
+    for candidate in attributes_in(demand.expr):
         if candidate not in values and _derive(
             demand,
             keep,
@@ -312,17 +312,29 @@ def _derive_one(demand: _Demand, keep: Keep, values: dict[Attribute, int], settl
             return
 
 
-def _attributes(expr: Expr | None) -> Iterator[Attribute]:
+def attributes_in(expr: Expr | None) -> Iterator[Attribute]:
+    """The attributes that a provenance expression reads."""
     if not isinstance(expr, tuple):
         return
     if expr[0] == "attr":
         yield _attribute(expr)
     elif expr[0] in OPERATORS:
-        yield from _attributes(expr[1])
-        yield from _attributes(expr[2])
+        yield from attributes_in(expr[1])
+        yield from attributes_in(expr[2])
 
 
-def _invert(expr: Expr, target: int, keep: Keep, lookup: Lookup) -> tuple[Attribute, int] | None:
+def invert(expr: Expr, target: int, keep: Keep, lookup: Lookup) -> tuple[Attribute, int] | None:
+    """The attribute that an expression follows from, and its value for another result.
+
+    Args:
+        expr: Where a number comes from.
+        target: What it is to become.
+        keep: What stays.
+        lookup: The attributes that are known; None for the one that is sought.
+
+    Returns:
+        None where no single attribute, or no whole number, gives the result.
+    """
     if isinstance(expr, int | float):
         return None
     if expr[0] == "attr":
@@ -344,7 +356,7 @@ def _invert(expr: Expr, target: int, keep: Keep, lookup: Lookup) -> tuple[Attrib
     value = wanted.get(expr[0])
     if value is None:
         return None
-    return _invert(expr[1] if left is None else expr[2], value, keep, lookup)
+    return invert(expr[1] if left is None else expr[2], value, keep, lookup)
 
 
 def _unmet(demand: _Demand, keep: Keep, conflicts: set[Attribute], lookup: Lookup) -> str | None:

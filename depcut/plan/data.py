@@ -44,7 +44,7 @@ ANEW = "make a plan for this model with depcut.analyze(model, inputs).plan(...)"
 DataT = TypeVar("DataT", bound="PlanData")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PlanData:
     """Kept units of every narrowed group, for one architecture.
 
@@ -113,7 +113,7 @@ class PlanData:
                 f"a plan applies to a torch.nn.Module, not to a {type(model).__name__}",
                 remedy="pass the model itself",
             )
-        check_module(model)
+        model = check_module(model)
         theirs = {n: list(t.shape) for n, t in model.state_dict(keep_vars=True).items()}
         for name, shape in self.shapes.items():
             if name in theirs and theirs[name] != list(shape):
@@ -130,7 +130,11 @@ class PlanData:
         Raises:
             DepcutError: It cannot be written.
         """
-        data = {
+        files.write_json(path, self.to_dict(), "plan", indent=1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data: what `save` writes."""
+        return {
             "format": FORMAT,
             "fingerprint": self.fingerprint,
             "settings": dict(self.settings),
@@ -140,7 +144,6 @@ class PlanData:
             "kept": {name: kept.tolist() for name, kept in self.kept.items()},
             "dropped": list(self.dropped),
         }
-        files.write_json(path, data, "plan", indent=1)
 
     @classmethod
     def load(cls: type[DataT], path: str | os.PathLike[str]) -> DataT:
@@ -185,6 +188,16 @@ class PlanData:
         text = json.dumps({n: k.tolist() for n, k in sorted(self.kept.items())})
         text += json.dumps(self.dropped) if self.dropped else ""
         return hashlib.sha256((self.fingerprint + text).encode()).hexdigest()[:16]
+
+    @property
+    def headline(self) -> str:
+        """One line that says what it is."""
+        made = "".join(f", {n} {self.settings[n]}" for n in ("ratio", "of") if n in self.settings)
+        gone = f", {len(self.dropped)} branches dropped" if self.dropped else ""
+        return f"Plan {self.digest}: {len(self.kept)} of {len(self.sizes)} groups{made}{gone}"
+
+    def __repr__(self) -> str:
+        return f"<{self.headline}>"
 
     def __str__(self) -> str:
         rows = [

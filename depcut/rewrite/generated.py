@@ -234,8 +234,14 @@ def _said(value: Any) -> str:
 
 def _is_equal(given: Any, captured: Any) -> bool:
     if isinstance(captured, bool | int | float | str | type(None) | torch.dtype | torch.device):
-        return type(given) is type(captured) and given == captured
+        # A number of the capture, or a size, may be of a class derived from int.
+        return _plain(given) is _plain(captured) and bool(given == captured)
     return True
+
+
+def _plain(value: Any) -> type:
+    """The class of a constant, that of a number without what is derived from it."""
+    return next((kind for kind in (bool, int, float, str) if isinstance(value, kind)), type(value))
 
 
 def _equal_sizes(

@@ -9,6 +9,7 @@ from torch import nn
 from depcut.apply.plan import Plan
 from depcut.reference.slices import index_tensors
 from depcut.support.checks import check_kind
+from depcut.support.unwrap import unwrapped
 
 
 def relative_distance(model: nn.Module, plan: Plan) -> float:
@@ -28,6 +29,7 @@ def relative_distance(model: nn.Module, plan: Plan) -> float:
     Raises:
         PlanError: The model has another architecture.
     """
+    model = unwrapped(model)
     keep = bound(plan, model).keep()
     energy = removed = 0.0
     elements = gone = 0

@@ -82,8 +82,7 @@ class Distillation:
     ) -> None:
         for name, weight in (("output_weight", output_weight), ("hidden_weight", hidden_weight)):
             check_number(weight, name, "pass a number that is not negative", least=0)
-        check_module(dense, "dense")
-        check_module(slim, "slim")
+        dense, slim = check_module(dense, "dense"), check_module(slim, "slim")
         dim = check_integer(dim, "dim", -_DIMENSIONS, _DIMENSIONS)
         if logits is not None:
             check_function(logits, "logits", "pass a function of what a model returns")

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from depcut.apply.plan import Plan
-from depcut.capture.capture import attribute
+from depcut.capture.held import attribute
 from depcut.capture.inputs import Inputs
 from depcut.errors import InputError, PlanError, listed
 from depcut.plan import cost
@@ -21,6 +21,7 @@ from depcut.rewrite.generated import GeneratedModule
 from depcut.support.checks import LARGEST, check_integer, check_kind
 from depcut.support.failures import first_line, reraise_fatal, shown
 from depcut.support.torch_private import RESET_METHODS
+from depcut.support.unwrap import unwrapped
 
 Init = Callable[[nn.Module], object]
 
@@ -62,7 +63,7 @@ def fresh(
         PlanError: The model has another architecture.
     """
     check_kind(plan, Plan, "plan", "pass what analysis.plan(...) returned")
-    seed = check_integer(seed, "seed", 0, LARGEST)
+    seed, model = check_integer(seed, "seed", 0, LARGEST), unwrapped(model)
     if (
         init is not None
         and not callable(init)

@@ -34,6 +34,7 @@ from depcut.plan.units import others
 from depcut.support.checks import check_integer, check_number
 from depcut.support.failures import first_line, reraise_fatal
 from depcut.support.keywords import settled, takes_options
+from depcut.support.unwrap import unwrapped
 from depcut.training.masks import Masks
 from depcut.training.places import find_places
 from depcut.training.probe import probed
@@ -115,7 +116,8 @@ class Gradual:
     ) -> None:
         chosen = settled(Options, options, given, GradualKeywords, "Gradual")
         start, end, every = _check(ratio, start, end, every, chosen.of, initial)
-        self.model, self.of = model, chosen.of
+        self.model, self.of = unwrapped(model), chosen.of
+        model = self.model
         self.ratio, self.initial = float(ratio), float(initial)
         self.start, self.every = start, every
         self.end = start + (end - start) // every * every

@@ -21,7 +21,7 @@ from depcut.allocate.choose import check_ratio, criterion_or_default
 from depcut.analysis import Analysis, analyze
 from depcut.apply.plan import Plan
 from depcut.apply.report import Report, report
-from depcut.calibration.data import Calibration, Data, Loss, read_with_inputs
+from depcut.calibration.data import Calibration, Data, Loss, loss_function, read_with_inputs
 from depcut.capture.inputs import Inputs
 from depcut.errors import InputError, PlanError
 from depcut.options import IterateKeywords, Options
@@ -33,6 +33,7 @@ from depcut.scores import score_name
 from depcut.support.checks import check_integer, check_items
 from depcut.support.files import claimed
 from depcut.support.keywords import settled, takes_options
+from depcut.support.unwrap import unwrapped
 from depcut.training.checkpoint import digest
 from depcut.training.compose import TensorIndices, composed
 from depcut.training.folders import RunFolder
@@ -151,6 +152,7 @@ def iterate(
         PlanError: The retrain function changed the architecture.
     """
     chosen = settled(Options, options, given, IterateKeywords, "iterate")
+    model = unwrapped(model)
     targets = _targets(ratio, steps)
     _check(retrain, chosen.of, optimizer)
     wants_repair(chosen.compensate, data is not None)
@@ -170,7 +172,8 @@ def iterate(
         "architecture": fingerprint(dense.coupling),
     }
     if checkpoint is not None:
-        request |= _sources(model, items, retrain=retrain, optimizer=optimizer, loss=loss)
+        chosen_loss = loss_function(loss)
+        request |= _sources(model, items, retrain=retrain, optimizer=optimizer, loss=chosen_loss)
     disk = None if checkpoint is None else RunFolder(checkpoint, request, chosen.resume)
     turns = _Turns(dense, targets, retrain, optimizer, loss, items, disk, chosen)
     with nullcontext() if disk is None else claimed(disk.folder, "checkpoint=", InputError):

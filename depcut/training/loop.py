@@ -23,6 +23,7 @@ from depcut.support.accelerate_private import TRACES, reset_state
 from depcut.support.checks import check_function, check_integer, check_kind
 from depcut.support.files import claimed
 from depcut.support.keywords import settled, takes_options
+from depcut.support.unwrap import unwrapped
 from depcut.training.batches import Loader, open_loader
 from depcut.training.checkpoint import Checkpoints, digest
 from depcut.training.distillation import Distillation
@@ -116,6 +117,7 @@ def retrain(
     if plan is not None:
         check_kind(plan, Plan, "plan", "pass what analysis.plan(...) returned")
     course = _course(epochs, loss, metric, chosen)
+    model = unwrapped(model)
     _check(model, course, valid is not None, chosen.distillation)
     peak = peak_rate(chosen.lr, chosen.original, optimizer)
     teaching = chosen.distillation

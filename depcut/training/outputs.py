@@ -46,8 +46,7 @@ def output_distance(
     Raises:
         InputError: The data is no such iterable, or empty, or does not fit the models.
     """
-    check_module(dense, "dense")
-    check_module(slim, "slim")
+    dense, slim = check_module(dense, "dense"), check_module(slim, "slim")
     batches = check_integer(batches, "batches", 1, sys.maxsize)
     loader = open_loader(data, "data=", slim, pairs=False)
     return distance_over(dense, slim, islice(loader.read(0, DATA, 0), batches))

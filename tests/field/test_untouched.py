@@ -212,6 +212,7 @@ def test_every_net_is_untouched(structure: str, name: str, tmp_path: Path) -> No
     model, x = found.build().train(), found.inputs(2)
     model.register_forward_pre_hook(blow)
     for limit in (None, 2, 5) if name not in ("export", "bench") else (None,):
-        shown = snapshot(model)
-        failing(CALLS[name], model, x, tmp_path / str(limit), limit)
+        shown, folder = snapshot(model), tmp_path / str(limit)
+        folder.mkdir()
+        failing(CALLS[name], model, x, folder, limit)
         assert unchanged(shown, snapshot(model)) == [], f"at forward {limit}"
