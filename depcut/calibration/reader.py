@@ -53,9 +53,8 @@ class Reader:
     """Turns items into batches of the captured structure."""
 
     def __init__(self, program: Program, model: nn.Module, pairs: bool) -> None:
-        self.program, self.device = program, device_of(model)
+        self.program, self.model, self.device = program, model, device_of(model)
         self.items = Items(model, pairs)
-        self.model = model
         self.signature = inspect.signature(model.forward)
         self.expected, self.spec = pytree.tree_flatten((program.args, program.kwargs))
         self.names = names_of_inputs(program, self.signature)
