@@ -55,7 +55,6 @@ class Reader:
     def __init__(self, program: Program, model: nn.Module, pairs: bool) -> None:
         self.program, self.device = program, device_of(model)
         self.items = Items(model, pairs)
-=======
         self.model = model
         self.signature = inspect.signature(model.forward)
         self.expected, self.spec = pytree.tree_flatten((program.args, program.kwargs))

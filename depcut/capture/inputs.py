@@ -243,7 +243,8 @@ def infer_inputs(model: nn.Module) -> Inputs:
 
 def _by_convention(model: nn.Module, convention: Convention) -> Inputs:
     """The first candidate of a library that the model takes."""
-    tried, problem = [], "no argument of it has a name that the library agrees on"
+    tried: list[dict[str, Any]] = []
+    problem = "no argument of it has a name that the library agrees on"
     for candidate in islice(convention.example_inputs(model), _CANDIDATES):
         _, kwargs = with_settings(model, (), candidate)
         why = failure(model, (), kwargs)

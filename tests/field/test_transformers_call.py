@@ -205,7 +205,7 @@ def test_what_does_not_count_is_still_compared_in_shape() -> None:
     assert "'parts.hidden', which does not count, has the shape (2, 1)" in found.message
 
 
-# What transformers has of all its models -----------------------------------------------------------
+# What transformers has of all its models ----------------------------------------------------------
 
 
 @pytest.mark.parametrize(
