@@ -225,7 +225,7 @@ def repeated(k: Tensor, times: int) -> Tensor:
 
 
 def test_a_number_that_becomes_one_of_a_kind_is_set() -> None:
-    """The code skips what does nothing to one; other code that reads the attribute is right, too."""
+    """What does nothing to one of a kind is skipped; other code may read the attribute, too."""
     model = seeded(Repeats, 0)
     analysis = depcut.analyze(model, normal(2, 5, 8))
     (repeats,) = (group.name for group in analysis.groups if group.size == 2)
