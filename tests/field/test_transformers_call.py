@@ -201,6 +201,39 @@ def test_what_does_not_count_is_still_compared_in_shape() -> None:
     assert "'parts.hidden', which does not count, has the shape (2, 1)" in found.message
 
 
+class Repeats(nn.Module):
+    """Keys of 4 heads, each repeated for 2 heads of queries, as grouped attention does it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.groups = 2
+        self.q, self.k, self.o = nn.Linear(8, 24), nn.Linear(8, 12), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x).view(*x.shape[:2], -1, 3)
+        k = repeated(self.k(x).view(*x.shape[:2], -1, 3), self.groups)
+        out: Tensor = self.o((q * k).flatten(2))
+        return out
+
+
+def repeated(k: Tensor, times: int) -> Tensor:
+    if times == 1:
+        return k
+    batch, length, heads, size = k.shape
+    more = k[:, :, :, None].expand(batch, length, heads, times, size)
+    return more.reshape(batch, length, heads * times, size)
+
+
+def test_a_number_that_becomes_one_of_a_kind_is_set() -> None:
+    """What does nothing to one of a kind is skipped; other code may read the attribute, too."""
+    model = seeded(Repeats, 0)
+    analysis = depcut.analyze(model, normal(2, 5, 8))
+    (repeats,) = (group.name for group in analysis.groups if group.size == 2)
+    slim: Any = analysis.plan_keeping({repeats: [[0], [1], [1], [0]]}).apply(model)
+    assert slim.groups == 1
+    assert depcut.report(slim).patched == {}
+
+
 # What transformers has of all its models ---------------------------------------------------------
 
 
