@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from depcut.integrations.refusal import allow_saving, refuse_saving
+from depcut.integrations.refusal import allow_saving, refuse_saving, refuses_saving
 from depcut.integrations.reload import reload_problem, stock_class
 from depcut.integrations.transformers_config import recipe
 from depcut.plan.keep import Keep
@@ -59,6 +59,15 @@ def finish(slim: nn.Module, dense: nn.Module, keep: Keep) -> list[str]:  # noqa:
         else:
             refuse_saving(model, why, _MERGED if why == _ATTACHED else _REBUILDABLE)
     return notes
+
+
+def comes_back(model: nn.Module) -> bool:
+    """Whether `save_pretrained` of transformers leaves files that bring a smaller model back.
+
+    Args:
+        model: A model to which a plan was applied.
+    """
+    return _TRIED in _homes(model) and not refuses_saving(model)
 
 
 def _models(dense: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from depcut.errors import DepcutError
+from depcut.errors import DepcutError, InputError
 from depcut.storage import dense
 from depcut.storage import folder as folders
 from depcut.storage.rebuild import Rebuild
@@ -41,6 +41,12 @@ def load(
         PlanError: The dense model is another architecture, or its source is another one.
     """
     path = folders.checked(folder)
+    if not (path / folders.MODEL).exists():
+        raise InputError(
+            "the folder holds what from_pretrained takes, and its record",
+            where=str(path),
+            remedy="load it with transformers, as if depcut had not been there",
+        )
     try:
         data = files.read_json(path / folders.MODEL)
         plans = [files.read_json(file) for file in sorted(path.glob("plan*.json"))]
