@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
 from typing_extensions import Unpack
@@ -38,15 +38,11 @@ from depcut.deploy.runtime import bind_inputs, resized
 from depcut.latency.model import SAMPLES, LatencyModel, latency_model
 from depcut.latency.target import Goal, plan_for_latency
 from depcut.options import CalibrateKeywords, Options, PlanKeywords
-from depcut.pictures.listing import analysis_summary, listing
+from depcut.pictures.analysed import ShownAnalysis
 from depcut.pictures.plots import plot_scores
-from depcut.pictures.record import analysis_record, group_record, layer_records
-from depcut.pictures.shown import Shown
-from depcut.pictures.summary import Summary
 from depcut.plan import cost
 from depcut.plan.cost import Cost
 from depcut.plan.data import PlanData
-from depcut.plan.keep import Keep
 from depcut.rebuild.choose import checked, within
 from depcut.rebuild.rebuilding import Rebuilding, check_rebuildable, rebuilding
 from depcut.scores import Criterion, Score, score_name
@@ -60,7 +56,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Analysis(Shown):
+class Analysis(ShownAnalysis):
     """Groups of coupled dimensions of one model.
 
     Attributes:
@@ -329,20 +325,6 @@ class Analysis(Shown):
         """
         return explanation(self.coupling, name)
 
-    @property
-    def frozen_share(self) -> float:
-        """Share of the parameters of which no index can be removed."""
-        return self.coupling.frozen_share
-
-    def listing(self, *, full: bool = False) -> str:
-        """The groups as a table, and what else there is to say.
-
-        Args:
-            full: A row for each group with all of its layers; otherwise groups that are alike in
-                repeated layers share one, as in `print`.
-        """
-        return listing(self.to_dict(), full=full)
-
     @preserved()
     def plot_scores(
         self,
@@ -374,33 +356,6 @@ class Analysis(Shown):
         named = {g.name: v for g, v in zip(self.groups, values, strict=True)}
         title = f"{type(self.model).__name__}: scores by {score_name(criterion)}"
         return plot_scores(named, kept, title, ax)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Groups, frozen dimensions, branches and costs as plain data."""
-        return analysis_record(self.coupling, self.model, self.branches)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """A row for each group."""
-        return [group_record(group) for group in self.groups]
-
-    def records(self) -> dict[str, Any]:
-        """What a page shows of it."""
-        dense = layer_records(Keep(self.coupling, {}), self.model)
-        return {"analysis": self.to_dict(), "layers": dense}
-
-    @property
-    def headline(self) -> str:
-        """One line that says what it is."""
-        groups, frozen = len(self.groups), len(self.frozen)
-        name = type(self.model).__name__
-        return f"Analysis of {name}: {groups} groups, {frozen} frozen dimensions"
-
-    def summary(self) -> Summary:
-        """What notebooks show."""
-        return analysis_summary(self.to_dict())
-
-    def __str__(self) -> str:
-        return self.listing()
 
 
 def analyze(model: nn.Module, inputs: Inputs = None, outputs: Outputs = None) -> Analysis:

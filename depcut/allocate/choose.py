@@ -13,7 +13,7 @@ import numpy as np
 from torch import nn
 
 from depcut.allocate.lagrange import least_loss, nudged
-from depcut.allocate.order import along, meet, order
+from depcut.allocate.order import along, meet, order, step_losses
 from depcut.allocate.space import Counts, Space, StepTie, space
 from depcut.axes import Indices
 from depcut.calibration.data import Calibration
@@ -119,6 +119,16 @@ class Chooser:
         other.fixed = {i: n for i, n in self.fixed.items() if i not in other.absent}
         return other
 
+    def fixing(self, counts: Mapping[int, int]) -> Chooser:
+        """A chooser in which the budget does not decide some groups any more.
+
+        Args:
+            counts: Kept counts by the groups' numbers.
+        """
+        other = copy.copy(self)
+        other.fixed = {**self.fixed, **counts}
+        return other
+
     def spares(self, tensor: str) -> bool:
         """Whether ignore= or ratios= names a parameter, so that its branch must stay."""
         patterns = (*self.request.ignore, *self.request.ratios)
@@ -204,12 +214,18 @@ class Chooser:
             out[index] = count
         return out
 
+    def _allocation(self, of: str) -> str:
+        return "uniform" if of == "channels" else self.request.allocation
+
     def _allocated(self, where: Space, cost: Cost, target: float, of: str) -> Counts:
         if of == "latency" and self.request.allocation == "global":
             counts = least_loss(where, self.scores, cost, target, of, self.additive)
+        elif self.request.together is not None:
+            # Few classes, some of large steps: of a mere order, most lengths miss the budget.
+            losses = step_losses(self._allocation(of), where, self.scores, cost, self.additive)
+            counts = least_loss(where, self.scores, cost, target, of, self.additive, losses)
         else:
-            allocation = "uniform" if of == "channels" else self.request.allocation
-            sequence = order(allocation, where, self.scores, cost, self.additive)
+            sequence = order(self._allocation(of), where, self.scores, cost, self.additive)
             counts = meet(where, sequence, cost, target, of)
         return along(where, counts, cost) if self.coupling.program.others else counts
 

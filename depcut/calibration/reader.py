@@ -14,7 +14,7 @@ from torch import nn
 from depcut.calibration.items import Item, Items, holds_tensor
 from depcut.calibration.padding import valid_positions
 from depcut.capture.capture import is_symbolic
-from depcut.capture.inputs import arguments, device_of
+from depcut.capture.inputs import arguments, device_of, with_settings
 from depcut.capture.program import Program
 from depcut.errors import InputError
 from depcut.graph.resized import Resized
@@ -53,7 +53,7 @@ class Reader:
     """Turns items into batches of the captured structure."""
 
     def __init__(self, program: Program, model: nn.Module, pairs: bool) -> None:
-        self.program, self.device = program, device_of(model)
+        self.program, self.model, self.device = program, model, device_of(model)
         self.items = Items(model, pairs)
         self.signature = inspect.signature(model.forward)
         self.expected, self.spec = pytree.tree_flatten((program.args, program.kwargs))
@@ -71,7 +71,8 @@ class Reader:
     def batch(self, item: Any, place: str) -> Batch:
         """The item as a batch; `place` says which one it is, for messages."""
         taken = self._taken(item, place)
-        args, kwargs = self._bound(arguments(taken.inputs, place), place)
+        given = with_settings(self.model, *arguments(taken.inputs, place))
+        args, kwargs = self._bound(given, place)
         args, kwargs = _in_order((args, kwargs), (self.program.args, self.program.kwargs))
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if spec != self.spec:
