@@ -18,9 +18,10 @@ from depcut.plan.keep import Keep
 __all__ = ["finish", "recipe"]
 
 # Where the base classes with these methods are defined; files of the last hold adapters alone.
+_TRANSFORMERS = "transformers.modeling_utils"
 _HOMES = frozenset(
     (
-        "transformers.modeling_utils",
+        _TRANSFORMERS,
         "huggingface_hub.hub_mixin",
         "diffusers.models.modeling_utils",
         "peft.peft_model",
@@ -67,7 +68,7 @@ def comes_back(model: nn.Module) -> bool:
     Args:
         model: A model to which a plan was applied.
     """
-    return _TRIED in _homes(model) and not refuses_saving(model)
+    return _TRANSFORMERS in _homes(model) and not refuses_saving(model)
 
 
 def _models(dense: nn.Module) -> Iterator[tuple[str, nn.Module]]:
