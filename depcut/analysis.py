@@ -32,6 +32,7 @@ from depcut.calibration.calls import blaming_calls, refuse_lone_loss
 from depcut.calibration.data import Calibration, Data, Loss, calibrate
 from depcut.capture.capture import capture
 from depcut.capture.inputs import Inputs
+from depcut.capture.part import as_part, inside, shown_name
 from depcut.capture.program import Program
 from depcut.capture.random_state import preserved
 from depcut.coupling.groups import Coupling, Frozen, Group, layer_of
@@ -346,7 +347,7 @@ class Analysis:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(title=f"{type(self.model).__name__}: {len(self.groups)} groups")
+        table = Table(title=f"{shown_name(self.model)}: {len(self.groups)} groups")
         for column in ("group", "units", "narrows", "read by", "tie"):
             table.add_column(column, overflow="fold")
         for g in self.groups:
@@ -365,8 +366,9 @@ class Analysis:
         )
         if self.program.others:
             console.print(f"  {len(self.program.examples)} example calls; MACs are of the first")
-        if self.program.unused:
-            names = listed(sorted(self.program.unused), 4)
+        unused = inside(self.model, self.program.unused)
+        if unused:
+            names = listed(sorted(unused), 4)
             console.print(f"  no example call uses: {names}", highlight=False)
         if self.branches:
             names = listed([b.name for b in self.branches], 4)
@@ -381,7 +383,7 @@ class Analysis:
         return str(file.getvalue()).rstrip()
 
 
-def analyze(model: nn.Module, inputs: Inputs = None) -> Analysis:
+def analyze(model: nn.Module, inputs: Inputs = None, *, part: str | None = None) -> Analysis:
     """Find out what can be removed from a model; it is only read.
 
     Args:
@@ -391,10 +393,16 @@ def analyze(model: nn.Module, inputs: Inputs = None) -> Analysis:
             exits, other lengths): an axis that one of them freezes stays, and nothing that any of
             them runs keeps its dense width for want of a call. Left out, inferred from the first
             layer where that is unambiguous.
+        part: Name of a module to capture alone, with the inputs that it gets in one run of the
+            model on `inputs`, for a model that cannot be captured as a whole. What it returns is
+            never narrowed. Plans, `Plan.apply` and results are of the whole model; MACs are those
+            of the part.
 
     Raises:
         CaptureError: The model cannot be captured.
         InputError: The inputs are of the wrong kind, or cannot be inferred.
     """
     model = unwrapped(model)
+    if part is not None:
+        model, inputs = as_part(model, part, inputs)
     return Analysis(model, infer_coupling(capture(model, inputs)), inputs)

@@ -14,6 +14,7 @@ from depcut.analysis import analyze
 from depcut.apply.plan import Plan, planned
 from depcut.apply.report import amend
 from depcut.capture.inputs import Inputs
+from depcut.capture.part import shown_part, whole_of
 from depcut.capture.random_state import preserved
 from depcut.errors import InputError, listed
 from depcut.repair.contractions import Contraction, find_contractions
@@ -36,7 +37,7 @@ class Compaction:
         folded: Names of the biases and running means that take over what removed units
             contributed as constants.
         stuck: Dead units that stay, each with the reason.
-        model: The model with its masks applied.
+        model: The model with its masks applied, or the part of it that is captured.
         contractions: What reads the units.
     """
 
@@ -58,10 +59,11 @@ class Compaction:
             VerificationError: The smaller model does not compute what the dense one does.
         """
         keep = self.plan.keep()
-        slim = self.plan.apply(self.model, compensate=False)
+        slim = self.plan.apply(whole_of(self.model), compensate=False)
+        seen = shown_part(slim, self.plan.part)
         if self.folded:
-            fold_constants(keep, self.model, slim, self.contractions)
-        amend(slim, error=verify_equal_calls(slim, keep, self.model))
+            fold_constants(keep, self.model, seen, self.contractions)
+        amend(slim, error=verify_equal_calls(seen, keep, self.model))
         return slim
 
     def __str__(self) -> str:
@@ -79,7 +81,7 @@ class Compaction:
 
 
 @preserved()
-def compaction(model: nn.Module, inputs: Inputs = None) -> Compaction:
+def compaction(model: nn.Module, inputs: Inputs = None, *, part: str | None = None) -> Compaction:
     """Find the units that are dead already; the model is only read.
 
     A unit is dead where all that reads it multiplies it with zeros, or reads a constant that a bias
@@ -92,13 +94,15 @@ def compaction(model: nn.Module, inputs: Inputs = None) -> Compaction:
         inputs: A tensor, a tuple of positional or a dict of keyword arguments, or a list of several
             such example calls, in all of which a unit must be dead; left out, inferred from the
             first layer where that is unambiguous.
+        part: Name of a module that alone is captured, see `depcut.analyze`.
 
     Raises:
         DepcutError: See `depcut.analyze`.
     """
     model = unwrapped(model)
     plain = without_masks(model) if isinstance(model, nn.Module) else model
-    coupling = analyze(plain, inputs).coupling
+    analysis = analyze(plain, inputs, part=part)
+    coupling, plain = analysis.coupling, analysis.model
     empty = [n for n, t in plain.state_dict(keep_vars=True).items() if t.is_meta]
     if empty:
         raise InputError(
@@ -120,7 +124,7 @@ def compaction(model: nn.Module, inputs: Inputs = None) -> Compaction:
     return Compaction(plan, folded, dead.stuck, plain, contractions)
 
 
-def compact(model: ModelT, inputs: Inputs = None) -> ModelT:
+def compact(model: ModelT, inputs: Inputs = None, *, part: str | None = None) -> ModelT:
     """The model without the units that are dead already; in eval mode it computes the same.
 
     Warns where nothing is dead: the result is an equal copy then. `print(depcut.compaction(model,
@@ -131,11 +135,12 @@ def compact(model: ModelT, inputs: Inputs = None) -> ModelT:
         inputs: A tensor, a tuple of positional or a dict of keyword arguments, or a list of several
             such example calls, in all of which a unit must be dead; left out, inferred from the
             first layer where that is unambiguous.
+        part: Name of a module that alone is captured, see `depcut.analyze`.
 
     Raises:
         DepcutError: See `depcut.analyze` and `Plan.apply`.
     """
-    dead = compaction(model, inputs)
+    dead = compaction(model, inputs, part=part)
     if not dead.plan.kept:
         warnings.warn(f"nothing was removed: {dead}", stacklevel=2)
     return cast(ModelT, dead.apply())

@@ -23,8 +23,10 @@ from depcut.capture.calls import Recorder, TorchCall
 from depcut.capture.clone import clone, cloned_arguments
 from depcut.capture.eager import refuse_failing_call, user_line
 from depcut.capture.inputs import Call, Inputs, example_calls
+from depcut.capture.part import inside
 from depcut.capture.process_state import capturing
 from depcut.capture.program import ModuleCall, Program
+from depcut.capture.proposal import with_proposal
 from depcut.capture.random_state import python_states, same_states
 from depcut.capture.refusals import check_inputs, check_model
 from depcut.capture.signature import name_keywords
@@ -62,8 +64,8 @@ def capture(model: nn.Module, inputs: Inputs = None) -> Program:
             programs.append(_freest(model, call, marks, number))
     unused = frozenset.intersection(*(p.unused for p in programs))
     for number, program in enumerate(programs):
-        if unused:
-            training = _in_training(model, program, marks, unused, number)
+        if inside(model, unused):
+            training = _in_training(model, program, marks, inside(model, unused), number)
             if training is not None:
                 unused &= training.unused
                 programs[number] = replace(program, training=training)
@@ -104,7 +106,9 @@ def _freest(model: nn.Module, call: Call, marks: list[fx.Node], number: int) -> 
             refused = refused or error
     assert refused is not None
     refuse_failing_call(model, ("", *call))
-    raise refused
+    raise with_proposal(
+        refused, model, call, lambda m, c: _capture(m, c, [], frozenset(), 0, Batch.FIXED)
+    )
 
 
 def _gates(model: nn.Module, unused: frozenset[str]) -> frozenset[str]:
