@@ -28,7 +28,7 @@ def _run(options: argparse.Namespace, output: Output) -> None:
     output.say("dead", dead)
     slim = dead.apply()
     output.entry("report", report(slim))
-    write_slim(slim, options, inputs, output)
+    write_slim(slim, options, inputs).say(output)
 
 
 COMPACT = Subcommand("compact", "remove the units that are dead, and nothing else", _declare, _run)

@@ -37,7 +37,7 @@ def _run(options: argparse.Namespace, output: Output) -> None:
     results = _of_folder(folder) if (folder / REPORT).is_file() else _of_model(options, output)
     results[0].to_html(options.out, *results[1:])
     for result in results:
-        output.say(type(result).__name__.lower(), result)
+        output.say(type(result).__name__.lower(), result, result.headline)
     output.say("written", options.out, f"written: {options.out}")
 
 

@@ -61,7 +61,7 @@ def _run(options: argparse.Namespace, output: Output) -> None:
     calibration = analysis.calibrate(data, loss=loss, options=chosen)
     plan = analysis.plan(options.ratio, data=calibration, options=chosen)
     slim = plan.apply(dense, data=calibration, options=chosen)
-    write_slim(slim, options, inputs, output)
+    written = write_slim(slim, options, inputs)
     if "latency" in plan.settings:
         reached = plan.settings["latency"]
         text = "latency: {measured_ms:.3g} ms, dense {dense_ms:.3g} ms"
@@ -71,6 +71,7 @@ def _run(options: argparse.Namespace, output: Output) -> None:
         dense, slim = placed(options, [dense, slim])
     compared = compare(dense, slim, inputs, batch_size=options.batch_size, **timing)
     output.say("comparison", compared)
+    written.say(output)
 
 
 def _timing(options: argparse.Namespace) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from depcut.capture.inputs import Inputs
 from depcut.cli.models import hub_folder
 from depcut.cli.output import Output
 from depcut.deploy.export import export
-from depcut.errors import InputError, listed
+from depcut.errors import InputError
 from depcut.integrations.pretrained import comes_back
 from depcut.storage import folder as folders
 from depcut.storage.save import write_model, write_record
+from depcut.support import files
 from depcut.support.checks import check_path
 
 # Of a folder of transformers: what holds weights or tells of the dense model's training. All else
@@ -52,9 +54,35 @@ def check_folder(path: Path) -> None:
     folders.check_replaceable(path)
 
 
-def write_slim(
-    slim: nn.Module, options: argparse.Namespace, inputs: Inputs, output: Output
-) -> None:
+@dataclass(frozen=True)
+class Written:
+    """What was written.
+
+    Attributes:
+        folder: Where.
+        loading: The call that loads the model.
+        left: Folders beside the dense model that were not carried over.
+    """
+
+    folder: Path
+    loading: str
+    left: tuple[str, ...] = ()
+
+    def say(self, output: Output) -> None:
+        """Say it.
+
+        Args:
+            output: Of the command.
+        """
+        there = sorted(self.folder.iterdir())
+        names = ", ".join(file.name for file in there)
+        output.say("written", there, f"written: {self.folder} ({names})")
+        output.say("load", self.loading, f"load it with {self.loading}")
+        if self.left:
+            output.say("left", self.left, f"not carried over: {', '.join(self.left)}")
+
+
+def write_slim(slim: nn.Module, options: argparse.Namespace, inputs: Inputs) -> Written:
     """Write the smaller model with its plan and report, and its ONNX file if asked for.
 
     A model of transformers that its config can rebuild is written by its own `save_pretrained`, for
@@ -64,36 +92,31 @@ def write_slim(
         slim: The smaller model.
         options: Of a command with `model`, `out` and `onnx`.
         inputs: Example inputs, for the ONNX file.
-        output: Where it is said.
     """
     out: Path = options.out
-    out.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(out.parent, "--out")
     with folders.written(out) as draft:
         if comes_back(slim):
             model: Any = slim
             model.save_pretrained(draft)
             write_record(slim, draft)
             left = _carry_over(hub_folder(options.model), draft)
-            loading = f"transformers: {type(slim).__name__}.from_pretrained({str(out)!r})"
+            loading = f"transformers.{type(slim).__name__}.from_pretrained({str(out)!r})"
         else:
             write_model(slim, draft)
-            left, loading = [], f"depcut.load({str(out)!r})"
+            left, loading = (), f"depcut.load({str(out)!r})"
         if options.onnx:
             export(slim, draft / "model.onnx", inputs)
-    written = sorted(out.iterdir())
-    output.say("written", written, f"written: {out} ({', '.join(p.name for p in written)})")
-    output.say("load", loading, f"load it with {loading}")
-    if left:
-        output.say("left", left, f"not carried over: {listed(left)}")
+    return Written(out, loading, left)
 
 
-def _carry_over(source: Path | None, draft: Path) -> list[str]:
+def _carry_over(source: Path | None, draft: Path) -> tuple[str, ...]:
     """Copy what belongs to the smaller model, too; the names of the folders that stay behind."""
     if source is None:
-        return []
+        return ()
     for file in sorted(source.iterdir()):
         is_new = not (draft / file.name).exists() and file.name not in _OF_THE_DENSE
         weights = _WEIGHTS & {*file.suffixes} or file.name.endswith(".index.json")
         if file.is_file() and is_new and not weights and not file.name.startswith("."):
             shutil.copyfile(file, draft / file.name)
-    return [f"{path.name}/" for path in sorted(source.iterdir()) if path.is_dir()]
+    return tuple(f"{path.name}/" for path in sorted(source.iterdir()) if path.is_dir())
