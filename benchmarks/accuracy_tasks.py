@@ -28,8 +28,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from depcut.cli.demo import accuracy, load_digits
 from depcut.cli.demo_net import DigitNet
+from depcut.cli.digits import accuracy, load_digits
 
 CONTEXT = 128
 RARE = 127  # the symbol of all characters that are not ASCII

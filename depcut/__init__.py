@@ -31,6 +31,8 @@ from depcut.errors import (
 from depcut.ops.registry import Op, rule
 from depcut.options import Options
 from depcut.scores import Score
+from depcut.storage.load import load
+from depcut.storage.save import save
 from depcut.support import conventions
 from depcut.timing.bench import bench
 from depcut.timing.comparison import compare
@@ -64,8 +66,10 @@ __all__ = [
     "compare",
     "export",
     "integrations",
+    "load",
     "report",
     "rule",
+    "save",
     "shrink",
     "training",
 ]

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from io import StringIO
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
 from typing_extensions import Unpack
 
-from depcut import axes
 from depcut.allocate.choose import (
     Chooser,
     Request,
@@ -32,29 +28,36 @@ from depcut.calibration.calls import blaming_calls, refuse_lone_loss
 from depcut.calibration.data import Calibration, Data, Loss, calibrate
 from depcut.capture.capture import capture
 from depcut.capture.inputs import Inputs
-from depcut.capture.part import as_part, inside, shown_name
+from depcut.capture.part import as_part
 from depcut.capture.program import Program
 from depcut.capture.random_state import preserved
-from depcut.coupling.groups import Coupling, Frozen, Group, layer_of
+from depcut.capture.results import EVERY, Outputs
+from depcut.coupling.explanation import explanation
+from depcut.coupling.groups import Coupling, Frozen, Group
 from depcut.coupling.infer import infer_coupling
 from depcut.deploy.runtime import bind_inputs, resized
-from depcut.errors import InputError, listed
 from depcut.latency.model import SAMPLES, LatencyModel, latency_model
 from depcut.latency.target import Goal, plan_for_latency
 from depcut.options import CalibrateKeywords, Options, PlanKeywords
+from depcut.pictures.analysed import ShownAnalysis
+from depcut.pictures.plots import plot_scores
 from depcut.plan import cost
 from depcut.plan.cost import Cost
 from depcut.plan.data import PlanData
-from depcut.support.checks import check_kind
+from depcut.rebuild.choose import checked, within
+from depcut.rebuild.rebuilding import Rebuilding, check_rebuildable, rebuilding
+from depcut.scores import Criterion, Score, score_name
+from depcut.scores import score as unit_scores
 from depcut.support.keywords import settled, takes_options
 from depcut.support.unwrap import unwrapped
 
 if TYPE_CHECKING:
     import networkx as nx
+    from matplotlib.axes import Axes
 
 
-@dataclass(frozen=True, eq=False)
-class Analysis:
+@dataclass(frozen=True, eq=False, repr=False)
+class Analysis(ShownAnalysis):
     """Groups of coupled dimensions of one model.
 
     Attributes:
@@ -146,6 +149,7 @@ class Analysis:
             refuse_frozen(self.frozen, type(self.model).__name__)
         calibration = self.calibrate(data, loss=loss, options=chosen)
         score = criterion_or_default(chosen.score, has_data=data is not None)
+        rebuild = self._rebuilding(chosen)
         request = Request(
             score,
             allocation_or_default(chosen.allocation, score, of),
@@ -154,34 +158,64 @@ class Analysis:
             chosen.ratios or {},
             chosen.seed,
             calibration,
+            hold=rebuild.held if rebuild else (),
+            together=rebuild.ties if rebuild else None,
         )
         with blaming_calls(self.model, self.program, calibration):
             chooser = Chooser(self.coupling, self.model, request)
 
             def choose(whole: frozenset[int]) -> PlanData:
-                return self._within(ratio, of, chooser.holding(whole), chosen)
+                return self._within(ratio, of, chooser.holding(whole), chosen, rebuild)
 
-            never = chosen.generated == "never"
+            never = chosen.generated == "never" and rebuild is None
             whole = frozenset[int]()
             plan = with_own_code(choose, self.coupling, self.model) if never else choose(whole)
         settings = {**plan.settings, "options": chosen.record()}
         return Plan.of(replace(plan, settings=settings), self.coupling, self.model)
 
-    def _within(self, ratio: float | None, of: str, chooser: Chooser, chosen: Options) -> PlanData:
+    @cached_property
+    def rebuilding(self) -> tuple[Rebuilding | None, str]:
+        """What a config can say of smaller widths; None, and why, where it cannot be built anew."""
+        return rebuilding(self.coupling, self.model)
+
+    def _rebuilding(self, chosen: Options) -> Rebuilding | None:
+        """What the config limits widths to, if it does.
+
+        Raises:
+            InputError: It is to, and cannot.
+        """
+        if chosen.rebuildable is False or (chosen.depth and chosen.rebuildable == "auto"):
+            return None
+        found, why = self.rebuilding
+        if chosen.rebuildable is True:
+            check_rebuildable(found, why, depth=chosen.depth)
+        return found
+
+    def _within(
+        self,
+        ratio: float | None,
+        of: str,
+        chooser: Chooser,
+        chosen: Options,
+        rebuild: Rebuilding | None,
+    ) -> PlanData:
         """The best units that meet the budget."""
         if of == "latency":
             milliseconds = chosen.latency_ms
             goal = Goal(ratio, None if milliseconds is None else 1e-3 * milliseconds)
             times = self.latency(threads=chosen.threads, progress=chosen.progress)
-            return plan_for_latency(
+            plan = plan_for_latency(
                 self.model, self._inputs, chooser, times, goal, progress=chosen.progress
             )
+            return checked(rebuild, plan) if rebuild else plan
         removed = float(cast(float, ratio))
         if chosen.depth:
             data = chooser.request.calibration
             flat = [data.leaves(b) for b in data.batches] if data else ()
             return depth_and_width(chooser, self.residuals, of, removed, flat)
         quantity = self.costs[of]
+        if rebuild is not None:
+            return within(rebuild, chooser, quantity, removed, of)
         counts = chooser.meet(quantity, quantity.total * (1 - removed), of)
         return chooser.plan(counts, {"ratio": removed, "of": of})
 
@@ -290,100 +324,48 @@ class Analysis:
         Raises:
             InputError: The model has no such layer.
         """
-        check_kind(name, str, "name", "pass the name of a module or parameter")
-        tensors = [
-            n
-            for n in self.coupling.dims
-            if n == name or layer_of(n) == name or n.startswith(name + ".")
-        ]
-        if not tensors:
-            names = sorted({layer_of(n) for n in self.coupling.dims})
-            close = difflib.get_close_matches(name, names, 3, 0.4)
-            raise InputError(
-                f"the model has no layer {name!r} with parameters",
-                where="explain",
-                remedy=f"did you mean {', '.join(close)}?" if close else f"layers: {listed(names)}",
-            )
-        lines = [name]
-        for tensor in tensors:
-            lines += [
-                f"  {tensor} dim {dim} ({term.size}): {self._explain_term(term, tensor, dim)}"
-                for dim, term in enumerate(self.coupling.dims[tensor])
-            ]
-        return "\n".join(lines)
+        return explanation(self.coupling, name)
 
-    def _explain_term(self, term: axes.Term, tensor: str, dim: int) -> str:
-        index, texts = self.coupling.group_of, []
-        for leaf in dict.fromkeys(axes.leaves(term)):
-            group = index.get(leaf)
-            if group is not None:
-                others = [layer_of(m.tensor) for m in group.members if m.tensor != tensor]
-                others = list(dict.fromkeys(others))
-                texts.append(
-                    f"group {group.name!r}, {group.size} units"
-                    + (f", with {listed(others, 6)}" if others else "")
-                    + (f", as many as its tie {group.tied}" if group.tied is not None else "")
-                    + f", chosen in each of {group.rows} rows" * (group.row_axis is not None)
-                )
-        texts += [
-            f"frozen: {frozen.reason} [{frozen.where}]"
-            for frozen in self.frozen
-            if (frozen.tensor, frozen.dim) == (tensor, dim)
-        ]
-        return "; ".join(texts) or "stays: one index"
+    @preserved()
+    def plot_scores(
+        self,
+        score: str | Score | Criterion | None = None,
+        *,
+        data: Data | Calibration | None = None,
+        loss: Loss | None = None,
+        plan: Plan | None = None,
+        ax: Axes | None = None,
+    ) -> Axes:
+        """Plot the scores of each group's units, best first; needs matplotlib.
 
-    @property
-    def frozen_share(self) -> float:
-        """Share of the parameters of which no index can be removed."""
-        total = stuck = 0
-        for name, dims in self.coupling.dims.items():
-            if name in self.program.parameters:
-                size = math.prod(t.size for t in dims)
-                total += size
-                stuck += size * all(map(axes.is_frozen, dims))
-        return stuck / total if total else 1.0
+        Args:
+            score: The criterion; left out, the plan's, or what `plan` would take.
+            data: Calibration data, for criteria that need it.
+            loss: A function of (output, target), for criteria that need gradients.
+            plan: One of this analysis: a dot shows where it cuts.
+            ax: Axes of matplotlib; a new figure when left out.
 
-    def __str__(self) -> str:
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(title=f"{shown_name(self.model)}: {len(self.groups)} groups")
-        for column in ("group", "units", "narrows", "read by", "tie"):
-            table.add_column(column, overflow="fold")
-        for g in self.groups:
-            readers = dict.fromkeys(layer_of(m.tensor) for m in g.members if m.role == "consumer")
-            tie = "" if g.tied is None else str(g.tied)
-            table.add_row(
-                g.name, str(g.size), listed(list(g.layers), 4), listed(list(readers), 4), tie
-            )
-        reasons: dict[str, int] = {}
-        for f in self.frozen:
-            reasons[f.reason] = reasons.get(f.reason, 0) + 1
-        console = Console(file=StringIO(), width=110)
-        console.print(table)
-        console.print(
-            f"{self.macs:,} MACs, {self.params:,} parameters, {self.frozen_share:.1%} frozen"
-        )
-        if self.program.others:
-            console.print(f"  {len(self.program.examples)} example calls; MACs are of the first")
-        unused = inside(self.model, self.program.unused)
-        if unused:
-            names = listed(sorted(unused), 4)
-            console.print(f"  no example call uses: {names}", highlight=False)
-        if self.branches:
-            names = listed([b.name for b in self.branches], 4)
-            console.print(f"  residual branches (depth=True): {names}", highlight=False)
-        for why, times in sorted(reasons.items(), key=lambda item: -item[1]):
-            console.print(f"  frozen: {why} ({times} dimensions)", highlight=False)
-        for target, nodes in self.coupling.unknown.items():
-            console.print(f"  no working rule: {target} at {listed(nodes, 3)}", highlight=False)
-        for note in self.program.notes:
-            console.print(f"  note: {note}", highlight=False)
-        file: Any = console.file
-        return str(file.getvalue()).rstrip()
+        Raises:
+            InputError: The data does not fit, or matplotlib is not installed.
+        """
+        chosen = plan.options if plan is not None else Options()
+        wanted = score if score is not None else chosen.score
+        criterion = criterion_or_default(wanted, has_data=data is not None)
+        calibration = self.calibrate(data, loss=loss)
+        values = unit_scores(criterion, self.coupling, self.model, chosen.seed, calibration)
+        kept = {row["group"]: row["kept"] for row in plan.rows()} if plan is not None else {}
+        named = {g.name: v for g, v in zip(self.groups, values, strict=True)}
+        title = f"{type(self.model).__name__}: scores by {score_name(criterion)}"
+        return plot_scores(named, kept, title, ax)
 
 
-def analyze(model: nn.Module, inputs: Inputs = None, *, part: str | None = None) -> Analysis:
+def analyze(
+    model: nn.Module,
+    inputs: Inputs = None,
+    outputs: Outputs = None,
+    *,
+    part: str | None = None,
+) -> Analysis:
     """Find out what can be removed from a model; it is only read.
 
     Args:
@@ -392,7 +374,10 @@ def analyze(model: nn.Module, inputs: Inputs = None, *, part: str | None = None)
             such example calls, for a model that runs other layers in each (`which="b"`, early
             exits, other lengths): an axis that one of them freezes stays, and nothing that any of
             them runs keeps its dense width for want of a call. Left out, inferred from the first
-            layer where that is unambiguous.
+            layer where that is unambiguous, or made as the model's library has it.
+        outputs: Which outputs count, by names (keys, attributes; nested ones with dots; globs) or
+            positions: `("logits",)`. The dimensions of the others may become narrower. Left out,
+            all but those that the model's library calls auxiliary; `"*"` are all.
         part: Name of a module to capture alone, with the inputs that it gets in one run of the
             model on `inputs`, for a model that cannot be captured as a whole. What it returns is
             never narrowed. Plans, `Plan.apply` and results are of the whole model; MACs are those
@@ -400,9 +385,11 @@ def analyze(model: nn.Module, inputs: Inputs = None, *, part: str | None = None)
 
     Raises:
         CaptureError: The model cannot be captured.
-        InputError: The inputs are of the wrong kind, or cannot be inferred.
+        InputError: The inputs are of the wrong kind, or cannot be inferred; or there is no such
+            output.
     """
     model = unwrapped(model)
     if part is not None:
         model, inputs = as_part(model, part, inputs)
-    return Analysis(model, infer_coupling(capture(model, inputs)), inputs)
+        outputs = EVERY if outputs is None else outputs
+    return Analysis(model, infer_coupling(capture(model, inputs, outputs)), inputs)

@@ -12,6 +12,7 @@ from depcut.allocate.choose import check_budget
 from depcut.analysis import analyze
 from depcut.calibration.data import Data, Loss, read_with_inputs
 from depcut.capture.inputs import Inputs
+from depcut.capture.results import Outputs
 from depcut.options import Options, ShrinkKeywords
 from depcut.repair.after_rewrite import wants_repair
 from depcut.support.keywords import settled, takes_options
@@ -26,6 +27,7 @@ def shrink(
     ratio: float | None = None,
     inputs: Inputs = None,
     *,
+    outputs: Outputs = None,
     data: Data | None = None,
     loss: Loss | None = None,
     optimizer: torch.optim.Optimizer | None = None,
@@ -42,9 +44,11 @@ def shrink(
             such example calls, all of which must run after the cut (see `depcut.analyze`); left
             out, the first item of the data, or inferred from the first layer where that is
             unambiguous.
+        outputs: Names or positions of the outputs that count, see `depcut.analyze`.
         data: Calibration data: any iterable of what the model takes, or of (input, target) pairs;
             of several example calls, of what the first one passes.
-        loss: A function of (output, target) that returns a scalar, for criteria with gradients.
+        loss: A function of (output, target) that returns a scalar, for criteria with gradients;
+            "model": the loss that the model itself returns where it is given the labels.
         optimizer: One that trains `model`; its state is sliced, and it trains the result.
         part: Name of a module that alone is captured and made smaller, see `depcut.analyze`; data
             is what the whole model takes.
@@ -59,7 +63,7 @@ def shrink(
     wants_repair(chosen.compensate, data is not None)
     plain = unwrapped(model)
     items, inputs = read_with_inputs(data, chosen.batches, inputs, plain, loss is not None)
-    analysis = analyze(model, inputs, part=part)
+    analysis = analyze(model, inputs, outputs, part=part)
     calibration = analysis.calibrate(items, loss=loss, options=chosen)
     plan = analysis.plan(ratio, data=calibration, options=chosen)
     slim = plan.apply(model, optimizer=optimizer, data=calibration, options=chosen)

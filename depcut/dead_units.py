@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from torch import nn
@@ -16,7 +16,11 @@ from depcut.apply.report import amend
 from depcut.capture.inputs import Inputs
 from depcut.capture.part import shown_part, whole_of
 from depcut.capture.random_state import preserved
+from depcut.capture.results import EVERY, Outputs
 from depcut.errors import InputError, listed
+from depcut.pictures.record import plain
+from depcut.pictures.shown import Shown
+from depcut.pictures.summary import Summary, Table
 from depcut.repair.contractions import Contraction, find_contractions
 from depcut.repair.dead import Stuck, find_dead
 from depcut.repair.folding import contributions, fold_constants
@@ -28,8 +32,8 @@ from depcut.verify.calls import verify_equal_calls
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
-@dataclass(frozen=True, eq=False)
-class Compaction:
+@dataclass(frozen=True, eq=False, repr=False)
+class Compaction(Shown):
     """The dead units of a model, and what holds those that stay.
 
     Attributes:
@@ -66,6 +70,39 @@ class Compaction:
         amend(slim, error=verify_equal_calls(seen, keep, self.model))
         return slim
 
+    def to_dict(self) -> dict[str, Any]:
+        """What goes, what stays and why, and the plan, as plain data."""
+        stuck = [{"group": s.group, "units": list(s.units), "reason": s.reason} for s in self.stuck]
+        removed = dict(self.removed)
+        return {
+            "removed": removed,
+            "folded": list(self.folded),
+            "stuck": plain(stuck),
+            "plan": self.plan.to_dict(),
+        }
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each group of the architecture."""
+        return self.plan.rows()
+
+    def records(self) -> dict[str, Any]:
+        """What a page shows of it."""
+        return self.plan.records()
+
+    @property
+    def headline(self) -> str:
+        """One line that says what it is."""
+        dead, total = sum(self.removed.values()), sum(self.plan.sizes.values())
+        return f"Compaction: {dead} of {total} units are dead and can go, {len(self.stuck)} stay"
+
+    def summary(self) -> Summary:
+        """What notebooks show."""
+        rows = [(n, str(self.plan.sizes[n]), str(count)) for n, count in self.removed.items()]
+        table = Table(("group", "units", "dead"), rows, "groups")
+        notes = [f"constants folded into {listed(list(self.folded))}"] if self.folded else []
+        notes += [f"dead, but stays: {s.group}: {s.reason}" for s in self.stuck]
+        return Summary(self.headline, {}, (table,), tuple(notes))
+
     def __str__(self) -> str:
         removed = self.removed
         total = sum(self.plan.sizes.values())
@@ -81,7 +118,13 @@ class Compaction:
 
 
 @preserved()
-def compaction(model: nn.Module, inputs: Inputs = None, *, part: str | None = None) -> Compaction:
+def compaction(
+    model: nn.Module,
+    inputs: Inputs = None,
+    *,
+    outputs: Outputs = EVERY,
+    part: str | None = None,
+) -> Compaction:
     """Find the units that are dead already; the model is only read.
 
     A unit is dead where all that reads it multiplies it with zeros, or reads a constant that a bias
@@ -94,6 +137,8 @@ def compaction(model: nn.Module, inputs: Inputs = None, *, part: str | None = No
         inputs: A tensor, a tuple of positional or a dict of keyword arguments, or a list of several
             such example calls, in all of which a unit must be dead; left out, inferred from the
             first layer where that is unambiguous.
+        outputs: Names or positions of the outputs that are to stay, see `depcut.analyze`; of a unit
+            that only others need nothing is left. Left out, all of them.
         part: Name of a module that alone is captured, see `depcut.analyze`.
 
     Raises:
@@ -101,7 +146,7 @@ def compaction(model: nn.Module, inputs: Inputs = None, *, part: str | None = No
     """
     model = unwrapped(model)
     plain = without_masks(model) if isinstance(model, nn.Module) else model
-    analysis = analyze(plain, inputs, part=part)
+    analysis = analyze(plain, inputs, outputs, part=part)
     coupling, plain = analysis.coupling, analysis.model
     empty = [n for n, t in plain.state_dict(keep_vars=True).items() if t.is_meta]
     if empty:
@@ -124,7 +169,9 @@ def compaction(model: nn.Module, inputs: Inputs = None, *, part: str | None = No
     return Compaction(plan, folded, dead.stuck, plain, contractions)
 
 
-def compact(model: ModelT, inputs: Inputs = None, *, part: str | None = None) -> ModelT:
+def compact(
+    model: ModelT, inputs: Inputs = None, *, outputs: Outputs = EVERY, part: str | None = None
+) -> ModelT:
     """The model without the units that are dead already; in eval mode it computes the same.
 
     Warns where nothing is dead: the result is an equal copy then. `print(depcut.compaction(model,
@@ -135,12 +182,14 @@ def compact(model: ModelT, inputs: Inputs = None, *, part: str | None = None) ->
         inputs: A tensor, a tuple of positional or a dict of keyword arguments, or a list of several
             such example calls, in all of which a unit must be dead; left out, inferred from the
             first layer where that is unambiguous.
+        outputs: Names or positions of the outputs that are to stay, see `depcut.analyze`; of a unit
+            that only others need nothing is left. Left out, all of them.
         part: Name of a module that alone is captured, see `depcut.analyze`.
 
     Raises:
         DepcutError: See `depcut.analyze` and `Plan.apply`.
     """
-    dead = compaction(model, inputs, part=part)
+    dead = compaction(model, inputs, outputs=outputs, part=part)
     if not dead.plan.kept:
         warnings.warn(f"nothing was removed: {dead}", stacklevel=2)
     return cast(ModelT, dead.apply())

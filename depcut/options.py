@@ -16,7 +16,6 @@ from depcut.calibration.data import BATCHES
 from depcut.errors import InputError, listed
 from depcut.plan.cost import COSTS
 from depcut.scores import CRITERIA, Criterion, Score, score_name
-from depcut.support import files
 from depcut.support.checks import (
     LARGEST,
     THREADS,
@@ -27,11 +26,7 @@ from depcut.support.checks import (
 )
 from depcut.support.failures import shown
 from depcut.support.keywords import option
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from depcut.support.toml_files import read_options
 
 QUANTITIES = (*COSTS, "latency")
 
@@ -128,6 +123,13 @@ class Options(Common):
         'attributes nor a patch of its source gives the new widths: "allowed", or "never", which '
         "keeps the groups concerned whole and says which.",
     )
+    rebuildable: bool | str = option(
+        "auto",
+        "Whether the smaller model is to be what its class builds from a config alone, so that it "
+        "is saved and loaded without depcut: widths that the config says once are cut alike in all "
+        'layers, what it cannot say is not cut; "auto": of models whose class is built from a '
+        "config (transformers); False: every width is cut for itself.",
+    )
     optimizer_state: str = option(
         "slice",
         'What becomes of the optimizer\'s state at each step: "slice" it along, or "reset" it.',
@@ -150,6 +152,8 @@ class Options(Common):
                 where="compensate=",
                 remedy='use "auto" (if there is data), True or False',
             )
+        if not isinstance(self.rebuildable, bool):
+            self._one_of("rebuildable", ("auto",))
         if self.allocation is not None:
             self._one_of("allocation", ALLOCATIONS, "allocation")
         self._one_of("optimizer_state", ("slice", "reset"))
@@ -244,16 +248,7 @@ class Options(Common):
         Raises:
             InputError: It cannot be read, names an unknown option, or a value is wrong.
         """
-        try:
-            values = tomllib.loads(files.read_text(path))
-        except InputError:
-            raise
-        except (OSError, ValueError, RecursionError) as error:
-            raise InputError(
-                f"no options can be read: {error}",
-                where=str(path),
-                remedy='write TOML, such as: score = "obs"',
-            ) from error
+        values = read_options(path)
         known = [f.name for f in fields(Options)]
         unknown = [name for name in values if name not in known]
         if unknown:
@@ -308,6 +303,7 @@ class PlanKeywords(GradualKeywords, total=False):
     threads: int
     depth: bool
     generated: str
+    rebuildable: bool | str
 
 
 class ShrinkKeywords(PlanKeywords, total=False):

@@ -14,24 +14,27 @@ ORDER = """
 errors version
 support
 axes
+conventions
 capture
 graph
 ops
 coupling
 branches
 plan
+pictures
 reference
 calibration scores
 allocate
 rewrite
 verify
 repair
+rebuild
 options
 apply
 deploy
 timing latency
 analysis dead_units api
-training integrations
+training integrations storage
 depcut cli __main__
 """.split()
 

@@ -157,12 +157,13 @@ def test_wrong_sizes_name_the_item_and_both_shapes() -> None:
     message = refused([normal(2, 6), normal(2, 7)])
     assert "shape (2, 7), the model was captured with (2, 6)" in message
     assert "data, item 1" in message
-    assert "any batch size" in message
+    assert "the model itself raises" in message
+    assert "pad or cut" in message
 
 
 def test_wrong_types_say_how_to_convert() -> None:
     message = refused([normal(2, 6).double()])
-    assert "it is float64, the model was captured with float32" in message
+    assert "x is float64, the model was captured with float32" in message
     assert ".to(torch.float32)" in message
 
 
@@ -170,7 +171,7 @@ def test_wrong_types_say_how_to_convert() -> None:
 def test_values_that_are_not_finite_are_counted(value: float) -> None:
     x = normal(2, 6)
     x[0, :3] = value
-    assert "3 of its 12 values are NaN or infinite" in refused([x])
+    assert "3 of the 12 values of x are NaN or infinite" in refused([x])
 
 
 def test_another_structure_is_shown_beside_the_captured_one() -> None:

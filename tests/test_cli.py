@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,9 @@ import pytest
 from safetensors import safe_open
 
 from depcut.apply.plan import Plan
+from depcut.cli import main as command_line
 from depcut.cli.main import main
+from depcut.errors import InputError, VerificationError
 from depcut.support.weights import load_weights
 
 COMMANDS = ("demo", "analyze", "shrink", "compact", "export", "bench")
@@ -61,6 +64,11 @@ def tied():
 
 def broken():
     raise ValueError("no such checkpoint")
+
+
+def narrow(width, *, scale=1):
+    print("building")
+    return Net(width * scale)
 
 
 number = int
@@ -360,3 +368,135 @@ def test_compact_writes_what_the_plan_then_loads(folder):
     assert Plan.load(out / "plan.json").kept["conv1"].tolist() == list(range(16, 32))
     with safe_open(out / "weights.safetensors", "pt") as weights:
         assert weights.get_slice("conv1.weight").get_shape() == [16, 3, 3, 3]
+
+
+SHAPE = ("--input-shape", "2,3,16,16")
+
+
+def test_a_factory_takes_arguments(folder):
+    text = succeeds(folder, "analyze", "my_models:narrow(8, scale=2)", *SHAPE, "--explain", "conv1")
+    assert "conv1.weight dim 0 (16)" in text
+
+
+def document(folder, *arguments):
+    """The one JSON document that is on standard output, and the exit code."""
+    done = depcut(folder, *arguments, "--json")
+    return json.loads(done.stdout), done
+
+
+def test_json_stands_alone_on_standard_output(folder):
+    found, done = document(folder, "analyze", "my_models:narrow(16)", *SHAPE)
+    assert (found["command"], done.returncode, done.stderr) == ("analyze", 0, "building\n")
+    assert found["inputs"]["args"] == [{"shape": [2, 3, 16, 16], "dtype": "float32"}]
+    names = {group["name"]: group["units"] for group in found["analysis"]["groups"]}
+    assert names == {"conv1": 16, "conv2": 16}
+
+
+def test_json_of_an_error(folder):
+    found, done = document(folder, "analyze", "my_models:broken")
+    assert done.returncode == 2
+    assert found["error"]["kind"] == "InputError"
+    assert "no such checkpoint" in found["error"]["what"]
+    assert "no such checkpoint" in done.stderr
+    found, done = document(folder, "shrink", "my_models:net")
+    assert "--ratio" in found["error"]["what"]
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("command", COMMANDS)
+def test_json_of_every_command(folder, shrunk, command):
+    arguments = {
+        "demo": ("--epochs", 1, "--retrain-epochs", 1, "--rounds", 6),
+        "analyze": ("my_models:net", *SHAPE, "--explain", "conv1"),
+        "shrink": ("my_models:net", *SHAPE, "--ratio", 0.5, "--out", "json", "--onnx"),
+        "compact": ("my_models:half_dead", *SHAPE, "--out", "json"),
+        "export": ("my_models:net", *SHAPE, "--out", "json.onnx"),
+        "bench": (shrunk[0] / "model.onnx", "--input-shape", "1,3,16,16", "--rounds", 6),
+    }[command]
+    found, done = document(folder, command, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert found["command"] == command
+    assert len(found) > 2
+
+
+def test_made_inputs_are_said(folder):
+    text = succeeds(folder, "analyze", "my_models:net", "--explain", "head")
+    assert text.startswith("inputs: float32[2, 3, 224, 224] (made up; --input-shape gives others)")
+    assert "inputs:" not in succeeds(folder, "analyze", "my_models:net", *SHAPE)
+
+
+def test_options_of_a_file_stand_behind_those_of_the_command_line(folder):
+    out = folder / "by_file"
+    (folder / "options.toml").write_text(
+        f'model = "my_models:net"\nout = "{out}"\nlatency-ms = 3.0\nof = "params"\nalign = 4\n'
+        'input_shape = "2,3,16,16"\nignore = ["conv2"]\n'
+    )
+    given = ("shrink", "--options", "options.toml")
+    succeeds(folder, *given, "--ratio", 0.3, "--align", 1)
+    plan = Plan.load(out / "plan.json")
+    assert plan.settings["options"] == {"of": "params", "align": 1, "ignore": ["conv2"]}
+    assert plan.settings["ratio"] == 0.3
+    assert plan.inputs["args"][0]["shape"] == [2, 3, 16, 16]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("speed = 3", "unknown options: speed"),
+        ('ratio = "much"', "ratio is 'much'"),
+        ("onnx = 1", "onnx is 1"),
+        ('runtime = "cuda"', "runtime is 'cuda'"),
+        ("latency-ms = 1\nlatency_ms = 2", "latency_ms is given twice"),
+        ("align = 0", "align is 0"),
+        ("json = true", "unknown options: json"),
+    ],
+)
+def test_files_of_options_that_are_refused(folder, text, says):
+    (folder / "wrong.toml").write_text(text)
+    given = ("my_models:net", "--options", "wrong.toml", "--ratio", "0.5", "--out", "never")
+    given = (*given[:3], *given[5:]) if "ratio" in text else given
+    assert says in fails(folder, "shrink", *given)
+
+
+def test_debug_shows_the_traceback_of_the_users_code(folder):
+    done = depcut(folder, "analyze", "my_models:broken", "--debug")
+    assert done.returncode == 2
+    assert 'raise ValueError("no such checkpoint")' in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("  to do: ")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (KeyError("x"), 1, "an error of depcut itself: KeyError"),
+        (MemoryError(), 1, "memory ran out"),
+        (VerificationError("differs"), 1, "differs"),
+        (InputError("wrong"), 2, "wrong"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_exit_codes(folder, error, code, says, monkeypatch):
+    def run(*_):
+        raise error
+
+    wrong = SimpleNamespace(name="analyze", summary="fail", declare=lambda _: None, run=run)
+    monkeypatch.setitem(command_line._COMMANDS, "analyze", wrong)
+    done = depcut(folder, "analyze")
+    assert (done.returncode, done.stdout) == (code, "")
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_warnings_are_lines_of_the_command(folder, monkeypatch):
+    def run(*_):
+        warnings.simplefilter("always")
+        warnings.warn("it is coarse", stacklevel=1)
+
+    loud = SimpleNamespace(name="analyze", summary="warn", declare=lambda _: None, run=run)
+    monkeypatch.setitem(command_line._COMMANDS, "analyze", loud)
+    assert depcut(folder, "analyze").stderr == "depcut analyze: warning: it is coarse\n"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_is_a_script(folder, shell):
+    assert "--input-shape" in succeeds(folder, "--print-completion", shell)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from depth_nets import CASES, Leaking, Nested, NoStream, Shared, interpreted, rows, words
-from nets import seeded
+from nets import normal, seeded
 from oracle import (
     assert_close,
     assert_untouched,
@@ -460,3 +460,40 @@ def test_a_budget_out_of_reach() -> None:
     model = CASES["own_class"].build()
     with pytest.raises(BudgetError):
         depcut.shrink(model, 0.9999, rows(2), depth=True)
+
+
+class Sized(nn.Module):
+    """A residual block that is passed sizes of the image beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 6, 1), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        hidden = self.first(x).relu()
+        x = x + self.second(hidden.view(len(x), -1, height, width))
+        return x + x.sigmoid() / height
+
+
+class PassingSizes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 1)
+        self.blocks = nn.ModuleList(Sized() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x, x.shape[2], x.shape[3])
+        return x.mean((2, 3))
+
+
+def test_a_block_without_its_branch_is_passed_the_sizes_that_it_was_captured_with() -> None:
+    model, x = seeded(PassingSizes, 0), normal(2, 3, 5, 5)
+    analysis = depcut.analyze(model, x)
+    plan = analysis.plan_keeping({}, dropped=["blocks.1"])
+    slim = plan.apply(model)
+    assert list(depcut.report(slim).generated) == ["blocks.1"]
+    assert slim(x).shape == (2, 4)
+    with pytest.raises(InputError, match="the argument 5 and is called with 6"):
+        slim(normal(2, 3, 6, 6))

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from depcut.capture.capture import capture, held_tensors
+from depcut.capture.capture import capture
+from depcut.capture.held import held_tensors
 from depcut.capture.program import Program
 from depcut.graph.ancestry import Weights, ancestors, is_shared, parameter_dimension, reached
 from depcut.graph.arguments import (

@@ -20,7 +20,7 @@ LEVEL = {name: i for i, name in enumerate(ORDER)}
 PUBLIC = """
 Analysis BudgetError Calibration CaptureError DepcutError ExportError InputError LatencyError Op
 Options Plan PlanError RuleError Score TrainingError VerificationError __version__ analyze bench
-compact compaction compare export integrations report rule shrink training
+compact compaction compare export integrations load report rule save shrink training
 """.split()
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 import depcut
 from depcut import options as module
+from depcut.cli.option_file import named_file, read
 from depcut.cli.options import Command, options_of
 from depcut.errors import InputError
 from depcut.options import Options
@@ -244,9 +245,11 @@ def test_a_function_is_recorded_by_its_name() -> None:
 
 def parsed(*arguments: str) -> Options:
     parser = argparse.ArgumentParser()
-    command = Command(parser, lambda _: None)
+    command = Command(parser)
     command.pruning()
-    return options_of(parser.parse_args(arguments))
+    path = named_file(arguments)
+    values = {} if path is None else read(path)
+    return options_of(command.settled(parser.parse_args(arguments), values, path))
 
 
 def test_the_command_line_takes_the_same_options(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from depcut.errors import InputError
-from depcut.timing.comparison import compare, quantity
+from depcut.support.quantities import quantity
+from depcut.timing.comparison import compare
 
 
 class Tied(nn.Module):

@@ -18,8 +18,9 @@ from torch import nn
 from depcut.deploy.export import export
 from depcut.deploy.runtime import open_session
 from depcut.errors import ExportError, InputError
-from depcut.timing.bench import BenchResult, Measurement, bench, byte_size, rate
+from depcut.timing.bench import bench
 from depcut.timing.clock import Speedup, Timing, interleave, median_interval
+from depcut.timing.measurements import BenchResult, Measurement, byte_size, rate
 from depcut.timing.pinning import pinned
 from depcut.timing.runtimes.modules import no_fallback
 from depcut.timing.runtimes.sessions import SessionRunner

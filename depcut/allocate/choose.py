@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
 from torch import nn
 
 from depcut.allocate.lagrange import least_loss, nudged
-from depcut.allocate.order import along, meet, order
-from depcut.allocate.space import Counts, Space, space
+from depcut.allocate.named import is_named, matching
+from depcut.allocate.order import along, meet, order, step_losses
+from depcut.allocate.space import Counts, Space, StepTie, space
 from depcut.axes import Indices
 from depcut.calibration.data import Calibration
-from depcut.coupling.groups import Coupling, Frozen, Group, layer_of
+from depcut.coupling.groups import Coupling, Frozen
 from depcut.errors import BudgetError, InputError, listed
 from depcut.plan.cost import Cost
 from depcut.plan.data import PlanData, make_plan
@@ -40,6 +39,8 @@ class Request:
         seed: For criteria that draw.
         calibration: Data, and perhaps a loss, for criteria that need them.
         hold: Numbers of further groups whose width must stay.
+        together: Groups that shrink in common steps; None: no further ties, and widths that the
+            model's classes express are preferred.
     """
 
     score: str | Score | Criterion = "magnitude"
@@ -50,6 +51,7 @@ class Request:
     seed: int = 0
     calibration: Calibration | None = None
     hold: Collection[int] = ()
+    together: tuple[StepTie, ...] | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -81,7 +83,7 @@ class Chooser:
         self.coupling, self.model, self.request = coupling, model, request
         self.held = _held(coupling, request.ignore) | set(request.hold)
         self.absent: frozenset[int] = frozenset()
-        self.fixed = _fixed(coupling, request.ratios, self.held)
+        self.fixed = _fixed(coupling, request, self.held)
         self.additive = is_additive(request.score)
         self.scores: Scores = score(
             request.score, coupling, model, request.seed, request.calibration
@@ -97,7 +99,7 @@ class Chooser:
             return self
         other = copy.copy(self)
         other.held = self.held | set(numbers)
-        other.fixed = _fixed(self.coupling, self.request.ratios, other.held)
+        other.fixed = _fixed(self.coupling, self.request, other.held)
         return other
 
     def without(self, tensors: Collection[str]) -> Chooser:
@@ -114,6 +116,16 @@ class Chooser:
             i for i in dead if groups[i].tied is None or groups[i].tied not in alive
         )
         other.fixed = {i: n for i, n in self.fixed.items() if i not in other.absent}
+        return other
+
+    def fixing(self, counts: Mapping[int, int]) -> Chooser:
+        """A chooser in which the budget does not decide some groups any more.
+
+        Args:
+            counts: Kept counts by the groups' numbers.
+        """
+        other = copy.copy(self)
+        other.fixed = {**self.fixed, **counts}
         return other
 
     def spares(self, tensor: str) -> bool:
@@ -183,7 +195,11 @@ class Chooser:
 
     def _spaces(self) -> tuple[Space, Space]:
         """The steps under the preferences of the model's classes, and those without them."""
-        liked, taken = preferences(self.coupling), self.held | set(self.fixed) | self.absent
+        taken = self.held | set(self.fixed) | self.absent
+        if self.request.together is not None:
+            tied = space(self.coupling, self.request.align, taken, (), self.request.together)
+            return tied, tied
+        liked = preferences(self.coupling)
         ties = [pair for pair in liked.ties if self.absent.isdisjoint(pair)]
         align = self.request.align
         return (
@@ -197,12 +213,18 @@ class Chooser:
             out[index] = count
         return out
 
+    def _allocation(self, of: str) -> str:
+        return "uniform" if of == "channels" else self.request.allocation
+
     def _allocated(self, where: Space, cost: Cost, target: float, of: str) -> Counts:
         if of == "latency" and self.request.allocation == "global":
             counts = least_loss(where, self.scores, cost, target, of, self.additive)
+        elif self.request.together is not None:
+            # Few classes, some of large steps: of a mere order, most lengths miss the budget.
+            losses = step_losses(self._allocation(of), where, self.scores, cost, self.additive)
+            counts = least_loss(where, self.scores, cost, target, of, self.additive, losses)
         else:
-            allocation = "uniform" if of == "channels" else self.request.allocation
-            sequence = order(allocation, where, self.scores, cost, self.additive)
+            sequence = order(self._allocation(of), where, self.scores, cost, self.additive)
             counts = meet(where, sequence, cost, target, of)
         return along(where, counts, cost) if self.coupling.program.others else counts
 
@@ -299,57 +321,13 @@ def best_units(values: Any, count: int) -> Indices:
     return np.sort(np.argsort(-values, axis=-1, kind="stable")[..., :count], axis=-1)
 
 
-def matching(coupling: Coupling, pattern: str, option: str) -> set[int]:
-    """Numbers of the groups that a glob names.
-
-    Args:
-        coupling: The groups.
-        pattern: A glob over module, parameter or group names.
-        option: Where the user passed it.
-
-    Raises:
-        InputError: The model has nothing of that name.
-    """
-    numbers = {g.index for g in coupling.groups if _matches(g, pattern)}
-    names = {layer_of(n) for n in coupling.dims} | set(coupling.dims)
-    known = any(fnmatchcase(n, pattern) or n.startswith(pattern + ".") for n in names)
-    if not numbers and not known:
-        close = difflib.get_close_matches(pattern, sorted(names), 3, 0.4)
-        raise InputError(
-            f"{pattern!r} matches no module, parameter or group",
-            where=option,
-            remedy=f"did you mean {', '.join(close)}?" if close else "see print(analysis)",
-        )
-    return numbers
-
-
-def _matches(group: Group, pattern: str) -> bool:
-    for member in group.members:
-        if member.role == "producer" and is_named(member.tensor, pattern):
-            return True
-    # A group's own name may hold brackets, which a glob reads as a choice of characters.
-    return pattern == group.name or fnmatchcase(group.name, pattern)
-
-
-def is_named(tensor: str, pattern: str) -> bool:
-    """Whether a glob over module or parameter names matches this parameter.
-
-    Args:
-        tensor: Name of a parameter.
-        pattern: The glob; the name of a module means all that it contains.
-    """
-    layer = layer_of(tensor)
-    names = fnmatchcase(tensor, pattern) or fnmatchcase(layer, pattern)
-    return names or layer.startswith(pattern + ".")
-
-
 def _held(coupling: Coupling, ignore: Iterable[str]) -> set[int]:
     return {i for p in ignore for i in matching(coupling, p, "ignore=")}
 
 
-def _fixed(coupling: Coupling, ratios: Mapping[str, float], held: set[int]) -> dict[int, int]:
+def _fixed(coupling: Coupling, request: Request, held: set[int]) -> dict[int, int]:
     fixed: dict[int, int] = {}
-    for pattern, ratio in ratios.items():
+    for pattern, ratio in request.ratios.items():
         if ratio != 0:
             check_ratio(ratio, f"ratios[{pattern!r}]")
         for index in matching(coupling, pattern, "ratios="):
@@ -363,6 +341,11 @@ def _fixed(coupling: Coupling, ratios: Mapping[str, float], held: set[int]) -> d
     for group in coupling.groups:
         if group.tied in by_tie:
             fixed[group.index] = by_tie[group.tied]
+    for each in request.together or ():
+        sizes = {i: coupling.groups[i].size for i in each.groups}
+        steps = [fixed[i] * each.steps // size for i, size in sizes.items() if i in fixed]
+        if steps:
+            fixed |= {i: size * max(1, min(steps)) // each.steps for i, size in sizes.items()}
     return {i: n for i, n in fixed.items() if i not in held}
 
 

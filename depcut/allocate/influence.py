@@ -16,6 +16,7 @@ from torch import fx, nn
 from depcut import axes
 from depcut.branches.branch import Block, Branch
 from depcut.coupling.groups import Coupling
+from depcut.graph.resized import FlatInputs, numbers_of_run
 from depcut.plan.keep import Keep
 from depcut.reference.run import Reference, example
 from depcut.support.torch_private import pytree
@@ -34,7 +35,8 @@ def examples(coupling: Coupling) -> list[Batch]:
 
 def _copied(batch: Batch) -> Batch:
     """The batch with its tensors cloned, since a graph may change its inputs in place."""
-    return [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in batch]
+    leaves = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in batch]
+    return FlatInputs(leaves, numbers_of_run(batch))
 
 
 def influence(
@@ -95,7 +97,7 @@ def _cosine(a: torch.Tensor, b: torch.Tensor, channels: list[int]) -> float:
 
 
 def outputs_of(keep: Keep, model: nn.Module, batches: Sequence[Batch]) -> list[list[Any]]:
-    """Flat outputs of what stays, for every batch.
+    """Flat outputs of what stays, those that count, for every batch.
 
     Args:
         keep: What stays.
@@ -104,7 +106,8 @@ def outputs_of(keep: Keep, model: nn.Module, batches: Sequence[Batch]) -> list[l
     """
     reference = Reference(keep, model, sliced=True)
     with torch.no_grad():
-        return [reference.run(_copied(batch))[0] for batch in batches]
+        results = keep.coupling.program.results
+        return [results.of(reference.run(_copied(batch))[0]) for batch in batches]
 
 
 def output_change(dense: list[list[Any]], other: list[list[Any]]) -> float:

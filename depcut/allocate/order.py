@@ -49,7 +49,7 @@ def order(
         )
     available, keys, classes = where.available, [], []
     lost = marginals(where, scores, additive) if allocation == "global" else []
-    price = np.bincount(where.class_of, weights=cost.gradient(cost.dense), minlength=len(available))
+    price = where.per_class(cost.gradient(cost.dense))
     for number, (size, step, n) in enumerate(zip(where.sizes, where.steps, available, strict=True)):
         share = np.arange(1, n + 1) * step / size
         if allocation == "uniform":
@@ -65,6 +65,27 @@ def order(
         return np.zeros(0, dtype=np.int64)
     ranking = np.argsort(np.concatenate(keys), kind="stable")
     return np.asarray(np.concatenate(classes)[ranking])
+
+
+def step_losses(
+    allocation: str, where: Space, scores: Scores, cost: Cost, additive: bool = False
+) -> Scores:
+    """Losses of the steps of each class whose least sum within a budget is the allocation's aim.
+
+    "uniform" is that of shares squared by cost: where steps are small, equal shares.
+
+    Args:
+        allocation: "uniform" or "global", see `order`.
+        where: The steps.
+        scores: One vector a group.
+        cost: The budgeted quantity.
+        additive: Whether scores are losses that add up, also over groups.
+    """
+    if allocation != "uniform":
+        return marginals(where, scores, additive)
+    price = where.per_class(cost.gradient(cost.dense))
+    steps = zip(where.sizes, where.steps, where.available, price, strict=True)
+    return [np.arange(1, n + 1) * step**2 * each / size for size, step, n, each in steps]
 
 
 def meet(where: Space, sequence: Counts, cost: Cost, target: float, of: str) -> Counts:
@@ -118,9 +139,7 @@ def _closest(where: Space, before: Counts, after: Counts, cost: Cost, target: fl
         if abs(excess) < error:
             best, error = base, abs(excess)
         sign = 1 if excess > 0 else -1
-        prices = np.bincount(
-            where.class_of, weights=cost.gradient(where.kept(base)), minlength=len(base)
-        )
+        prices = where.per_class(cost.gradient(where.kept(base)))
         change = prices * where.steps
         open_ = (base < where.available) if sign > 0 else (base > 0) & ~where.held
         usable = np.flatnonzero(open_ & (change > 0) & (change < 2 * abs(excess)))
@@ -145,10 +164,8 @@ def along(where: Space, counts: Counts, cost: Cost) -> Counts:
     Returns:
         Kept count of each group, [groups].
     """
-    classes = len(where.sizes)
-    first = [int(np.flatnonzero(where.class_of == number)[0]) for number in range(classes)]
-    taken = (where.sizes - counts[first]) // where.steps
-    price = np.bincount(where.class_of, weights=cost.gradient(cost.dense), minlength=classes)
+    taken = where.taken(counts)
+    price = where.per_class(cost.gradient(cost.dense))
     free = where.available > 0
     seen, unseen = free & (price > 0), free & (price == 0)
     if seen.any():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,18 +17,34 @@ Counts = NDArray[np.int64]
 Scores = list[NDArray[np.float64]]
 
 _CONVEXITY = 8
+_FEWEST = 4
+
+
+@dataclass(frozen=True)
+class StepTie:
+    """Groups that shrink together: each keeps size * t / steps units, for one integer t.
+
+    Attributes:
+        groups: Their numbers; `steps` divides the size of each.
+        steps: In how many equal steps they go; equal counts are the case of steps = size.
+    """
+
+    groups: tuple[int, ...]
+    steps: int
 
 
 @dataclass(frozen=True)
 class Space:
-    """What may be removed, in steps, per class of groups that keep equal counts.
+    """What may be removed, in steps, per class of groups that shrink together.
 
     Attributes:
         class_of: Class number of each group.
         sizes: Dense count of each class.
-        steps: Units a step of each class removes.
+        steps: How much of its count a step of each class removes.
         held: Whether a class must keep all its units.
-        floors: Least number of units that a class must keep.
+        floors: Least count that a class must keep.
+        units: Units of each group that one of its class's count stands for; 1 where the groups of
+            the class keep equal counts.
     """
 
     class_of: NDArray[np.int64]
@@ -36,10 +52,25 @@ class Space:
     steps: Counts
     held: NDArray[np.bool_]
     floors: Counts
+    units: Counts
 
     def kept(self, taken: Counts) -> Counts:
         """Kept count of each group, [groups], after `taken` steps of each class, [classes]."""
-        return np.asarray((self.sizes - taken * self.steps)[self.class_of])
+        return np.asarray((self.sizes - taken * self.steps)[self.class_of] * self.units)
+
+    def taken(self, counts: Counts) -> Counts:
+        """Steps taken of each class, [classes], where the groups keep `counts`, [groups]."""
+        first = np.array(
+            [int(np.flatnonzero(self.class_of == n)[0]) for n in range(len(self.sizes))]
+        )
+        return np.asarray((self.sizes - counts[first] // self.units[first]) // self.steps)
+
+    def per_class(self, gradient: NDArray[np.float64]) -> NDArray[np.float64]:
+        """What one of each class's count costs, [classes], from what a unit of a group does."""
+        weights = gradient * self.units
+        return np.asarray(
+            np.bincount(self.class_of, weights, minlength=len(self.sizes)), dtype=np.float64
+        )
 
     @property
     def available(self) -> Counts:
@@ -49,7 +80,11 @@ class Space:
 
 
 def space(
-    coupling: Coupling, align: int, held: set[int], ties: Iterable[tuple[int, int]] = ()
+    coupling: Coupling,
+    align: int,
+    held: set[int],
+    ties: Iterable[tuple[int, int]] = (),
+    together: Sequence[StepTie] = (),
 ) -> Space:
     """The steps that respect ties and alignment.
 
@@ -58,6 +93,7 @@ def space(
         align: Kept widths are multiples of it where they can be; 1: any width.
         held: Numbers of groups that keep everything.
         ties: Further pairs of groups that keep equal counts.
+        together: Groups that shrink in common steps, whatever ties them otherwise.
     """
     import networkx as nx
 
@@ -68,21 +104,34 @@ def space(
         if group.tied is not None:
             equal.add_edge(group.index, representative.setdefault(group.tied, group.index))
     equal.add_edges_from(ties)
+    for tie in together:
+        nx.add_path(equal, tie.groups)
     classes = [sorted(c) for c in nx.connected_components(equal)]
+    counted = {tie.groups[0]: tie.steps for tie in together}
     natural = _steps(coupling, align)
     class_of = np.zeros(len(coupling.groups), dtype=np.int64)
+    units = np.ones(len(coupling.groups), dtype=np.int64)
     sizes, steps, frozen, floors = [], [], [], []
     for number, members in enumerate(classes):
         class_of[members] = number
-        size = coupling.groups[members[0]].size
-        step = math.lcm(*(int(natural[m]) for m in members))
+        given = [counted[m] for m in members if m in counted]
+        size = given[0] if given else coupling.groups[members[0]].size
+        dense = np.array([coupling.groups[m].size for m in members])
+        units[members] = dense // size
+        own = [
+            int(n // math.gcd(n, u)) for n, u in zip(natural[members], units[members], strict=True)
+        ]
+        step = math.lcm(*own)
         sizes.append(size)
-        steps.append(step if size % step == 0 else int(natural[members].max()))
-        floors.append(max(coupling.groups[m].floor for m in members))
-        uneven = any(coupling.groups[m].size != size for m in members)
-        frozen.append(uneven or any(m in held for m in members))
+        step = step if size % step == 0 else max(own)
+        # Of few steps, such as one a head, none is left out for the sake of an alignment.
+        steps.append(step if not given or size >= _FEWEST * step else 1)
+        floors.append(max(-(-coupling.groups[m].floor // int(units[m])) for m in members))
+        uneven = len(given) > 1 or (dense != units[members] * size).any()
+        uneven |= not given and (dense != size).any()
+        frozen.append(bool(uneven) or any(m in held for m in members))
     held_mask = np.array(frozen, dtype=np.bool_)
-    return Space(class_of, np.array(sizes), np.array(steps), held_mask, np.array(floors))
+    return Space(class_of, np.array(sizes), np.array(steps), held_mask, np.array(floors), units)
 
 
 def _steps(coupling: Coupling, align: int) -> Counts:
@@ -135,7 +184,9 @@ def marginals(where: Space, scores: Scores, additive: bool = False) -> Scores:
     members = np.bincount(where.class_of, minlength=len(sums))
     for group, values in enumerate(scores):
         rows = np.atleast_2d(np.sort(values, axis=-1))
-        sums[where.class_of[group]] += rows.sum(axis=0) if additive else rows.mean(axis=0)
+        losses = rows.sum(axis=0) if additive else rows.mean(axis=0)
+        unit = int(where.units[group])
+        sums[where.class_of[group]] += losses.reshape(-1, unit).sum(axis=1)
     out = []
     for total, number in zip(sums, range(len(sums)), strict=True):
         n, step = int(where.available[number]), int(where.steps[number])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from typing_extensions import Unpack
 
+from depcut.apply.carried import carry
 from depcut.apply.report import Report, record
 from depcut.apply.whole import whole_result
 from depcut.axes import Indices
@@ -23,11 +24,19 @@ from depcut.coupling.groups import Coupling, layer_of
 from depcut.coupling.infer import infer_coupling
 from depcut.errors import PlanError
 from depcut.options import ApplyKeywords, Options
+from depcut.pictures.plans import plan_records, plan_rows, plan_summary
+from depcut.pictures.plots import plot_widths
+from depcut.pictures.shown import Shown
+from depcut.pictures.summary import Summary
 from depcut.plan import cost
 from depcut.plan.data import PlanData, make_plan
-from depcut.plan.fingerprint import example_of
+from depcut.plan.fingerprint import example_of, outputs_of
 from depcut.plan.keep import Keep
+from depcut.plan.layers import layer_sizes
 from depcut.plan.unchanged import check_unchanged
+from depcut.plan.uncounted import narrower
+from depcut.rebuild.rebuilding import recorded
+from depcut.rebuild.stock import prove
 from depcut.repair.after_rewrite import repair, wants_repair
 from depcut.repair.compensate import Compensation
 from depcut.rewrite.build import Slim, rewrite
@@ -38,9 +47,12 @@ from depcut.support.unwrap import unwrapped, unwrapping_note
 from depcut.verify.calls import verify_calls
 from depcut.verify.ownership import check_own_tensors
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
-@dataclass(frozen=True, eq=False)
-class Plan(PlanData):
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Plan(PlanData, Shown):
     """Kept units of every narrowed group, for one architecture.
 
     Attributes:
@@ -111,9 +123,7 @@ class Plan(PlanData):
         coupling = self.coupling
         if coupling is None or model is not self.model or inputs is not None:
             self.check(model)
-            coupling = infer_coupling(
-                capture(model, inputs if inputs is not None else example_of(self.inputs, model))
-            )
+            coupling = self._analysed(model, inputs)
         else:
             check_unchanged(coupling.program, model)
         keep = self.keep(coupling)
@@ -128,16 +138,20 @@ class Plan(PlanData):
                 progress=chosen.progress,
             )
         with blaming_calls(model, coupling.program, calibration):
-            slim = rewrite(model, keep)
+            stock = recorded(self.settings, model, keep)
+            slim = stock or rewrite(model, keep)
             error = verify_calls(slim, model)
             check_own_tensors(slim.model, model, keep)
             repaired = chosen.compensate
             compensation = repair(slim.model, model, keep, calibration) if repaired else None
+            if stock:
+                prove(stock.model, keep)
         if optimizer is not None:
             narrow_optimizer(optimizer, model, slim.model, keep)
         slim.model, notes = whole_result(slim.model, model)
         notes += (*finish(slim.model, whole_of(model), keep), *unwrapping_note(given_model))
-        record(slim.model, self._report(slim, error, compensation, notes))
+        record(slim.model, self._report(slim, model, error, compensation, notes))
+        carry(slim.model, self)
         return slim.model
 
     def _seen(self, model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
@@ -152,7 +166,12 @@ class Plan(PlanData):
         return shown_part(model, self.part), None
 
     def _report(
-        self, slim: Slim, error: float, compensation: Compensation | None, notes: tuple[str, ...]
+        self,
+        slim: Slim,
+        dense: nn.Module,
+        error: float,
+        compensation: Compensation | None,
+        notes: tuple[str, ...],
     ) -> Report:
         """The report on the smaller model."""
         keep = slim.keep
@@ -172,7 +191,8 @@ class Plan(PlanData):
             compensation,
             {**slim.guarded, **slim.patched},
             tuple(sorted({layer_of(name) for name in left})),
-            (*keep.coupling.program.notes, *notes),
+            (*keep.coupling.program.notes, *narrower(keep), *notes),
+            layer_sizes(keep, dense),
         )
 
     @property
@@ -213,10 +233,14 @@ class Plan(PlanData):
         """
         model, inputs = self._seen(unwrapped(model), inputs)
         self.check(model)
-        example = inputs if inputs is not None else example_of(self.inputs, model)
-        coupling = infer_coupling(capture(model, example))
+        coupling = self._analysed(model, inputs)
         self.keep(coupling)
         return replace(self, coupling=coupling, model=model)
+
+    def _analysed(self, model: nn.Module, inputs: Inputs) -> Coupling:
+        """A model analysed as the plan's was: the same outputs count."""
+        example = inputs if inputs is not None else example_of(self.inputs, model)
+        return infer_coupling(capture(model, example, outputs_of(self.inputs)))
 
     def tensor_indices(self) -> dict[str, tuple[Indices | None, ...]]:
         """Kept indices of every dimension of every parameter and buffer, by name.
@@ -244,6 +268,29 @@ class Plan(PlanData):
         """Predicted number of parameters after the plan."""
         keep = self.keep()
         return cost.params(keep.coupling, keep.gone)(keep.counts)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each group of the architecture."""
+        return plan_rows(self)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Plot the units of each group, dense and kept; needs matplotlib.
+
+        Args:
+            ax: Axes of matplotlib; a new figure when left out.
+
+        Raises:
+            InputError: matplotlib is not installed, or `ax` is none of its axes.
+        """
+        return plot_widths(self.rows(), f"plan {self.digest}", ax)
+
+    def records(self) -> dict[str, Any]:
+        """What a page shows of it."""
+        return plan_records(self, self.coupling, self.model)
+
+    def summary(self) -> Summary:
+        """What notebooks show."""
+        return plan_summary(self, self.records())
 
 
 def planned(

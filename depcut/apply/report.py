@@ -11,15 +11,21 @@ from typing import Any
 from torch import nn
 
 from depcut.errors import InputError, PlanError, listed
+from depcut.pictures.record import layer_of_record, layer_record, plain
+from depcut.pictures.reports import report_summary
+from depcut.pictures.shown import Shown
+from depcut.pictures.summary import Summary
+from depcut.plan.layers import LayerSizes
 from depcut.repair.compensate import Compensation, Repair
+from depcut.support.quantities import quantity
 from depcut.support.unwrap import unwrapped
 
 # A string: deepcopy and pickle take it along, and nothing of depcut is needed to load it.
 _ATTRIBUTE = "_depcut_report"
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, repr=False)
+class Report(Shown):
     """What a plan did to a model.
 
     Attributes:
@@ -37,6 +43,7 @@ class Report:
         unreached: Layers with parameters that the example call did not run; they are as wide as
             they were, and may not fit what feeds them.
         notes: What the capture had to assume, in words.
+        layers: Sizes of every layer, dense and now.
     """
 
     digest: str
@@ -49,6 +56,7 @@ class Report:
     patched: Mapping[str, str] = field(default_factory=dict)
     unreached: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    layers: tuple[LayerSizes, ...] = ()
 
     @property
     def lineage(self) -> dict[str, str]:
@@ -62,6 +70,33 @@ class Report:
         for name, change in self.patched.items():
             out.setdefault(change, []).append(name or "the model itself")
         return out
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data; a number that is not finite is None."""
+        layers = [layer_record(layer) for layer in self.layers]
+        return {**plain(replace(self, layers=())), "layers": layers}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each layer."""
+        return [layer_record(layer) for layer in self.layers]
+
+    def records(self) -> dict[str, Any]:
+        """What a page shows of it."""
+        data = self.to_dict()
+        return {"report": data, "layers": data["layers"]}
+
+    @property
+    def headline(self) -> str:
+        """One line that says what it is."""
+        (macs, macs_now), (params, params_now) = self.macs, self.params
+        return (
+            f"Report on plan {self.digest}: MACs {quantity(macs)} -> {quantity(macs_now)}, "
+            f"parameters {quantity(params)} -> {quantity(params_now)}"
+        )
+
+    def summary(self) -> Summary:
+        """What notebooks show."""
+        return report_summary(self.to_dict())
 
     def __str__(self) -> str:
         lines = [f"plan {self.digest}"]
@@ -99,7 +134,8 @@ def record(model: nn.Module, report: Report) -> None:
         report: What was done to it.
     """
     # Not by setattr: the class may have a __setattr__ of its own.
-    vars(model)[_ATTRIBUTE] = json.dumps(asdict(report))
+    layers = [layer_record(layer) for layer in report.layers]
+    vars(model)[_ATTRIBUTE] = json.dumps({**asdict(replace(report, layers=())), "layers": layers})
 
 
 def amend(model: nn.Module, **changes: Any) -> None:
@@ -138,13 +174,33 @@ def report(model: nn.Module) -> Report:
             where=type(model).__name__,
             remedy="pass what depcut.shrink, Plan.apply or depcut.compact returned",
         )
-    data = json.loads(text)
+    return report_of_record(json.loads(text))
+
+
+def report_of_record(record: Mapping[str, Any]) -> Report:
+    """The report that `report_record` gave as plain data.
+
+    Args:
+        record: The data.
+    """
+    data = dict(record)
     done = data.pop("compensation")
     if done is not None:
         done = Compensation(tuple(Repair(**r) for r in done["repairs"]), done["left"])
     data |= {name: tuple(data.get(name, ())) for name in ("macs", "params", "unreached")}
     data |= {name: tuple(data[name]) for name in ("macs", "params", "notes")}
+    data["layers"] = tuple(map(layer_of_record, data.get("layers", ())))
     return Report(**data, compensation=done)
+
+
+def report_record(model: nn.Module) -> dict[str, Any]:
+    """A model's report as plain data.
+
+    Args:
+        model: A model with a report.
+    """
+    data: dict[str, Any] = json.loads(vars(model)[_ATTRIBUTE])
+    return data
 
 
 def lineage_of(model: nn.Module) -> dict[str, str]:

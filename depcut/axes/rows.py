@@ -182,22 +182,29 @@ def broadcastable(kept: Indices | None, size: int, dim: int, rank: int) -> Indic
 
 
 def fitted(dims: Dims, shape: tuple[int, ...]) -> Dims:
-    """The terms for a batch of another size than the captured one; the batch is the first factor.
+    """The terms for a batch of another size or length than the captured one.
+
+    What varies are the first factors: the batch, and a length that is laid behind it.
 
     Args:
         dims: Resolved terms of a tensor's dimensions.
         shape: The sizes that it has.
     """
     return tuple(
-        term if term.size == size else _rebatched(term, size)
+        term if term.size == size else _resized(term, size)
         for term, size in zip(dims, shape, strict=True)
     )
 
 
-def _rebatched(term: Term, size: int) -> Term:
-    """The term with its outermost, frozen factor resized; unchanged where it has none."""
-    head, *rest = term.factors if isinstance(term, Product) else (term,)
-    batch, left = divmod(size * head.size, term.size)
-    if left or not isinstance(head, Axis) or head.reason is None:
-        return term
-    return axes.product(axes.axis(batch, head.reason), *rest)
+def _resized(term: Term, size: int) -> Term:
+    """The term with its outermost, frozen factors resized; unchanged where it has none."""
+    factors = term.factors if isinstance(term, Product) else (term,)
+    head = 1
+    for number, factor in enumerate(factors, start=1):
+        if not isinstance(factor, Axis) or factor.reason is None:
+            return term
+        head *= factor.size
+        whole, left = divmod(size * head, term.size)
+        if not left:
+            return axes.product(axes.axis(whole, factor.reason), *factors[number:])
+    return term

@@ -8,26 +8,31 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from depcut.calibration.identity import check_same_loss, check_same_model
+from depcut.calibration.items import Items
+from depcut.calibration.lengths import with_numbers
+from depcut.calibration.own_loss import MODEL, OWN_LOSS
 from depcut.calibration.reader import PAIRS, Batch, Reader
+from depcut.calibration.rows import batched, holds_rows
 from depcut.capture.clone import clone
 from depcut.capture.eager import refuse_failing_call
 from depcut.capture.inputs import Inputs, arguments, device_of
 from depcut.capture.part import Part, part_calls, part_of, sizes_of_call, whole_of
 from depcut.capture.program import Program
 from depcut.capture.random_state import preserved
-from depcut.errors import InputError
+from depcut.errors import DepcutError, InputError, listed
+from depcut.graph.resized import FlatInputs
 from depcut.support.checks import check_integer
 from depcut.support.failures import first_line, reraise_fatal
 from depcut.support.torch_private import pytree
 
 Data = Iterable[Any]
-Loss = Callable[[Any, Any], torch.Tensor]
+Loss = Callable[[Any, Any], torch.Tensor] | Literal["model"]
 
 BATCHES = 32  # read of `data` unless told otherwise
 
@@ -43,14 +48,33 @@ class Calibration:
         device: The model's.
         low_memory: Whether to trade time for memory.
         progress: Whether to show a progress bar on standard error.
+        unused: Keys of the items that the model does not take.
     """
 
     program: Program
     batches: tuple[Batch, ...]
-    loss: Loss | None
+    loss: Callable[[Any, Any], torch.Tensor] | None
     device: torch.device
     low_memory: bool = False
     progress: bool = True
+    unused: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """What was read: batches, examples, sizes, and what was left aside."""
+        lengths = len({id(b.resized) for b in self.batches})
+        lines = [
+            f"{len(self.batches)} batches of {self.rows} examples in all"
+            + (f", of {lengths} sizes" if lengths > 1 else "")
+        ]
+        padded = sum(int((~b.valid).sum()) for b in self.batches if b.valid is not None)
+        if padded:
+            lines.append(f"  {padded} padded positions are no data")
+        labels = dict.fromkeys(name for b in self.batches for name in b.labels)
+        if labels:
+            lines.append(f"  targets, which no repair needs: {listed(list(labels))}")
+        if self.unused:
+            lines.append(f"  the model takes no {listed(list(self.unused))}")
+        return "\n".join(lines)
 
     @cached_property
     def rows(self) -> int:
@@ -64,7 +88,13 @@ class Calibration:
 
     def leaves(self, batch: Batch) -> list[Any]:
         """A batch's flat inputs for the captured graph, on the model's device."""
-        return list(pytree.tree_leaves(self.arguments(batch)))
+        return FlatInputs(pytree.tree_leaves(self.arguments(batch)), batch.resized)
+
+    def loss_arguments(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the model gets where the loss is taken: with the labels if the loss is its own."""
+        args, kwargs = self.arguments(batch)
+        labels = batch.labels if self.loss is OWN_LOSS else {}
+        return args, {**kwargs, **moved(dict(labels), self.device)}
 
 
 def moved(tree: Any, device: torch.device) -> Any:
@@ -95,7 +125,8 @@ def calibrate(
             pairs; without a loss, targets are left aside. What this returned before for this model,
             or for another instance of its architecture, is taken over.
         loss: A function of (output, target) that returns a scalar. Of an item that is no pair,
-            it gets the whole item as target.
+            it gets the whole item as target. "model": what the model itself returns as its loss
+            where it is given the labels in the data.
         batches: How many items to read at most.
         low_memory: Whether later passes should trade time for memory.
         progress: Whether later passes show a progress bar on standard error.
@@ -105,26 +136,47 @@ def calibrate(
             NaN, or the loss fails or returns no scalar; or what was calibrated is another model, or
             with another loss.
     """
+    loss = loss_function(loss)
     if isinstance(data, Calibration):
         check_same_loss(data.loss, loss)
-        if data.program is not program:
-            check_same_model(data.program, program)
-        return replace(data, program=program, device=device_of(model))
-    if loss is not None and not callable(loss):
-        raise InputError(
-            f"loss is a {type(loss).__name__}, not a function",
-            where="loss=",
-            remedy="pass a function of (output, target), e.g. torch.nn.functional.cross_entropy",
-        )
-    reader = Reader(program, model, loss is not None)
+        moved_on = replace(data, program=program, device=device_of(model))
+        if data.program is program:
+            return moved_on
+        check_same_model(data.program, program)
+        reader = Reader(program, model, loss is not None)
+        return replace(moved_on, batches=with_numbers(reader, model, data.batches))
+    reader = Reader(program, model, loss is not None and loss is not OWN_LOSS)
     items = read_items(data, batches)
     if isinstance(model, Part):
         items = _of_part(model, program, items, loss)
     bound = tuple(reader.batch(item, f"data, item {i}") for i, item in enumerate(items))
+    bound = with_numbers(reader, model, bound)
     calibration = Calibration(program, bound, loss, device_of(model), low_memory, progress)
+    calibration = replace(calibration, unused=tuple(reader.unused))
     if loss is not None:
         _check_loss(calibration, model)
     return calibration
+
+
+def loss_function(loss: Loss | None) -> Callable[[Any, Any], torch.Tensor] | None:
+    """The function that a loss is, "model" standing for the model's own.
+
+    Args:
+        loss: What a user passes as loss=.
+
+    Raises:
+        InputError: It is something else.
+    """
+    if loss is None or callable(loss):
+        return loss
+    if loss == MODEL:
+        return OWN_LOSS
+    raise InputError(
+        f"loss is a {type(loss).__name__}, not a function",
+        where="loss=",
+        remedy="pass a function of (output, target), e.g. torch.nn.functional.cross_entropy, "
+        'or loss="model" for the loss that the model itself takes of the labels in the data',
+    )
 
 
 def _of_part(model: Part, program: Program, items: list[Any], loss: Loss | None) -> list[Any]:
@@ -161,11 +213,16 @@ def read_items(data: Data, batches: int = BATCHES) -> list[Any]:
         InputError: It is no iterable of items, or empty.
     """
     batches = check_integer(batches, "batches", 1)
-    if isinstance(data, torch.Tensor | str | Mapping) or not isinstance(data, Iterable):
+    rows = holds_rows(data)
+    whole = isinstance(data, torch.Tensor | str | Mapping)
+    if whole or not (rows or isinstance(data, Iterable)):
         kind = type(data).__name__
         raise InputError(f"data is a {kind}", where="data=", remedy=f"pass {PAIRS}: [x], not x")
     try:
-        items = list(islice(data, min(batches, sys.maxsize)))
+        most = min(batches, sys.maxsize)
+        items = batched(data, most) if rows else list(islice(data, most))
+    except DepcutError:
+        raise
     except Exception as error:
         reraise_fatal(error)
         raise InputError(
@@ -215,9 +272,7 @@ def read_with_inputs(
         return None, inputs
     items = read_items(data, batches)
     if inputs is None and isinstance(model, nn.Module):
-        inputs = inputs_of(items[0], model, pairs)
-        # Loaders collate to lists; as inputs= a list would be several example calls.
-        inputs = tuple(inputs) if isinstance(inputs, list) else inputs
+        inputs = Items(model, pairs).taken_apart(items[0]).inputs
     return items, inputs
 
 
@@ -226,7 +281,7 @@ def _check_loss(calibration: Calibration, model: nn.Module) -> None:
     """Call the loss once, on the first batch."""
     batch = calibration.batches[0]
     refuse_failing_call(model, ("data, item 0,", batch.args, batch.kwargs))
-    args, kwargs = calibration.arguments(batch)
+    args, kwargs = calibration.loss_arguments(batch)
     with torch.no_grad():
         output = clone(model, buffers=True)(*args, **kwargs)
         checked_loss(calibration, output, batch)
@@ -248,6 +303,8 @@ def checked_loss(calibration: Calibration, output: Any, batch: Batch) -> torch.T
     place = f"loss={name}"
     try:
         value = calibration.loss(output, moved(batch.target, calibration.device))
+    except DepcutError:
+        raise
     except Exception as error:
         reraise_fatal(error)
         raise InputError(

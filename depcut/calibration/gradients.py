@@ -52,7 +52,7 @@ def gradients(
     """
     held = {n: p for n, p in model.named_parameters() if p.requires_grad}
     for batch in ticking(calibration, "gradients"):
-        args, kwargs = calibration.arguments(batch)
+        args, kwargs = calibration.loss_arguments(batch)
         try:
             loss = checked_loss(calibration, model(*args, **kwargs), batch)
             derivatives = _derived(loss, held, create_graph) if loss.requires_grad else {}
@@ -120,7 +120,7 @@ def _difference(
     ends = []
     for sign in (1, -1):
         moved = {n: (w + sign * step * vector[n]).requires_grad_(True) for n, w in held.items()}
-        args, kwargs = calibration.arguments(batch)
+        args, kwargs = calibration.loss_arguments(batch)
         output = torch.func.functional_call(model, moved, args, kwargs)
         ends.append(_derived(checked_loss(calibration, output, batch), moved, False))
     return {n: (g - ends[1][n]) / (2 * step) for n, g in ends[0].items() if n in ends[1]}

@@ -79,8 +79,8 @@ class Lockstep:
             dense, slim = self._start(batch, [self.stops[self.at - 1]])
             yield next(dense), next(slim)
 
-    def outputs(self) -> list[Any]:
-        """Flat outputs of the narrowed graph for the first batch, from the stop on."""
+    def outputs(self, number: int) -> list[Any]:
+        """Flat outputs of the narrowed graph for one batch, from the stop on."""
         if self.runs:
-            return finished(self.runs[0][1])
-        return finished(self._start(self.calibration.batches[0], [])[1])
+            return finished(self.runs[number][1])
+        return finished(self._start(self.calibration.batches[number], [])[1])

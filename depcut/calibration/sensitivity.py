@@ -104,7 +104,8 @@ class _Probe:
             for node, value in zip(self.program.outputs, outputs, strict=True):
                 if isinstance(value, torch.Tensor) and value.requires_grad:
                     watched.setdefault(node, value)
-            scalar = self._projection(outputs, generator)
+            counted = self.program.results.of(outputs)
+            scalar = self._projection(counted, generator, batch.valid)
         wanted = {n: v for n, v in watched.items() if v.requires_grad}
         gradients = torch.autograd.grad(scalar, list(wanted.values()), allow_unused=True)
         return {
@@ -126,13 +127,18 @@ class _Probe:
             watched[node] = value
             values[node] = value.clone()
 
-    def _projection(self, outputs: list[Any], generator: torch.Generator) -> torch.Tensor:
+    def _projection(
+        self, outputs: list[Any], generator: torch.Generator, valid: torch.Tensor | None
+    ) -> torch.Tensor:
         total = torch.zeros((), device=self.calibration.device)
-        for value in outputs:
-            if isinstance(value, torch.Tensor) and value.requires_grad:
-                signs = torch.randint(0, 2, value.shape, generator=generator) * 2 - 1
-                scale = float(value.detach().double().var(unbiased=False)) * value.numel() + _TINY
-                total = total + (value * signs.to(value)).sum() / scale**0.5
+        values = [v for v in outputs if isinstance(v, torch.Tensor) and v.requires_grad]
+        # A loss beside the outputs has no variance; it counts where it is all there is.
+        for value in [v for v in values if v.numel() > 1] or values:
+            signs = torch.randint(0, 2, value.shape, generator=generator) * 2 - 1
+            if valid is not None and value.shape[:2] == valid.shape:
+                signs = signs * valid.cpu().reshape(*valid.shape, *[1] * (value.ndim - 2))
+            scale = float(value.detach().double().var(unbiased=False)) * value.numel() + _TINY
+            total = total + (value * signs.to(value)).sum() / scale**0.5
         return total
 
 

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from depcut import axes
+from depcut.calibration.padding import without_padding
 from depcut.coupling.groups import Coupling
+from depcut.graph.arguments import Call
+from depcut.ops.contraction import MatrixProduct
 from depcut.ops.normalization import is_batch_norm, shared_statistics
 from depcut.ops.site import SITES, ContractionOp, Site
 
@@ -27,6 +32,20 @@ def find_sites(coupling: Coupling) -> list[Site]:
             op = ContractionOp(node, coupling.env, program, coupling.dims)
             sites += [replace(s, absorbed=_absorbed(s, op)) for s in find(op)]
     return sites
+
+
+def site_inputs(site: Site, call: Call, valid: torch.Tensor | None) -> torch.Tensor:
+    """What a site's weight multiplies: (blocks, vectors, in), without padding.
+
+    Args:
+        site: The site.
+        call: Values of its node's arguments.
+        valid: Flags (examples, length) of the positions that are no padding; None: all.
+    """
+    x = site.family.inputs(call)
+    if isinstance(site.family, MatrixProduct) and site.family.features == -1:
+        (x,) = without_padding(valid, call[site.family.source], x)
+    return x
 
 
 def _absorbed(site: Site, op: ContractionOp) -> bool:

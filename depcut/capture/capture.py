@@ -22,28 +22,40 @@ from depcut.capture.batches import (
 from depcut.capture.calls import Recorder, TorchCall
 from depcut.capture.clone import clone, cloned_arguments
 from depcut.capture.eager import refuse_failing_call, user_line
-from depcut.capture.inputs import Call, Inputs, example_calls
+from depcut.capture.held import aliases, attribute, held_tensors, memory
+from depcut.capture.inputs import Call, Inputs, example_calls, infer_inputs, made_note
 from depcut.capture.part import inside
 from depcut.capture.process_state import capturing
 from depcut.capture.program import ModuleCall, Program
 from depcut.capture.proposal import with_proposal
 from depcut.capture.random_state import python_states, same_states
 from depcut.capture.refusals import check_inputs, check_model
+from depcut.capture.results import (
+    EVERY,
+    Names,
+    Outputs,
+    Results,
+    Viewer,
+    check_outputs,
+    settled_outputs,
+)
 from depcut.capture.signature import name_keywords
 from depcut.capture.structure import structure_of
 from depcut.capture.wrappers import inline_wrappers
 from depcut.errors import CaptureError, in_call
 from depcut.support.failures import first_line, reraise_fatal
-from depcut.support.torch_private import buffers_of, parameters_of, pytree
+from depcut.support.torch_private import pytree
 
 
-def capture(model: nn.Module, inputs: Inputs = None) -> Program:
+def capture(model: nn.Module, inputs: Inputs = None, outputs: Outputs = None) -> Program:
     """Capture what a model computes, on a clone: the model is only read.
 
     Args:
         model: Any module that torch.export can capture.
         inputs: A tensor, a tuple of positional or a dict of keyword arguments, or a list of several
             such example calls; inferred if None.
+        outputs: Names, globs over names or positions of the outputs that count; None: all but
+            those that the model's library calls auxiliary, see `depcut.conventions`.
 
     Returns:
         The first example call, with the others beside it.
@@ -53,6 +65,10 @@ def capture(model: nn.Module, inputs: Inputs = None) -> Program:
         InputError: The inputs are of the wrong kind, or the model does not take them.
     """
     check_model(model)
+    names, made = settled_outputs(outputs), ""
+    if inputs is None:
+        inputs = infer_inputs(model)
+        made = made_note(inputs)
     calls = example_calls(model, inputs, widen=False)
     for number, call in enumerate(calls):
         with in_call(number, len(calls)):
@@ -61,19 +77,39 @@ def capture(model: nn.Module, inputs: Inputs = None) -> Program:
     programs = []
     for number, call in enumerate(calls):
         with in_call(number, len(calls)):
-            programs.append(_freest(model, call, marks, number))
+            programs.append(_freest(model, call, marks, number, names))
+    check_outputs(names, [program.results for program in programs])
     unused = frozenset.intersection(*(p.unused for p in programs))
     for number, program in enumerate(programs):
         if inside(model, unused):
-            training = _in_training(model, program, marks, inside(model, unused), number)
+            training = _in_training(model, program, marks, inside(model, unused), number, names)
             if training is not None:
                 unused &= training.unused
                 programs[number] = replace(program, training=training)
-    return _merged(programs, unused)
+    return replace(_merged(programs, unused), made=made)
+
+
+def captured_again(model: nn.Module, call: Call, program: Program) -> Program:
+    """One graph of another call, captured as a program was.
+
+    Args:
+        model: The model that the program was captured of; it is only read.
+        call: Of the same structure, with other sizes.
+        program: The program.
+
+    Raises:
+        CaptureError: The model cannot be exported with it.
+    """
+    return _capture(model, call, [], frozenset(), 0, program.batching, program.results.names)
 
 
 def _in_training(
-    model: nn.Module, program: Program, marks: list[fx.Node], unused: frozenset[str], number: int
+    model: nn.Module,
+    program: Program,
+    marks: list[fx.Node],
+    unused: frozenset[str],
+    number: int,
+    names: Names | None,
 ) -> Program | None:
     """A call in training, if it uses some of the unused parameters.
 
@@ -81,7 +117,8 @@ def _in_training(
     """
     call = (program.args, program.kwargs)
     try:
-        training = _capture(model, call, marks, _gates(model, unused), number, program.batching)
+        gates = _gates(model, unused)
+        training = _capture(model, call, marks, gates, number, program.batching, names)
     except CaptureError:
         return None
     return None if unused <= training.unused else training
@@ -96,18 +133,20 @@ def _merged(programs: list[Program], unused: frozenset[str]) -> Program:
     return replace(first, others=tuple(others))
 
 
-def _freest(model: nn.Module, call: Call, marks: list[fx.Node], number: int) -> Program:
+def _freest(
+    model: nn.Module, call: Call, marks: list[fx.Node], number: int, names: Names | None
+) -> Program:
     """The program with its batch as free as the model's code lets it be."""
     refused: CaptureError | None = None
     for batching, wide in ways(model, *call):
         try:
-            return _capture(model, wide, marks, frozenset(), number, batching)
+            return _capture(model, wide, marks, frozenset(), number, batching, names)
         except CaptureError as error:  # noqa: PERF203  each attempt may be refused
             refused = refused or error
     assert refused is not None
     refuse_failing_call(model, ("", *call))
     raise with_proposal(
-        refused, model, call, lambda m, c: _capture(m, c, [], frozenset(), 0, Batch.FIXED)
+        refused, model, call, lambda m, c: _capture(m, c, [], frozenset(), 0, Batch.FIXED, EVERY)
     )
 
 
@@ -185,11 +224,13 @@ def _capture(
     training: frozenset[str],
     number: int,
     batching: Batch,
+    names: Names | None,
 ) -> Program:
     """One graph of one example call, with some modules in training mode."""
     calls: list[ModuleCall] = []
     seen = clone(model, training=training)
     recorder = Recorder()
+    viewer = Viewer(seen, names)
     exported, states = _traced(seen, call, batching, marks, calls, recorder)
     program = _program(model, exported, calls, *call)
     suffix = (f"_call{number}" if number else "") + ("_training" if training else "")
@@ -203,6 +244,7 @@ def _capture(
         states=states,
         batching=batching,
         batch=batch_of(*call) if batching is Batch.FIXED else program.batch,
+        results=viewer.results or Results(),
     )
 
 
@@ -245,7 +287,9 @@ def corrected_calls(
     """
     recorder = Recorder()
     with contextlib.suppress(CaptureError):  # what ran until then was seen
-        _traced(clone(model), call, batching, [], [], recorder, correct)
+        seen = clone(model)
+        Viewer(seen, None)
+        _traced(seen, call, batching, [], [], recorder, correct)
     return tuple(recorder.calls)
 
 
@@ -262,7 +306,7 @@ def _program(
     named = {n.name: n for n in graph.nodes if n.op == "placeholder"}
     tensors, parameters, anonymous, around = {}, set(), set(), set()
     own = held_tensors(model)
-    held, places = {id(t) for t in own.values()}, {_memory(t): n for n, t in own.items()}
+    held, places = {id(t) for t in own.values()}, {memory(t): n for n, t in own.items()}
     for spec in exported.graph_signature.input_specs:
         if spec.kind == InputKind.USER_INPUT or spec.target is None:
             continue
@@ -271,7 +315,7 @@ def _program(
             parameters.add(spec.target)
         elif spec.kind == InputKind.CONSTANT_TENSOR:
             constant = exported.constants.get(spec.target)
-            owned = None if constant is None else places.get(_memory(constant))
+            owned = None if constant is None else places.get(memory(constant))
             if owned is not None and attribute(model, spec.target) is None:
                 # A function that closes over it, say: export sees no attribute that holds it.
                 tensors[named[spec.arg.name]] = owned
@@ -299,7 +343,7 @@ def _program(
         kwargs=kwargs,
         batch=batch,
         dynamic=bool(symbolic),
-        aliases=_aliases(model),
+        aliases=aliases(model),
         in_spec=exported.call_spec.in_spec,
         out_spec=exported.call_spec.out_spec,
         constants={n: exported.constants[n] for n in anonymous},
@@ -307,12 +351,6 @@ def _program(
         structure=structure_of(model),
     )
     return replace(program, unused=program.parameters - program.read)
-
-
-def _memory(tensor: torch.Tensor) -> Any:
-    """What a tensor shares with its detached self, and with no other one."""
-    at = tensor.data_ptr() if tensor.layout is torch.strided else 0
-    return (at, tensor.shape, tensor.stride(), tensor.dtype) if at else id(tensor)
 
 
 def _resolved(call: ModuleCall, marks: dict[int, fx.Node]) -> ModuleCall:
@@ -326,37 +364,6 @@ def _resolved(call: ModuleCall, marks: dict[int, fx.Node]) -> ModuleCall:
         tuple(map(leaf, call.out_leaves)),
         call.out_spec,
     )
-
-
-def attribute(model: nn.Module, name: str) -> Any:
-    """The attribute at a qualified name, or None."""
-    value: Any = model
-    for part in name.split("."):
-        value = getattr(value, part, None)
-        if value is None:
-            return None
-    return value
-
-
-def held_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter, buffer and plain tensor attribute of a model, by each qualified name."""
-    out: dict[str, torch.Tensor] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        prefix = f"{name}." if name else ""
-        for held in (vars(module), parameters_of(module), buffers_of(module)):
-            out.update({prefix + k: v for k, v in held.items() if isinstance(v, torch.Tensor)})
-    return out
-
-
-def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    names: dict[int, list[str]] = {}
-    for name, tensor in (
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ):
-        names.setdefault(id(tensor), []).append(name)
-    shared = [tuple(group) for group in names.values() if len(group) > 1]
-    return {name: group for group in shared for name in group}
 
 
 def is_symbolic(value: Any) -> bool:

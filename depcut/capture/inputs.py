@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,9 @@ import torch
 from torch import nn
 
 from depcut.capture.batches import widened
-from depcut.capture.dry_run import result_shapes
+from depcut.capture.dry_run import failure, result_shapes
+from depcut.capture.refusals import signature_of
+from depcut.conventions.convention import Convention, convention_of
 from depcut.errors import InputError, in_call, listed
 from depcut.support.failures import reraise_fatal
 from depcut.support.torch_private import pytree
@@ -18,6 +21,7 @@ from depcut.support.torch_private import pytree
 Inputs = torch.Tensor | tuple[Any, ...] | list[Any] | dict[str, Any] | None
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # the (args, kwargs) of an example call
 
+_CANDIDATES = 40  # of a library's example inputs that are tried
 USUAL_SIZES = (224, 32, 28, 64, 96, 256, 299, 384, 512)
 _HOW = "pass a tensor, a tuple of positional arguments or a dict of keyword arguments"
 _SEVERAL = (
@@ -41,6 +45,7 @@ def normalize(
         InputError: The inputs have another kind, or cannot be inferred.
     """
     args, kwargs = arguments(infer_inputs(model) if inputs is None else inputs)
+    args, kwargs = with_settings(model, args, kwargs)
     device = device_of(model)
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
     refuse_without_values((args, kwargs), device)
@@ -147,6 +152,23 @@ def arguments(inputs: Inputs, where: str = "inputs=") -> tuple[tuple[Any, ...], 
     return args, kwargs
 
 
+def with_settings(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """Arguments of a call, and those that the model's library has for a capture (no cache).
+
+    Args:
+        model: The model they are for.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+    """
+    convention = convention_of(model)
+    if convention is None:
+        return args, kwargs
+    named = dict(zip(signature_of(model).parameters, args, strict=False))
+    settings = convention.settings(model, [*named, *kwargs])
+    # A call is either positional or by keywords in all that is made of it.
+    return ((), {**named, **kwargs, **settings}) if settings else (args, kwargs)
+
+
 def refuse_without_values(tree: Any, device: torch.device) -> None:
     """Refuse sparse tensors, and those on the meta device for a model that has values.
 
@@ -182,11 +204,14 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def infer_inputs(model: nn.Module) -> Inputs:
-    """Example inputs from the model's own dummy inputs or from its first layer.
+    """Example inputs as its library has them, from its own dummy inputs, or from its first layer.
 
     Raises:
         InputError: The first layer leaves it open, or no usual size runs.
     """
+    convention = convention_of(model)
+    if convention is not None:
+        return _by_convention(model, convention)
     dummy = _dummy_inputs(model)
     if dummy is not None:
         return dummy
@@ -214,6 +239,52 @@ def infer_inputs(model: nn.Module) -> Inputs:
         where=type(model).__name__,
         remedy=f"{_HOW}, with a batch of 2",
     )
+
+
+def _by_convention(model: nn.Module, convention: Convention) -> Inputs:
+    """The first candidate of a library that the model takes."""
+    tried: list[dict[str, Any]] = []
+    problem = "no argument of it has a name that the library agrees on"
+    for candidate in islice(convention.example_inputs(model), _CANDIDATES):
+        _, kwargs = with_settings(model, (), candidate)
+        why = failure(model, (), kwargs)
+        if not why:
+            return candidate
+        problem = problem if tried else f"on {shapes_of(candidate)} the model itself raises {why}"
+        tried.append(candidate)
+    others = f", and on {len(tried) - 1} others, too" if len(tried) > 1 else ""
+    raise InputError(
+        f"no example inputs can be made: {problem}{others}",
+        where=f"{type(model).__name__}.forward",
+        remedy="pass inputs= as a dict of its keyword arguments, with a batch of 2",
+    )
+
+
+def shapes_of(inputs: Inputs) -> str:
+    """Names, data types and shapes of inputs, in words.
+
+    Args:
+        inputs: What one call takes.
+    """
+    args, kwargs = arguments(inputs)
+    named = {**{str(i): a for i, a in enumerate(args)}, **kwargs}
+
+    def one(name: str, value: Any) -> str:
+        if not isinstance(value, torch.Tensor):
+            return f"{name}={value!r}" if isinstance(value, int | float | str | None) else name
+        kind = str(value.dtype).removeprefix("torch.")
+        return f"{'' if name.isdigit() else name + ' '}{kind} {list(value.shape)}"
+
+    return ", ".join(one(name, value) for name, value in named.items())
+
+
+def made_note(inputs: Inputs) -> str:
+    """That example inputs were made, in words.
+
+    Args:
+        inputs: What `infer_inputs` returned.
+    """
+    return f"the example inputs were made: {shapes_of(inputs)}; pass inputs= for others"
 
 
 _FIRST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding)

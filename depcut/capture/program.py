@@ -12,6 +12,7 @@ from torch import fx
 
 from depcut.capture.batches import Batch
 from depcut.capture.calls import Comparison, TorchCall
+from depcut.capture.results import Results
 from depcut.capture.structure import Structure
 from depcut.support.torch_private import pytree
 
@@ -70,6 +71,8 @@ class Program:
         structure: The model's modules and attributes when it was captured.
         around: Tensors of the model that its code reaches by another way than by their attributes.
         batching: How the first dimensions of the inputs were captured.
+        results: Which of the outputs count, and how to get them out of what a call returns.
+        made: What the example inputs were made of, in words; "" where they were given.
     """
 
     graph: fx.GraphModule
@@ -98,11 +101,15 @@ class Program:
     structure: Structure = field(default_factory=dict)
 
     batching: Batch = Batch.FREE
+    results: Results = field(default_factory=Results)
+    made: str = ""
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What the capture had to assume, in words."""
-        return () if self.batching is Batch.FREE else (self.batching.value,)
+        batching = () if self.batching is Batch.FREE else (self.batching.value,)
+        of_results = (note for each in self.examples for note in each.results.notes)
+        return (*filter(None, [self.made]), *batching, *dict.fromkeys(of_results))
 
     @property
     def examples(self) -> tuple[Program, ...]:
@@ -202,6 +209,11 @@ class Program:
     def outputs(self) -> list[Any]:
         """The flattened results."""
         return list(next(n for n in self.graph.graph.nodes if n.op == "output").args[0])
+
+    @property
+    def counted(self) -> list[Any]:
+        """Those of the flattened results that count, see `Results`."""
+        return self.results.of(self.outputs)
 
 
 def module_of(node: fx.Node) -> str:

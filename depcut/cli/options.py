@@ -1,13 +1,16 @@
-"""The options that the commands of the command line share."""
+"""The options that the commands of the command line share, and where their values come from."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from depcut.cli.models import MODEL_HELP
+from depcut.cli.option_file import converted
+from depcut.cli.output import Output
 from depcut.errors import InputError
 from depcut.options import Options, ShrinkKeywords
 from depcut.support.keywords import default_of, doc_of, names_of
@@ -17,28 +20,37 @@ from depcut.timing.runtimes import RUNTIMES, providers
 _ELSEWHERE = ("latency_ms", "threads")
 
 
-def threads_of(arguments: argparse.Namespace) -> int:
-    """What `--threads` says, 1 where it was left out."""
-    return int(getattr(arguments, "threads", 1))
+@dataclass(frozen=True)
+class Subcommand:
+    """One command of the command line.
+
+    Attributes:
+        name: What it is called.
+        summary: What it does, in a line.
+        declare: Adds its options.
+        run: Does it, with the options' values.
+    """
+
+    name: str
+    summary: str
+    declare: Callable[[Command], None]
+    run: Callable[[argparse.Namespace, Output], None]
 
 
 def options_of(arguments: argparse.Namespace) -> Options:
     """The options that the command line gives: those of the file, and the flags before them.
 
     Args:
-        arguments: Parsed, of a command with the flags of `Command.pruning`.
+        arguments: As `Command.settled` returns them, of a command with the flags of `pruning`.
 
     Raises:
-        InputError: The file cannot be read, or a value is wrong.
+        InputError: A value is wrong.
     """
     given = vars(arguments)
     flags = {n: given[n] for n in names_of(Options, ShrinkKeywords) if n in given}
-    if flags.get("latency_ms", 0) is None:
-        del flags["latency_ms"]
     if "ratios" in flags:
         flags["ratios"] = dict(flags["ratios"])
-    base = Options.read(arguments.options) if arguments.options else Options()
-    return replace(base, **flags)
+    return replace(Options(**arguments.of_file), **flags)
 
 
 def _switch(text: str) -> bool | str:
@@ -58,78 +70,177 @@ def _ratio_by_glob(text: str) -> tuple[str, float]:
         ) from error
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults that say something, and leaves the lines of the epilog as they are."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return super()._get_help_string(action) if action.default else action.help
-
-
 class Command:
-    """One command under construction.
+    """One command under construction, and the settling of its values.
+
+    argparse is asked for what was given alone: values of a file stand between that and defaults.
 
     Args:
         parser: Its parser.
-        run: What it runs.
     """
 
-    def __init__(
-        self, parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None]
-    ) -> None:
-        self.add = parser.add_argument
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
         self._parser = parser
-        parser.set_defaults(run=run)
+        self._actions: dict[str, argparse.Action] = {}
+        self._defaults: dict[str, Any] = {}
+        self._pruning: tuple[str, ...] = ()
+        self._groups: list[tuple[Any, list[str]]] = []
+        self._common()
 
-    def exclusive(self) -> Callable[..., argparse.Action]:
+    def add(self, *flags: str, default: Any = None, target: Any = None, **given: Any) -> str:
+        """Add a flag or a positional argument.
+
+        Args:
+            *flags: Its names.
+            default: Its value where neither command line nor file give one.
+            target: The group that it belongs to, if it does.
+            **given: What `argparse` takes.
+
+        Returns:
+            The name of its value.
+        """
+        if given.get("action") == "store_true":
+            default = False
+        elif given.get("action") == "append":
+            default = []
+        elif default is not None:
+            given["help"] = f"{given['help']} (default: {default})"
+        added = target or self._parser
+        action = added.add_argument(*flags, default=argparse.SUPPRESS, **given)
+        self._actions[action.dest], self._defaults[action.dest] = action, default
+        return str(action.dest)
+
+    def exclusive(self) -> Callable[..., None]:
         """Adds options of which one must be given, and only one."""
-        return self._parser.add_mutually_exclusive_group(required=True).add_argument
+        group = self._parser.add_mutually_exclusive_group(required=True)
+        names: list[str] = []
+        self._groups.append((group, names))
+
+        def add(*flags: str, **given: Any) -> None:
+            names.append(self.add(*flags, target=group, **given))
+
+        return add
+
+    def expect(self, values: Mapping[str, Any]) -> None:
+        """Demand no more of the command line what a file gives.
+
+        Args:
+            values: Of the file, by name.
+        """
+        for name in values:
+            if name in self._actions:
+                self._actions[name].required = False
+        for group, names in self._groups:
+            group.required = not any(name in values for name in names)
+
+    def settled(
+        self, given: argparse.Namespace, values: Mapping[str, Any], path: Path | None
+    ) -> argparse.Namespace:
+        """All values: as the command line gives them, else as the file does, else the defaults.
+
+        Args:
+            given: What the parser returned.
+            values: Of the file, by name.
+            path: The file, for messages.
+
+        Raises:
+            InputError: The file gives what the command does not know, or what a flag does not take.
+        """
+        pruning = [name for name in self._pruning if name not in _ELSEWHERE]
+        unknown = [name for name in values if name not in {*self._actions, *pruning}]
+        if unknown:
+            known = [n for n in (*self._actions, *pruning) if n not in ("options", "command")]
+            raise InputError(
+                f"unknown options: {', '.join(unknown)}",
+                where=str(path),
+                remedy=f"there are {', '.join(dict.fromkeys(known))}",
+            )
+        settled = dict(self._defaults)
+        for name in values:
+            rivals = {n for _, names in self._groups if name in names for n in names}
+            if name in pruning or rivals & vars(given).keys():
+                continue
+            several = isinstance(self._defaults[name], list) or self._actions[name].nargs == "+"
+            assert path is not None
+            settled[name] = converted(self._actions[name], values[name], path, several=several)
+        settled["of_file"] = {name: values[name] for name in pruning if name in values}
+        return argparse.Namespace(**{**settled, **vars(given)})
+
+    def _common(self) -> None:
+        """What every command has."""
+        self.add(
+            "--json",
+            action="store_true",
+            help="write one JSON document to standard output, and nothing else there",
+        )
+        self.add(
+            "--options",
+            type=Path,
+            metavar="FILE",
+            help="TOML file of options by their names; the command line goes before it",
+        )
+        self.add(
+            "--debug", action="store_true", help="show the traceback of an error, your code's first"
+        )
 
     def model(self) -> None:
         """The options of all commands that build one model."""
-        self.add("model", metavar="MODEL", help="package.module:factory")
+        self.add("model", metavar="MODEL", help="see below")
         self.inputs()
+
+    def outputs(self) -> None:
+        """Which outputs count."""
+        self.add(
+            "--outputs",
+            action="append",
+            metavar="NAME",
+            help="an output that counts, by name or position; the others may become narrower",
+        )
 
     def inputs(self) -> None:
         """Weights and example inputs."""
+        self._parser.epilog = MODEL_HELP
         self.add(
-            "--weights", type=Path, metavar="FILE", help="safetensors file for the dense model"
+            "--weights",
+            type=Path,
+            metavar="FILE",
+            help="weights of the dense model: safetensors, an index of several, .pth, .pt or .bin",
         )
         self.add(
             "--input-shape",
             action="append",
-            default=[],
             metavar="SHAPE",
             help="sizes of an input, such as 2,3,224,224 or 2,32:int64; once per positional "
-            "argument; inferred from the first layer if left out",
+            "argument; inferred from the model if left out",
         )
 
     def pruning(self) -> None:
-        """The fields of `depcut.Options`, and a file of them; a flag goes before the file."""
-        self.add(
-            "--options", type=Path, metavar="FILE", help="TOML file of the options that follow"
-        )
-        for name in names_of(Options, ShrinkKeywords):
+        """The fields of `depcut.Options`."""
+        self._pruning = tuple(names_of(Options, ShrinkKeywords))
+        for name in self._pruning:
             if name not in _ELSEWHERE:
                 self._field(name)
 
     def _field(self, name: str) -> None:
         """The flag of one field; where it is not given, the namespace does not have it."""
         flag, default = "--" + name.replace("_", "-"), default_of(Options, name)
+        kind = next(f.type for f in fields(Options) if f.name == name)
         text = doc_of(Options, name).replace("%", "%%").replace("`", "")
         text = f"{text[0].lower()}{text[1:].rstrip('.')}"
         if default is not None and default != () and not isinstance(default, bool):
             text += f" (default: {default})"
         common: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text}
-        if isinstance(default, bool):
-            self.add(flag, action=argparse.BooleanOptionalAction, **common)
-        elif name == "compensate":
-            self.add(flag, type=_switch, metavar="auto|true|false", **common)
+        add = self._parser.add_argument
+        if kind == "bool":
+            add(flag, action=argparse.BooleanOptionalAction, **common)
+        elif kind == "bool | str":
+            add(flag, type=_switch, metavar="auto|true|false", **common)
         elif name == "ratios":
-            self.add(flag, type=_ratio_by_glob, action="append", metavar="GLOB=RATIO", **common)
+            add(flag, type=_ratio_by_glob, action="append", metavar="GLOB=RATIO", **common)
         elif isinstance(default, tuple):
-            self.add(flag, action="append", metavar="GLOB", **common)
+            add(flag, action="append", metavar="GLOB", **common)
         else:
-            self.add(flag, type=int if isinstance(default, int) else str, **common)
+            add(flag, type=int if isinstance(default, int) else str, **common)
 
     def plan(self) -> None:
         """The options of a plan to apply first, and of weights for the smaller model."""
@@ -138,17 +249,12 @@ class Command:
             "--slim-weights",
             type=Path,
             metavar="FILE",
-            help="safetensors file to load after the plan was applied",
+            help="weights to load after the plan was applied",
         )
 
     def timing(self) -> None:
         """The options of timing."""
-        self.add(
-            "--threads",
-            type=int,
-            default=argparse.SUPPRESS,
-            help="threads that one operator may use (default: 1)",
-        )
+        self.add("--threads", type=int, default=1, help="threads that one operator may use")
         self.add("--rounds", type=int, default=30, help="turns that every candidate has")
 
     def runtime(self, *, several_batches: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -66,6 +67,9 @@ class Group:
         seen = dict.fromkeys(layer_of(m.tensor) for m in self.members if m.role == "producer")
         return tuple(seen)
 
+    def __repr__(self) -> str:
+        return f"<Group {self.name}: {self.size} units, {len(self.members)} members>"
+
 
 @dataclass(frozen=True)
 class Frozen:
@@ -78,7 +82,7 @@ class Frozen:
     where: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Coupling:
     """The result of inference over a program: groups, terms and effects.
 
@@ -116,6 +120,17 @@ class Coupling:
                 size = sum(leaf.size for leaf in stuck) if isinstance(term, Concat) else term.size
                 out.append(Frozen(name, i, size, reason.why, place))
         return tuple(out)
+
+    @property
+    def frozen_share(self) -> float:
+        """Share of the parameters of which no index can be removed."""
+        total = stuck = 0
+        for name, dims in self.dims.items():
+            if name in self.program.parameters:
+                size = math.prod(t.size for t in dims)
+                total += size
+                stuck += size * all(map(axes.is_frozen, dims))
+        return stuck / total if total else 1.0
 
     @cached_property
     def calls(self) -> tuple[Coupling, ...]:

@@ -61,7 +61,7 @@ def _run(
                 _frozen_dims(sizes, "constant typed into the code", node.name) if sizes else None
             )
         elif node.op == "output":
-            for result in node.all_input_nodes:
+            for result in [n for n in program.counted if isinstance(n, fx.Node)]:
                 for shape in _shapes(env.get(result)):
                     for term in shape or ():
                         axes.freeze(term, Reason(OUTPUT, result.name))

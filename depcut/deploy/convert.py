@@ -18,6 +18,7 @@ from depcut.capture.batches import Batch, dynamic_shapes, widened
 from depcut.capture.clone import clone, cloned_arguments
 from depcut.capture.eager import refuse_failing_call
 from depcut.capture.process_state import converting
+from depcut.capture.results import EVERY, Viewer
 from depcut.capture.signature import name_keywords
 from depcut.deploy.runtime import batch_size, bind_inputs
 from depcut.errors import ExportError, InputError
@@ -78,7 +79,7 @@ def draft(
     arguments = bind_inputs(model, inputs)
     with converting():
         try:
-            arguments, program = _capture(model, arguments, free_batch=free_batch)
+            arguments, program = captured(model, arguments, free_batch=free_batch)
         except ExportError:
             refuse_failing_call(model, ("inputs=", arguments.args, arguments.kwargs))
             raise
@@ -120,19 +121,29 @@ def _checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
     return entries
 
 
-def _capture(
+def captured(
     model: nn.Module, arguments: inspect.BoundArguments, *, free_batch: bool = True
 ) -> tuple[inspect.BoundArguments, torch.export.ExportedProgram]:
-    """The exported program, and the arguments it was made with."""
+    """The exported program of a model in evaluation mode, and the arguments it was made with.
+
+    Args:
+        model: The model; it is only read.
+        arguments: What `bind_inputs` returned.
+        free_batch: Whether dimension 0 is free, where the model's code allows that.
+
+    Raises:
+        ExportError: torch.export cannot capture the model.
+    """
     args, kwargs = widened(model, arguments.args, arguments.kwargs)
     wide = arguments.signature.bind(*args, **kwargs)
     if free_batch and batch_size(wide) > batch_size(arguments):
         # torch.export takes a dimension of one for a constant.
         with contextlib.suppress(ExportError):
-            return _capture(model, wide)
+            return captured(model, wide)
     # Kernels are chosen by what is to be differentiated: here and in the conversion, nothing.
     seen = clone(model, requires_grad=False)
     args, kwargs = cloned_arguments((arguments.args, arguments.kwargs))
+    Viewer(seen, EVERY)
     name_keywords(seen, kwargs)
     shapes = dynamic_shapes(seen, args, kwargs, Batch.FREE if free_batch else Batch.FIXED)
     try:

@@ -15,6 +15,7 @@ from torch.utils.dlpack import from_dlpack
 from depcut.capture.clone import clone, cloned_arguments
 from depcut.capture.eager import user_line
 from depcut.capture.process_state import as_captured
+from depcut.capture.results import tensors_of
 from depcut.deploy.runtime import Array, resized, session_tensors
 from depcut.errors import ExportError
 from depcut.rewrite.copying import copied
@@ -68,7 +69,7 @@ def compare_outputs(
     """
     other = resized(arguments, batch)
     try:
-        expected = _outputs(model, (other.args, other.kwargs))
+        expected = model_outputs(model, (other.args, other.kwargs))
     except Exception as error:
         reraise_fatal(error)
         raise ExportError(
@@ -170,22 +171,28 @@ def _rounding(
 ) -> list[float]:
     """How far PyTorch itself is from double precision, by output; 0 where that cannot be told."""
     try:
-        again = _outputs(model, (arguments.args, arguments.kwargs))
+        again = model_outputs(model, (arguments.args, arguments.kwargs))
         if not all(map(torch.equal, again, expected)):
             return [0.0] * len(expected)  # it draws random numbers
         values = pytree.tree_map(_doubled, (arguments.args, arguments.kwargs))
-        exact = _outputs(copied(model, {}).double(), values)
+        exact = model_outputs(copied(model, {}).double(), values)
         gaps = [gap(_exact(a), _exact(b)).worst for a, b in zip(exact, expected, strict=True)]
     except Exception:  # noqa: BLE001  (code that insists on single precision has no second look)
         return [0.0] * len(expected)
     return [worst if math.isfinite(worst) else 0.0 for worst in gaps]
 
 
-def _outputs(model: nn.Module, values: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Tensor]:
+def model_outputs(model: nn.Module, values: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Tensor]:
+    """The tensors that a model returns in evaluation mode; a clone of it runs.
+
+    Args:
+        model: The model.
+        values: Positional and keyword arguments.
+    """
     args, kwargs = cloned_arguments(values)
     with torch.no_grad(), as_captured():
         outputs = clone(model, buffers=True)(*args, **kwargs)
-    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    return tensors_of(outputs)
 
 
 def _doubled(leaf: object) -> object:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Iterator, MutableMapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ from torch import fx
 from depcut.capture.program import Program
 from depcut.graph.arguments import values_of
 from depcut.graph.operators import enters_autocast, in_any_layout, leaves_autocast
+from depcut.graph.resized import Resized, numbers_of_run
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,13 @@ class Interpreter:
 
     Attributes:
         values: Of the nodes that ran and are still needed.
+        resized: The numbers of a run on inputs of other sizes than the captured ones.
     """
 
     def __init__(self, program: Program) -> None:
         self.program = program
         self.values: dict[fx.Node, Any] = {}
+        self.resized: Resized | None = None
         self._regions: list[torch.autocast] = []
 
     # What a subclass says ------------------------------------------------------------------------
@@ -85,11 +88,22 @@ class Interpreter:
 
     def constant(self, node: fx.Node) -> Any:
         """The value of an attribute of the graph."""
+        if self.resized is not None:
+            return self.resized.constants[node]
         return getattr(self.program.graph, str(node.target))
 
     def arguments(self, node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The (args, kwargs) that a paused run shows."""
-        return values_of(node, self.values)
+        return self.values_of(node, self.values)
+
+    def values_of(
+        self, node: fx.Node, values: Mapping[fx.Node, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The (args, kwargs) of a node with values in place of nodes."""
+        if self.resized is None:
+            return values_of(node, values)
+        args, kwargs = fx.map_arg(self.resized.arguments_of(node), values.__getitem__)
+        return tuple(args), dict(kwargs)
 
     def stands_aside(self, node: fx.Node) -> bool:  # noqa: ARG002  (a hook)
         """Whether a node is not run; its value, if it needs one, has been set then."""
@@ -97,7 +111,7 @@ class Interpreter:
 
     def call(self, node: fx.Node) -> Any:
         """The value of an operator's node."""
-        args, kwargs = values_of(node, self.values)
+        args, kwargs = self.values_of(node, self.values)
         return in_any_layout(node.target)(*args, **kwargs)
 
     def made(self, node: fx.Node) -> None:
@@ -117,13 +131,14 @@ class Interpreter:
         """Run node by node, pausing before some of them.
 
         Args:
-            inputs: Flat inputs.
+            inputs: Flat inputs; of other sizes than the captured ones as `FlatInputs`.
             stops: Nodes to pause before; what their arguments are views of may be changed then.
 
         Returns:
             The flat outputs.
         """
         last, pending = last_uses(self.program), iter(inputs)
+        self.resized = numbers_of_run(inputs)
         outputs: list[Any] = []
         self.values.clear()
         try:

@@ -22,10 +22,11 @@ class Refusal:
         method: What it stands for.
         kind: Name of the model's class.
         why: What `from_pretrained` would get wrong.
+        remedy: What to do beside `depcut.save`.
     """
 
-    def __init__(self, method: str, kind: str, why: str) -> None:
-        self.method, self.kind, self.why = method, kind, why
+    def __init__(self, method: str, kind: str, why: str, remedy: str) -> None:
+        self.method, self.kind, self.why, self.remedy = method, kind, why, remedy
 
     def __call__(self, *_: Any, **__: Any) -> NoReturn:
         """Refuse the call.
@@ -36,22 +37,22 @@ class Refusal:
         raise DepcutError(
             f"{self.kind}.from_pretrained could not rebuild this model: {self.why}",
             where=f"{self.kind}.{self.method}",
-            remedy="depcut.save(slim, folder) keeps it as it is; rebuildable=True, where it is "
-            "shrunk, makes one that from_pretrained takes. ignore_mismatched_sizes=True would "
-            "load random weights",
+            remedy=f"depcut.save(slim, folder) keeps it as it is; {self.remedy}. "
+            "ignore_mismatched_sizes=True would load random weights",
         )
 
 
-def refuse_saving(model: nn.Module, why: str) -> None:
+def refuse_saving(model: nn.Module, why: str, remedy: str) -> None:
     """Have a model refuse to be saved as what `from_pretrained` takes.
 
     Args:
         model: The model; its class stays what it is.
         why: What `from_pretrained` would get wrong.
+        remedy: What to do beside `depcut.save`.
     """
     for method in _METHODS:
         if hasattr(type(model), method):
-            vars(model)[method] = Refusal(method, type(model).__name__, why)
+            vars(model)[method] = Refusal(method, type(model).__name__, why, remedy)
 
 
 def allow_saving(model: nn.Module) -> None:
@@ -63,3 +64,12 @@ def allow_saving(model: nn.Module) -> None:
     for method in _METHODS:
         if isinstance(vars(model).get(method), Refusal):
             del vars(model)[method]
+
+
+def refuses_saving(model: nn.Module) -> bool:
+    """Whether a model refuses to be saved as what `from_pretrained` takes.
+
+    Args:
+        model: The model.
+    """
+    return any(isinstance(vars(model).get(method), Refusal) for method in _METHODS)

@@ -107,15 +107,27 @@ def _compared(
     for program in keep.coupling.program.examples if changed else ():
         for comparison in program.comparisons:
             name, (left, right) = comparison.operator, comparison.sides
-            mine = changed.intersection((*_attributes(left), *_attributes(right)))
+            mine = changed.intersection((*attributes_in(left), *attributes_in(right)))
             if not mine:
                 continue
             fixed = right is not None and all(is_fixed(e, keep.coupling) for e in (left, right))
+            if fixed and _is_of_one(left, right, keep, settled):
+                continue
             if not fixed or _outcome(name, left, right, keep, settled) != _outcome(
                 name, left, right, Keep(keep.coupling, {}), lambda a: attribute_value(model, a)
             ):
                 out |= mine
     return out
+
+
+def _is_of_one(left: Expr, right: Expr, keep: Keep, lookup: Lookup) -> bool:
+    """Whether a number that becomes 1 is compared with 1.
+
+    Code that asks for that skips what does nothing to one of a kind (to repeat, to split). That it
+    computes the same is for the verification to see.
+    """
+    other = left if right == 1 else right
+    return 1 in (left, right) and evaluate(other, keep, lookup) == 1
 
 
 def _outcome(name: str, left: Expr, right: Expr, keep: Keep, lookup: Lookup) -> bool | None:
@@ -290,7 +302,7 @@ def _derive(demand: _Demand, keep: Keep, values: dict[Attribute, int], lookup: L
 def _derive_one(demand: _Demand, keep: Keep, values: dict[Attribute, int], settled: Lookup) -> None:
     """Solve for one attribute of several that nothing else decides, the others as they are."""
     assert isinstance(demand.expr, tuple)
-    for candidate in _attributes(demand.expr):
+    for candidate in attributes_in(demand.expr):
         if candidate not in values and _derive(
             demand,
             keep,
@@ -300,14 +312,15 @@ def _derive_one(demand: _Demand, keep: Keep, values: dict[Attribute, int], settl
             return
 
 
-def _attributes(expr: Expr | None) -> Iterator[Attribute]:
+def attributes_in(expr: Expr | None) -> Iterator[Attribute]:
+    """The attributes that a provenance expression reads."""
     if not isinstance(expr, tuple):
         return
     if expr[0] == "attr":
         yield _attribute(expr)
     elif expr[0] in OPERATORS:
-        yield from _attributes(expr[1])
-        yield from _attributes(expr[2])
+        yield from attributes_in(expr[1])
+        yield from attributes_in(expr[2])
 
 
 def invert(expr: Expr, target: int, keep: Keep, lookup: Lookup) -> tuple[Attribute, int] | None:

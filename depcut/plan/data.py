@@ -17,6 +17,7 @@ from depcut.branches.find import residuals as find_residuals
 from depcut.capture.part import part_of
 from depcut.capture.program import Program
 from depcut.capture.refusals import check_module
+from depcut.capture.results import EVERY
 from depcut.coupling.groups import Coupling
 from depcut.errors import PlanError, listed
 from depcut.graph.liveness import Bypass
@@ -44,7 +45,7 @@ ANEW = "make a plan for this model with depcut.analyze(model, inputs).plan(...)"
 DataT = TypeVar("DataT", bound="PlanData")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PlanData:
     """Kept units of every narrowed group, for one architecture.
 
@@ -56,7 +57,8 @@ class PlanData:
         fingerprint: Of the architecture's tensors and groups.
         settings: How it was made (ratio, of, score, ...).
         inputs: Shapes and dtypes of the example call it was made with, by "args" and "kwargs"; of
-            several calls those of the first, and a list of the others under "others".
+            several calls those of the first, and a list of the others under "others". Where not all
+            outputs count, names of those that do, under "outputs".
         dropped: Names of the residual branches that go, sorted.
     """
 
@@ -129,7 +131,11 @@ class PlanData:
         Raises:
             DepcutError: It cannot be written.
         """
-        data = {
+        files.write_json(path, self.to_dict(), "plan", indent=1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data: what `save` writes."""
+        return {
             "format": FORMAT,
             "fingerprint": self.fingerprint,
             "settings": dict(self.settings),
@@ -139,7 +145,6 @@ class PlanData:
             "kept": {name: kept.tolist() for name, kept in self.kept.items()},
             "dropped": list(self.dropped),
         }
-        files.write_json(path, data, "plan", indent=1)
 
     @classmethod
     def load(cls: type[DataT], path: str | os.PathLike[str]) -> DataT:
@@ -189,6 +194,16 @@ class PlanData:
         text = json.dumps({n: k.tolist() for n, k in sorted(self.kept.items())})
         text += json.dumps(self.dropped) if self.dropped else ""
         return hashlib.sha256((self.fingerprint + text).encode()).hexdigest()[:16]
+
+    @property
+    def headline(self) -> str:
+        """One line that says what it is."""
+        made = "".join(f", {n} {self.settings[n]}" for n in ("ratio", "of") if n in self.settings)
+        gone = f", {len(self.dropped)} branches dropped" if self.dropped else ""
+        return f"Plan {self.digest}: {len(self.kept)} of {len(self.sizes)} groups{made}{gone}"
+
+    def __repr__(self) -> str:
+        return f"<{self.headline}>"
 
     def __str__(self) -> str:
         rows = [
@@ -269,6 +284,9 @@ def make_plan(
     units = {n: u for n, u in units.items() if u.shape[-1] < sizes[n]}
     first, *others = map(_call, coupling.program.examples)
     inputs = {**first, "others": others} if others else first
+    counted = [program.results.names for program in coupling.program.examples]
+    if any(names != EVERY for names in counted):
+        inputs["outputs"] = list(dict.fromkeys(str(name) for names in counted for name in names))
     shapes = {n: list(t.shape) for n, t in model.state_dict(keep_vars=True).items()}
     digest = fingerprint(coupling)
     names = check_names(

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from depcut.capture.inputs import device_of
+from depcut.capture.results import EVERY, Names
 from depcut.coupling.groups import Coupling
 from depcut.errors import PlanError
 from depcut.support.failures import first_line, shown
@@ -46,12 +47,14 @@ def check_described(inputs: Any) -> None:
     """
     if not (
         isinstance(inputs, dict)
-        and {"args", "kwargs"} <= inputs.keys() <= {"args", "kwargs", "others"}
+        and {"args", "kwargs"} <= inputs.keys() <= {"args", "kwargs", "others", "outputs"}
         and isinstance(inputs["args"], list)
         and isinstance(inputs["kwargs"], dict)
         and not _is_tensor(inputs["kwargs"])
     ):
         raise ValueError("the inputs are no list of arguments with a dictionary of others")
+    if not isinstance(outputs_of(inputs), tuple):
+        raise ValueError("the outputs that count are no list of names")
     others = inputs.get("others", [])
     if not isinstance(others, list):
         raise ValueError("the other example calls are no list")
@@ -69,6 +72,17 @@ def check_described(inputs: Any) -> None:
 
 def _is_tensor(leaf: Any) -> bool:
     return isinstance(leaf, dict) and "shape" in leaf
+
+
+def outputs_of(inputs: Any) -> Names | None:
+    """Names of the outputs that count, in all example calls; None where they are no such names.
+
+    Args:
+        inputs: As `PlanData.inputs`; of plans that name none, all count.
+    """
+    names = inputs.get("outputs", list(EVERY))
+    plain = isinstance(names, list) and names and all(isinstance(n, str) for n in names)
+    return tuple(names) if plain else None
 
 
 def example_of(inputs: Any, model: nn.Module) -> Any:

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from depcut.capture.capture import held_tensors
+from depcut.capture.held import held_tensors
 from depcut.capture.program import Program
 from depcut.coupling.groups import Coupling
 from depcut.graph.arguments import written

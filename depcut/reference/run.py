@@ -17,13 +17,16 @@ from torch import fx, nn
 
 from depcut import axes
 from depcut.axes.rows import fitted
-from depcut.capture.capture import held_tensors, is_symbolic
+from depcut.capture.capture import is_symbolic
+from depcut.capture.held import held_tensors
 from depcut.capture.inputs import Inputs, normalize
-from depcut.graph.arguments import replaced, values_of
+from depcut.graph.arguments import replaced
 from depcut.graph.interpreter import Interpreter, Pausing, finished
 from depcut.graph.operators import in_any_layout, is_aten, is_size
+from depcut.graph.resized import Resized, numbers_of_run
 from depcut.ops.registry import Output
 from depcut.plan.keep import Keep
+from depcut.reference.lengths import check_terms, literal_there
 from depcut.reference.norms import estimate, estimates
 from depcut.reference.slices import index_tensors, take
 from depcut.support.torch_private import pytree
@@ -90,6 +93,7 @@ class Reference:
         self.held = held_tensors(model)
         self.program = keep.coupling.program
         self.norms = estimates(self.program)
+        self._checked: set[Resized] = set()
 
     def run(
         self,
@@ -113,6 +117,7 @@ class Reference:
         """
         watched: dict[fx.Node, Any] = {}
         run = ReferenceRun(self, dtype, tensors or {}, watch or (), watched)
+        self._check(inputs)
         run.look, run.around = look or _copy, around or _nowhere
         return finished(run.steps(inputs)), watched
 
@@ -139,7 +144,15 @@ class Reference:
         Returns:
             The flat outputs.
         """
+        self._check(inputs)
         return ReferenceRun(self, dtype, tensors or {}, watch or (), watched).steps(inputs, stops)
+
+    def _check(self, inputs: list[Any]) -> None:
+        """Refuse inputs of a length that narrowed dimensions do not tell, once a length."""
+        resized = numbers_of_run(inputs)
+        if resized is not None and resized not in self._checked:
+            check_terms(self.keep, resized)
+            self._checked.add(resized)
 
 
 class ReferenceRun(Interpreter):
@@ -195,7 +208,7 @@ class ReferenceRun(Interpreter):
 
     def arguments(self, node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments that a node is called with; of a dense run, before any zeros."""
-        args, kwargs = values_of(node, self.values)
+        args, kwargs = self.values_of(node, self.values)
         if self.sliced and node in self.keep.coupling.effects:
             return self._literals(node, args, kwargs)
         return args, kwargs
@@ -219,7 +232,8 @@ class ReferenceRun(Interpreter):
         if name in self.tensors:
             return self.tensors[name]
         held = self.program.constants if name in self.program.anonymous else self.held
-        tensor = held[name].detach()
+        there = self.resized.constants.get(node) if self.resized is not None else None
+        tensor = (held[name] if there is None else there).detach()
         if self.sliced:
             tensor = kept_part(tensor, self.keep, self.keep.coupling.env[node])
         if name not in self.program.parameters:
@@ -261,7 +275,7 @@ class ReferenceRun(Interpreter):
                     self.keep.coupling.env[source],
                 )
                 masked[source] = _zeroed(dense, self.keep, dims, dim)
-        args, kwargs = values_of(node, ChainMap(masked, self.values))
+        args, kwargs = self.values_of(node, ChainMap(masked, self.values))
         with self.around(node):
             return target(*args, **kwargs)
 
@@ -284,7 +298,7 @@ class ReferenceRun(Interpreter):
             else self.values[n]
             for n in node.all_input_nodes
         }
-        args, kwargs = self._literals(node, *values_of(node, small))
+        args, kwargs = self._literals(node, *self.values_of(node, small))
         with self.around(node):
             result = in_any_layout(node.target)(*args, **kwargs)
         if isinstance(result, tuple | list):
@@ -301,6 +315,8 @@ class ReferenceRun(Interpreter):
             new = literal.sign * count
             if isinstance(value, fx.Node):
                 new = self.values[value] * count // dense
+            elif self.resized is not None:
+                new = literal_there(self.resized, node, literal, (dense, count))
             head, rest = literal.path[0], literal.path[1:]
             if isinstance(head, int):
                 args[head] = replaced(args[head], rest, new)

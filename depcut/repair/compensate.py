@@ -21,13 +21,14 @@ from depcut.axes import Reason
 from depcut.calibration.data import Calibration
 from depcut.calibration.lockstep import Lockstep
 from depcut.calibration.moments import folded
+from depcut.calibration.padding import without_padding
 from depcut.calibration.progress import bar
 from depcut.calibration.sites import find_sites
 from depcut.calibration.solve import solve
 from depcut.calibration.visits import check_finite
-from depcut.capture.capture import held_tensors
 from depcut.capture.clone import clone
 from depcut.capture.eager import user_line
+from depcut.capture.held import held_tensors
 from depcut.capture.process_state import as_captured
 from depcut.capture.program import layer_of
 from depcut.capture.random_state import preserved
@@ -146,11 +147,13 @@ class _Repairer:
                         self._site(site, both)
                 else:
                     self._norm(node, both)
-        expected = both.outputs()
+        numbers = self._one_a_length()
+        expected = [both.outputs(number) for number in numbers]
         held = held_tensors(self.slim)
         for name in changed:
             held[name].data.copy_(self.tensors[name])
-        self._verify(expected)
+        for number, outputs in zip(numbers, expected, strict=True):
+            self._verify(number, outputs)
         return Compensation(tuple(self.repairs), {**self.left, **self._unread()})
 
     def _site(self, site: Site, both: Lockstep) -> None:
@@ -202,6 +205,9 @@ class _Repairer:
             given = self._read(site, narrow, x)
             for value in (given, target):
                 check_finite(value, number, site.node)
+            if isinstance(site.family, MatrixProduct) and site.family.features == -1:
+                valid = self.calibration.batches[number].valid
+                given, target = without_padding(valid, wide[site.family.source], given, target)
             yield number, given, target
 
     def _along(self, site: Site, dense: Paused) -> Call:
@@ -318,16 +324,24 @@ class _Repairer:
         ratio = ((after[1] + eps) / (old[1] + eps)).clamp(1e-2, 1e2)
         variance *= ratio.to(variance.dtype)
 
-    def _verify(self, expected: list[Any]) -> None:
-        """Refuse a model that gives other outputs than the graph that was repaired."""
-        args, kwargs = self.calibration.arguments(self.calibration.batches[0])
+    def _one_a_length(self) -> list[int]:
+        """The first batch of the captured length, and of any other."""
+        numbers = {
+            b.resized is None: i for i, b in reversed([*enumerate(self.calibration.batches)])
+        }
+        return sorted(numbers.values())
+
+    def _verify(self, number: int, expected: list[Any]) -> None:
+        """Refuse a model that gives other outputs for a batch than the graph that was repaired."""
+        args, kwargs = self.calibration.arguments(self.calibration.batches[number])
         try:
             with as_captured():
-                outputs = pytree.tree_leaves(clone(self.slim, buffers=True)(*args, **kwargs))
+                result = clone(self.slim, buffers=True)(*args, **kwargs)
+            outputs = self.program.results.flat(result)
         except Exception as error:
             reraise_fatal(error)
             raise VerificationError(
-                f"the smaller model raises {first_line(error)} on the data",
+                f"the smaller model raises {first_line(error)} on item {number} of the data",
                 where=user_line(error, self.slim),
                 remedy="pass data of the shapes of inputs=, or hold the layers with ignore=",
             ) from error

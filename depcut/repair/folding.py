@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from depcut.capture.capture import held_tensors
+from depcut.capture.held import held_tensors
 from depcut.plan.keep import Keep
 from depcut.repair.contractions import Contraction, find_contractions
 from depcut.repair.other_sizes import lasting

@@ -71,7 +71,7 @@ def narrow_attention(slim: nn.Module, dense: nn.Module, keep: Keep) -> dict[str,
             continue
         seen.add(module)
         if not _fits_stock(module, whole, heads):
-            _make_slim(module, whole)
+            make_slim(module, whole)
             done[name] = _change(module, whole, heads)
         _settle(module, whole, heads)
     _settle_transformers(slim, dense)
@@ -211,7 +211,7 @@ def _sizes(module: nn.MultiheadAttention) -> _Heads:
 # Classes ------------------------------------------------------------------------------------------
 
 
-def _make_slim(module: nn.MultiheadAttention, dense: nn.MultiheadAttention) -> None:
+def make_slim(module: nn.MultiheadAttention, dense: nn.MultiheadAttention) -> None:
     """Give a module the slim class, or one of its own class and that; its state stays."""
     if isinstance(module, SlimMultiheadAttention):
         return

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from depcut.capture.capture import attribute, held_tensors
+from depcut.capture.held import attribute, held_tensors
 from depcut.plan.keep import Keep
 from depcut.reference.norms import estimate, estimates, kept_alone
 from depcut.reference.slices import take

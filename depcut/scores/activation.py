@@ -11,7 +11,7 @@ from torch import fx
 
 from depcut import axes
 from depcut.calibration.activations import Activation, find_activations, shown
-from depcut.calibration.sites import find_sites
+from depcut.calibration.sites import find_sites, site_inputs
 from depcut.calibration.visits import visits
 from depcut.ops.site import Site
 from depcut.scores.aggregate import Values, compared, unit_sums
@@ -66,9 +66,11 @@ def _by_columns(context: Context, columns: _Columns) -> Scores:
         sites.setdefault(site.node, []).append(site)
     weights: dict[Site, torch.Tensor] = {}
     sums: dict[Site, tuple[torch.Tensor, torch.Tensor, int]] = {}
-    for _, node, call in visits(coupling, context.model, context.data, list(sites), "activations"):
+    for batch, node, call in visits(
+        coupling, context.model, context.data, list(sites), "activations"
+    ):
         for site in sites[node]:
-            x = site.family.inputs(call).double()
+            x = site_inputs(site, call, context.data.batches[batch].valid).double()
             weights[site] = site.family.matrix(call).double()
             one, two, count = sums.get(site, (0.0, 0.0, 0))
             sums[site] = (one + x.sum(1), two + x.square().sum(1), count + x.shape[1])

@@ -16,7 +16,7 @@ from torch import fx
 from depcut import axes
 from depcut.axes import Indices
 from depcut.calibration.sensitivity import sensitivities
-from depcut.calibration.sites import find_sites
+from depcut.calibration.sites import find_sites, site_inputs
 from depcut.calibration.visits import visits
 from depcut.coupling.groups import Coupling, Group
 from depcut.graph.ancestry import Weights
@@ -177,17 +177,20 @@ def _gather(
     items: list[Site | _ActivationProduct] = [*needed, *wanted]
     for item in items:
         at.setdefault(item.node, []).append(item)
-    for _, node, call in visits(coupling, context.model, context.data, list(at), "second moments"):
+    for number, node, call in visits(
+        coupling, context.model, context.data, list(at), "second moments"
+    ):
+        valid = context.data.batches[number].valid
         for item in at[node]:
             if isinstance(item, Site):
-                _add_inputs(gathered, item, call)
+                _add_inputs(gathered, item, call, valid)
             else:
                 _add_terms(gathered, item, call)
     return gathered
 
 
-def _add_inputs(gathered: _Gathered, site: Site, call: Call) -> None:
-    x = site.family.inputs(call).double()
+def _add_inputs(gathered: _Gathered, site: Site, call: Call, valid: torch.Tensor | None) -> None:
+    x = site_inputs(site, call, valid).double()
     xx, total, count = x.transpose(1, 2) @ x, x.sum(1), x.shape[1]
     if site in gathered.inputs:
         before = gathered.inputs[site]

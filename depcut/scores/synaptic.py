@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from depcut.axes import Indices
-from depcut.capture.capture import held_tensors
+from depcut.capture.held import held_tensors
 from depcut.coupling.groups import Coupling
 from depcut.plan.keep import Keep
 from depcut.scores.aggregate import by_element, totals

@@ -8,12 +8,14 @@ one that goes or changes. No other module spells a private name of a library; th
 | `torch.utils._pytree` | the specs of nested arguments in what torch.export returns are of it |
 | `torch._subclasses.fake_tensor.FakeTensorMode` | shapes of a forward without computing it |
 | `torch.utils._python_dispatch.TorchDispatchMode` | sees the operators that a forward executes |
+| `torch.utils._python_dispatch.is_traceable_wrapper_subclass` | tensors that hold other ones |
 | `torch.amp.autocast_mode._enter_autocast`, `_exit_autocast` | what a graph holds for autocast |
 | `torch.fx.experimental.proxy_tensor`, its `_ModuleStackTracer` | nodes of a capture |
 | `OpOverload._schema` | argument names, defaults and effects of an operator |
 | `SymInt.node.expr` | the expression of a symbolic size |
 | `nn.Module._modules`, `_parameters`, `_buffers` | members go without `__setattr__` of the user |
 | `nn.Module._forward_pre_hooks`, `BasePruningMethod._tensor_name` | masks of `nn.utils.prune` |
+| `nn.Module._non_persistent_buffers_set`, the names of its hooks | they are stored with a module |
 | `nn.modules.conv._ConvNd`, `nn.modules.batchnorm._NormBase` | what all of these layers share |
 | `nn.MultiheadAttention._reset_parameters` | its initialisation has no public name |
 | `functional._canonical_mask`, `_mha_shape_check` | attention's masks and refusals, slim as stock |
@@ -50,6 +52,7 @@ from torch.nn.utils import prune
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass as _is_wrapper
 
 __all__ = [
     "COMPILED_CALL",
@@ -67,12 +70,16 @@ __all__ = [
     "compiled_module",
     "enter_autocast",
     "exit_autocast",
+    "hooks_of",
     "is_packed",
+    "is_wrapper",
     "make_subclass",
+    "non_persistent_of",
     "parameters_of",
     "proxy_tensor",
     "pruned_names",
     "pytree",
+    "registries",
     "replaced_by_export",
     "schema_of",
     "set_epoch",
@@ -93,6 +100,15 @@ def is_packed(module: nn.Module) -> bool:
         module: The layer.
     """
     return hasattr(module, "_packed_params")
+
+
+def is_wrapper(tensor: Tensor) -> bool:
+    """Whether a tensor is made of others: distributed, quantized, jagged ones.
+
+    Args:
+        tensor: The tensor.
+    """
+    return bool(_is_wrapper(tensor))
 
 
 def replaced_by_export() -> dict[str, tuple[Any, str]]:
@@ -161,6 +177,35 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
         module: The module.
     """
     return module._buffers
+
+
+def non_persistent_of(module: nn.Module) -> set[str]:
+    """Names of the buffers of a module that its state does not hold, to be changed.
+
+    Args:
+        module: The module.
+    """
+    return module._non_persistent_buffers_set
+
+
+def registries() -> frozenset[str]:
+    """Attributes in which every module keeps tensors, children and hooks."""
+    return frozenset(vars(nn.Module())) - {"training"}
+
+
+def hooks_of(module: nn.Module) -> dict[str, list[Any]]:
+    """The functions that a module calls with its forward or backward, by the registry they are in.
+
+    Args:
+        module: The module.
+    """
+    held = {name: vars(module).get(name) for name in sorted(registries()) if "ward_" in name}
+    called = {
+        name: [hook for hook in hooks.values() if callable(hook)]
+        for name, hooks in held.items()
+        if isinstance(hooks, dict)
+    }
+    return {name: hooks for name, hooks in called.items() if hooks}
 
 
 def pruned_names(module: nn.Module) -> Iterator[str]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -96,6 +97,25 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         with _readable(path) as file:
             return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+
+
+def open_tensors(path: Path) -> Any:
+    """A safetensors file whose tensors are read by name: `keys()`, `get_tensor(name)`.
+
+    Args:
+        path: The file.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is no safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with _readable(path) as file:
+            return safe_open(file, framework="pt")
     except SafetensorError as error:
         raise ValueError(str(error)) from error
 

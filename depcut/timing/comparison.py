@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from depcut.capture.refusals import check_module
 from depcut.errors import InputError
+from depcut.pictures.shown import Shown
+from depcut.pictures.summary import Summary, Table
 from depcut.plan.cost import count_macs, count_params
 from depcut.support.failures import shown
+from depcut.support.quantities import quantity
 from depcut.support.tables import rendered
-from depcut.timing.bench import Measurement, bench, byte_size, check_timing, rate
+from depcut.timing.bench import bench, check_timing
 from depcut.timing.clock import Speedup, Timing
+from depcut.timing.measurements import Measurement, byte_size, rate, timing_bar
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.table import Table as RichTable
+
+_COLUMNS = ("", "dense", "slim", "slim / dense")
 
 
 @dataclass(frozen=True)
@@ -43,8 +49,8 @@ class Figures:
     file_bytes: int | None = None
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, repr=False)
+class Comparison(Shown):
     """A dense model beside its slim version.
 
     Attributes:
@@ -76,32 +82,81 @@ class Comparison:
         """Measured speedup as a share of the ratio of MACs; 1.0: time fell as much as MACs did."""
         return None if self.speedup is None else self.speedup.ratio * self.macs_kept
 
-    def __rich__(self) -> Table:
-        from rich.table import Table
-
-        table = Table(caption=self.conditions or None)
-        for column in ("", "dense", "slim", "slim / dense"):
-            table.add_column(column, justify="right" if column else "left")
-        for label, dense, slim in (
-            ("parameters", self.dense.params, self.slim.params),
-            ("bytes", self.dense.bytes, self.slim.bytes),
-            ("MACs per example", self.dense.macs, self.slim.macs),
-        ):
-            table.add_row(label, quantity(dense), quantity(slim), f"{_share(slim, dense):.1%}")
+    def cells(self) -> list[tuple[str, str, str, str]]:
+        """What is compared, row by row: what it is, dense, slim, and what is left."""
+        rows = [
+            (label, quantity(dense), quantity(slim), f"{_share(slim, dense):.1%}")
+            for label, dense, slim in (
+                ("parameters", self.dense.params, self.slim.params),
+                ("bytes", self.dense.bytes, self.slim.bytes),
+                ("MACs per example", self.dense.macs, self.slim.macs),
+            )
+        ]
         if self.speedup and self.dense.latency and self.slim.latency:
             label = f"latency, batch {self.batch_size}"
             times = str(self.dense.latency), str(self.slim.latency)
-            table.add_row(label, *times, str(self.speedup))
+            rows.append((label, *times, str(self.speedup)))
         if self.dense.throughput and self.slim.throughput:
             # The line above says what may be claimed of the ratio.
-            table.add_row("examples/s", rate(self.dense.throughput), rate(self.slim.throughput), "")
+            rates = rate(self.dense.throughput), rate(self.slim.throughput)
+            rows.append(("examples/s", *rates, ""))
         for label, before, after in (
             ("file", self.dense.file_bytes, self.slim.file_bytes),
             ("peak memory", self.dense.peak_memory, self.slim.peak_memory),
         ):
             if before is not None and after is not None:
                 share = f"{_share(after, before):.1%}"
-                table.add_row(label, byte_size(before), byte_size(after), share)
+                rows.append((label, byte_size(before), byte_size(after), share))
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures of both models as plain data."""
+        verdict = self.speedup.verdict if self.speedup else None
+        kept = {"params_kept": self.params_kept, "macs_kept": self.macs_kept}
+        return {**asdict(self), **kept, "realised": self.realised, "verdict": verdict}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for the dense and one for the slim model."""
+        return [figures_row("dense", self.dense), figures_row("slim", self.slim)]
+
+    def records(self) -> dict[str, Any]:
+        """What a page shows of it."""
+        both = {"dense": self.dense.latency, "slim": self.slim.latency}
+        speedup = self.speedup
+        return {
+            "measured": {
+                "title": "dense beside slim",
+                "headline": f"{speedup.ratio:.2f}×" if speedup else "",
+                "verdict": str(speedup) if speedup else "",
+                "columns": _COLUMNS,
+                "rows": self.cells(),
+                "bars": [timing_bar(name, timing) for name, timing in both.items() if timing],
+                "conditions": self.conditions,
+            }
+        }
+
+    @property
+    def headline(self) -> str:
+        """One line that says what it is."""
+        speedup = f", {self.speedup}" if self.speedup else ""
+        return (
+            f"Comparison: {self.macs_kept:.1%} of the MACs and {self.params_kept:.1%} of the "
+            f"parameters left{speedup}"
+        )
+
+    def summary(self) -> Summary:
+        """What notebooks show."""
+        notes = tuple(self.conditions.splitlines())
+        return Summary("Comparison", {}, (Table(_COLUMNS, self.cells()),), notes)
+
+    def __rich__(self) -> RichTable:
+        from rich.table import Table as RichTable
+
+        table = RichTable(caption=self.conditions or None)
+        for column in _COLUMNS:
+            table.add_column(column, justify="right" if column else "left")
+        for cells in self.cells():
+            table.add_row(*cells)
         return table
 
     def __str__(self) -> str:
@@ -184,22 +239,6 @@ def compare(
     )
 
 
-def quantity(number: float) -> str:
-    """A count in the unit that keeps it short: 25.6 M, 4.09 G.
-
-    Args:
-        number: The count.
-
-    Returns:
-        Three digits and a unit.
-    """
-    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            scaled = number / size
-            return f"{scaled:.{2 if scaled < 10 else 1 if scaled < 100 else 0}f} {unit}"
-    return f"{number:g}"
-
-
 def _figures(
     model: nn.Module,
     inputs: Any,
@@ -217,6 +256,19 @@ def _figures(
         peak_memory=measured.peak_memory if measured else None,
         file_bytes=file_bytes,
     )
+
+
+def figures_row(name: str, figures: Figures) -> dict[str, Any]:
+    """The figures of one model as a row of numbers.
+
+    Args:
+        name: Of the model.
+        figures: What it costs.
+    """
+    row = {f.name: getattr(figures, f.name) for f in fields(figures)}
+    timing = row.pop("latency")
+    times = {n: getattr(timing, n) if timing else None for n in ("median", "low", "high")}
+    return {"model": name, **row, **{f"latency_{n}": value for n, value in times.items()}}
 
 
 def _share(part: float, whole: float) -> float:

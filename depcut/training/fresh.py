@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from depcut.apply.plan import Plan
-from depcut.capture.capture import attribute
+from depcut.capture.held import attribute
 from depcut.capture.inputs import Inputs
 from depcut.errors import InputError, PlanError, listed
 from depcut.plan import cost

@@ -21,7 +21,7 @@ from depcut.allocate.choose import check_ratio, criterion_or_default
 from depcut.analysis import Analysis, analyze
 from depcut.apply.plan import Plan
 from depcut.apply.report import Report, report
-from depcut.calibration.data import Calibration, Data, Loss, read_with_inputs
+from depcut.calibration.data import Calibration, Data, Loss, loss_function, read_with_inputs
 from depcut.capture.inputs import Inputs
 from depcut.errors import InputError, PlanError
 from depcut.options import IterateKeywords, Options
@@ -172,7 +172,8 @@ def iterate(
         "architecture": fingerprint(dense.coupling),
     }
     if checkpoint is not None:
-        request |= _sources(model, items, retrain=retrain, optimizer=optimizer, loss=loss)
+        chosen_loss = loss_function(loss)
+        request |= _sources(model, items, retrain=retrain, optimizer=optimizer, loss=chosen_loss)
     disk = None if checkpoint is None else RunFolder(checkpoint, request, chosen.resume)
     turns = _Turns(dense, targets, retrain, optimizer, loss, items, disk, chosen)
     with nullcontext() if disk is None else claimed(disk.folder, "checkpoint=", InputError):

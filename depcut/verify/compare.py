@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from depcut.plan.keep import Keep
+from depcut.reference.run import kept_part
 from depcut.support.closeness import Gap, gaps, unequal
 from depcut.verify.module_results import ModuleResults
 from depcut.verify.precision import coarsest, tolerance
@@ -92,8 +93,15 @@ def compare(
     nodes = keep.coupling.program.outputs
     inside = list(_inside(expected, seen, replay, dtypes))
     outputs = []
+    results = keep.coupling.program.results
     for i, (wanted, got) in enumerate(zip(expected.outputs, seen.outputs, strict=True)):
         if not isinstance(wanted, Tensor):
+            continue
+        if results.counts and not results.counts[i]:
+            if not _is_kept_part(got, wanted, keep, nodes[i]):
+                shape = tuple(getattr(got, "shape", ()))
+                message = f"{results.paths[i]!r}, which does not count, has the shape {shape}"
+                return Found(math.inf, math.inf, False, message)
             continue
         if not isinstance(got, Tensor) or wanted.shape != got.shape:
             shape = tuple(getattr(got, "shape", ()))
@@ -108,6 +116,14 @@ def compare(
     if not found.good and replay is not None and replay.lost and not found.message:
         found.message = f"what {replay.lost[0]} draws differs: it cannot be replayed"
     return found
+
+
+def _is_kept_part(got: Any, wanted: Tensor, keep: Keep, node: Any) -> bool:
+    """Whether a value has the sizes of what is kept of the dense one, or is all of it."""
+    if not isinstance(got, Tensor):
+        return False
+    part = kept_part(wanted, keep, keep.coupling.env[node])
+    return got.shape in (part.shape, wanted.shape)
 
 
 def _inside(

@@ -175,7 +175,7 @@ def _run(seen: nn.Module, args: Any, kwargs: Any, keep: Keep, replay: Replay | N
         restore_python(keep.coupling.program.states)
     drawn = replay.mode() if replay is not None else nullcontext()
     with torch.no_grad(), as_captured(), drawn:
-        return list(pytree.tree_leaves(seen(*args, **kwargs)))
+        return keep.coupling.program.results.flat(seen(*args, **kwargs))
 
 
 class Follower(Protocol):

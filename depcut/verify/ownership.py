@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from depcut.capture.capture import held_tensors
 from depcut.capture.clone import clone
+from depcut.capture.held import held_tensors
 from depcut.capture.random_state import preserved
 from depcut.errors import VerificationError, listed
 from depcut.plan.keep import Keep

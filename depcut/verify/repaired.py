@@ -7,8 +7,8 @@ from collections.abc import Collection
 import torch
 from torch import nn
 
-from depcut.capture.capture import held_tensors
 from depcut.capture.flags import flags_as_before
+from depcut.capture.held import held_tensors
 from depcut.capture.random_state import preserved
 from depcut.errors import VerificationError
 from depcut.plan.keep import Keep

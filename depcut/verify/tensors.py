@@ -7,7 +7,7 @@ from collections.abc import Collection
 import torch
 from torch import nn
 
-from depcut.capture.capture import held_tensors
+from depcut.capture.held import held_tensors
 from depcut.errors import VerificationError
 from depcut.graph.liveness import enclosing
 from depcut.plan.keep import Keep

@@ -200,7 +200,8 @@ class _Verification:
         try:
             # Hooks switch fast paths off, so run once as users do.
             outputs = run_plain(self.slim.model, self.keep, trial, replay)
-            size, message = relative_error(expected.outputs, outputs)
+            results = self.keep.coupling.program.results
+            size, message = relative_error(results.of(expected.outputs), results.of(outputs))
         except RUNTIME_ERRORS as problem:
             reraise_fatal(problem)
             return Attempt(_failed(problem), problem, beside=True)

@@ -1,0 +1,89 @@
+"""`depcut shrink`: a plan and the smaller model, written to a folder."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from depcut.allocate.choose import check_budget
+from depcut.analysis import analyze
+from depcut.apply.report import report
+from depcut.calibration.data import read_with_inputs
+from depcut.cli.factories import called, import_function
+from depcut.cli.inputs import example_inputs, outputs_of, say_inputs
+from depcut.cli.models import dense_model
+from depcut.cli.options import Command, Subcommand, options_of
+from depcut.cli.output import Output
+from depcut.cli.timed import placed, timing_of
+from depcut.cli.written import check_folder, write_slim
+from depcut.errors import InputError
+from depcut.timing.comparison import compare
+
+
+def _declare(command: Command) -> None:
+    command.model()
+    command.outputs()
+    budget = command.exclusive()
+    budget("--ratio", type=float, help="share to remove, between 0 and 1")
+    budget("--latency-ms", type=float, help="milliseconds to come to in onnxruntime on this CPU")
+    command.add("--data", metavar="DATA", help="calibration data, as package.module:factory")
+    command.add(
+        "--loss",
+        metavar="LOSS",
+        help='of (output, target), as package.module:function; "model": the one that it returns',
+    )
+    command.pruning()
+    command.add("--out", type=Path, required=True, metavar="DIR", help="folder for what is written")
+    command.add("--onnx", action="store_true", help="write the smaller model as ONNX too")
+    command.add("--time", action="store_true", help="time both models, as below")
+    command.runtime(several_batches=False)
+
+
+def _run(options: argparse.Namespace, output: Output) -> None:
+    timing = _timing(options)
+    chosen = options_of(options)
+    check_budget(options.ratio, chosen.of, chosen.latency_ms, chosen.depth)
+    check_folder(options.out)
+    dense = dense_model(options)
+    loss: Any = options.loss
+    if loss not in (None, "model"):
+        loss = import_function(loss)
+    data, inputs = read_with_inputs(
+        called(options.data, "the data") if options.data else None,
+        chosen.batches,
+        example_inputs(options.input_shape),
+        dense,
+        loss is not None,
+    )
+    analysis = analyze(dense, inputs, outputs_of(options))
+    say_inputs(output, options, analysis.program)
+    calibration = analysis.calibrate(data, loss=loss, options=chosen)
+    plan = analysis.plan(options.ratio, data=calibration, options=chosen)
+    slim = plan.apply(dense, data=calibration, options=chosen)
+    written = write_slim(slim, options, inputs)
+    if "latency" in plan.settings:
+        reached = plan.settings["latency"]
+        text = "latency: {measured_ms:.3g} ms, dense {dense_ms:.3g} ms"
+        output.say("latency", reached, text.format(**reached))
+    output.say("report", report(slim))
+    if options.time:
+        dense, slim = placed(options, [dense, slim])
+    compared = compare(dense, slim, inputs, batch_size=options.batch_size, **timing)
+    output.say("comparison", compared)
+    written.say(output)
+
+
+def _timing(options: argparse.Namespace) -> dict[str, Any]:
+    """Keywords of `compare`; what only --time has a use for is refused without it."""
+    timing = timing_of(options)
+    if not options.time:
+        idle = [name for name in ("provider", "batch_size", "pin", "memory") if vars(options)[name]]
+        if idle:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+            raise InputError(f"{names} without --time", remedy="add --time, or leave them out")
+        timing["runtime"] = None
+    return timing
+
+
+SHRINK = Subcommand("shrink", "write a plan and the weights of the smaller model", _declare, _run)

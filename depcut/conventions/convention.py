@@ -1,0 +1,44 @@
+"""The convention that a model follows: what its library says of all of its models."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any, Protocol
+
+from torch import nn
+
+from depcut.conventions.transformers import Transformers
+
+
+class Convention(Protocol):
+    """What a library says of all its models, of whatever architecture.
+
+    Attributes:
+        library: Its name.
+    """
+
+    library: str
+
+    def follows(self, model: nn.Module) -> bool:
+        """Whether a model is one of the library's."""
+
+    def example_inputs(self, model: nn.Module) -> Iterator[dict[str, Any]]:
+        """Keyword arguments that the model may take, likeliest first; nobody has tried them."""
+
+    def settings(self, model: nn.Module, given: Collection[str]) -> dict[str, Any]:
+        """Keyword arguments that a capture adds to those that are given, by their names."""
+
+    def auxiliary(self, result: Any) -> frozenset[str]:
+        """Names of the outputs, of what a forward returned, that are no results of their own."""
+
+
+_CONVENTIONS: tuple[Convention, ...] = (Transformers(),)
+
+
+def convention_of(model: nn.Module) -> Convention | None:
+    """The convention that a model follows, None where none is known.
+
+    Args:
+        model: Any module.
+    """
+    return next((c for c in _CONVENTIONS if c.follows(model)), None)

@@ -1,0 +1,59 @@
+"""Conventions of Hugging Face transformers: of every `PreTrainedModel`, and of no architecture."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from fnmatch import fnmatch
+from typing import Any
+
+from torch import nn
+
+from depcut.conventions.transformers_configs import every
+from depcut.conventions.transformers_inputs import candidates
+
+# Of a ModelOutput: caches, states of inner layers, and what belongs to a part of the model.
+_INNER = (
+    *("past_*", "*cache*", "mems", "state", "states"),
+    *("*hidden_states", "*attentions", "extract_features", "encoder_*", "*router_logits"),
+    *("intermediate_*", "aux*", "*_model_output", "loss", "*_loss"),
+)
+# Results where there are no others; beside a head's they are what the head read.
+_FEATURES = ("last_hidden_state", "pooler_output")
+
+
+class Transformers:
+    """Conventions of Hugging Face transformers."""
+
+    library = "transformers"
+
+    def follows(self, model: nn.Module) -> bool:
+        """Whether it is a `PreTrainedModel`; the library is not imported for it."""
+        module = sys.modules.get("transformers.modeling_utils")
+        kind = getattr(module, "PreTrainedModel", None)
+        return isinstance(kind, type) and isinstance(model, kind)
+
+    def example_inputs(self, model: nn.Module) -> Iterator[dict[str, Any]]:
+        """From the main input's name, the signature of forward, and the configuration."""
+        return candidates(model)
+
+    def settings(self, model: nn.Module, given: Collection[str]) -> dict[str, Any]:
+        """No cache is returned, where forward can be told so: torch.export cannot carry one."""
+        taken = inspect.signature(model.forward).parameters
+        cached = any(name in given for name in ("use_cache", "past_key_values", "cache_params"))
+        off = False in every(model, "use_cache") and True not in every(model, "use_cache")
+        return {} if cached or off or "use_cache" not in taken else {"use_cache": False}
+
+    def auxiliary(self, result: Any) -> frozenset[str]:
+        """Caches, inner states and outputs of parts; features where there is a head's output."""
+        if not isinstance(result, Mapping):
+            return frozenset()
+        inner = {
+            name
+            for name, value in result.items()
+            if isinstance(value, Mapping) or any(fnmatch(name, glob) for glob in _INNER)
+        }
+        if all(name in inner or name in _FEATURES for name in result):
+            return frozenset(inner if len(inner) < len(result) else ())
+        return frozenset(inner | {name for name in result if name in _FEATURES})

@@ -1,0 +1,154 @@
+"""A smaller model that is what its class builds from other numbers: made and proved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from depcut.capture.random_state import preserved
+from depcut.errors import VerificationError
+from depcut.plan.keep import Keep
+from depcut.rebuild.recipe import recipe_of
+from depcut.rebuild.twin import Twin, buffers, changes, settle, twin_of
+from depcut.rewrite.build import Slim
+from depcut.rewrite.removal import remove_dead
+from depcut.rewrite.tensors import narrowed_copy
+from depcut.support.failures import first_line, reraise_fatal
+from depcut.verify.module_results import Trial, run_plain
+
+_FREELY = "pass rebuildable=False, which cuts freely; please report the model"
+
+
+class Stock(Slim):
+    """A smaller model in which nothing is patched or generated: verification refuses instead."""
+
+    def replace(self, name: str, why: str) -> str:
+        """Refuse to change the code of a module.
+
+        Raises:
+            VerificationError: Always.
+        """
+        raise VerificationError(why, where=name or "the whole model", remedy=_FREELY)
+
+    def patch(self, stuck: Mapping[str, str]) -> dict[str, str]:
+        """Refuse to change the code of modules.
+
+        Raises:
+            VerificationError: Always.
+        """
+        name, why = next(iter(stuck.items()), ("", "its code computes other values"))
+        raise VerificationError(why, where=name or "the whole model", remedy=_FREELY)
+
+    def guard(self) -> None:
+        """Nothing: in branches that did not run, too, a class that is built anew is right."""
+
+
+def rebuilt(model: nn.Module, keep: Keep, before: Twin, after: Twin) -> Stock:
+    """The smaller model: kept slices of the tensors, attributes as the class has them.
+
+    Args:
+        model: The dense model; it is not changed.
+        keep: What stays.
+        before: The class built as the dense model is.
+        after: The class built with the new numbers.
+
+    Raises:
+        VerificationError: The class has tensors of other shapes, or other values of buffers that
+            are in no file.
+    """
+    slim = Stock(narrowed_copy(model, keep), keep, model)
+    values = changes(before, after)
+    settle(slim.model, values)
+    remove_dead(slim.model, keep, set())
+    check_tensors_of(slim.model, after)
+    return slim
+
+
+def check_tensors_of(slim: nn.Module, after: Twin) -> None:
+    """Check that a class builds the tensors of a model, and the values of what no file holds.
+
+    Args:
+        slim: The model.
+        after: The class built with its numbers.
+
+    Raises:
+        VerificationError: It does not.
+    """
+    mine = twin_of(slim)
+    for name, shape in after.shapes.items():
+        if mine.shapes.get(name) != shape:
+            raise VerificationError(
+                f"the class builds {list(shape)}, the smaller model has "
+                f"{list(mine.shapes.get(name, ()))}",
+                where=name,
+                remedy=_FREELY,
+            )
+    stored = slim.state_dict(keep_vars=True).keys()
+    theirs = buffers(after.model)
+    for name, value in buffers(slim).items():
+        if name not in stored and not _equal(value, theirs[name]):
+            raise VerificationError(
+                "the class builds a buffer of other values, which no file of weights holds",
+                where=name,
+                remedy=_FREELY,
+            )
+
+
+def prove(slim: nn.Module, keep: Keep) -> None:
+    """Build the class from what the model itself says, load its weights, and compare outputs.
+
+    Args:
+        slim: The smaller model; it is only read.
+        keep: What stays of the dense one.
+
+    Raises:
+        VerificationError: The class cannot be built, takes other weights or computes otherwise.
+    """
+    recipe = recipe_of(slim)
+    if recipe is None:
+        raise VerificationError("its config went", where=type(slim).__name__, remedy=_FREELY)
+    try:
+        built = recipe.build({})
+    except Exception as error:
+        reraise_fatal(error)
+        raise VerificationError(
+            f"its class cannot be built from the new config: {first_line(error)}",
+            where=type(slim).__name__,
+            remedy=_FREELY,
+        ) from error
+    check_tensors_of(slim, twin_of(built))
+    weights = slim.state_dict()
+    if any(value.is_meta for value in weights.values()):
+        return
+    built.load_state_dict(weights, assign=True)
+    own = dict(slim.named_buffers(remove_duplicate=False))
+    for name, value in buffers(built).items():
+        built.get_buffer(name).data = value.to(own[name].device, own[name].dtype)
+    with preserved():
+        results = []
+        for model in (slim, built):
+            torch.manual_seed(0)
+            results.append(run_plain(model, keep, Trial()))
+    mine, theirs = results
+    if len(mine) != len(theirs) or not all(map(_equal_outputs, mine, theirs)):
+        raise VerificationError(
+            "the class that is built from the new config computes other outputs",
+            where=type(slim).__name__,
+            remedy=_FREELY,
+        )
+
+
+def _equal_outputs(mine: Any, theirs: Any) -> bool:
+    if not isinstance(mine, torch.Tensor):
+        return type(mine) is type(theirs)
+    return mine.shape == theirs.shape and torch.equal(mine.nan_to_num(), theirs.nan_to_num())
+
+
+def _equal(mine: torch.Tensor, built: torch.Tensor) -> bool:
+    if mine.is_meta or built.is_meta:
+        return mine.shape == built.shape
+    other: Any = built.to(mine.device, mine.dtype)
+    return bool(torch.equal(mine, other))

@@ -1,0 +1,1 @@
+"""Models in folders: weights, plan, patches and what was done, loaded again without pickle."""
