@@ -70,6 +70,36 @@ FAULTS = [
         "if False:",
         "tests/field/test_conventions.py",
     ),
+    Fault(
+        "integrations",
+        'for attribute, old, new in zip(("num_features", "head_hidden_size"), dense, slim):',
+        "for attribute, old, new in ():",
+        "tests/field/test_timm.py",
+    ),
+    Fault(
+        "capture",
+        "if i in outside]",
+        "if i in ()]",
+        "tests/field/test_part.py -k reaches",
+    ),
+    Fault(
+        "verify",
+        "if error <= _TOLERANCE and not why:",
+        "if True:",
+        "tests/field/test_part.py -k reaches",
+    ),
+    Fault(
+        "apply",
+        "problem = verify_whole(result, whole, part, calls)",
+        'problem = ""',
+        "tests/field/test_part.py -k reaches",
+    ),
+    Fault(
+        "support",
+        "while inner is not None:",
+        "while False:",
+        "tests/field/test_compiled.py",
+    ),
     # The first call.
     Fault(
         "conventions", '"use_cache" not in taken else {"use_cache": False}', "True else {}", FIRST
