@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from patch_nets import Heads, drawn, seeded
+from selection import sampled
 from stored_models import X, assert_same_model, heads, slim_of
 from stored_nets import Attention, Sized, Stateful, sized
 from torch import Tensor, nn
@@ -37,9 +38,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_loaded_model_is_the_saved_one(name: str, tmp_path: Path) -> None:
-    make, x = CASES[name]
+@pytest.mark.parametrize("case", sampled(CASES, ["state of all kinds"]))
+def test_a_loaded_model_is_the_saved_one(
+    case: tuple[Callable[[], nn.Module], Tensor], tmp_path: Path
+) -> None:
+    make, x = case
     slim = copy.deepcopy(slim_of(make, x))
     next(slim.parameters()).requires_grad_(False)
     depcut.save(slim, tmp_path / "model")
@@ -66,6 +69,7 @@ def test_it_is_a_model_like_any_other(saved: Path) -> None:
     assert depcut.report(smaller).params[0] == depcut.report(heads()).params[1]
 
 
+@pytest.mark.sweep
 def test_a_model_that_was_made_smaller_twice(tmp_path: Path) -> None:
     twice = depcut.shrink(heads(), 0.3, X, align=1)
     depcut.save(twice, tmp_path / "model")
@@ -90,6 +94,7 @@ def test_a_generated_module(tmp_path: Path) -> None:
     assert type(loaded_from) is Sized
 
 
+@pytest.mark.sweep
 def test_what_compact_returns(tmp_path: Path) -> None:
     dense = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
     with torch.no_grad():
@@ -149,6 +154,7 @@ def test_the_card_says_what_it_is(saved: Path) -> None:
     assert named == {p.name for p in saved.iterdir()}
 
 
+@pytest.mark.sweep
 def test_the_card_has_measured_speed(tmp_path: Path) -> None:
     slim = heads()
     measured = depcut.compare(seeded(Heads).eval(), slim, X, runtime="torch", rounds=6)

@@ -102,6 +102,7 @@ def test_a_tampered_description_is_refused(change: Callable[[Any], Any], own: Pa
         depcut.load(own)
 
 
+@pytest.mark.sweep
 @pytest.mark.usefixtures("only_generated")
 @pytest.mark.parametrize(
     "change",
