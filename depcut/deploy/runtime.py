@@ -19,6 +19,7 @@ from depcut.capture.inputs import (
     infer_inputs,
     only_call,
     refuse_without_values,
+    with_settings,
 )
 from depcut.capture.refusals import check_module, signature_of
 from depcut.errors import ExportError, InputError
@@ -51,6 +52,7 @@ def bind_inputs(model: nn.Module, inputs: Any) -> inspect.BoundArguments:
     """
     model = check_module(model)
     args, kwargs = arguments(infer_inputs(model) if inputs is None else only_call(inputs))
+    args, kwargs = with_settings(model, args, kwargs)
     refuse_without_values((args, kwargs), device_of(model))
     signature = signature_of(model)
     try:

@@ -38,25 +38,25 @@ _NAMES = {function: name for name, function in _FUNCTIONS.items()}
 _TEXTS = frozenset(("placeholder", "get_attr", "call_module", "output"))
 
 
-def generated_data(module: GeneratedModule, value: Callable[[Any, str], Any]) -> dict[str, Any]:
+def generated_data(module: GeneratedModule, described: Callable[[Any, str], Any]) -> dict[str, Any]:
     """What a generated module computes, as plain data.
 
     Args:
         module: The module.
-        value: Describes a value at a place.
+        described: Gives a value, of the name that follows it, as plain data.
 
     Raises:
         InputError: Its graph calls a function that has no name.
     """
-    data: dict[str, Any] = {n: value(vars(module)[n], n) for n in _VALUES}
+    data: dict[str, Any] = {n: described(vars(module)[n], n) for n in _VALUES}
     data |= {n: pytree.treespec_dumps(vars(module)[n]) for n in _SPECS}
     data["graph"] = [
         {
             "name": node.name,
             "kind": node.op,
             "target": _target(node),
-            "args": value(_plain(node.args), node.name),
-            "kwargs": value(_plain(node.kwargs), node.name),
+            "args": described(_plain(node.args), node.name),
+            "kwargs": described(_plain(node.kwargs), node.name),
         }
         for node in module.graph.nodes
     ]

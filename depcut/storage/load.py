@@ -48,6 +48,12 @@ def load(
     """
     place = _device(device)
     path = folders.checked(folder)
+    if not (path / folders.MODEL).exists():
+        raise InputError(
+            "the folder holds what from_pretrained takes, and its record",
+            where=str(path),
+            remedy="load it with transformers, as if depcut had not been there",
+        )
     try:
         data = files.read_json(path / folders.MODEL)
         plans = [files.read_json(path / name) for name in folders.plan_names(path)]
