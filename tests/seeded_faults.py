@@ -439,7 +439,12 @@ FAULTS = [
         "if False:",
         "tests/test_callbacks.py -k resumes",
     ),
-    Fault("storage", "    if others:", "    if False:", "tests/field/test_files.py -k of_the_user"),
+    Fault(
+        "storage",
+        "    if others:",
+        "    if False:",
+        "tests/field/test_files_refused.py -k of_the_user",
+    ),
     Fault("cli", 'dead.plan.save(out / "plan.json")', "pass", "tests/test_cli.py -k compact"),
 ]
 
