@@ -181,6 +181,29 @@ def test_a_plan_carries_the_outputs_that_count(tmp_path: Path) -> None:
             depcut.Plan.load(tmp_path / "wrong.json")
 
 
+class Chosen(nn.Module):
+    """One call returns a hidden output beside its own, the other only its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 12), nn.Linear(12, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor, which: str = "both") -> dict[str, Tensor]:
+        hidden = self.b(self.a(x).relu()).tanh()
+        out = {"[0]": self.c(hidden)}
+        return {**out, "hidden": hidden} if which == "both" else out
+
+
+def test_a_plan_of_several_calls_carries_the_outputs_of_each(tmp_path: Path) -> None:
+    """All that one call returns counts: that says nothing of the other."""
+    calls = [{"x": X}, {"x": X, "which": "one"}]
+    model = seeded(Chosen, 0)
+    plan = depcut.analyze(model, calls, outputs=(0,)).plan(0.4, of="channels", align=1)
+    plan.save(tmp_path / "plan.json")
+    slim = depcut.Plan.load(tmp_path / "plan.json").apply(seeded(Chosen, 0))
+    assert slim(X)["hidden"].shape[-1] == plan.apply(model)(X)["hidden"].shape[-1] < 16
+
+
 def test_compact_keeps_all_outputs_unless_some_are_named() -> None:
     model = net()
     with torch.no_grad():
