@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
 from typing_extensions import Unpack
@@ -28,9 +28,10 @@ from depcut.calibration.calls import blaming_calls, refuse_lone_loss
 from depcut.calibration.data import Calibration, Data, Loss, calibrate
 from depcut.capture.capture import capture
 from depcut.capture.inputs import Inputs
+from depcut.capture.part import as_part
 from depcut.capture.program import Program
 from depcut.capture.random_state import preserved
-from depcut.capture.results import Outputs
+from depcut.capture.results import EVERY, Outputs
 from depcut.coupling.explanation import explanation
 from depcut.coupling.groups import Coupling, Frozen, Group
 from depcut.coupling.infer import infer_coupling
@@ -38,15 +39,11 @@ from depcut.deploy.runtime import bind_inputs, resized
 from depcut.latency.model import SAMPLES, LatencyModel, latency_model
 from depcut.latency.target import Goal, plan_for_latency
 from depcut.options import CalibrateKeywords, Options, PlanKeywords
-from depcut.pictures.listing import analysis_summary, listing
+from depcut.pictures.analysed import ShownAnalysis
 from depcut.pictures.plots import plot_scores
-from depcut.pictures.record import analysis_record, group_record, layer_records
-from depcut.pictures.shown import Shown
-from depcut.pictures.summary import Summary
 from depcut.plan import cost
 from depcut.plan.cost import Cost
 from depcut.plan.data import PlanData
-from depcut.plan.keep import Keep
 from depcut.rebuild.choose import checked, within
 from depcut.rebuild.rebuilding import Rebuilding, check_rebuildable, rebuilding
 from depcut.scores import Criterion, Score, score_name
@@ -60,7 +57,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Analysis(Shown):
+class Analysis(ShownAnalysis):
     """Groups of coupled dimensions of one model.
 
     Attributes:
@@ -329,20 +326,6 @@ class Analysis(Shown):
         """
         return explanation(self.coupling, name)
 
-    @property
-    def frozen_share(self) -> float:
-        """Share of the parameters of which no index can be removed."""
-        return self.coupling.frozen_share
-
-    def listing(self, *, full: bool = False) -> str:
-        """The groups as a table, and what else there is to say.
-
-        Args:
-            full: A row for each group with all of its layers; otherwise groups that are alike in
-                repeated layers share one, as in `print`.
-        """
-        return listing(self.to_dict(), full=full)
-
     @preserved()
     def plot_scores(
         self,
@@ -375,35 +358,14 @@ class Analysis(Shown):
         title = f"{type(self.model).__name__}: scores by {score_name(criterion)}"
         return plot_scores(named, kept, title, ax)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Groups, frozen dimensions, branches and costs as plain data."""
-        return analysis_record(self.coupling, self.model, self.branches)
 
-    def rows(self) -> list[dict[str, Any]]:
-        """A row for each group."""
-        return [group_record(group) for group in self.groups]
-
-    def records(self) -> dict[str, Any]:
-        """What a page shows of it."""
-        dense = layer_records(Keep(self.coupling, {}), self.model)
-        return {"analysis": self.to_dict(), "layers": dense}
-
-    @property
-    def headline(self) -> str:
-        """One line that says what it is."""
-        groups, frozen = len(self.groups), len(self.frozen)
-        name = type(self.model).__name__
-        return f"Analysis of {name}: {groups} groups, {frozen} frozen dimensions"
-
-    def summary(self) -> Summary:
-        """What notebooks show."""
-        return analysis_summary(self.to_dict())
-
-    def __str__(self) -> str:
-        return self.listing()
-
-
-def analyze(model: nn.Module, inputs: Inputs = None, outputs: Outputs = None) -> Analysis:
+def analyze(
+    model: nn.Module,
+    inputs: Inputs = None,
+    outputs: Outputs = None,
+    *,
+    part: str | None = None,
+) -> Analysis:
     """Find out what can be removed from a model; it is only read.
 
     Args:
@@ -416,6 +378,10 @@ def analyze(model: nn.Module, inputs: Inputs = None, outputs: Outputs = None) ->
         outputs: Which outputs count, by names (keys, attributes; nested ones with dots; globs) or
             positions: `("logits",)`. The dimensions of the others may become narrower. Left out,
             all but those that the model's library calls auxiliary; `"*"` are all.
+        part: Name of a module to capture alone, with the inputs that it gets in one run of the
+            model on `inputs`, for a model that cannot be captured as a whole. What it returns is
+            never narrowed. Plans, `Plan.apply` and results are of the whole model; MACs are those
+            of the part.
 
     Raises:
         CaptureError: The model cannot be captured.
@@ -423,4 +389,7 @@ def analyze(model: nn.Module, inputs: Inputs = None, outputs: Outputs = None) ->
             output.
     """
     model = unwrapped(model)
+    if part is not None:
+        model, inputs = as_part(model, part, inputs)
+        outputs = EVERY if outputs is None else outputs
     return Analysis(model, infer_coupling(capture(model, inputs, outputs)), inputs)

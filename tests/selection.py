@@ -35,6 +35,22 @@ def sampled(cases: Iterable[str] | Mapping[str, Any], quick: Collection[str] = S
     ]
 
 
+def swept(cases: Iterable[Any], every: int) -> list[Any]:
+    """Parameters of which the sweep takes every nth; the others run with `-m exhaustive`.
+
+    Args:
+        cases: Parameters, or tuples of them.
+        every: How many cases there are to one of the sweep.
+    """
+    return [
+        pytest.param(
+            *(case if isinstance(case, tuple) else (case,)),
+            marks=pytest.mark.exhaustive if number % every else pytest.mark.sweep,
+        )
+        for number, case in enumerate(cases)
+    ]
+
+
 def analysis_of(name: str) -> depcut.Analysis:
     """The analysis of a net for a batch of two, made once a process; it is only read."""
     analysis, before = _analysed(name)

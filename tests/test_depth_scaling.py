@@ -19,6 +19,7 @@ import torch
 from deep_nets import ENTRIES, NETS, Deep, Feed, Subject, subject
 from depth_nets import CASES
 from nets import normal, seeded
+from selection import swept
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
@@ -124,9 +125,9 @@ def test_work_grows_linearly(entry: str, one_thread: None) -> None:
     check(entry, "attention", QUICK)
 
 
-@pytest.mark.sweep
-@pytest.mark.parametrize("net", NETS)
-@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize(
+    ("entry", "net"), swept(((entry, net) for net in NETS for entry in ENTRIES), 4)
+)
 def test_work_grows_linearly_to_100_blocks(entry: str, net: str, one_thread: None) -> None:
     check(entry, net, DEEP)
 

@@ -1,6 +1,7 @@
 """Public architectures as ONNX, dense and halved: they agree, and their files are halved, too.
 
-A handful run by default, all of them with `-m sweep`.
+A handful run by default, a fourth of the others with `-m sweep`, all of them with `-m exhaustive`.
+`benchmarks/export.py` exports all of them, too.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import onnx
 import pytest
 import zoo
 from oracle import read_tensors
+from selection import swept
 from torch import nn
 
 import depcut
@@ -32,8 +34,7 @@ def test_a_public_architecture(name: str, tmp_path: Path) -> None:
     assert_exported(name, tmp_path)
 
 
-@pytest.mark.sweep
-@pytest.mark.parametrize("name", [name for name in zoo.ZOO if name not in FAST])
+@pytest.mark.parametrize("name", swept((name for name in zoo.ZOO if name not in FAST), 4))
 def test_every_public_architecture(name: str, tmp_path: Path) -> None:
     assert_exported(name, tmp_path)
 

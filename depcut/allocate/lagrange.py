@@ -26,7 +26,13 @@ _CLOSE = 1e-3  # of the budget; the search for a price ends there
 
 
 def least_loss(
-    where: Space, scores: Scores, cost: Cost, target: float, of: str, additive: bool = False
+    where: Space,
+    scores: Scores,
+    cost: Cost,
+    target: float,
+    of: str,
+    additive: bool = False,
+    losses: Scores | None = None,
 ) -> Counts:
     """Kept counts that lose least score among those found within the budget.
 
@@ -37,6 +43,7 @@ def least_loss(
         target: Its value to stay within.
         of: Name of the quantity, for messages.
         additive: Whether scores are losses that add up, also over groups.
+        losses: Of each step of each class, not decreasing; None: those of score.
 
     Returns:
         Kept count of each group.
@@ -44,7 +51,7 @@ def least_loss(
     Raises:
         BudgetError: Even the smallest widths cost more than the target.
     """
-    search = _Search(where, scores, cost, additive)
+    search = _Search(where, losses or marginals(where, scores, additive), cost)
     floor = cost(where.kept(where.available))
     if floor > target * (1 + 1e-9):
         raise BudgetError(
@@ -92,15 +99,14 @@ class _Search:
 
     Args:
         where: The steps.
-        scores: One vector a group.
+        losses: Of each step of each class.
         cost: The budgeted quantity.
-        additive: Whether scores are losses that add up.
     """
 
-    def __init__(self, where: Space, scores: Scores, cost: Cost, additive: bool) -> None:
+    def __init__(self, where: Space, losses: Scores, cost: Cost) -> None:
         self.where, self.cost = where, cost
         self.available = where.available
-        self.lost = [np.append(0.0, np.cumsum(lost)) for lost in marginals(where, scores, additive)]
+        self.lost = [np.append(0.0, np.cumsum(lost)) for lost in losses]
         members = [np.flatnonzero(where.class_of == c) for c in range(len(self.available))]
         self.members = members
         self.parts = [cost.within(groups) for groups in members]

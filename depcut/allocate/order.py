@@ -67,6 +67,27 @@ def order(
     return np.asarray(np.concatenate(classes)[ranking])
 
 
+def step_losses(
+    allocation: str, where: Space, scores: Scores, cost: Cost, additive: bool = False
+) -> Scores:
+    """Losses of the steps of each class whose least sum within a budget is the allocation's aim.
+
+    "uniform" is that of shares squared by cost: where steps are small, equal shares.
+
+    Args:
+        allocation: "uniform" or "global", see `order`.
+        where: The steps.
+        scores: One vector a group.
+        cost: The budgeted quantity.
+        additive: Whether scores are losses that add up, also over groups.
+    """
+    if allocation != "uniform":
+        return marginals(where, scores, additive)
+    price = where.per_class(cost.gradient(cost.dense))
+    steps = zip(where.sizes, where.steps, where.available, price, strict=True)
+    return [np.arange(1, n + 1) * step**2 * each / size for size, step, n, each in steps]
+
+
 def meet(where: Space, sequence: Counts, cost: Cost, target: float, of: str) -> Counts:
     """Kept counts whose cost is as close to the target as steps allow.
 

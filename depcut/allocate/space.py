@@ -17,6 +17,7 @@ Counts = NDArray[np.int64]
 Scores = list[NDArray[np.float64]]
 
 _CONVEXITY = 8
+_FEWEST = 4
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,9 @@ def space(
         ]
         step = math.lcm(*own)
         sizes.append(size)
-        steps.append(step if size % step == 0 else max(own))
+        step = step if size % step == 0 else max(own)
+        # Of few steps, such as one a head, none is left out for the sake of an alignment.
+        steps.append(step if not given or size >= _FEWEST * step else 1)
         floors.append(max(-(-coupling.groups[m].floor // int(units[m])) for m in members))
         uneven = len(given) > 1 or (dense != units[members] * size).any()
         uneven |= not given and (dense != size).any()

@@ -11,7 +11,7 @@ from depcut.capture.clone import clone, cloned_arguments
 from depcut.capture.flags import flags_as_before
 from depcut.capture.process_state import capturing, quiet
 from depcut.capture.random_state import preserved
-from depcut.support.failures import reraise_fatal
+from depcut.support.failures import first_line, reraise_fatal
 from depcut.support.torch_private import FakeTensorMode, pytree
 
 
@@ -43,8 +43,8 @@ def result_shapes(
         return None
 
 
-def runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a forward runs on some inputs: without values, or, where it asks for them, with them.
+def failure(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Why a forward does not run on some inputs, with values where it asks for them; "" if it does.
 
     Args:
         model: The model; clones of it run, in eval mode.
@@ -52,13 +52,13 @@ def runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
         kwargs: Keyword inputs.
     """
     if result_shapes(model, args, kwargs) is not None:
-        return True
+        return ""
     seen = clone(model, buffers=True)
     given, keywords = cloned_arguments((args, kwargs))
     try:
         with preserved(), flags_as_before(), quiet(), torch.no_grad():
             seen(*given, **keywords)
-    except Exception as error:  # noqa: BLE001  any failure of the user's forward means: it does not
+    except Exception as error:  # noqa: BLE001  whatever the user's forward raises
         reraise_fatal(error)
-        return False
-    return True
+        return first_line(error)
+    return ""

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from depcut.capture.batches import widened
-from depcut.capture.dry_run import result_shapes, runs
+from depcut.capture.dry_run import failure, result_shapes
 from depcut.capture.refusals import signature_of
 from depcut.conventions.convention import Convention, convention_of
 from depcut.errors import InputError, in_call, listed
@@ -163,8 +163,10 @@ def with_settings(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     convention = convention_of(model)
     if convention is None:
         return args, kwargs
-    positional = list(signature_of(model).parameters)[: len(args)]
-    return args, {**kwargs, **convention.settings(model, [*positional, *kwargs])}
+    named = dict(zip(signature_of(model).parameters, args, strict=False))
+    settings = convention.settings(model, [*named, *kwargs])
+    # A call is either positional or by keywords in all that is made of it.
+    return ((), {**named, **kwargs, **settings}) if settings else (args, kwargs)
 
 
 def refuse_without_values(tree: Any, device: torch.device) -> None:
@@ -241,15 +243,18 @@ def infer_inputs(model: nn.Module) -> Inputs:
 
 def _by_convention(model: nn.Module, convention: Convention) -> Inputs:
     """The first candidate of a library that the model takes."""
-    tried = []
+    tried: list[dict[str, Any]] = []
+    problem = "no argument of it has a name that the library agrees on"
     for candidate in islice(convention.example_inputs(model), _CANDIDATES):
         _, kwargs = with_settings(model, (), candidate)
-        if runs(model, (), kwargs):
+        why = failure(model, (), kwargs)
+        if not why:
             return candidate
-        tried.append(shapes_of(candidate))
+        problem = problem if tried else f"on {shapes_of(candidate)} the model itself raises {why}"
+        tried.append(candidate)
+    others = f", and on {len(tried) - 1} others, too" if len(tried) > 1 else ""
     raise InputError(
-        "no example inputs can be made: "
-        + (f"tried {listed(tried, 3)}" if tried else "no known name"),
+        f"no example inputs can be made: {problem}{others}",
         where=f"{type(model).__name__}.forward",
         remedy="pass inputs= as a dict of its keyword arguments, with a batch of 2",
     )

@@ -170,6 +170,15 @@ def _described(leaf: _Leaf) -> str:
     return f"{name} ({type(leaf.value).__name__})"
 
 
+def tensors_of(result: Any) -> list[torch.Tensor]:
+    """The tensors that a capture returns in place of a result.
+
+    Args:
+        result: What a model returned.
+    """
+    return [leaf.value for leaf in _leaves(result) if isinstance(leaf.value, torch.Tensor)]
+
+
 # Leaves -------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from depcut.conventions.transformers_configs import every, number, special_ids
 from depcut.support.failures import reraise_fatal
 
-_LENGTHS = (16, 8, 64, 128)  # of texts
+_LENGTHS = (16, 64)  # of texts
 _IMAGES = (224, 64, 32, 384)
 _FRAMES = 32  # that convolutions make of a wave
 _DECODER = "decoder_input_ids"

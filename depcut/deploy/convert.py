@@ -18,6 +18,7 @@ from depcut.capture.batches import Batch, dynamic_shapes, widened
 from depcut.capture.clone import clone, cloned_arguments
 from depcut.capture.eager import refuse_failing_call
 from depcut.capture.process_state import converting
+from depcut.capture.results import EVERY, Viewer
 from depcut.capture.signature import name_keywords
 from depcut.deploy.runtime import batch_size, bind_inputs
 from depcut.errors import ExportError, InputError
@@ -142,6 +143,7 @@ def captured(
     # Kernels are chosen by what is to be differentiated: here and in the conversion, nothing.
     seen = clone(model, requires_grad=False)
     args, kwargs = cloned_arguments((arguments.args, arguments.kwargs))
+    Viewer(seen, EVERY)
     name_keywords(seen, kwargs)
     shapes = dynamic_shapes(seen, args, kwargs, Batch.FREE if free_batch else Batch.FIXED)
     try:

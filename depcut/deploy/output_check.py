@@ -15,6 +15,7 @@ from torch.utils.dlpack import from_dlpack
 from depcut.capture.clone import clone, cloned_arguments
 from depcut.capture.eager import user_line
 from depcut.capture.process_state import as_captured
+from depcut.capture.results import tensors_of
 from depcut.deploy.runtime import Array, resized, session_tensors
 from depcut.errors import ExportError
 from depcut.rewrite.copying import copied
@@ -191,7 +192,7 @@ def model_outputs(model: nn.Module, values: tuple[tuple[Any, ...], dict[str, Any
     args, kwargs = cloned_arguments(values)
     with torch.no_grad(), as_captured():
         outputs = clone(model, buffers=True)(*args, **kwargs)
-    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    return tensors_of(outputs)
 
 
 def _doubled(leaf: object) -> object:

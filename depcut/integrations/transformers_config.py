@@ -59,7 +59,8 @@ def recipe(model: nn.Module) -> Recipe | None:
 def _numbers(config: Any, at: Path) -> Iterator[tuple[Path, Number | None]]:
     """Numbers of a config and of those in it, by path, and what may be given beside them."""
     kind = sys.modules["transformers"].PreTrainedConfig
-    known = {**dict.fromkeys(_OPTIONAL), **vars(config)}
+    optional = (name for name in _OPTIONAL if name not in config.attribute_map)
+    known = {**dict.fromkeys(optional), **vars(config)}
     for name, value in known.items():
         if name.startswith("_"):
             continue

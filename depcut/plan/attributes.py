@@ -111,11 +111,23 @@ def _compared(
             if not mine:
                 continue
             fixed = right is not None and all(is_fixed(e, keep.coupling) for e in (left, right))
+            if fixed and _is_of_one(left, right, keep, settled):
+                continue
             if not fixed or _outcome(name, left, right, keep, settled) != _outcome(
                 name, left, right, Keep(keep.coupling, {}), lambda a: attribute_value(model, a)
             ):
                 out |= mine
     return out
+
+
+def _is_of_one(left: Expr, right: Expr, keep: Keep, lookup: Lookup) -> bool:
+    """Whether a number that becomes 1 is compared with 1.
+
+    Code that asks for that skips what does nothing to one of a kind (to repeat, to split). That it
+    computes the same is for the verification to see.
+    """
+    other = left if right == 1 else right
+    return 1 in (left, right) and evaluate(other, keep, lookup) == 1
 
 
 def _outcome(name: str, left: Expr, right: Expr, keep: Keep, lookup: Lookup) -> bool | None:

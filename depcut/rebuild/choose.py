@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -14,6 +15,7 @@ from depcut.allocate.space import Counts
 from depcut.errors import BudgetError
 from depcut.plan.cost import Cost
 from depcut.plan.data import PlanData
+from depcut.plan.keep import Keep
 from depcut.rebuild.rebuilding import REBUILD, Rebuilding
 
 _NEIGHBOURS = 48  # counts next to the best that are built where the class refuses these
@@ -70,17 +72,55 @@ def _built(
 ) -> Counts:
     """The best counts, or those next to them, that the class can be built with."""
     with saying_why():
-        first = chooser.meet(quantity, target, of)
-    counts, tried = first, []
-    for _ in range(_NEIGHBOURS):
+        first = counts = chooser.meet(quantity, target, of)
+    with suppress(BudgetError):
+        for _ in rebuilding.moves:
+            if rebuilding.twin(counts) is not None:
+                return counts
+            settled = _settled(rebuilding, counts)
+            if not settled:
+                break
+            # What conflicts is settled; the rest makes up for the difference.
+            chooser = chooser.fixing(settled)
+            counts = chooser.meet(quantity, target, of)
         if rebuilding.twin(counts) is not None:
             return counts
-        tried.append(counts)
+    tried = [first]
+    while len(tried) <= _NEIGHBOURS:
         other = chooser.nudged(quantity, first, target, tried)
         if other is None:
             break
-        counts = other
+        if rebuilding.twin(other) is not None:
+            return other
+        tried.append(other)
     raise refused(rebuilding)
+
+
+def _settled(rebuilding: Rebuilding, counts: Counts) -> dict[int, int]:
+    """Counts, by group, of one or two moves that the class refuses together as they are.
+
+    The one of larger steps stays, the other one goes to the closest count that suits it.
+    """
+    dense = Keep(rebuilding.coupling, {}).counts
+    cut = [m for m in rebuilding.moves if any(counts[i] != dense[i] for i in m.tie.groups)]
+    cut.sort(key=lambda move: move.tie.steps)
+    for pair in [(m, m) for m in cut] + list(itertools.combinations(cut, 2)):
+        trial = dense.copy()
+        for move in pair:
+            trial[[*move.tie.groups]] = counts[[*move.tie.groups]]
+        if rebuilding.twin(trial) is not None:
+            continue
+        fine = pair[1]
+        groups = [*fine.tie.groups]
+        unit = dense[groups] // fine.tie.steps
+        now = int(counts[groups[0]] // unit[0])
+        others = sorted(range(1, fine.tie.steps + 1), key=lambda t: abs(t - now))
+        for steps in others[1 : _NEIGHBOURS + 1]:
+            trial[groups] = unit * steps
+            if rebuilding.twin(trial) is not None:
+                return {int(i): int(trial[i]) for m in pair for i in m.tie.groups}
+        return {}
+    return {}
 
 
 @contextmanager
@@ -102,7 +142,7 @@ def refused(rebuilding: Rebuilding) -> BudgetError:
     Args:
         rebuilding: What the class can express.
     """
-    names = [".".join(map(str, p)) for move in rebuilding.moves for p in move.paths]
+    names = [".".join(map(str, p)) for move in rebuilding.moves for p, _ in move.powers]
     return BudgetError(
         "the model's class takes none of the configs that come near the budget",
         where=", ".join(dict.fromkeys(names)),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
@@ -13,18 +13,20 @@ from torch import nn
 from depcut.allocate.space import Counts, StepTie
 from depcut.capture.random_state import preserved
 from depcut.coupling.groups import Coupling
-from depcut.errors import InputError, PlanError, VerificationError
+from depcut.errors import InputError, PlanError
 from depcut.plan.keep import Keep
-from depcut.rebuild.moves import Builder, Move, candidates, knobs, scaled, subsets
+from depcut.rebuild.builder import Builder
+from depcut.rebuild.moves import Move, candidates, combined, knobs, lists, subsets
 from depcut.rebuild.recipe import Number, Path, recipe_of
 from depcut.rebuild.solve import Solver
 from depcut.rebuild.stock import rebuilt
+from depcut.rebuild.trial import trial
 from depcut.rebuild.twin import Twin, twin_of
 from depcut.rewrite.build import Slim
 from depcut.support.failures import first_line, reraise_fatal
-from depcut.verify.calls import verify_calls
 
 REBUILD = "rebuild"  # the entry of a plan's settings
+_VECTOR = 4  # floats in 16 bytes
 FIXED = "no number of the config changes this width alone"
 
 
@@ -55,13 +57,10 @@ class Rebuilding:
         Args:
             counts: Kept count of each group, in whole steps of the moves.
         """
-        out: dict[Path, Number] = {}
-        for move in self.moves:
-            first = self.coupling.groups[move.tie.groups[0]]
-            share = Fraction(int(counts[first.index]), first.size)
-            if share != 1:
-                now = {p: out.get(p, self.builder.base[p]) for p in move.paths}
-                out |= scaled(now, move.paths, share) or {}
+        groups = self.coupling.groups
+        firsts = [(move, groups[move.tie.groups[0]]) for move in self.moves]
+        shares = {move: Fraction(int(counts[g.index]), g.size) for move, g in firsts}
+        out = self.builder.scaled(combined(shares)) or {}
         return {**self.builder.explicit, **out} if out else {}
 
     def twin(self, counts: Counts) -> Twin | None:
@@ -158,46 +157,51 @@ def _found(coupling: Coupling, model: nn.Module, builder: Builder) -> Rebuilding
     solver = Solver(coupling)
     moves: list[Move] = []
     taken: set[int] = set()
+    used: set[Path] = set()
     failed: dict[int, str] = {}
-    every = knobs(builder, solver)
-    for chosen in subsets(every):
-        reach = {i for knob in chosen for i in solver.groups_of(sorted(knob.groups))}
-        if reach <= taken:
-            continue
-        for move, _ in candidates(builder, solver, chosen):
-            if taken & {*move.tie.groups}:
+    single = knobs(builder, solver)
+    for whole in (False, True):
+        for chosen in subsets([*single, *lists(builder, solver, used)] if whole else single):
+            if all(used >= {*knob.paths} for knob in chosen):
                 continue
-            why = _trial(coupling, model, builder, move)
-            if why is None:
+            move, why = _first(coupling, model, builder, candidates(builder, solver, chosen), taken)
+            if move is not None:
                 moves.append(move)
                 taken |= {*move.tie.groups}
-                break
-            names = " and ".join(".".join(map(str, p)) for p in move.paths)
-            failed |= dict.fromkeys(move.tie.groups, f"{names}: {why}")
-    groups = range(len(coupling.groups))
-    held = {i: failed.get(i, FIXED) for i in groups if i not in taken}
+                used |= {path for path, _ in move.powers}
+            else:
+                failed |= why
+    held = {g.index: failed.get(g.index, FIXED) for g in coupling.groups if g.index not in taken}
     return Rebuilding(coupling, builder, tuple(moves), held)
 
 
-def _trial(coupling: Coupling, model: nn.Module, builder: Builder, move: Move) -> str | None:
-    """Carry a move out alone, and compare by value; what is wrong with it, None if nothing is."""
-    share = Fraction(max(1, move.tie.steps // 2), move.tie.steps)
-    values = scaled(builder.base, move.paths, share)
-    twin = builder.twin(values) if values else None
-    if twin is None:
-        return "the class cannot be built with half of it"
-    generator = np.random.default_rng(0)
-    units = {}
-    for i in move.tie.groups:
-        size = coupling.groups[i].size
-        units[i] = np.sort(generator.permutation(size)[: int(size * share)])
-    keep = Keep(coupling, units)
-    try:
-        slim = rebuilt(model, keep, builder.dense, twin)
-        verify_calls(slim, model)
-    except VerificationError as error:
-        return error.what + (f" [{error.where}]" if error.where else "")
-    return None
+def _first(
+    coupling: Coupling,
+    model: nn.Module,
+    builder: Builder,
+    found: Iterable[Move],
+    taken: Collection[int],
+) -> tuple[Move | None, dict[int, str]]:
+    """The first move that stands its trial; else the reasons, by group."""
+    failed: dict[int, str] = {}
+    for finest in found:
+        if {*taken} & {*finest.tie.groups}:
+            continue
+        for move in _coarser(coupling, finest):
+            why = trial(coupling, model, builder, move)
+            if why is None:
+                return move, {}
+        names = " and ".join(".".join(map(str, path)) for path, _ in finest.powers)
+        failed |= dict.fromkeys(finest.tie.groups, f"{names}: {why}")
+    return None, failed
+
+
+def _coarser(coupling: Coupling, move: Move) -> Iterator[Move]:
+    """A move, and the same in steps of whole vectors, on which some kernels insist."""
+    yield move
+    sizes = {coupling.groups[i].size for i in move.tie.groups}
+    if len(sizes) == 1 and not move.tie.steps % _VECTOR and move.tie.steps > _VECTOR:
+        yield replace(move, tie=replace(move.tie, steps=move.tie.steps // _VECTOR))
 
 
 def recorded(settings: Mapping[str, Any], model: nn.Module, keep: Keep) -> Slim | None:

@@ -59,20 +59,20 @@ class Solver:
         wanted = set(variables)
         return tuple(g.index for g in self.coupling.groups if self.variable[g.axis] in wanted)
 
-    def changed(self, before: Shapes, after: Shapes) -> set[int] | None:
-        """Groups in dimensions that differ; None where one differs that holds no group."""
+    def changed(self, before: Shapes, after: Shapes) -> set[int] | str:
+        """Groups in dimensions that differ; a tensor that differs where it holds no group."""
         out: set[int] = set()
         for name, old in before.items():
             if old == after[name]:
                 continue
             terms = self.terms.get(name)
             if terms is None or len(after[name]) != len(terms):
-                return None
+                return name
             for term, was, now in zip(terms, old, after[name], strict=True):
                 if was != now:
                     found = self.variables(term)
                     if not found:
-                        return None
+                        return name
                     out |= set(found)
         return out
 
@@ -91,7 +91,7 @@ class Solver:
         Returns:
             Numbers of the groups; None where there is no solution.
         """
-        if self.changed(before, after) is None:
+        if isinstance(self.changed(before, after), str):
             return None
         known: dict[int, bool] = {}
         equations: list[tuple[Term, int]] = []

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 # What each module has beside the attributes of its class; none of it is built from a config.
 _OWN = frozenset(vars(nn.Module()))
@@ -47,10 +48,16 @@ def twin_of(model: nn.Module) -> Twin:
     seen: dict[int, tuple[Any, dict[tuple[Any, ...], Any]]] = {}
     return Twin(
         model,
-        {name: type(m) for name, m in modules.items()},
+        {name: _kind(m) for name, m in modules.items()},
         {name: tuple(t.shape) for name, t in tensors.items()},
         {name: _attributes(m, seen) for name, m in modules.items()},
     )
+
+
+def _kind(module: nn.Module) -> type:
+    """Its class; torch makes one anew for every parametrized module, of which it is the base."""
+    kind = type(module)
+    return kind.__bases__[0] if is_parametrized(module) else kind
 
 
 def buffers(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -57,7 +57,7 @@ def lasting(
         return out
     for args, kwargs in _examples(program, model):
         try:
-            other = infer_coupling(capture(model, kwargs or args))
+            other = infer_coupling(capture(model, kwargs or args, program.results.names))
         except (CaptureError, InputError):
             out = tuple(_unknown(c) for c in out)
             continue

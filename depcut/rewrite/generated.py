@@ -20,6 +20,7 @@ from depcut.support.torch_private import pytree, schema_of, size_expression
 
 # What a generated module sets itself, or what is compared in another way.
 _OWN = frozenset({"training", "replaces", "modal"})
+_NOTES = "_depcut_"  # what depcut noted in a model, which its forward does not read
 
 
 class GeneratedModule(nn.Module):
@@ -70,7 +71,8 @@ class GeneratedModule(nn.Module):
         self.settings = {
             name: value
             for name, value in vars(original).items()
-            if name not in _OWN and type(value) in (bool, int, float, str)
+            if not (name in _OWN or name.startswith(_NOTES))
+            and type(value) in (bool, int, float, str)
         }
         self.equal = _equal_sizes(call.leaves, sizes)
         self.modal = _asks_for_mode(type(original))

@@ -93,6 +93,8 @@ def _is_constant(size: int | torch.SymInt) -> bool:
 
 def _call_of(program: Program, name: str) -> ModuleCall:
     if not name:
+        if program.results.picked:
+            raise CannotGenerateError("it returns more than a graph can carry")
         given = pytree.tree_leaves((program.args, program.kwargs))
         nodes = program.inputs
         leaves: tuple[Any, ...] = tuple(nodes)

@@ -110,7 +110,7 @@ def write_model(
         write_program(model, draft / "program.pt2", inputs)
     entries = _entries(draft, len(plans))
     card = model_card(report(model), data["architecture"], data["torch"], entries, comparison)
-    (draft / folders.CARD).write_text(card, encoding="utf-8")
+    files.write_text(draft / folders.CARD, card, "model card")
 
 
 def write_record(model: nn.Module, folder: Path) -> None:

@@ -155,10 +155,12 @@ class Loaded:
         self._made: dict[int, Tensor] = {}
         self._memory: dict[tuple[str, str], Tensor] = {}
         self._files: dict[str, Any] = {}
+        self._names: dict[str, frozenset[str]] = {}
         for file in sorted({slot["file"] for slot in slots}) if folder is not None else ():
             if file not in (STATE, REST):
                 raise ValueError(f"tensors stand in {file!r}")
             self._files[file] = open_tensors(folder / file)
+            self._names[file] = frozenset(self._files[file].keys())
         self.is_meta = folder is None
 
     def get(self, number: int, built: Tensor | None) -> Tensor:
@@ -197,6 +199,8 @@ class Loaded:
             else:
                 raise ValueError(f"{slot['key']} has the strides {strides}")
             if not self.is_meta:
+                if where[1] not in self._names[where[0]]:
+                    raise ValueError(f"{where[0]} has no tensor {where[1]!r}")
                 read = self._files[where[0]].get_tensor(where[1])
                 if read.dtype != dtype:
                     read = read.view(dtype).reshape(shape)
