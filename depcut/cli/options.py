@@ -190,8 +190,9 @@ class Command:
         self.add("model", metavar="MODEL", help="see below")
         self.inputs()
 
-    def outputs(self) -> None:
-        """Which outputs count."""
+    def selection(self) -> None:
+        """Which part of the model is captured, and which of its outputs count."""
+        self.add("--part", metavar="NAME", help="module to capture alone, such as backbone")
         self.add(
             "--outputs",
             action="append",
