@@ -97,7 +97,7 @@ def write(path: Path) -> None:
     model, x = trained()
     data = [x[i : i + 64] for i in range(0, 512, 64)]
     analysis = depcut.analyze(model, x[:8])
-    plan = analysis.plan(0.5, allocation="global")
+    plan = analysis.plan(0.5, align=4)
     slim = plan.apply(model, data=data, progress=False)
     compared = depcut.compare(model, slim, x[:64], runtime="torch")
     plan.to_html(path, depcut.report(slim), compared, title="Digits")
