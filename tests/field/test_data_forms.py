@@ -237,7 +237,7 @@ def test_a_batch_encoding_with_texts_numbers_and_labels_is_read() -> None:
     calibration = assert_followed(Encoder().eval(), items)
     assert list(calibration.batches[0].kwargs) == ["input_ids", "attention_mask"]
     assert "the model takes no text, idx" in str(calibration)
-    assert "targets, which no repair needs: labels" in str(calibration)
+    assert "targets, left aside: labels" in str(calibration)
 
 
 def test_a_mask_that_the_model_was_captured_without_is_named() -> None:
@@ -287,7 +287,8 @@ def test_the_models_own_loss_of_the_labels_is_that_of_a_function() -> None:
     def loss(output: Tensor, item: Any) -> Tensor:
         return F.cross_entropy(output.flatten(0, 1), item["labels"].flatten())
 
-    both = (analysis.calibrate(items, loss=given, progress=False) for given in ("model", loss))
+    both = [analysis.calibrate(items, loss=given, progress=False) for given in ("model", loss)]
+    assert "the model takes its loss of labels" in str(both[0])
     assert_same_gradients(model, *both)
     with pytest.raises(InputError, match=r'(?s)holds no loss.*loss="model"'):
         analysis.calibrate(texts(), loss="model")
