@@ -72,7 +72,11 @@ def _on_a_line(
 
 @preserved()
 def _computes(reader: Reader, model: nn.Module, batch: Batch, resized: Resized) -> bool:
-    """Whether the graph, run with numbers, returns what the model returns for a batch."""
+    """Whether the graph, run with numbers, gives what the model gives for a batch.
+
+    Outputs are compared by value; what every module gets and returns by its shapes, as what is
+    filled up and cut off again leaves no trace in the outputs.
+    """
 
     def given() -> list[Any]:
         return [
@@ -80,16 +84,41 @@ def _computes(reader: Reader, model: nn.Module, batch: Batch, resized: Resized) 
             for leaf in pytree.tree_leaves((batch.args, batch.kwargs))
         ]
 
+    program = reader.program
     args, kwargs = pytree.tree_unflatten(given(), reader.spec)
+    seen, run = clone(model, buffers=True), _Dense(program, model)
+    calls = _shapes_of_calls(seen)
     try:
         with torch.no_grad(), as_captured():
-            wanted = reader.program.results.flat(clone(model, buffers=True)(*args, **kwargs))
-            got = _Dense(reader.program, model).run(FlatInputs(given(), resized))
+            wanted = program.results.flat(seen(*args, **kwargs))
+            got = run.run(FlatInputs(given(), resized))
     except Exception as error:  # noqa: BLE001  numbers that do not fit raise whatever they do
         reraise_fatal(error)
         return False
+    if len(calls) != len(program.calls):
+        return False
+    for call, shapes in zip(program.calls, calls, strict=True):
+        leaves = (*call.leaves, *call.out_leaves)
+        if len(leaves) != len(shapes):
+            return False
+        if any(run.shapes.get(n, s) != s for n, s in zip(leaves, shapes, strict=True)):
+            return False
     size, message = relative_error(wanted, got)
     return not message and size <= _TOLERANCE
+
+
+def _shapes_of_calls(model: nn.Module) -> list[list[Any]]:
+    """Shapes of what each module gets and returns, call by call, once the model has run."""
+    calls: list[list[Any]] = []
+
+    def after(_: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        leaves = (*pytree.tree_leaves((args, kwargs)), *pytree.tree_leaves(result))
+        calls.append([getattr(leaf, "shape", None) for leaf in leaves])
+
+    for name, module in model.named_modules():
+        if name:
+            module.register_forward_hook(after, with_kwargs=True)
+    return calls
 
 
 class _Dense(Interpreter):
@@ -98,6 +127,13 @@ class _Dense(Interpreter):
     def __init__(self, program: Program, model: nn.Module) -> None:
         super().__init__(program)
         self.held = held_tensors(model)
+        self.shapes: dict[Any, Any] = {}
+
+    def made(self, node: fx.Node) -> None:
+        """Note the shape of a value."""
+        value = self.values.get(node)
+        if isinstance(value, torch.Tensor):
+            self.shapes[node] = value.shape
 
     def tensor(self, node: fx.Node, name: str) -> torch.Tensor:
         """The model's tensor, a copy where the code may write to it."""
