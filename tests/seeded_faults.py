@@ -293,6 +293,18 @@ FAULTS = [
     ),
     # In the field.
     Fault(
+        "graph",
+        "arguments[node] = given",
+        "pass",
+        "tests/field/test_data_forms.py -k other_lengths",
+    ),
+    Fault(
+        "calibration",
+        "if _is_target(self.takes[n])}",
+        "if False}",
+        "tests/field/test_data_forms.py -k batch_encoding",
+    ),
+    Fault(
         "repair",
         "if bool((here.fixed & ~kept).any()):",
         "if False:",
