@@ -15,7 +15,6 @@ from torch import nn
 
 from depcut.capture.references import referent_of
 from depcut.errors import PlanError
-from depcut.integrations.refusal import Refusal
 from depcut.rewrite.attention_heads import make_slim
 from depcut.rewrite.patches import patched_class
 from depcut.storage import graphs
