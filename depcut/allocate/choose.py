@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import copy
-import difflib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from depcut.allocate.lagrange import least_loss, nudged
+from depcut.allocate.lagrange import closest, least_loss, nudged
+from depcut.allocate.named import check_ratio, fixed_by, held_by, is_named
 from depcut.allocate.order import along, meet, order, step_losses
 from depcut.allocate.space import Counts, Space, StepTie, space
 from depcut.axes import Indices
 from depcut.calibration.data import Calibration
-from depcut.coupling.groups import Coupling, Frozen, Group, layer_of
+from depcut.coupling.groups import Coupling, Frozen
 from depcut.errors import BudgetError, InputError, listed
 from depcut.plan.cost import Cost
 from depcut.plan.data import PlanData, make_plan
 from depcut.plan.preferences import preferences
 from depcut.scores import Criterion, Score, Scores, is_additive, score, score_name
-from depcut.support.checks import check_number
-from depcut.support.failures import shown
 
 
 @dataclass(frozen=True)
@@ -82,9 +79,9 @@ class Chooser:
 
     def __init__(self, coupling: Coupling, model: nn.Module, request: Request) -> None:
         self.coupling, self.model, self.request = coupling, model, request
-        self.held = _held(coupling, request.ignore) | set(request.hold)
+        self.held = held_by(coupling, request.ignore) | set(request.hold)
         self.absent: frozenset[int] = frozenset()
-        self.fixed = _fixed(coupling, request, self.held)
+        self.fixed = fixed_by(coupling, request.ratios, self.held, request.together or ())
         self.additive = is_additive(request.score)
         self.scores: Scores = score(
             request.score, coupling, model, request.seed, request.calibration
@@ -100,7 +97,8 @@ class Chooser:
             return self
         other = copy.copy(self)
         other.held = self.held | set(numbers)
-        other.fixed = _fixed(self.coupling, self.request, other.held)
+        request = self.request
+        other.fixed = fixed_by(self.coupling, request.ratios, other.held, request.together or ())
         return other
 
     def without(self, tensors: Collection[str]) -> Chooser:
@@ -223,7 +221,7 @@ class Chooser:
         elif self.request.together is not None:
             # Few classes, some of large steps: of a mere order, most lengths miss the budget.
             losses = step_losses(self._allocation(of), where, self.scores, cost, self.additive)
-            counts = least_loss(where, self.scores, cost, target, of, self.additive, losses)
+            counts = closest(where, losses, cost, target, of)
         else:
             sequence = order(self._allocation(of), where, self.scores, cost, self.additive)
             counts = meet(where, sequence, cost, target, of)
@@ -294,21 +292,6 @@ def check_budget(
     return of
 
 
-def check_ratio(ratio: object, where: str) -> None:
-    """Refuse what is no fraction strictly between 0 and 1.
-
-    Args:
-        ratio: What the user passed.
-        where: Name of the argument.
-
-    Raises:
-        InputError: It is something else.
-    """
-    what = f"the ratio is {shown(ratio)}; it is the fraction removed, between 0 and 1 exclusive"
-    remedy = "pass e.g. 0.5 to remove half"
-    check_number(ratio, "ratio", remedy, above=0, below=1, what=what, where=where)
-
-
 def best_units(values: Any, count: int) -> Indices:
     """The highest-scored units, ascending; the earlier of equals.
 
@@ -320,78 +303,6 @@ def best_units(values: Any, count: int) -> Indices:
         Kept indices, [count] or [rows, count].
     """
     return np.sort(np.argsort(-values, axis=-1, kind="stable")[..., :count], axis=-1)
-
-
-def matching(coupling: Coupling, pattern: str, option: str) -> set[int]:
-    """Numbers of the groups that a glob names.
-
-    Args:
-        coupling: The groups.
-        pattern: A glob over module, parameter or group names.
-        option: Where the user passed it.
-
-    Raises:
-        InputError: The model has nothing of that name.
-    """
-    numbers = {g.index for g in coupling.groups if _matches(g, pattern)}
-    names = {layer_of(n) for n in coupling.dims} | set(coupling.dims)
-    known = any(fnmatchcase(n, pattern) or n.startswith(pattern + ".") for n in names)
-    if not numbers and not known:
-        close = difflib.get_close_matches(pattern, sorted(names), 3, 0.4)
-        raise InputError(
-            f"{pattern!r} matches no module, parameter or group",
-            where=option,
-            remedy=f"did you mean {', '.join(close)}?" if close else "see print(analysis)",
-        )
-    return numbers
-
-
-def _matches(group: Group, pattern: str) -> bool:
-    for member in group.members:
-        if member.role == "producer" and is_named(member.tensor, pattern):
-            return True
-    # A group's own name may hold brackets, which a glob reads as a choice of characters.
-    return pattern == group.name or fnmatchcase(group.name, pattern)
-
-
-def is_named(tensor: str, pattern: str) -> bool:
-    """Whether a glob over module or parameter names matches this parameter.
-
-    Args:
-        tensor: Name of a parameter.
-        pattern: The glob; the name of a module means all that it contains.
-    """
-    layer = layer_of(tensor)
-    names = fnmatchcase(tensor, pattern) or fnmatchcase(layer, pattern)
-    return names or layer.startswith(pattern + ".")
-
-
-def _held(coupling: Coupling, ignore: Iterable[str]) -> set[int]:
-    return {i for p in ignore for i in matching(coupling, p, "ignore=")}
-
-
-def _fixed(coupling: Coupling, request: Request, held: set[int]) -> dict[int, int]:
-    fixed: dict[int, int] = {}
-    for pattern, ratio in request.ratios.items():
-        if ratio != 0:
-            check_ratio(ratio, f"ratios[{pattern!r}]")
-        for index in matching(coupling, pattern, "ratios="):
-            size = coupling.groups[index].size
-            fixed[index] = max(1, size - round(size * ratio))
-    by_tie: dict[int, int] = {}
-    for index, count in fixed.items():
-        tie = coupling.groups[index].tied
-        if tie is not None:
-            by_tie[tie] = min(count, by_tie.get(tie, count))
-    for group in coupling.groups:
-        if group.tied in by_tie:
-            fixed[group.index] = by_tie[group.tied]
-    for each in request.together or ():
-        sizes = {i: coupling.groups[i].size for i in each.groups}
-        steps = [fixed[i] * each.steps // size for i, size in sizes.items() if i in fixed]
-        if steps:
-            fixed |= {i: size * max(1, min(steps)) // each.steps for i, size in sizes.items()}
-    return {i: n for i, n in fixed.items() if i not in held}
 
 
 def refuse_frozen(frozen: Sequence[Frozen], model: str) -> None:
