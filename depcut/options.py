@@ -10,7 +10,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, TypedDict
 
-from depcut.allocate.named import check_ratio
+from depcut.allocate.choose import check_ratio
 from depcut.allocate.order import ALLOCATIONS
 from depcut.calibration.data import BATCHES
 from depcut.errors import InputError, listed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from depcut.allocate.lagrange import closest, least_loss, nudged
-from depcut.allocate.named import check_ratio, fixed_by, held_by, is_named
+from depcut.allocate.named import is_named, matching
 from depcut.allocate.order import along, meet, order, step_losses
 from depcut.allocate.space import Counts, Space, StepTie, space
 from depcut.axes import Indices
@@ -22,6 +22,8 @@ from depcut.plan.cost import Cost
 from depcut.plan.data import PlanData, make_plan
 from depcut.plan.preferences import preferences
 from depcut.scores import Criterion, Score, Scores, is_additive, score, score_name
+from depcut.support.checks import check_number
+from depcut.support.failures import shown
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,9 @@ class Chooser:
 
     def __init__(self, coupling: Coupling, model: nn.Module, request: Request) -> None:
         self.coupling, self.model, self.request = coupling, model, request
-        self.held = held_by(coupling, request.ignore) | set(request.hold)
+        self.held = _held(coupling, request.ignore) | set(request.hold)
         self.absent: frozenset[int] = frozenset()
-        self.fixed = fixed_by(coupling, request.ratios, self.held, request.together or ())
+        self.fixed = _fixed(coupling, request, self.held)
         self.additive = is_additive(request.score)
         self.scores: Scores = score(
             request.score, coupling, model, request.seed, request.calibration
@@ -97,8 +99,7 @@ class Chooser:
             return self
         other = copy.copy(self)
         other.held = self.held | set(numbers)
-        request = self.request
-        other.fixed = fixed_by(self.coupling, request.ratios, other.held, request.together or ())
+        other.fixed = _fixed(self.coupling, self.request, other.held)
         return other
 
     def without(self, tensors: Collection[str]) -> Chooser:
@@ -292,6 +293,21 @@ def check_budget(
     return of
 
 
+def check_ratio(ratio: object, where: str) -> None:
+    """Refuse what is no fraction strictly between 0 and 1.
+
+    Args:
+        ratio: What the user passed.
+        where: Name of the argument.
+
+    Raises:
+        InputError: It is something else.
+    """
+    what = f"the ratio is {shown(ratio)}; it is the fraction removed, between 0 and 1 exclusive"
+    remedy = "pass e.g. 0.5 to remove half"
+    check_number(ratio, "ratio", remedy, above=0, below=1, what=what, where=where)
+
+
 def best_units(values: Any, count: int) -> Indices:
     """The highest-scored units, ascending; the earlier of equals.
 
@@ -303,6 +319,34 @@ def best_units(values: Any, count: int) -> Indices:
         Kept indices, [count] or [rows, count].
     """
     return np.sort(np.argsort(-values, axis=-1, kind="stable")[..., :count], axis=-1)
+
+
+def _held(coupling: Coupling, ignore: Iterable[str]) -> set[int]:
+    return {i for p in ignore for i in matching(coupling, p, "ignore=")}
+
+
+def _fixed(coupling: Coupling, request: Request, held: set[int]) -> dict[int, int]:
+    fixed: dict[int, int] = {}
+    for pattern, ratio in request.ratios.items():
+        if ratio != 0:
+            check_ratio(ratio, f"ratios[{pattern!r}]")
+        for index in matching(coupling, pattern, "ratios="):
+            size = coupling.groups[index].size
+            fixed[index] = max(1, size - round(size * ratio))
+    by_tie: dict[int, int] = {}
+    for index, count in fixed.items():
+        tie = coupling.groups[index].tied
+        if tie is not None:
+            by_tie[tie] = min(count, by_tie.get(tie, count))
+    for group in coupling.groups:
+        if group.tied in by_tie:
+            fixed[group.index] = by_tie[group.tied]
+    for each in request.together or ():
+        sizes = {i: coupling.groups[i].size for i in each.groups}
+        steps = [fixed[i] * each.steps // size for i, size in sizes.items() if i in fixed]
+        if steps:
+            fixed |= {i: size * max(1, min(steps)) // each.steps for i, size in sizes.items()}
+    return {i: n for i, n in fixed.items() if i not in held}
 
 
 def refuse_frozen(frozen: Sequence[Frozen], model: str) -> None:

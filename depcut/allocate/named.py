@@ -1,31 +1,12 @@
-"""Groups that a user names by globs over modules and parameters: held, or of a given share."""
+"""Groups by globs over the names of modules and parameters."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
-from depcut.allocate.space import StepTie
 from depcut.coupling.groups import Coupling, Group, layer_of
 from depcut.errors import InputError
-from depcut.support.checks import check_number
-from depcut.support.failures import shown
-
-
-def check_ratio(ratio: object, where: str) -> None:
-    """Refuse what is no fraction strictly between 0 and 1.
-
-    Args:
-        ratio: What the user passed.
-        where: Name of the argument.
-
-    Raises:
-        InputError: It is something else.
-    """
-    what = f"the ratio is {shown(ratio)}; it is the fraction removed, between 0 and 1 exclusive"
-    remedy = "pass e.g. 0.5 to remove half"
-    check_number(ratio, "ratio", remedy, above=0, below=1, what=what, where=where)
 
 
 def matching(coupling: Coupling, pattern: str, option: str) -> set[int]:
@@ -70,47 +51,3 @@ def is_named(tensor: str, pattern: str) -> bool:
     layer = layer_of(tensor)
     names = fnmatchcase(tensor, pattern) or fnmatchcase(layer, pattern)
     return names or layer.startswith(pattern + ".")
-
-
-def held_by(coupling: Coupling, ignore: Iterable[str]) -> set[int]:
-    """Numbers of the groups that some globs name.
-
-    Args:
-        coupling: The groups.
-        ignore: Globs over module, parameter or group names.
-    """
-    return {i for p in ignore for i in matching(coupling, p, "ignore=")}
-
-
-def fixed_by(
-    coupling: Coupling, ratios: Mapping[str, float], held: set[int], together: Iterable[StepTie]
-) -> dict[int, int]:
-    """Kept counts, by number, of groups that the budget does not decide.
-
-    Args:
-        coupling: The groups.
-        ratios: Fraction of units removed, by glob.
-        held: Groups that keep all their units, whatever ratios say.
-        together: Groups that shrink in common steps.
-    """
-    fixed: dict[int, int] = {}
-    for pattern, ratio in ratios.items():
-        if ratio != 0:
-            check_ratio(ratio, f"ratios[{pattern!r}]")
-        for index in matching(coupling, pattern, "ratios="):
-            size = coupling.groups[index].size
-            fixed[index] = max(1, size - round(size * ratio))
-    by_tie: dict[int, int] = {}
-    for index, count in fixed.items():
-        tie = coupling.groups[index].tied
-        if tie is not None:
-            by_tie[tie] = min(count, by_tie.get(tie, count))
-    for group in coupling.groups:
-        if group.tied in by_tie:
-            fixed[group.index] = by_tie[group.tied]
-    for each in together:
-        sizes = {i: coupling.groups[i].size for i in each.groups}
-        steps = [fixed[i] * each.steps // size for i, size in sizes.items() if i in fixed]
-        if steps:
-            fixed |= {i: size * max(1, min(steps)) // each.steps for i, size in sizes.items()}
-    return {i: n for i, n in fixed.items() if i not in held}

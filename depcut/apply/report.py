@@ -176,7 +176,16 @@ def report(model: nn.Module) -> Report:
             where=type(model).__name__,
             remedy="pass what depcut.shrink, Plan.apply or depcut.compact returned",
         )
-    data = json.loads(text)
+    return report_of_record(json.loads(text))
+
+
+def report_of_record(record: Mapping[str, Any]) -> Report:
+    """The report that `report_record` gave as plain data.
+
+    Args:
+        record: The data.
+    """
+    data = dict(record)
     done = data.pop("compensation")
     if done is not None:
         done = Compensation(tuple(Repair(**r) for r in done["repairs"]), done["left"])

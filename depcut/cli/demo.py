@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import nn
 from torch.nn import functional
 
-from depcut.allocate.named import check_ratio
+from depcut.allocate.choose import check_ratio
 from depcut.api import shrink
 from depcut.cli.demo_net import DigitNet
 from depcut.cli.digits import Digits, accuracy, load_digits

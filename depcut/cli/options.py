@@ -188,6 +188,15 @@ class Command:
         self.add("model", metavar="MODEL", help="see below")
         self.inputs()
 
+    def outputs(self) -> None:
+        """Which outputs count."""
+        self.add(
+            "--outputs",
+            action="append",
+            metavar="NAME",
+            help="an output that counts, by name or position; the others may become narrower",
+        )
+
     def inputs(self) -> None:
         """Weights and example inputs."""
         self._parser.epilog = MODEL_HELP

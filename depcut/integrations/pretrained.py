@@ -10,26 +10,30 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from depcut.integrations.refusal import allow_saving, refuse_saving
+from depcut.integrations.refusal import allow_saving, refuse_saving, refuses_saving
 from depcut.integrations.reload import reload_problem, stock_class
 from depcut.integrations.transformers_config import recipe
 from depcut.plan.keep import Keep
-from depcut.reference.run import example
 
 __all__ = ["finish", "recipe"]
 
-# Where the base classes with these methods are defined. Models of the first can be built from their
-# config and loaded from memory, so that they can be tried.
-_TRIED = "transformers.modeling_utils"
-_ADAPTED = "peft.peft_model"  # its files hold adapters alone
-_UNTRIED = frozenset(("huggingface_hub.hub_mixin", "diffusers.models.modeling_utils", _ADAPTED))
+# Where the base classes with these methods are defined; files of the last hold adapters alone.
+_TRANSFORMERS = "transformers.modeling_utils"
+_HOMES = frozenset(
+    (
+        _TRANSFORMERS,
+        "huggingface_hub.hub_mixin",
+        "diffusers.models.modeling_utils",
+        "peft.peft_model",
+    )
+)
 
 _REBUILDABLE = "shrunk with rebuildable=True, from_pretrained takes it"
 _ATTACHED = "adapters are attached, and were cut with it"
 _MERGED = "merge the adapters before the model is shrunk, or attach them to the smaller one"
 
 
-def finish(slim: nn.Module, dense: nn.Module, keep: Keep) -> list[str]:
+def finish(slim: nn.Module, dense: nn.Module, keep: Keep) -> list[str]:  # noqa: ARG001
     """Have models that their config cannot rebuild refuse `save_pretrained` and `push_to_hub`.
 
     Args:
@@ -48,7 +52,7 @@ def finish(slim: nn.Module, dense: nn.Module, keep: Keep) -> list[str]:
         if model is None or _shapes(model) == _shapes(before):
             continue
         if outer is None or not name.startswith(outer):
-            outer, why = f"{name}." if name else "", _problem(slim, model, before, name, keep)
+            outer, why = f"{name}." if name else "", _problem(model, before)
             if why is not None:
                 notes.append(f"{name or 'the model'} refuses save_pretrained: {why}")
         if why is None:
@@ -58,10 +62,19 @@ def finish(slim: nn.Module, dense: nn.Module, keep: Keep) -> list[str]:
     return notes
 
 
+def comes_back(model: nn.Module) -> bool:
+    """Whether `save_pretrained` of transformers leaves files that bring a smaller model back.
+
+    Args:
+        model: A model to which a plan was applied.
+    """
+    return _TRANSFORMERS in _homes(model) and not refuses_saving(model)
+
+
 def _models(dense: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The models that have these methods, outer ones before those inside of them."""
     for name, module in dense.named_modules():
-        if _homes(module) & {_TRIED, *_UNTRIED}:
+        if _homes(module) & _HOMES:
             yield name, module
 
 
@@ -80,14 +93,13 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def _problem(
-    slim: nn.Module, model: nn.Module, before: nn.Module, name: str, keep: Keep
-) -> str | None:
+def _problem(model: nn.Module, before: nn.Module) -> str | None:
     """Why the library would not bring the model back, if it would not."""
     if stock_class(model) is not stock_class(before):
         return "it was generated from the graph"
     if any(home.startswith("peft.") for part in model.modules() for home in _homes(part)):
         return _ATTACHED
-    if _TRIED not in _homes(model):
+    made = recipe(model)
+    if made is None:
         return "its config gives the sizes of the dense model"
-    return reload_problem(model, slim, name, example(keep))
+    return reload_problem(model, made)

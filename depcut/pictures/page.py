@@ -79,9 +79,7 @@ def write_page(path: str | os.PathLike[str], records: Record, title: str = "") -
     Raises:
         DepcutError: The file cannot be written.
     """
-    text = page(records, title)
-    with files.replacing(path, "page") as draft:
-        draft.write_text(text, encoding="utf-8")
+    files.write_text(path, page(records, title), "page")
 
 
 def _sections(records: Record) -> Record:

@@ -123,21 +123,31 @@ def _with_values(make: Callable[[], Any], where: str) -> Any:
         ) from error
 
 
+def _shapes(data: dict[str, Any], number: int = 0, path: str = "") -> dict[str, list[int]]:
+    """Shapes of parameters and buffers, by each of the names that they have."""
+    record = data["modules"][number]
+    slots = {**record["parameters"], **record["buffers"]}
+    found = {f"{path}{n}": data["tensors"][i]["shape"] for n, i in slots.items() if i is not None}
+    for name, child in record["children"].items():
+        found |= {} if child is None else _shapes(data, child, f"{path}{name}.")
+    return found
+
+
 def check_shapes(
-    built: nn.Module, slim: dict[str, list[int]], plans: list[dict[str, Any]], remedy: str
+    built: nn.Module, data: dict[str, Any], dense: dict[str, list[int]], remedy: str
 ) -> None:
     """Refuse an architecture that no plan of the stored model was made for.
 
     Args:
         built: What was built.
-        slim: Shapes of the stored model's state.
-        plans: The plans that were applied, as `PlanData.record`.
+        data: The stored model, as `Description.data`.
+        dense: Shapes of the model that the first plan was made for, by name.
         remedy: What to do.
 
     Raises:
         InputError: A tensor has neither the dense nor the smaller shape, or is unknown.
     """
-    dense = plans[0]["shapes"] if plans else {}
+    slim = _shapes(data)
     state: dict[str, Tensor] = built.state_dict(keep_vars=True)
     for name, tensor in state.items():
         known = [shapes[name] for shapes in (dense, slim) if name in shapes]

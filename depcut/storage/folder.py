@@ -50,7 +50,7 @@ def written(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = check_path(path, "folder")
     if target.is_symlink():
         target = Path(os.path.realpath(target))
-    _check_replaceable(target)
+    check_replaceable(target)
     with files.new_folder(target, "model", InputError) as draft:
         yield draft
         entries = {file.name: _entry(file) for file in sorted(draft.iterdir())}
@@ -58,11 +58,18 @@ def written(path: str | os.PathLike[str]) -> Iterator[Path]:
         files.write_json(draft / INDEX, index, indent=1)
         if target.is_dir():
             draft.chmod(target.stat().st_mode & 0o777)
-        _check_replaceable(target)
+        check_replaceable(target)
 
 
-def _check_replaceable(target: Path) -> None:
-    """Refuse to replace a folder that holds anything but a stored model."""
+def check_replaceable(target: Path) -> None:
+    """Refuse to replace a folder that holds anything but a stored model.
+
+    Args:
+        target: The folder, if there is one.
+
+    Raises:
+        InputError: It does.
+    """
     if not target.is_dir():
         return
     found = sorted(p.name for p in target.iterdir() if not p.name.startswith(files.DRAFT))

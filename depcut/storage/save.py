@@ -70,29 +70,60 @@ def save(
         DepcutError: The folder cannot be written; what was there is there still.
     """
     check_module(model)
-    done = report(model)
+    report(model)
     wanted = _checked(standalone)
     if comparison is not None:
         check_kind(comparison, Comparison, "comparison", "pass what depcut.compare returned")
-    description = Description(model)
-    plans = carried(model)
     with folders.written(folder) as draft:
-        description.tensors.write(draft)
-        data = description.data()
-        data["architecture"] = architecture_of(model, class_name(description), draft)
-        data["torch"] = str(torch.__version__)
-        files.write_json(draft / folders.MODEL, data)
-        files.write_json(draft / folders.REPORT, report_record(model), indent=1)
-        for number, plan in enumerate(plans):
-            files.write_json(draft / folders.plan_name(number, len(plans)), plan, indent=1)
-        if "program" in wanted:
-            if inputs is None and plans:
-                inputs = example_of(plans[-1]["inputs"], model)
-            write_program(model, draft / "program.pt2", inputs)
-        card = model_card(
-            done, data["architecture"], data["torch"], _entries(draft, len(plans)), comparison
-        )
-        (draft / folders.CARD).write_text(card, encoding="utf-8")
+        write_model(model, draft, wanted, inputs, comparison)
+
+
+def write_model(
+    model: nn.Module,
+    draft: Path,
+    standalone: tuple[str, ...] = (),
+    inputs: Any = None,
+    comparison: Comparison | None = None,
+) -> None:
+    """Write all but the index of what `save` writes.
+
+    Args:
+        model: See `save`.
+        draft: An empty folder.
+        standalone: See `save`.
+        inputs: See `save`.
+        comparison: See `save`.
+
+    Raises:
+        DepcutError: See `save`.
+    """
+    description, plans = Description(model), carried(model)
+    description.tensors.write(draft)
+    data = description.data()
+    data["architecture"] = architecture_of(model, class_name(description), draft)
+    data["torch"] = str(torch.__version__)
+    files.write_json(draft / folders.MODEL, data)
+    write_record(model, draft)
+    if "program" in standalone:
+        if inputs is None and plans:
+            inputs = example_of(plans[-1]["inputs"], model)
+        write_program(model, draft / "program.pt2", inputs)
+    entries = _entries(draft, len(plans))
+    card = model_card(report(model), data["architecture"], data["torch"], entries, comparison)
+    files.write_text(draft / folders.CARD, card, "model card")
+
+
+def write_record(model: nn.Module, folder: Path) -> None:
+    """Write what was done to a model: its report, and the plans that made it.
+
+    Args:
+        model: The smaller model.
+        folder: Where; it exists.
+    """
+    files.write_json(folder / folders.REPORT, report_record(model), indent=1)
+    plans = carried(model)
+    for number, plan in enumerate(plans):
+        files.write_json(folder / folders.plan_name(number, len(plans)), plan, indent=1)
 
 
 def _checked(standalone: str | Collection[str]) -> tuple[str, ...]:

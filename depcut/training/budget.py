@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 from typing_extensions import Unpack
 
-from depcut.allocate.named import check_ratio
+from depcut.allocate.choose import check_ratio
 from depcut.calibration.data import Data, Loss
 from depcut.capture.inputs import Inputs
 from depcut.errors import InputError

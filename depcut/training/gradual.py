@@ -17,9 +17,9 @@ from depcut.allocate.choose import (
     Chooser,
     Request,
     allocation_or_default,
+    check_ratio,
     criterion_or_default,
 )
-from depcut.allocate.named import check_ratio
 from depcut.analysis import Analysis, analyze
 from depcut.apply.plan import Plan, planned
 from depcut.axes import Indices

@@ -17,8 +17,7 @@ import torch
 from torch import nn
 from typing_extensions import Unpack
 
-from depcut.allocate.choose import criterion_or_default
-from depcut.allocate.named import check_ratio
+from depcut.allocate.choose import check_ratio, criterion_or_default
 from depcut.analysis import Analysis, analyze
 from depcut.apply.plan import Plan
 from depcut.apply.report import Report, report

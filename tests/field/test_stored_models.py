@@ -1,4 +1,4 @@
-"""What `depcut.save` writes, `depcut.load` reads: the same model, or an error that names the file."""
+"""What `depcut.save` writes, `depcut.load` reads: the same model, or an error by name."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 import functools
 import importlib
 import json
-import os
 import pickle
 import stat
 import sys
@@ -205,6 +204,33 @@ def test_the_card_has_measured_speed(tmp_path: Path) -> None:
     assert "eager" in card
 
 
+@pytest.mark.sweep
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_that_its_config_cannot_rebuild(tmp_path: Path, zoo_libraries: None) -> None:
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    dense = transformers.LlamaForCausalLM(config).eval()
+    ids = torch.arange(24).reshape(2, 12)
+    slim: Any = depcut.shrink(dense, 0.4, {"input_ids": ids}, align=1, rebuildable=False)
+    depcut.save(slim, tmp_path / "model")
+    loaded: Any = depcut.load(tmp_path / "model")
+    assert type(loaded) is transformers.LlamaForCausalLM
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, slim(ids).logits)
+        options = {"max_new_tokens": 5, "do_sample": False}
+        assert torch.equal(loaded.generate(ids, **options), slim.generate(ids, **options))
+    with pytest.raises(depcut.DepcutError, match="could not rebuild"):
+        loaded.save_pretrained(tmp_path / "stock")
+    assert loaded.config.to_dict() == slim.config.to_dict()
+    assert "depcut.load(folder)" in (tmp_path / "model" / "README.md").read_text()
+
+
 # What is refused ----------------------------------------------------------------------------------
 
 
@@ -296,7 +322,7 @@ def test_another_architecture(saved: Path) -> None:
         depcut.load(saved, lambda: nn.Linear(2, 2))
     with pytest.raises(depcut.PlanError, match=r"ReLU.*Heads|Heads.*ReLU"):
         depcut.load(saved, nn.ReLU)
-    with pytest.raises(depcut.InputError, match="cannot be built: .*hidden"):
+    with pytest.raises(depcut.InputError, match=r"cannot be built: .*hidden"):
         depcut.load(saved, Sized)
     with pytest.raises(depcut.InputError, match="net is a str"):
         depcut.load(saved, "Heads")  # type: ignore[arg-type]
@@ -396,4 +422,4 @@ def test_a_full_disk_leaves_the_earlier_run(own: Path, monkeypatch: pytest.Monke
         with pytest.raises(depcut.DepcutError, match="No space left"):
             depcut.save(heads(), own)
     assert {p.name: p.read_bytes() for p in own.iterdir()} == before
-    assert os.listdir(own.parent) == ["model"]
+    assert [p.name for p in own.parent.iterdir()] == ["model"]
