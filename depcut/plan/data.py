@@ -36,6 +36,7 @@ from depcut.support.failures import first_line, shown
 from depcut.support.torch_private import pytree
 
 FORMAT = 1
+REBUILD = "rebuild"  # the entry of the settings that says what the class is built anew with
 # What a file of a plan holds.
 _ENTRIES = "format fingerprint settings inputs sizes shapes kept dropped".split()
 
