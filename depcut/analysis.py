@@ -43,11 +43,10 @@ from depcut.pictures.analysed import ShownAnalysis
 from depcut.pictures.plots import plot_scores
 from depcut.plan import cost
 from depcut.plan.cost import Cost
-from depcut.plan.data import PlanData
+from depcut.plan.data import REBUILD, PlanData
 from depcut.rebuild.choose import checked, within
 from depcut.rebuild.rebuilding import BRANCHES, Rebuilding, check_rebuildable, rebuilding
 from depcut.rebuild.recipe import recipe_of
-from depcut.rebuild.record import ENTRY
 from depcut.scores import Criterion, Score, score_name
 from depcut.scores import score as unit_scores
 from depcut.support.keywords import settled, takes_options
@@ -185,7 +184,7 @@ class Analysis(ShownAnalysis):
         if chosen.rebuildable != "auto" or recipe_of(self.model) is None:
             return {}
         why = BRANCHES if chosen.depth else self.rebuilding[1]
-        return {ENTRY: {"off": why}} if why else {}
+        return {REBUILD: {"off": why}} if why else {}
 
     def _rebuilding(self, chosen: Options) -> Rebuilding | None:
         """What the config limits widths to, if it does.

@@ -17,10 +17,6 @@ from depcut.plan.cost import Cost
 from depcut.plan.data import REBUILD, PlanData
 from depcut.plan.keep import Keep
 from depcut.rebuild.rebuilding import Rebuilding
-<<<<<<< HEAD
-from depcut.rebuild.record import ENTRY
-=======
->>>>>>> main
 
 _NEIGHBOURS = 48  # counts next to the best that are built where the class refuses these
 
@@ -49,7 +45,9 @@ def within(
     free.held = chooser.held - rebuilding.held.keys()
     with suppress(BudgetError):
         losses["free_loss"] = loss(free, free.meet(quantity, target, of))
-    return replace(plan, settings={**plan.settings, ENTRY: {**rebuilding.record(counts), **losses}})
+    return replace(
+        plan, settings={**plan.settings, REBUILD: {**rebuilding.record(counts), **losses}}
+    )
 
 
 def loss(chooser: Chooser, counts: Counts) -> float:
@@ -165,4 +163,4 @@ def checked(rebuilding: Rebuilding, plan: PlanData) -> PlanData:
     counts = plan.keep(rebuilding.coupling).counts
     if rebuilding.twin(counts) is None:
         raise refused(rebuilding)
-    return replace(plan, settings={**plan.settings, ENTRY: rebuilding.record(counts)})
+    return replace(plan, settings={**plan.settings, REBUILD: rebuilding.record(counts)})

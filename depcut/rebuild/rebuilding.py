@@ -14,7 +14,6 @@ from depcut.allocate.space import Counts, StepTie
 from depcut.capture.random_state import preserved
 from depcut.coupling.groups import Coupling
 from depcut.errors import InputError, PlanError
-from depcut.plan.data import REBUILD
 from depcut.plan.keep import Keep
 from depcut.rebuild.builder import Builder
 from depcut.rebuild.moves import Move, candidates, combined, knobs, lists, subsets

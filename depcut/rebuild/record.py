@@ -6,9 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from depcut.errors import listed
+from depcut.plan.data import REBUILD
 from depcut.rebuild.recipe import Number, Path, Values
-
-ENTRY = "rebuild"  # of a plan's settings
 
 
 def record(base: Values, values: Values, held: Iterable[tuple[str, str]]) -> dict[str, Any]:
@@ -19,11 +18,8 @@ def record(base: Values, values: Values, held: Iterable[tuple[str, str]]) -> dic
         values: Those to build the smaller class with.
         held: Groups that are kept whole, each with the reason.
     """
-    reasons: dict[str, list[str]] = {}
-    for name, why in held:
-        reasons.setdefault(why, []).append(name)
     fields = [[list(path), base[path], value] for path, value in values.items()]
-    return {"fields": fields, "held": reasons}
+    return {"fields": fields, "held": dict(held)}
 
 
 def values_of(settings: Mapping[str, Any]) -> dict[Path, Number]:
@@ -32,7 +28,7 @@ def values_of(settings: Mapping[str, Any]) -> dict[Path, Number]:
     Args:
         settings: Of the plan.
     """
-    return {tuple(path): now for path, _, now in settings.get(ENTRY, {}).get("fields", ())}
+    return {tuple(path): now for path, _, now in settings.get(REBUILD, {}).get("fields", ())}
 
 
 def lines(settings: Mapping[str, Any]) -> list[str]:
@@ -41,13 +37,16 @@ def lines(settings: Mapping[str, Any]) -> list[str]:
     Args:
         settings: Of a plan.
     """
-    kept: Mapping[str, Any] = settings.get(ENTRY, {})
+    kept: Mapping[str, Any] = settings.get(REBUILD, {})
     if "off" in kept:
         return [f"not rebuildable from a config: {kept['off']}"]
     if not kept:
         return []
     out = [f"rebuilt from its config: {listed([_changed(*f) for f in kept['fields']], 99)}"]
-    out += [f"kept whole: {listed(names, 3)}: {why}" for why, names in kept["held"].items()]
+    reasons: dict[str, list[str]] = {}
+    for name, why in kept["held"].items():
+        reasons.setdefault(why, []).append(name)
+    out += [f"kept whole: {listed(names, 3)}: {why}" for why, names in reasons.items()]
     if kept.get("loss") is not None:
         free = kept.get("free_loss")
         beside = "" if free is None else f"; cut freely, {free:.2%} would go"
