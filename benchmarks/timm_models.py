@@ -11,7 +11,7 @@ import copy
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
@@ -197,8 +197,7 @@ def main() -> int:
     for name in track(names, console=console):
         rows.append(attempt(name, options.ratio))
         wrong = {k: v for k, v in rows[-1].items() if k in (*CHECKS, "error") and v not in GOOD}
-        if options.only == ["*"]:
-            write_page(rows)
+        write_page(rows[-1])
         console.print(f"{name} {rows[-1].get('seconds', 0):.0f} s {wrong or ''}", highlight=False)
     console.print(measure.table("timm", COLUMNS, rows))
     return int(any(r.get(c) not in GOOD for r in rows for c in CHECKS))
@@ -207,7 +206,7 @@ def main() -> int:
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--only", nargs="+", default=["*"], help="globs over models; without, the page is written"
+        "--only", nargs="+", default=["*"], help="globs over models whose rows are made anew"
     )
     parser.add_argument("--ratio", type=float, default=0.5, help="share of the MACs to remove")
     return parser.parse_args()
@@ -256,21 +255,21 @@ COLUMNS = {
 }
 
 
-def write_page(rows: list[Row]) -> None:
-    """Put the table into docs/timm.md."""
-    lines = [
-        "| " + " | ".join(COLUMNS) + " |",
-        "| " + " | ".join("---" for _ in COLUMNS) + " |",
-        *("| " + " | ".join(cell(row) for cell in COLUMNS.values()) + " |" for row in rows),
-    ]
-    table = "\n".join(lines)
-    text = re.sub(
-        r"(<!-- table -->\n).*?(\n<!-- /table -->)",
-        lambda m: m[1] + table + m[2],
-        PAGE.read_text(),
-        flags=re.S,
+def write_page(row: Row) -> None:
+    """Put a row into the table of docs/timm.md, in place of an older one of its model."""
+    text = PAGE.read_text()
+    before, table, after = re.split(
+        r"(?<=<!-- table -->\n)(.*?)(?=<!-- /table -->)", text, flags=re.S
     )
-    PAGE.write_text(text)
+    lines = {line.split()[1]: line for line in table.splitlines()[2:] if line}
+    lines[row["name"]] = line_of(cell(row) for cell in COLUMNS.values())
+    made = [lines[name] for name in MODELS if name in lines]
+    head = [line_of(COLUMNS), line_of("---" for _ in COLUMNS)]
+    PAGE.write_text(before + "\n".join([*head, *made, ""]) + after)
+
+
+def line_of(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":
