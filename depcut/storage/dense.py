@@ -17,21 +17,40 @@ from depcut.errors import DepcutError, InputError
 from depcut.integrations.architectures import built_from, recipe_of
 from depcut.rewrite.copying import copied, like
 from depcut.storage.names import imported, is_importable, name_of
+from depcut.storage.rebuild import Rebuild
+from depcut.storage.tensors import Loaded
 from depcut.support.failures import first_line, reraise_fatal
+from depcut.support.unwrap import unwrapped
 
 
-def architecture_of(model: nn.Module, kind: str, folder: Path) -> dict[str, Any]:
+def architecture_of(
+    model: nn.Module, kind: str, data: dict[str, Any], shapes: dict[str, Any], folder: Path
+) -> dict[str, Any]:
     """How the dense architecture of a model can be built, as far as can be told.
+
+    What a library is said to build is built, and made the model, on the meta device.
 
     Args:
         model: The smaller model.
         kind: Name of its class.
+        data: Its description.
+        shapes: Of the model that the first plan was made for.
         folder: Where a configuration is written.
+
+    Returns:
+        Name of the class and of the library, with what that takes; `why` no library builds it.
     """
     recipe = recipe_of(model, folder)
-    if recipe is not None:
-        return {"class": kind, **recipe}
-    return {"class": kind, "library": None}
+    if recipe is None:
+        return {"class": kind, "library": None}
+    architecture = {"class": kind, **recipe}
+    try:
+        built = build(architecture, folder)
+        check_shapes(built, data, shapes, "")
+        Rebuild(data, Loaded(data["tensors"], None, torch.device("meta")), "").model(built)
+    except DepcutError as error:
+        return {"class": kind, "library": None, "why": error.what}
+    return architecture
 
 
 def build(architecture: dict[str, Any], folder: Path) -> nn.Module:
@@ -77,8 +96,7 @@ def given(net: Any) -> nn.Module:
         InputError: It makes none.
     """
     if isinstance(net, nn.Module):
-        check_module(net, "net")
-        return _skeleton(net)
+        return _skeleton(unwrapped(check_module(net, "net")))
     if not callable(net):
         raise InputError(
             f"net is a {type(net).__name__}",

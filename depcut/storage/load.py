@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from depcut.apply.carried import put_back
 from depcut.errors import DepcutError, InputError
 from depcut.storage import dense
 from depcut.storage import folder as folders
@@ -56,14 +56,16 @@ def load(
         )
     try:
         data = files.read_json(path / folders.MODEL)
-        first = next(filter(Path.is_file, (path / folders.plan_name(0, n) for n in (1, 2))), None)
-        shapes = {} if first is None else dict(files.read_json(first)["shapes"])
+        plans = [files.read_json(path / name) for name in folders.plan_names(path)]
+        shapes = plans[0]["shapes"] if plans else {}
         architecture = data["architecture"]
         built = dense.build(architecture, path) if net is None else dense.given(net)
         remedy = f"pass what makes the dense {architecture['class'].rpartition(':')[2]}"
         dense.check_shapes(built, data, shapes, remedy)
         tensors = Loaded(data["tensors"], path, place)
-        return Rebuild(data, tensors, remedy).model(built)
+        model = Rebuild(data, tensors, remedy).model(built)
+        put_back(model, plans, files.read_json(path / folders.REPORT))
+        return model
     except DepcutError:
         raise
     except _DAMAGE as error:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from depcut.apply.carried import carried
-from depcut.apply.report import report, report_record
+from depcut.apply.carried import PLANS, carried
+from depcut.apply.report import REPORT, report, report_record
 from depcut.capture.refusals import check_module
 from depcut.deploy.program import write_program
 from depcut.errors import InputError
@@ -23,6 +23,7 @@ from depcut.storage.tensors import REST, STATE
 from depcut.storage.values import Description, class_name
 from depcut.support import files
 from depcut.support.checks import check_kind, check_names
+from depcut.support.unwrap import unwrapped
 from depcut.timing.comparison import Comparison
 
 STANDALONE = ("program",)
@@ -53,7 +54,7 @@ def save(
 
     Args:
         model: What `depcut.shrink`, `Plan.apply`, `depcut.compact` or a training run returned, or a
-            copy of it; it is only read.
+            copy of it; it is only read. Of what torch.compile returned, the model inside.
         folder: A new or empty folder, or one that an earlier call wrote, which is replaced as a
             whole.
         standalone: What else is written, for processes without depcut: "program", the file of
@@ -69,7 +70,7 @@ def save(
         ExportError: The program cannot be made.
         DepcutError: The folder cannot be written; what was there is there still.
     """
-    check_module(model)
+    model = unwrapped(check_module(model))
     report(model)
     wanted = _checked(standalone)
     if comparison is not None:
@@ -100,7 +101,10 @@ def write_model(
     description, plans = Description(model), carried(model)
     description.tensors.write(draft)
     data = description.data()
-    data["architecture"] = architecture_of(model, class_name(description), draft)
+    for note in (REPORT, PLANS):  # they have files of their own
+        data["modules"][0]["attributes"].pop(note, None)
+    shapes = plans[0]["shapes"] if plans else {}
+    data["architecture"] = architecture_of(model, class_name(description), data, shapes, draft)
     data["torch"] = str(torch.__version__)
     files.write_json(draft / folders.MODEL, data)
     write_record(model, draft)
