@@ -112,6 +112,8 @@ def draw(page: Page) -> None:
     page.wait_for_selector("#view[transform]")
     page.screenshot(path=IMAGES / "report_light.png")
     page.locator(".box.group", has_text="x4").first.click()
+    page.locator("#detail summary").first.click()
+    page.add_style_tag(content="header { position: static !important }")
     page.locator("#coupling").screenshot(path=IMAGES / "report_coupling.png")
     page.click("#detail .close")
     page.locator("#patches").screenshot(path=IMAGES / "report_patches.png")
