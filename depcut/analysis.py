@@ -28,9 +28,10 @@ from depcut.calibration.calls import blaming_calls, refuse_lone_loss
 from depcut.calibration.data import Calibration, Data, Loss, calibrate
 from depcut.capture.capture import capture
 from depcut.capture.inputs import Inputs
+from depcut.capture.part import as_part
 from depcut.capture.program import Program
 from depcut.capture.random_state import preserved
-from depcut.capture.results import Outputs
+from depcut.capture.results import EVERY, Outputs
 from depcut.coupling.explanation import explanation
 from depcut.coupling.groups import Coupling, Frozen, Group
 from depcut.coupling.infer import infer_coupling
@@ -358,7 +359,13 @@ class Analysis(ShownAnalysis):
         return plot_scores(named, kept, title, ax)
 
 
-def analyze(model: nn.Module, inputs: Inputs = None, outputs: Outputs = None) -> Analysis:
+def analyze(
+    model: nn.Module,
+    inputs: Inputs = None,
+    outputs: Outputs = None,
+    *,
+    part: str | None = None,
+) -> Analysis:
     """Find out what can be removed from a model; it is only read.
 
     Args:
@@ -371,6 +378,10 @@ def analyze(model: nn.Module, inputs: Inputs = None, outputs: Outputs = None) ->
         outputs: Which outputs count, by names (keys, attributes; nested ones with dots; globs) or
             positions: `("logits",)`. The dimensions of the others may become narrower. Left out,
             all but those that the model's library calls auxiliary; `"*"` are all.
+        part: Name of a module to capture alone, with the inputs that it gets in one run of the
+            model on `inputs`, for a model that cannot be captured as a whole. What it returns is
+            never narrowed. Plans, `Plan.apply` and results are of the whole model; MACs are those
+            of the part.
 
     Raises:
         CaptureError: The model cannot be captured.
@@ -378,4 +389,7 @@ def analyze(model: nn.Module, inputs: Inputs = None, outputs: Outputs = None) ->
             output.
     """
     model = unwrapped(model)
+    if part is not None:
+        model, inputs = as_part(model, part, inputs)
+        outputs = EVERY if outputs is None else outputs
     return Analysis(model, infer_coupling(capture(model, inputs, outputs)), inputs)

@@ -21,7 +21,7 @@ from depcut.support.quantities import quantity
 from depcut.support.unwrap import unwrapped
 
 # A string: deepcopy and pickle take it along, and nothing of depcut is needed to load it.
-_ATTRIBUTE = "_depcut_report"
+REPORT = "_depcut_report"
 
 
 @dataclass(frozen=True, repr=False)
@@ -135,7 +135,7 @@ def record(model: nn.Module, report: Report) -> None:
     """
     # Not by setattr: the class may have a __setattr__ of its own.
     layers = [layer_record(layer) for layer in report.layers]
-    vars(model)[_ATTRIBUTE] = json.dumps({**asdict(replace(report, layers=())), "layers": layers})
+    vars(model)[REPORT] = json.dumps({**asdict(replace(report, layers=())), "layers": layers})
 
 
 def amend(model: nn.Module, **changes: Any) -> None:
@@ -167,14 +167,23 @@ def report(model: nn.Module) -> Report:
             where="depcut.report",
             remedy="pass what depcut.shrink returned",
         )
-    text = vars(model).get(_ATTRIBUTE)
+    text = vars(model).get(REPORT)
     if text is None:
         raise PlanError(
             "no plan was applied to this model",
             where=type(model).__name__,
             remedy="pass what depcut.shrink, Plan.apply or depcut.compact returned",
         )
-    data = json.loads(text)
+    return report_of_record(json.loads(text))
+
+
+def report_of_record(record: Mapping[str, Any]) -> Report:
+    """The report that `report_record` gave as plain data.
+
+    Args:
+        record: The data.
+    """
+    data = dict(record)
     done = data.pop("compensation")
     if done is not None:
         done = Compensation(tuple(Repair(**r) for r in done["repairs"]), done["left"])
@@ -190,7 +199,7 @@ def report_record(model: nn.Module) -> dict[str, Any]:
     Args:
         model: A model with a report.
     """
-    data: dict[str, Any] = json.loads(vars(model)[_ATTRIBUTE])
+    data: dict[str, Any] = json.loads(vars(model)[REPORT])
     return data
 
 
@@ -200,4 +209,4 @@ def lineage_of(model: nn.Module) -> dict[str, str]:
     Args:
         model: Any model.
     """
-    return report(model).lineage if _ATTRIBUTE in vars(model) else {}
+    return report(model).lineage if REPORT in vars(model) else {}

@@ -14,6 +14,7 @@ from torch import nn
 from depcut.axes import Indices
 from depcut.branches.branch import Residuals, bypass
 from depcut.branches.find import residuals as find_residuals
+from depcut.capture.part import part_of
 from depcut.capture.program import Program
 from depcut.capture.refusals import check_module
 from depcut.capture.results import EVERY
@@ -35,6 +36,7 @@ from depcut.support.failures import first_line, shown
 from depcut.support.torch_private import pytree
 
 FORMAT = 1
+REBUILD = "rebuild"  # the entry of the settings that says what the class is built anew with
 # What a file of a plan holds.
 _ENTRIES = "format fingerprint settings inputs sizes shapes kept dropped".split()
 
@@ -183,6 +185,11 @@ class PlanData:
             ) from error
 
     @property
+    def part(self) -> str:
+        """Name of the module that was captured alone; empty where the model was as a whole."""
+        return str(self.settings.get("part", ""))
+
+    @property
     def digest(self) -> str:
         """A short hash of what is kept."""
         text = json.dumps({n: k.tolist() for n, k in sorted(self.kept.items())})
@@ -288,7 +295,8 @@ def make_plan(
     )
     removed = find_residuals(coupling).named(names) if names else ()
     branches = tuple(sorted(b.name for b in removed))
-    return PlanData(units, sizes, shapes, digest, dict(settings), inputs, branches)
+    made = {**settings, **({"part": part_of(model)} if part_of(model) else {})}
+    return PlanData(units, sizes, shapes, digest, made, inputs, branches)
 
 
 def _call(program: Program) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from depcut.allocate.space import Counts, StepTie
 from depcut.capture.random_state import preserved
 from depcut.coupling.groups import Coupling
 from depcut.errors import InputError, PlanError
+from depcut.plan.data import REBUILD
 from depcut.plan.keep import Keep
 from depcut.rebuild.builder import Builder
 from depcut.rebuild.moves import Move, candidates, combined, knobs, lists, subsets
@@ -25,7 +26,6 @@ from depcut.rebuild.twin import Twin, twin_of
 from depcut.rewrite.build import Slim
 from depcut.support.failures import first_line, reraise_fatal
 
-REBUILD = "rebuild"  # the entry of a plan's settings
 _VECTOR = 4  # floats in 16 bytes
 FIXED = "no number of the config changes this width alone"
 

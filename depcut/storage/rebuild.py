@@ -22,6 +22,7 @@ from depcut.storage.edits import patch_of
 from depcut.storage.names import is_same, name_of
 from depcut.storage.tensors import Loaded
 from depcut.storage.values import is_plain_object
+from depcut.support.refusal import Refusal
 from depcut.support.torch_private import (
     buffers_of,
     children_of,
@@ -34,6 +35,8 @@ from depcut.support.torch_private import (
 
 _IDENTITY = name_of(nn.Identity)
 _MISSING: Any = object()
+# Of depcut itself, objects that hold plain data alone, and that no dense model has.
+_OURS: dict[str, type] = {name_of(Refusal): Refusal}
 
 
 class Rebuild:
@@ -257,6 +260,10 @@ class Rebuild:
         )
         return type(built)(function, *args, **keywords)
 
+    def _refusal(self, data: Any, _: Any, __: str) -> Any:
+        """What stands in place of a method that would save what cannot be loaded."""
+        return Refusal(**data["refusal"])
+
     def _method(self, data: Any, built: Any, path: str) -> Any:
         owner_data, name = data["method"]
         if not isinstance(built, types.MethodType) or built.__name__ != name:
@@ -276,6 +283,8 @@ class Rebuild:
         if number in self._copies:
             return self._copies[number]
         record = self._objects[number]
+        if built is _MISSING and record["class"] in _OURS:
+            built = object.__new__(_OURS[record["class"]])
         if built is _MISSING or not is_same(record["class"], name_of(type(built))):
             have = "nothing" if built is _MISSING else name_of(type(built))
             raise self._differs(f"the one at hand has {have} in place of {record['class']}", path)
@@ -316,6 +325,7 @@ _MAKERS: dict[str, Callable[[Rebuild, Any, Any, str], Any]] = {
     "object": Rebuild._object,
     "name": Rebuild._named,
     "partial": Rebuild._partial,
+    "refusal": Rebuild._refusal,
     "method": Rebuild._method,
     "weak": Rebuild._weak,
 }
