@@ -134,7 +134,7 @@ class Windows(nn.Module):
 def test_sizes_on_no_line_are_captured_each(monkeypatch: pytest.MonkeyPatch) -> None:
     captured = counted_captures(monkeypatch)
     assert_followed(Windows().eval(), [normal(2, n, 6) for n in (7, 5, 6, 11, 3)])
-    assert len(captured) == 3, "a text of 3 would be filled up to two windows"
+    assert len(captured) == 2, "of 5 and of 11: 6 is on the line to the one, 3 to the other"
     slim = depcut.shrink(Windows().eval(), 0.4, data=[normal(2, n, 6) for n in (7, 5, 6, 11, 3)])
     assert slim(normal(1, 7, 6)).shape == (1, 7, 3)
 
@@ -388,13 +388,13 @@ SMALL = {
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("name", ["Bert", "Llama", "Bart"])
+@pytest.mark.parametrize("name", ["Bert", "Bart"])
 def test_transformers_are_followed_on_dynamically_padded_batches(name: str) -> None:
     zoo.libraries()
     import transformers
 
     config = getattr(transformers, f"{name}Config")(**SMALL)
-    head = {"Bert": "ForMaskedLM", "Llama": "ForCausalLM", "Bart": "ForConditionalGeneration"}
+    head = {"Bert": "ForMaskedLM", "Bart": "ForConditionalGeneration"}
     model = getattr(transformers, name + head[name])(config).eval()
 
     def collate(rows: list[Tensor]) -> Any:
