@@ -35,7 +35,7 @@ from depcut.capture.results import EVERY, Outputs
 from depcut.coupling.explanation import explanation
 from depcut.coupling.groups import Coupling, Frozen, Group
 from depcut.coupling.infer import infer_coupling
-from depcut.deploy.runtime import bind_inputs, resized
+from depcut.deploy.runtime import single
 from depcut.latency.model import SAMPLES, LatencyModel, latency_model
 from depcut.latency.target import Goal, plan_for_latency
 from depcut.options import CalibrateKeywords, Options, PlanKeywords
@@ -169,8 +169,9 @@ class Analysis(ShownAnalysis):
                 return self._within(ratio, of, chooser.holding(whole), chosen, rebuild)
 
             never = chosen.generated == "never" and rebuild is None
-            whole = frozenset[int]()
-            plan = with_own_code(choose, self.coupling, self.model) if never else choose(whole)
+            plan = (
+                with_own_code(choose, self.coupling, self.model) if never else choose(frozenset())
+            )
         settings = {**plan.settings, **self._refusal(chosen), "options": chosen.record()}
         return Plan.of(replace(plan, settings=settings), self.coupling, self.model)
 
@@ -302,11 +303,9 @@ class Analysis(ShownAnalysis):
     @property
     def _inputs(self) -> Inputs:
         """The inputs to time: as given, else a single one of those that were inferred."""
-        if self.inputs is not None:
-            return self.inputs[0] if isinstance(self.inputs, list) else self.inputs
-        given = self.program.kwargs or tuple(self.program.args)
-        single = resized(bind_inputs(self.model, given), 1)
-        return dict(single.arguments) if single.kwargs else tuple(single.args)
+        if self.inputs is None:
+            return single(self.model, self.program.kwargs or tuple(self.program.args))
+        return self.inputs[0] if isinstance(self.inputs, list) else self.inputs
 
     def plan_keeping(
         self, kept: Mapping[str, Sequence[int] | Indices], dropped: Iterable[str] = ()

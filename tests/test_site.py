@@ -30,7 +30,7 @@ def test_the_code_of_a_page_runs(page: str, tmp_path: Path) -> None:
     script = tmp_path / "page.py"  # a file, so that classes have a source
     script.write_text("\n".join(BLOCK.findall(PAGES[page].read_text())))
     try:
-        runpy.run_path(str(script), run_name="page")
+        assert runpy.run_path(str(script), run_name="page")["__name__"] == "page"
     finally:
         unregister("guide.scaled")
 
@@ -53,6 +53,7 @@ def test_the_reference_names_what_there_is() -> None:
 
 def test_every_public_name_has_an_entry() -> None:
     errors = (DOCS / "errors.md").read_text()
+    missing = []
     for module, space in (("depcut", depcut), ("depcut.training", depcut.training)):
         for name in space.__all__:
             value = getattr(space, name)
@@ -60,7 +61,9 @@ def test_every_public_name_has_an_entry() -> None:
             error = isinstance(value, type) and issubclass(value, Exception)
             known = entry in REFERENCE or (error and name in errors)
             plain = name.startswith("__") or not callable(value)
-            assert known or plain or name in RESULTS, f"{module}.{name}"
+            if not (known or plain or name in RESULTS):
+                missing.append(f"{module}.{name}")
+    assert missing == []
 
 
 # What functions return: described where these are.
@@ -69,5 +72,4 @@ RESULTS = {"Iterated", "LotteryTicket", "OriginalSchedule", "Phase", "Retrained"
 
 def test_the_table_of_options_has_every_option() -> None:
     table = option_table()
-    for name in Options.__dataclass_fields__:
-        assert f"| `{name}` |" in table
+    assert [n for n in Options.__dataclass_fields__ if f"| `{n}` |" not in table] == []
