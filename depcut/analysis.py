@@ -219,9 +219,7 @@ class Analysis(ShownAnalysis):
             return checked(rebuild, plan) if rebuild else plan
         removed = float(cast(float, ratio))
         if chosen.depth:
-            data = chooser.request.calibration
-            flat = [data.leaves(b) for b in data.batches] if data else ()
-            return depth_and_width(chooser, self.residuals, of, removed, flat)
+            return depth_and_width(chooser, self.residuals, of, removed)
         quantity = self.costs[of]
         if rebuild is not None:
             return within(rebuild, chooser, quantity, removed, of)
