@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 from typing_extensions import Unpack
@@ -43,9 +43,10 @@ from depcut.pictures.analysed import ShownAnalysis
 from depcut.pictures.plots import plot_scores
 from depcut.plan import cost
 from depcut.plan.cost import Cost
-from depcut.plan.data import PlanData
+from depcut.plan.data import REBUILD, PlanData
 from depcut.rebuild.choose import checked, within
-from depcut.rebuild.rebuilding import Rebuilding, check_rebuildable, rebuilding
+from depcut.rebuild.rebuilding import BRANCHES, Rebuilding, check_rebuildable, rebuilding
+from depcut.rebuild.recipe import recipe_of
 from depcut.scores import Criterion, Score, score_name
 from depcut.scores import score as unit_scores
 from depcut.support.keywords import settled, takes_options
@@ -170,13 +171,20 @@ class Analysis(ShownAnalysis):
             never = chosen.generated == "never" and rebuild is None
             whole = frozenset[int]()
             plan = with_own_code(choose, self.coupling, self.model) if never else choose(whole)
-        settings = {**plan.settings, "options": chosen.record()}
+        settings = {**plan.settings, **self._refusal(chosen), "options": chosen.record()}
         return Plan.of(replace(plan, settings=settings), self.coupling, self.model)
 
     @cached_property
     def rebuilding(self) -> tuple[Rebuilding | None, str]:
         """What a config can say of smaller widths; None, and why, where it cannot be built anew."""
         return rebuilding(self.coupling, self.model)
+
+    def _refusal(self, chosen: Options) -> dict[str, Any]:
+        """What a plan's settings say of a class that a config builds, and whose widths are free."""
+        if chosen.rebuildable != "auto" or recipe_of(self.model) is None:
+            return {}
+        why = BRANCHES if chosen.depth else self.rebuilding[1]
+        return {REBUILD: {"off": why}} if why else {}
 
     def _rebuilding(self, chosen: Options) -> Rebuilding | None:
         """What the config limits widths to, if it does.

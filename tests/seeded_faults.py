@@ -70,6 +70,36 @@ FAULTS = [
         "if False:",
         "tests/field/test_conventions.py",
     ),
+    Fault(
+        "integrations",
+        'for attribute, old, new in zip(("num_features", "head_hidden_size"), dense, slim):',
+        "for attribute, old, new in ():",
+        "tests/field/test_timm.py",
+    ),
+    Fault(
+        "capture",
+        "if i in outside]",
+        "if i in ()]",
+        "tests/field/test_part.py -k reaches",
+    ),
+    Fault(
+        "verify",
+        "if error <= _TOLERANCE and not why:",
+        "if True:",
+        "tests/field/test_part.py -k reaches",
+    ),
+    Fault(
+        "apply",
+        "problem = verify_whole(result, whole, part, calls)",
+        'problem = ""',
+        "tests/field/test_part.py -k reaches",
+    ),
+    Fault(
+        "support",
+        "while inner is not None:",
+        "while False:",
+        "tests/field/test_compiled.py",
+    ),
     # The first call.
     Fault(
         "conventions", '"use_cache" not in taken else {"use_cache": False}', "True else {}", FIRST
@@ -263,6 +293,18 @@ FAULTS = [
     ),
     # In the field.
     Fault(
+        "graph",
+        "arguments[node] = given",
+        "pass",
+        "tests/field/test_data_forms.py -k other_lengths",
+    ),
+    Fault(
+        "calibration",
+        "if _is_target(self.takes[n])}",
+        "if False}",
+        "tests/field/test_data_forms.py -k batch_encoding",
+    ),
+    Fault(
         "repair",
         "if bool((here.fixed & ~kept).any()):",
         "if False:",
@@ -415,7 +457,9 @@ FAULTS = [
         "    if False:",
         "tests/field/test_files_refused.py -k of_the_user",
     ),
-    Fault("cli", 'dead.plan.save(out / "plan.json")', "pass", "tests/test_cli.py -k compact"),
+    Fault("cli", "write_model(slim, draft)", "pass", "tests/test_cli.py -k compact"),
+    Fault("cli", "if name in pruning or rivals", "if rivals", "tests/test_cli.py -k stand_behind"),
+    Fault("cli", "if name not in state and id(own", "if id(own", "tests/test_cli_models.py"),
 ]
 
 

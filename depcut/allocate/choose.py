@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from depcut.allocate.lagrange import least_loss, nudged
+from depcut.allocate.lagrange import closest, least_loss, nudged
 from depcut.allocate.named import is_named, matching
 from depcut.allocate.order import along, meet, order, step_losses
 from depcut.allocate.space import Counts, Space, StepTie, space
@@ -222,7 +222,7 @@ class Chooser:
         elif self.request.together is not None:
             # Few classes, some of large steps: of a mere order, most lengths miss the budget.
             losses = step_losses(self._allocation(of), where, self.scores, cost, self.additive)
-            counts = least_loss(where, self.scores, cost, target, of, self.additive, losses)
+            counts = closest(where, losses, cost, target, of)
         else:
             sequence = order(self._allocation(of), where, self.scores, cost, self.additive)
             counts = meet(where, sequence, cost, target, of)

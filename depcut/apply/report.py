@@ -16,6 +16,7 @@ from depcut.pictures.reports import report_summary
 from depcut.pictures.shown import Shown
 from depcut.pictures.summary import Summary
 from depcut.plan.layers import LayerSizes
+from depcut.rebuild.record import lines as rebuild_lines
 from depcut.repair.compensate import Compensation, Repair
 from depcut.support.quantities import quantity
 from depcut.support.unwrap import unwrapped
@@ -117,6 +118,7 @@ class Report(Shown):
                 f"  kept whole, as their new widths need a generated module: "
                 f"{listed(whole['groups'])} ({whole['share_of_macs']:.1%} of the MACs)"
             )
+        lines += [f"  {line}" for line in rebuild_lines(self.settings)]
         if self.unreached:
             left = listed(list(self.unreached))
             lines.append(f"  not reached by the example inputs, left as wide as it was: {left}")

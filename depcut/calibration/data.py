@@ -71,7 +71,9 @@ class Calibration:
             lines.append(f"  {padded} padded positions are no data")
         labels = dict.fromkeys(name for b in self.batches for name in b.labels)
         if labels:
-            lines.append(f"  targets, which no repair needs: {listed(list(labels))}")
+            own = self.loss is OWN_LOSS
+            what = "the model takes its loss of" if own else "targets, left aside:"
+            lines.append(f"  {what} {listed(list(labels))}")
         if self.unused:
             lines.append(f"  the model takes no {listed(list(self.unused))}")
         return "\n".join(lines)

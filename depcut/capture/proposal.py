@@ -38,7 +38,7 @@ def with_proposal(
     if not parts:
         return refused
     named = " or ".join(f'part="{name}" ({share:.0%} of the parameters)' for name, share in parts)
-    remedy = f"capture a part alone, with {named}; or {refused.remedy}"
+    remedy = f"have analyze, shrink or compact capture a part alone: {named}; or {refused.remedy}"
     error = CaptureError(refused.what, where=refused.where, remedy=remedy)
     error.__cause__ = refused.__cause__
     return error

@@ -13,7 +13,7 @@ from depcut.cli.output import Output
 
 def _declare(command: Command) -> None:
     command.model()
-    command.outputs()
+    command.selection()
     command.add("--explain", metavar="NAME", help="say all about one layer instead")
 
 

@@ -24,7 +24,7 @@ from depcut.timing.comparison import compare
 
 def _declare(command: Command) -> None:
     command.model()
-    command.outputs()
+    command.selection()
     command.plan()
     command.add("--out", type=Path, required=True, metavar="FILE", help="HTML file to write")
     command.add("--time", action="store_true", help="time both models, as below; with --plan")
@@ -67,7 +67,7 @@ def _of_model(options: argparse.Namespace, output: Output) -> list[Shown]:
     dense = dense_model(options)
     inputs = example_inputs(options.input_shape)
     plan = Plan.load(options.plan) if options.plan else None
-    analysis = analyze(dense, inputs, outputs_of(options))
+    analysis = analyze(dense, inputs, outputs_of(options), part=options.part)
     say_inputs(output, options, analysis.program)
     if plan is None:
         return [analysis]

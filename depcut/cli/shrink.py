@@ -23,7 +23,7 @@ from depcut.timing.comparison import compare
 
 def _declare(command: Command) -> None:
     command.model()
-    command.outputs()
+    command.selection()
     budget = command.exclusive()
     budget("--ratio", type=float, help="share to remove, between 0 and 1")
     budget("--latency-ms", type=float, help="milliseconds to come to in onnxruntime on this CPU")
@@ -56,7 +56,7 @@ def _run(options: argparse.Namespace, output: Output) -> None:
         dense,
         loss is not None,
     )
-    analysis = analyze(dense, inputs, outputs_of(options))
+    analysis = analyze(dense, inputs, outputs_of(options), part=options.part)
     say_inputs(output, options, analysis.program)
     calibration = analysis.calibrate(data, loss=loss, options=chosen)
     plan = analysis.plan(options.ratio, data=calibration, options=chosen)

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from depcut.integrations.refusal import allow_saving, refuse_saving, refuses_saving
 from depcut.integrations.reload import reload_problem, stock_class
 from depcut.integrations.transformers_config import recipe
 from depcut.plan.keep import Keep
+from depcut.support.refusal import allow_saving, refuse_saving, refuses_saving
 
 __all__ = ["finish", "recipe"]
 

@@ -15,7 +15,6 @@ from torch import nn
 
 from depcut.capture.references import referent_of
 from depcut.errors import PlanError
-from depcut.integrations.refusal import Refusal
 from depcut.rewrite.attention_heads import make_slim
 from depcut.rewrite.patches import patched_class
 from depcut.storage import graphs
@@ -23,6 +22,7 @@ from depcut.storage.edits import patch_of
 from depcut.storage.names import is_same, name_of
 from depcut.storage.tensors import Loaded
 from depcut.storage.values import is_plain_object
+from depcut.support.refusal import Refusal
 from depcut.support.torch_private import (
     buffers_of,
     children_of,
@@ -260,6 +260,10 @@ class Rebuild:
         )
         return type(built)(function, *args, **keywords)
 
+    def _refusal(self, data: Any, _: Any, __: str) -> Any:
+        """What stands in place of a method that would save what cannot be loaded."""
+        return Refusal(**data["refusal"])
+
     def _method(self, data: Any, built: Any, path: str) -> Any:
         owner_data, name = data["method"]
         if not isinstance(built, types.MethodType) or built.__name__ != name:
@@ -321,6 +325,7 @@ _MAKERS: dict[str, Callable[[Rebuild, Any, Any, str], Any]] = {
     "object": Rebuild._object,
     "name": Rebuild._named,
     "partial": Rebuild._partial,
+    "refusal": Rebuild._refusal,
     "method": Rebuild._method,
     "weak": Rebuild._weak,
 }

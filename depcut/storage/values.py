@@ -26,6 +26,7 @@ from depcut.storage import graphs
 from depcut.storage.edits import patch_data
 from depcut.storage.names import name_of
 from depcut.storage.tensors import TensorTable
+from depcut.support.refusal import Refusal
 from depcut.support.torch_private import (
     buffers_of,
     children_of,
@@ -248,6 +249,7 @@ _KINDS: dict[Any, Any] = {
     complex: lambda _, value, __: {"complex": repr(value)},
     (bytes, bytearray): lambda _, value, __: {"bytes": bytes(value).hex()},
     np.ndarray: Description._array,
+    Refusal: lambda _, value, __: {"refusal": vars(value)},
     functools.partial: Description._partial,
     types.MethodType: Description._method,
     (weakref.ref, *weakref.ProxyTypes): Description._weak,

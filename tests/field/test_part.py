@@ -73,6 +73,7 @@ def test_the_refusal_of_the_whole_proposes_a_part() -> None:
         depcut.analyze(detector(), images())
 
 
+@pytest.mark.sweep
 def test_a_plan_of_a_part_is_saved_and_applied(tmp_path: Path) -> None:
     net, inputs = detector(), images()
     plan = depcut.analyze(net, inputs, part="backbone").plan(0.5)
@@ -89,6 +90,7 @@ def test_a_plan_of_a_part_is_saved_and_applied(tmp_path: Path) -> None:
     assert "was not run, for want of inputs" in depcut.report(loaded.apply(net)).notes[1]
 
 
+@pytest.mark.sweep
 def test_data_of_the_whole_repairs_the_part() -> None:
     net = detector()
     data = [images(seed) for seed in range(3)]
@@ -100,6 +102,7 @@ def test_data_of_the_whole_repairs_the_part() -> None:
         depcut.shrink(net, 0.5, data=data, loss=lambda out, _: out[0]["boxes"].sum(), part="head")
 
 
+@pytest.mark.sweep
 def test_dead_units_of_a_part_go() -> None:
     net, inputs = detector(), images()
     with torch.no_grad():
@@ -142,6 +145,7 @@ def test_what_reaches_into_the_part_is_seen() -> None:
         depcut.analyze(detector(Tied), images(), part="backbone")
 
 
+@pytest.mark.sweep
 def test_a_whole_that_fails_behind_the_part_is_not_compared_and_that_is_told() -> None:
     slim = depcut.shrink(detector(Broken), 0.5, images(), part="backbone")
     assert "NotImplementedError: no such operator" in depcut.report(slim).notes[1]
@@ -170,6 +174,7 @@ class Gated(nn.Module):
         return self.last(self.used(x).relu() * scale)
 
 
+@pytest.mark.sweep
 def test_a_part_that_is_called_several_times_and_by_keyword() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:

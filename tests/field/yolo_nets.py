@@ -79,14 +79,14 @@ class Attention(nn.Module):
         self.pe = Conv(dim, dim, 3, 1, g=dim, act=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        B, C, H, W = x.shape
-        N = H * W
+        b, c, h, w = x.shape
+        n = h * w
         qkv = self.qkv(x)
-        q, k, v = qkv.view(B, self.num_heads, self.key_dim * 2 + self.head_dim, N).split(
+        q, k, v = qkv.view(b, self.num_heads, self.key_dim * 2 + self.head_dim, n).split(
             [self.key_dim, self.key_dim, self.head_dim], dim=2
         )
         attn = ((q.transpose(-2, -1) @ k) * self.scale).softmax(dim=-1)
-        x = (v @ attn.transpose(-2, -1)).view(B, C, H, W) + self.pe(v.reshape(B, C, H, W))
+        x = (v @ attn.transpose(-2, -1)).view(b, c, h, w) + self.pe(v.reshape(b, c, h, w))
         return self.proj(x)
 
 
@@ -273,8 +273,7 @@ class ModelEMA:
         msd = model.state_dict()
         for k, v in self.ema.state_dict().items():
             if v.dtype.is_floating_point:
-                v *= self.decay
-                v += (1 - self.decay) * msd[k].detach()
+                v.mul_(self.decay).add_(msd[k].detach(), alpha=1 - self.decay)
 
 
 def detector() -> DetectionModel:
