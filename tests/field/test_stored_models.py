@@ -92,6 +92,8 @@ def test_a_generated_module(tmp_path: Path) -> None:
         loaded(drawn(3, 7, 8))
     assert_same_model(depcut.load(tmp_path / "model", loaded_from := seeded(sized)), slim, X)
     assert type(loaded_from) is Sized
+    # Its report is another one then, which is no setting of the module.
+    assert depcut.shrink(loaded, 0.3, X, align=1)(X).shape == X.shape
 
 
 @pytest.mark.sweep
