@@ -388,14 +388,11 @@ SMALL = {
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("name", ["Bert", "Bart"])
-def test_transformers_are_followed_on_dynamically_padded_batches(name: str) -> None:
+def test_transformers_are_followed_on_dynamically_padded_batches() -> None:
     zoo.libraries()
     import transformers
 
-    config = getattr(transformers, f"{name}Config")(**SMALL)
-    head = {"Bert": "ForMaskedLM", "Bart": "ForConditionalGeneration"}
-    model = getattr(transformers, name + head[name])(config).eval()
+    model = transformers.BertForMaskedLM(transformers.BertConfig(**SMALL)).eval()
 
     def collate(rows: list[Tensor]) -> Any:
         words = nn.utils.rnn.pad_sequence(rows, batch_first=True)
