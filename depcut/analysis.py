@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
 from typing_extensions import Unpack
@@ -43,10 +43,10 @@ from depcut.pictures.analysed import ShownAnalysis
 from depcut.pictures.plots import plot_scores
 from depcut.plan import cost
 from depcut.plan.cost import Cost
-from depcut.plan.data import REBUILD, PlanData
+from depcut.plan.data import PlanData
 from depcut.rebuild.choose import checked, within
-from depcut.rebuild.rebuilding import BRANCHES, Rebuilding, check_rebuildable, rebuilding
-from depcut.rebuild.recipe import recipe_of
+from depcut.rebuild.rebuilding import Rebuilding, rebuilding
+from depcut.rebuild.wanted import limits, unlimited
 from depcut.scores import Criterion, Score, score_name
 from depcut.scores import score as unit_scores
 from depcut.support.keywords import settled, takes_options
@@ -150,7 +150,7 @@ class Analysis(ShownAnalysis):
             refuse_frozen(self.frozen, type(self.model).__name__)
         calibration = self.calibrate(data, loss=loss, options=chosen)
         score = criterion_or_default(chosen.score, has_data=data is not None)
-        rebuild = self._rebuilding(chosen)
+        rebuild, why = limits(lambda: self.rebuilding, chosen.rebuildable, depth=chosen.depth)
         request = Request(
             score,
             allocation_or_default(chosen.allocation, score, of),
@@ -169,36 +169,15 @@ class Analysis(ShownAnalysis):
                 return self._within(ratio, of, chooser.holding(whole), chosen, rebuild)
 
             never = chosen.generated == "never" and rebuild is None
-            plan = (
-                with_own_code(choose, self.coupling, self.model) if never else choose(frozenset())
-            )
-        settings = {**plan.settings, **self._refusal(chosen), "options": chosen.record()}
+            whole = frozenset[int]()
+            plan = with_own_code(choose, self.coupling, self.model) if never else choose(whole)
+        settings = {**plan.settings, **unlimited(self.model, why), "options": chosen.record()}
         return Plan.of(replace(plan, settings=settings), self.coupling, self.model)
 
     @cached_property
     def rebuilding(self) -> tuple[Rebuilding | None, str]:
         """What a config can say of smaller widths; None, and why, where it cannot be built anew."""
         return rebuilding(self.coupling, self.model)
-
-    def _refusal(self, chosen: Options) -> dict[str, Any]:
-        """What a plan's settings say of a class that a config builds, and whose widths are free."""
-        if chosen.rebuildable != "auto" or recipe_of(self.model) is None:
-            return {}
-        why = BRANCHES if chosen.depth else self.rebuilding[1]
-        return {REBUILD: {"off": why}} if why else {}
-
-    def _rebuilding(self, chosen: Options) -> Rebuilding | None:
-        """What the config limits widths to, if it does.
-
-        Raises:
-            InputError: It is to, and cannot.
-        """
-        if chosen.rebuildable is False or (chosen.depth and chosen.rebuildable == "auto"):
-            return None
-        found, why = self.rebuilding
-        if chosen.rebuildable is True:
-            check_rebuildable(found, why, depth=chosen.depth)
-        return found
 
     def _within(
         self,

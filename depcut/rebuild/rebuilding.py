@@ -13,7 +13,7 @@ from torch import nn
 from depcut.allocate.space import Counts, StepTie
 from depcut.capture.random_state import preserved
 from depcut.coupling.groups import Coupling
-from depcut.errors import InputError, PlanError
+from depcut.errors import PlanError
 from depcut.plan.keep import Keep
 from depcut.rebuild.builder import Builder
 from depcut.rebuild.moves import Move, candidates, combined, knobs, lists, subsets
@@ -27,7 +27,6 @@ from depcut.rewrite.build import Slim
 from depcut.support.failures import first_line, reraise_fatal
 
 _VECTOR = 4  # floats in 16 bytes
-BRANCHES = "a config says how many layers there are, and depth=True drops parts of layers"
 FIXED = "no number of the config changes this width alone"
 
 
@@ -114,27 +113,6 @@ def rebuilding(coupling: Coupling, model: nn.Module) -> tuple[Rebuilding | None,
         return None, f"its class cannot be built from its config: {first_line(error)}"
     why = _unlike(builder.dense, twin_of(model))
     return (None, why) if why else (_found(coupling, model, builder), "")
-
-
-def check_rebuildable(found: Rebuilding | None, why: str, *, depth: bool) -> None:
-    """Refuse to cut what is to be built anew and cannot be.
-
-    Args:
-        found: What the class can express, if anything.
-        why: Why it cannot.
-        depth: Whether branches may be dropped.
-
-    Raises:
-        InputError: It cannot be built anew.
-    """
-    if depth and found is not None:
-        why = BRANCHES
-    if why:
-        raise InputError(
-            f"the model cannot be rebuilt from a config: {why}",
-            where="rebuildable=True",
-            remedy="leave rebuildable out, or pass rebuildable=False: widths are cut freely",
-        )
 
 
 def _unlike(built: Twin, model: Twin) -> str:

@@ -108,7 +108,7 @@ def test_what_is_out_of_reach(llama: Cut) -> None:
 
 
 def test_free_widths_are_no_class_of_the_library(llama: Cut) -> None:
-    free = llama.analysis.plan(0.6, rebuildable=False)
+    free = llama.analysis.plan(0.6, rebuildable=False, align=1)
     assert "rebuild" not in free.settings
     assert any("v_proj" in name or "q_proj[2]" in name for name in free.kept)
     assert not any("v_proj" in name or "q_proj[2]" in name for name in llama.plan.kept)
