@@ -102,7 +102,7 @@ FAULTS = [
     ),
     # The first call.
     Fault(
-        "conventions", '"use_cache" not in taken else {"use_cache": False}', "True else {}", FIRST
+        "integrations", '"use_cache" not in taken else {"use_cache": False}', "True else {}", FIRST
     ),
     Fault(
         "capture",

@@ -55,7 +55,7 @@ def capture(model: nn.Module, inputs: Inputs = None, outputs: Outputs = None) ->
         inputs: A tensor, a tuple of positional or a dict of keyword arguments, or a list of several
             such example calls; inferred if None.
         outputs: Names, globs over names or positions of the outputs that count; None: all but
-            those that the model's library calls auxiliary, see `depcut.conventions`.
+            those that the model's library calls auxiliary, see `depcut.capture.convention`.
 
     Returns:
         The first example call, with the others beside it.

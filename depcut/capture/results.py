@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from depcut.conventions.convention import convention_of
+from depcut.capture.convention import convention_of
 from depcut.errors import CaptureError, InputError, listed
 from depcut.support.failures import shown
 from depcut.support.torch_private import pytree

@@ -11,11 +11,14 @@ from collections.abc import Iterator
 from torch import nn
 
 from depcut.integrations.reload import reload_problem, stock_class
+from depcut.integrations.transformers_calls import Transformers
 from depcut.integrations.transformers_config import recipe
 from depcut.plan.keep import Keep
 from depcut.support.refusal import allow_saving, refuse_saving, refuses_saving
 
-__all__ = ["finish", "recipe"]
+__all__ = ["convention", "finish", "recipe"]
+
+convention = Transformers()  # of its example inputs, caches and outputs
 
 # Where the base classes with these methods are defined; files of the last hold adapters alone.
 _TRANSFORMERS = "transformers.modeling_utils"

@@ -17,8 +17,8 @@ from torch.testing import assert_close
 
 import depcut
 from depcut.capture.inputs import infer_inputs
-from depcut.conventions.transformers import Transformers
 from depcut.errors import CaptureError, InputError, PlanError
+from depcut.integrations.transformers_calls import Transformers
 from depcut.verify.compare import Expected, compare
 from depcut.verify.module_results import ModuleResults
 from depcut.verify.verify import masked_outputs

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from depcut.conventions.transformers_configs import every
-from depcut.conventions.transformers_inputs import candidates
+from depcut.integrations.transformers_configs import every
+from depcut.integrations.transformers_inputs import candidates
 
 # Of a ModelOutput: caches, states of inner layers, and what belongs to a part of the model.
 _INNER = (
