@@ -284,7 +284,7 @@ _BOTH_SIDES = {
     "encoder_layers": 3,
     "decoder_layers": 2,
     "encoder_attention_heads": 4,
-    "decoder_attention_heads": 6,
+    "decoder_attention_heads": 4,
     "encoder_ffn_dim": 88,
     "decoder_ffn_dim": 76,
     "decoder_start_token_id": EOS,
