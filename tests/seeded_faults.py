@@ -65,6 +65,12 @@ FAULTS = [
         f"{LATER} OtherLayout",
     ),
     Fault(
+        "rebuild",
+        "settle(slim.model, values)",
+        "settle(slim.model, {})",
+        "tests/field/test_rebuildable.py",
+    ),
+    Fault(
         "rewrite",
         'if hasattr(adapter, "finish"):',
         "if False:",
