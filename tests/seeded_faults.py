@@ -106,6 +106,12 @@ FAULTS = [
         "while False:",
         "tests/field/test_compiled.py",
     ),
+    Fault(
+        "pictures",
+        "autoescape=True",
+        "autoescape=False",
+        "tests/test_pictures.py -k escaped",
+    ),
     # The first call.
     Fault(
         "integrations", '"use_cache" not in taken else {"use_cache": False}', "True else {}", FIRST
