@@ -114,7 +114,10 @@ FAULTS = [
     ),
     # The first call.
     Fault(
-        "integrations", '"use_cache" not in taken else {"use_cache": False}', "True else {}", FIRST
+        "integrations",
+        '"use_cache" not in taken else {"use_cache": False}',
+        "True else {}",
+        "tests/test_capture.py -k dummy",
     ),
     Fault(
         "capture",
@@ -471,7 +474,7 @@ FAULTS = [
     ),
     Fault("cli", "write_model(slim, draft)", "pass", "tests/test_cli.py -k compact"),
     Fault("cli", "if name in pruning or rivals", "if rivals", "tests/test_cli.py -k stand_behind"),
-    Fault("cli", "if name not in state and id(own", "if id(own", "tests/test_cli_models.py"),
+    Fault("cli", "not in shared]", "in ()]", "tests/test_cli_models.py"),
 ]
 
 

@@ -425,6 +425,7 @@ def test_the_dummy_inputs_of_a_transformers_model() -> None:
     assert type(slim) is type(model)
     made = depcut.analyze(model).program.kwargs
     assert made.keys() >= model.dummy_inputs.keys()
+    assert made["use_cache"] is False
     assert torch.equal(made["attention_mask"], torch.ones_like(made["input_ids"]))
 
 

@@ -39,7 +39,7 @@ def fill(model: nn.Module, path: Path) -> None:
     own = model.state_dict(keep_vars=True)
     state = _without_prefix(_weights_in(_content(path), path), own)
     shared = {id(own[name]) for name in state if name in own}
-    missing = [name for name in own if name not in state and id(own[name]) not in shared]
+    missing = [name for name in own if id(own[name]) not in shared]
     unknown = [name for name in state if name not in own]
     if missing or unknown:
         lacks = [f"it lacks {listed(missing, 3)}"] * bool(missing)
