@@ -11,7 +11,7 @@ import copy
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
@@ -28,19 +28,15 @@ sys.path.insert(0, str(HERE.parent / "tests"))
 import zoo
 
 MODELS = """
-    botnet26t_256 caformer_s18 cait_xxs24_224 coatnet_nano_rw_224 convit_tiny convnext_atto
-    convnextv2_atto crossvit_9_240 cs3darknet_s cspdarknet53 davit_tiny deit3_small_patch16_224
-    deit_tiny_distilled_patch16_224 densenet121 dla34 edgenext_xx_small efficientformer_l1
-    efficientformerv2_s0 efficientnet_b0 efficientvit_b0 efficientvit_m0 eva02_tiny_patch14_224
-    fastvit_t8 gcvit_xxtiny ghostnet_100 ghostnetv2_100 gmlp_ti16_224 hgnetv2_b0 hiera_tiny_224
-    hrnet_w18_small inception_next_atto inception_v3 lcnet_050 levit_128s mambaout_femto
-    maxvit_rmlp_pico_rw_256 mixer_s32_224 mixnet_s mobilenetv3_small_050 mobilenetv4_conv_small
-    mobileone_s0 mobilevit_xxs mobilevitv2_050 mvitv2_tiny nextvit_small nfnet_l0 pit_ti_224
-    poolformer_s12 pvt_v2_b0 regnetx_002 regnety_002 repghostnet_050 repvgg_a0 repvit_m0_9
-    res2net50_26w_4s resmlp_12_224 resnest14d resnet18 resnet50 rexnet_100 shvit_s1 skresnet18
-    starnet_s1 swiftformer_xs swin_tiny_patch4_window7_224 swinv2_tiny_window8_256
-    tf_efficientnetv2_b0 tinynet_e tiny_vit_5m_224 twins_svt_small vgg11 visformer_tiny
-    vit_tiny_patch16_224 vovnet39a xcit_nano_12_p16_224
+    resnet18 mobilenetv3_small_050 efficientnet_lite0 convnext_atto vit_tiny_patch16_224
+    regnety_002 densenet121 vgg11 mixer_s32_224 edgenext_xx_small swin_tiny_patch4_window7_224
+    xcit_nano_12_p16_224 lcnet_050 deit_tiny_distilled_patch16_224 levit_128s ghostnet_100
+    mobilenetv4_conv_small repvgg_a0 starnet_s1 mobilevit_xxs resnest14d hgnetv2_b0 pvt_v2_b0
+    poolformer_s12 cait_xxs24_224 efficientvit_b0 convnextv2_atto rexnet_100 mobileone_s0
+    hrnet_w18_small gmlp_ti16_224 resmlp_12_224 skresnet18 visformer_tiny pit_ti_224
+    inception_next_atto tinynet_e cspdarknet53 res2net50_26w_4s dla34 tiny_vit_5m_224 davit_tiny
+    fastvit_t8 repvit_m0_9 nfnet_l0 twins_svt_small maxvit_rmlp_pico_rw_256
+    swinv2_tiny_window8_256 crossvit_9_240 inception_v3
 """.split()
 PAGE = HERE.parent / "docs" / "timm.md"
 CHECKS: dict[str, Callable[[Case], Any]] = {}
@@ -201,17 +197,16 @@ def main() -> int:
     for name in track(names, console=console):
         rows.append(attempt(name, options.ratio))
         wrong = {k: v for k, v in rows[-1].items() if k in (*CHECKS, "error") and v not in GOOD}
+        write_page(rows[-1])
         console.print(f"{name} {rows[-1].get('seconds', 0):.0f} s {wrong or ''}", highlight=False)
     console.print(measure.table("timm", COLUMNS, rows))
-    if options.only == ["*"]:
-        write_page(rows)
     return int(any(r.get(c) not in GOOD for r in rows for c in CHECKS))
 
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--only", nargs="+", default=["*"], help="globs over models; without, the page is written"
+        "--only", nargs="+", default=["*"], help="globs over models whose rows are made anew"
     )
     parser.add_argument("--ratio", type=float, default=0.5, help="share of the MACs to remove")
     return parser.parse_args()
@@ -260,21 +255,21 @@ COLUMNS = {
 }
 
 
-def write_page(rows: list[Row]) -> None:
-    """Put the table into docs/timm.md."""
-    lines = [
-        "| " + " | ".join(COLUMNS) + " |",
-        "| " + " | ".join("---" for _ in COLUMNS) + " |",
-        *("| " + " | ".join(cell(row) for cell in COLUMNS.values()) + " |" for row in rows),
-    ]
-    table = "\n".join(lines)
-    text = re.sub(
-        r"(<!-- table -->\n).*?(\n<!-- /table -->)",
-        lambda m: m[1] + table + m[2],
-        PAGE.read_text(),
-        flags=re.S,
+def write_page(row: Row) -> None:
+    """Put a row into the table of docs/timm.md, in place of an older one of its model."""
+    text = PAGE.read_text()
+    before, table, after = re.split(
+        r"(?<=<!-- table -->\n)(.*?)(?=<!-- /table -->)", text, flags=re.S
     )
-    PAGE.write_text(text)
+    lines = {line.split()[1]: line for line in table.splitlines()[2:] if line}
+    lines[row["name"]] = line_of(cell(row) for cell in COLUMNS.values())
+    made = [lines[name] for name in MODELS if name in lines]
+    head = [line_of(COLUMNS), line_of("---" for _ in COLUMNS)]
+    PAGE.write_text(before + "\n".join([*head, *made, ""]) + after)
+
+
+def line_of(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":

@@ -28,13 +28,14 @@ from depcut.calibration.calls import blaming_calls, refuse_lone_loss
 from depcut.calibration.data import Calibration, Data, Loss, calibrate
 from depcut.capture.capture import capture
 from depcut.capture.inputs import Inputs
+from depcut.capture.part import as_part
 from depcut.capture.program import Program
 from depcut.capture.random_state import preserved
-from depcut.capture.results import Outputs
+from depcut.capture.results import EVERY, Outputs
 from depcut.coupling.explanation import explanation
 from depcut.coupling.groups import Coupling, Frozen, Group
 from depcut.coupling.infer import infer_coupling
-from depcut.deploy.runtime import bind_inputs, resized
+from depcut.deploy.runtime import single
 from depcut.latency.model import SAMPLES, LatencyModel, latency_model
 from depcut.latency.target import Goal, plan_for_latency
 from depcut.options import CalibrateKeywords, Options, PlanKeywords
@@ -44,7 +45,8 @@ from depcut.plan import cost
 from depcut.plan.cost import Cost
 from depcut.plan.data import PlanData
 from depcut.rebuild.choose import checked, within
-from depcut.rebuild.rebuilding import Rebuilding, check_rebuildable, rebuilding
+from depcut.rebuild.rebuilding import Rebuilding, rebuilding
+from depcut.rebuild.wanted import limits, unlimited
 from depcut.scores import Criterion, Score, score_name
 from depcut.scores import score as unit_scores
 from depcut.support.keywords import settled, takes_options
@@ -148,7 +150,7 @@ class Analysis(ShownAnalysis):
             refuse_frozen(self.frozen, type(self.model).__name__)
         calibration = self.calibrate(data, loss=loss, options=chosen)
         score = criterion_or_default(chosen.score, has_data=data is not None)
-        rebuild = self._rebuilding(chosen)
+        rebuild, why = limits(lambda: self.rebuilding, chosen.rebuildable, depth=chosen.depth)
         request = Request(
             score,
             allocation_or_default(chosen.allocation, score, of),
@@ -169,26 +171,13 @@ class Analysis(ShownAnalysis):
             never = chosen.generated == "never" and rebuild is None
             whole = frozenset[int]()
             plan = with_own_code(choose, self.coupling, self.model) if never else choose(whole)
-        settings = {**plan.settings, "options": chosen.record()}
+        settings = {**plan.settings, **unlimited(self.model, why), "options": chosen.record()}
         return Plan.of(replace(plan, settings=settings), self.coupling, self.model)
 
     @cached_property
     def rebuilding(self) -> tuple[Rebuilding | None, str]:
         """What a config can say of smaller widths; None, and why, where it cannot be built anew."""
         return rebuilding(self.coupling, self.model)
-
-    def _rebuilding(self, chosen: Options) -> Rebuilding | None:
-        """What the config limits widths to, if it does.
-
-        Raises:
-            InputError: It is to, and cannot.
-        """
-        if chosen.rebuildable is False or (chosen.depth and chosen.rebuildable == "auto"):
-            return None
-        found, why = self.rebuilding
-        if chosen.rebuildable is True:
-            check_rebuildable(found, why, depth=chosen.depth)
-        return found
 
     def _within(
         self,
@@ -209,9 +198,7 @@ class Analysis(ShownAnalysis):
             return checked(rebuild, plan) if rebuild else plan
         removed = float(cast(float, ratio))
         if chosen.depth:
-            data = chooser.request.calibration
-            flat = [data.leaves(b) for b in data.batches] if data else ()
-            return depth_and_width(chooser, self.residuals, of, removed, flat)
+            return depth_and_width(chooser, self.residuals, of, removed)
         quantity = self.costs[of]
         if rebuild is not None:
             return within(rebuild, chooser, quantity, removed, of)
@@ -293,11 +280,9 @@ class Analysis(ShownAnalysis):
     @property
     def _inputs(self) -> Inputs:
         """The inputs to time: as given, else a single one of those that were inferred."""
-        if self.inputs is not None:
-            return self.inputs[0] if isinstance(self.inputs, list) else self.inputs
-        given = self.program.kwargs or tuple(self.program.args)
-        single = resized(bind_inputs(self.model, given), 1)
-        return dict(single.arguments) if single.kwargs else tuple(single.args)
+        if self.inputs is None:
+            return single(self.model, self.program.kwargs or tuple(self.program.args))
+        return self.inputs[0] if isinstance(self.inputs, list) else self.inputs
 
     def plan_keeping(
         self, kept: Mapping[str, Sequence[int] | Indices], dropped: Iterable[str] = ()
@@ -358,7 +343,13 @@ class Analysis(ShownAnalysis):
         return plot_scores(named, kept, title, ax)
 
 
-def analyze(model: nn.Module, inputs: Inputs = None, outputs: Outputs = None) -> Analysis:
+def analyze(
+    model: nn.Module,
+    inputs: Inputs = None,
+    outputs: Outputs = None,
+    *,
+    part: str | None = None,
+) -> Analysis:
     """Find out what can be removed from a model; it is only read.
 
     Args:
@@ -371,6 +362,10 @@ def analyze(model: nn.Module, inputs: Inputs = None, outputs: Outputs = None) ->
         outputs: Which outputs count, by names (keys, attributes; nested ones with dots; globs) or
             positions: `("logits",)`. The dimensions of the others may become narrower. Left out,
             all but those that the model's library calls auxiliary; `"*"` are all.
+        part: Name of a module to capture alone, with the inputs that it gets in one run of the
+            model on `inputs`, for a model that cannot be captured as a whole. What it returns is
+            never narrowed. Plans, `Plan.apply` and results are of the whole model; MACs are those
+            of the part.
 
     Raises:
         CaptureError: The model cannot be captured.
@@ -378,4 +373,7 @@ def analyze(model: nn.Module, inputs: Inputs = None, outputs: Outputs = None) ->
             output.
     """
     model = unwrapped(model)
+    if part is not None:
+        model, inputs = as_part(model, part, inputs)
+        outputs = EVERY if outputs is None else outputs
     return Analysis(model, infer_coupling(capture(model, inputs, outputs)), inputs)

@@ -31,6 +31,7 @@ def shrink(
     data: Data | None = None,
     loss: Loss | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    part: str | None = None,
     options: Options | None = None,
     **given: Unpack[ShrinkKeywords],
 ) -> ModelT:
@@ -49,6 +50,8 @@ def shrink(
         loss: A function of (output, target) that returns a scalar, for criteria with gradients;
             "model": the loss that the model itself returns where it is given the labels.
         optimizer: One that trains `model`; its state is sliced, and it trains the result.
+        part: Name of a module that alone is captured and made smaller, see `depcut.analyze`; data
+            is what the whole model takes.
         options: What else is chosen, as one object; the keywords that follow go before it.
         **given: The fields of `depcut.Options`.
 
@@ -60,7 +63,7 @@ def shrink(
     wants_repair(chosen.compensate, data is not None)
     plain = unwrapped(model)
     items, inputs = read_with_inputs(data, chosen.batches, inputs, plain, loss is not None)
-    analysis = analyze(model, inputs, outputs)
+    analysis = analyze(model, inputs, outputs, part=part)
     calibration = analysis.calibrate(items, loss=loss, options=chosen)
     plan = analysis.plan(ratio, data=calibration, options=chosen)
     slim = plan.apply(model, optimizer=optimizer, data=calibration, options=chosen)

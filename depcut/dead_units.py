@@ -14,6 +14,7 @@ from depcut.analysis import analyze
 from depcut.apply.plan import Plan, planned
 from depcut.apply.report import amend
 from depcut.capture.inputs import Inputs
+from depcut.capture.part import shown_part, whole_of
 from depcut.capture.random_state import preserved
 from depcut.capture.results import EVERY, Outputs
 from depcut.errors import InputError, listed
@@ -40,7 +41,7 @@ class Compaction(Shown):
         folded: Names of the biases and running means that take over what removed units
             contributed as constants.
         stuck: Dead units that stay, each with the reason.
-        model: The model with its masks applied.
+        model: The model with its masks applied, or the part of it that is captured.
         contractions: What reads the units.
     """
 
@@ -62,10 +63,11 @@ class Compaction(Shown):
             VerificationError: The smaller model does not compute what the dense one does.
         """
         keep = self.plan.keep()
-        slim = self.plan.apply(self.model, compensate=False)
+        slim = self.plan.apply(whole_of(self.model), compensate=False)
+        seen = shown_part(slim, self.plan.part)
         if self.folded:
-            fold_constants(keep, self.model, slim, self.contractions)
-        amend(slim, error=verify_equal_calls(slim, keep, self.model))
+            fold_constants(keep, self.model, seen, self.contractions)
+        amend(slim, error=verify_equal_calls(seen, keep, self.model))
         return slim
 
     def to_dict(self) -> dict[str, Any]:
@@ -116,7 +118,13 @@ class Compaction(Shown):
 
 
 @preserved()
-def compaction(model: nn.Module, inputs: Inputs = None, *, outputs: Outputs = EVERY) -> Compaction:
+def compaction(
+    model: nn.Module,
+    inputs: Inputs = None,
+    *,
+    outputs: Outputs = EVERY,
+    part: str | None = None,
+) -> Compaction:
     """Find the units that are dead already; the model is only read.
 
     A unit is dead where all that reads it multiplies it with zeros, or reads a constant that a bias
@@ -131,13 +139,15 @@ def compaction(model: nn.Module, inputs: Inputs = None, *, outputs: Outputs = EV
             first layer where that is unambiguous.
         outputs: Names or positions of the outputs that are to stay, see `depcut.analyze`; of a unit
             that only others need nothing is left. Left out, all of them.
+        part: Name of a module that alone is captured, see `depcut.analyze`.
 
     Raises:
         DepcutError: See `depcut.analyze`.
     """
     model = unwrapped(model)
     plain = without_masks(model) if isinstance(model, nn.Module) else model
-    coupling = analyze(plain, inputs, outputs).coupling
+    analysis = analyze(plain, inputs, outputs, part=part)
+    coupling, plain = analysis.coupling, analysis.model
     empty = [n for n, t in plain.state_dict(keep_vars=True).items() if t.is_meta]
     if empty:
         raise InputError(
@@ -159,7 +169,9 @@ def compaction(model: nn.Module, inputs: Inputs = None, *, outputs: Outputs = EV
     return Compaction(plan, folded, dead.stuck, plain, contractions)
 
 
-def compact(model: ModelT, inputs: Inputs = None, *, outputs: Outputs = EVERY) -> ModelT:
+def compact(
+    model: ModelT, inputs: Inputs = None, *, outputs: Outputs = EVERY, part: str | None = None
+) -> ModelT:
     """The model without the units that are dead already; in eval mode it computes the same.
 
     Warns where nothing is dead: the result is an equal copy then. `print(depcut.compaction(model,
@@ -172,11 +184,12 @@ def compact(model: ModelT, inputs: Inputs = None, *, outputs: Outputs = EVERY) -
             first layer where that is unambiguous.
         outputs: Names or positions of the outputs that are to stay, see `depcut.analyze`; of a unit
             that only others need nothing is left. Left out, all of them.
+        part: Name of a module that alone is captured, see `depcut.analyze`.
 
     Raises:
         DepcutError: See `depcut.analyze` and `Plan.apply`.
     """
-    dead = compaction(model, inputs, outputs=outputs)
+    dead = compaction(model, inputs, outputs=outputs, part=part)
     if not dead.plan.kept:
         warnings.warn(f"nothing was removed: {dead}", stacklevel=2)
     return cast(ModelT, dead.apply())

@@ -14,7 +14,6 @@ ORDER = """
 errors version
 support
 axes
-conventions
 capture
 graph
 ops

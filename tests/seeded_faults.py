@@ -43,6 +43,7 @@ class Fault:
 
 
 LATER = "tests/field/test_later_calls.py -k"
+FIRST = "tests/field/test_transformers_call.py"
 RULES = "tests/test_rules.py -k"
 CALLS = "tests/field/test_example_calls.py"
 ATTENTION = "tests/field/test_attention"
@@ -64,11 +65,65 @@ FAULTS = [
         f"{LATER} OtherLayout",
     ),
     Fault(
+        "rebuild",
+        "settle(slim.model, values)",
+        "settle(slim.model, {})",
+        "tests/field/test_rebuildable.py",
+    ),
+    Fault(
         "rewrite",
         'if hasattr(adapter, "finish"):',
         "if False:",
         "tests/field/test_conventions.py",
     ),
+    Fault(
+        "integrations",
+        'for attribute, old, new in zip(("num_features", "head_hidden_size"), dense, slim):',
+        "for attribute, old, new in ():",
+        "tests/field/test_timm.py",
+    ),
+    Fault(
+        "capture",
+        "if i in outside]",
+        "if i in ()]",
+        "tests/field/test_part.py -k reaches",
+    ),
+    Fault(
+        "verify",
+        "if error <= _TOLERANCE and not why:",
+        "if True:",
+        "tests/field/test_part.py -k reaches",
+    ),
+    Fault(
+        "apply",
+        "problem = verify_whole(result, whole, part, calls)",
+        'problem = ""',
+        "tests/field/test_part.py -k reaches",
+    ),
+    Fault(
+        "support",
+        "while inner is not None:",
+        "while False:",
+        "tests/field/test_compiled.py",
+    ),
+    Fault(
+        "pictures",
+        "autoescape=True",
+        "autoescape=False",
+        "tests/test_pictures.py -k escaped",
+    ),
+    # The first call.
+    Fault(
+        "integrations", '"use_cache" not in taken else {"use_cache": False}', "True else {}", FIRST
+    ),
+    Fault(
+        "capture",
+        "at = str(name) if str(name) in tops else None",
+        "at = str(name)",
+        f"{FIRST} -k counts",
+    ),
+    Fault("coupling", "for n in program.counted if", "for n in program.outputs if", FIRST),
+    Fault("plan", "if fixed and _is_of_one(", "if False and _is_of_one(", f"{FIRST} -k one_of"),
     # Rules of operators, a fault in each file.
     Fault("ops", "op.unify(q[-1], k[-1])", "pass", f"{RULES} sdpa"),
     Fault(
@@ -250,6 +305,18 @@ FAULTS = [
     ),
     # In the field.
     Fault(
+        "graph",
+        "arguments[node] = given",
+        "pass",
+        "tests/field/test_data_forms.py -k other_lengths",
+    ),
+    Fault(
+        "calibration",
+        "if _is_target(self.takes[n])}",
+        "if False}",
+        "tests/field/test_data_forms.py -k batch_encoding",
+    ),
+    Fault(
         "repair",
         "if bool((here.fixed & ~kept).any()):",
         "if False:",
@@ -396,7 +463,15 @@ FAULTS = [
         "if False:",
         "tests/test_callbacks.py -k resumes",
     ),
-    Fault("cli", 'dead.plan.save(out / "plan.json")', "pass", "tests/test_cli.py -k compact"),
+    Fault(
+        "storage",
+        "    if others:",
+        "    if False:",
+        "tests/field/test_files_refused.py -k of_the_user",
+    ),
+    Fault("cli", "write_model(slim, draft)", "pass", "tests/test_cli.py -k compact"),
+    Fault("cli", "if name in pruning or rivals", "if rivals", "tests/test_cli.py -k stand_behind"),
+    Fault("cli", "if name not in state and id(own", "if id(own", "tests/test_cli_models.py"),
 ]
 
 

@@ -1,8 +1,9 @@
 """Which share of a test's cases runs by default: the others run with `-m sweep`.
 
-The default set has five minutes. What is shown of many nets or options alike is shown of some of
-them by default, evenly spread, and of all of them in the sweep. With DEPCUT_TESTS=whole all cases
-run by default, as they do where coverage is measured.
+The default set has five minutes, the sweep half an hour. What is shown of many nets or options
+alike is shown of some of them by default, evenly spread, of as many again in the sweep, and of all
+of them with `-m exhaustive`. With DEPCUT_TESTS=whole the sweep's cases run by default, as they do
+where coverage is measured.
 """
 
 from __future__ import annotations
@@ -88,23 +89,25 @@ EVERY = dict.fromkeys(FOURTH, 4) | dict.fromkeys(HALF, 2)
 
 
 def share_out(items: Sequence[pytest.Item]) -> None:
-    """Mark the cases that are left to the sweep.
+    """Mark the cases that are left to the sweep, or to who asks for all of them.
 
     Args:
         items: All tests that were collected.
     """
-    if os.environ.get("DEPCUT_TESTS") == "whole":
-        return
+    whole = os.environ.get("DEPCUT_TESTS") == "whole"
     cases: dict[tuple[str, str], list[pytest.Item]] = defaultdict(list)
     for item in items:
         name = getattr(item, "originalname", item.name)
         if any(item.get_closest_marker(mark) for mark in ("sweep", "exhaustive")):
             continue
-        if name in NONE:
+        if name in NONE and not whole:
             item.add_marker(pytest.mark.sweep)
         elif name in EVERY:
             cases[item.nodeid.partition("::")[0], name].append(item)
     for (_, name), found in cases.items():
         for number, item in enumerate(found):
-            if number % EVERY[name]:
+            turn = number % EVERY[name]
+            if turn % 2 and EVERY[name] > 2:
+                item.add_marker(pytest.mark.exhaustive)
+            elif turn and not whole:
                 item.add_marker(pytest.mark.sweep)

@@ -20,7 +20,8 @@ from depcut.cli.main import main
 from depcut.errors import InputError, VerificationError
 from depcut.support.weights import load_weights
 
-COMMANDS = ("demo", "analyze", "shrink", "compact", "export", "bench")
+SHAPE = ("--input-shape", "2,3,16,16")
+COMMANDS = ("demo", "analyze", "shrink", "compact", "export", "bench", "report")
 
 MODELS = """
 import torch
@@ -181,10 +182,11 @@ def test_analyze(folder):
 def test_shrink_writes_plan_weights_and_graph(shrunk):
     out, text = shrunk
     assert sorted(file.name for file in out.iterdir()) == [
-        "model.onnx", "plan.json", "weights.safetensors",
+        "README.md", "depcut.json", "model.json", "model.onnx", "plan.json", "report.json",
+        "weights.safetensors",
     ]  # fmt: skip
     json.loads((out / "plan.json").read_text())
-    for part in ("parameters", "MACs", "written", "plan.json"):
+    for part in ("parameters", "MACs", "written", "plan.json", "load it with depcut.load("):
         assert part in text
 
 
@@ -198,6 +200,32 @@ def test_written_files_rebuild_the_slim_model(folder, shrunk):
     first, second = (onnx.load(file).graph for file in (out / "model.onnx", folder / "again.onnx"))
     assert len(first.initializer) > 0
     assert list(first.initializer) == list(second.initializer)
+
+
+def test_a_folder_is_a_model(folder, shrunk):
+    text = succeeds(folder, "analyze", shrunk[0], "--explain", "conv1", *SHAPE)
+    assert "conv1.weight dim 0 (24)" in text
+
+
+def test_folders_of_others_are_not_replaced(folder):
+    (folder / "mine").mkdir()
+    (folder / "mine" / "notes.txt").write_text("keep")
+    given = ("shrink", "my_models:net", "--ratio", 0.5, "--out", "mine")
+    assert "holds what is no stored model's: notes.txt" in fails(folder, *given)
+    assert [file.name for file in (folder / "mine").iterdir()] == ["notes.txt"]
+
+
+def test_a_page_on_a_folder_and_on_a_model(folder, shrunk):
+    out = shrunk[0]
+    text = succeeds(folder, "report", out, "--out", "slim.html")
+    assert "Report on plan" in text
+    text = succeeds(
+        folder, "report", "my_models:net", *SHAPE, "--plan", out / "plan.json", "--slim-weights",
+        out / "weights.safetensors", "--out", "both.html",
+    )  # fmt: skip
+    assert "written: both.html" in text
+    for page in ("slim.html", "both.html"):
+        assert "conv2" in (folder / page).read_text()
 
 
 def test_tied_weights_survive(folder, monkeypatch):
@@ -370,9 +398,6 @@ def test_compact_writes_what_the_plan_then_loads(folder):
         assert weights.get_slice("conv1.weight").get_shape() == [16, 3, 3, 3]
 
 
-SHAPE = ("--input-shape", "2,3,16,16")
-
-
 def test_a_factory_takes_arguments(folder):
     text = succeeds(folder, "analyze", "my_models:narrow(8, scale=2)", *SHAPE, "--explain", "conv1")
     assert "conv1.weight dim 0 (16)" in text
@@ -388,7 +413,7 @@ def test_json_stands_alone_on_standard_output(folder):
     found, done = document(folder, "analyze", "my_models:narrow(16)", *SHAPE)
     assert (found["command"], done.returncode, done.stderr) == ("analyze", 0, "building\n")
     assert found["inputs"]["args"] == [{"shape": [2, 3, 16, 16], "dtype": "float32"}]
-    names = {group["name"]: group["units"] for group in found["analysis"]["groups"]}
+    names = {group["group"]: group["units"] for group in found["analysis"]["groups"]}
     assert names == {"conv1": 16, "conv2": 16}
 
 
@@ -399,7 +424,7 @@ def test_json_of_an_error(folder):
     assert "no such checkpoint" in found["error"]["what"]
     assert "no such checkpoint" in done.stderr
     found, done = document(folder, "shrink", "my_models:net")
-    assert "--ratio" in found["error"]["what"]
+    assert "--out" in found["error"]["what"]
 
 
 @pytest.mark.sweep
@@ -412,6 +437,7 @@ def test_json_of_every_command(folder, shrunk, command):
         "compact": ("my_models:half_dead", *SHAPE, "--out", "json"),
         "export": ("my_models:net", *SHAPE, "--out", "json.onnx"),
         "bench": (shrunk[0] / "model.onnx", "--input-shape", "1,3,16,16", "--rounds", 6),
+        "report": ("my_models:net", *SHAPE, "--out", "json.html"),
     }[command]
     found, done = document(folder, command, *arguments)
     assert done.returncode == 0, done.stderr

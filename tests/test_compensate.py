@@ -560,7 +560,7 @@ class Overflowing(Hidden):
     [
         ({"data": []}, "the data is empty"),
         ({"data": [torch.randn(3, 7)]}, "shape (3, 7), the model was captured with"),
-        ({"data": [torch.full((3, 6), float("nan"))]}, "18 of its 18 values are NaN"),
+        ({"data": [torch.full((3, 6), float("nan"))]}, "18 of the 18 values of x are NaN"),
         ({"data": [torch.randn(3, 6)], "batches": 0}, "batches is 0"),
         ({"compensate": True}, "compensation needs data"),
         ({"compensate": "yes"}, "compensate is 'yes'"),

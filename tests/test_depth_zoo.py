@@ -1,6 +1,6 @@
 """Public architectures without some of their branches, against their own graph with zeros there.
 
-A handful run by default, all of them with `-m sweep`.
+A handful run by default, a share of the others with `-m sweep`, all of them with `-m exhaustive`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import zoo
 from depth_nets import interpreted
 from oracle import assert_close, assert_untouched, call, gradients, outputs, snapshot
-from selection import sampled
+from selection import sampled, swept
 from torch import nn
 
 import depcut
@@ -46,8 +46,7 @@ def test_branches_of_a_public_architecture(name: str) -> None:
     assert (len(residuals.branches), len(residuals.blocks)) == KNOWN[name]
 
 
-@pytest.mark.sweep
-@pytest.mark.parametrize("name", [name for name in zoo.ZOO if name not in KNOWN])
+@pytest.mark.parametrize("name", swept((name for name in zoo.ZOO if name not in KNOWN), 3))
 def test_branches_of_every_public_architecture(name: str) -> None:
     residuals = dropped(name)
     assert len({b.name for b in residuals.branches}) == len(residuals.branches)

@@ -318,7 +318,9 @@ def test_one_module_writes() -> None:
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
-                name = ast.unparse(node.func).rpartition(".")[2]
+                owner, _, name = ast.unparse(node.func).rpartition(".")
+                if owner == "files":
+                    continue
                 to_write = name in ("open", "fdopen") and any(
                     isinstance(a, ast.Constant) and str(a.value)[:1] in ("w", "a", "x")
                     for a in node.args

@@ -146,6 +146,27 @@ def test_the_dictionaries_of_a_module() -> None:
     assert net[1].running_mean.tolist() == [1, 1]
 
 
+def test_what_a_module_keeps_beside_its_attributes() -> None:
+    net = nn.Linear(2, 2)
+    net.own, net.training = 1, False
+    assert set(vars(net)) - torch_private.registries() == {
+        "own", "training", "in_features", "out_features"
+    }  # fmt: skip
+    net.register_buffer("a", torch.ones(1), persistent=False)
+    net.register_buffer("b", torch.ones(1))
+    assert torch_private.non_persistent_of(net) == {"a"}
+    assert torch_private.hooks_of(net) == {}
+    net.register_forward_hook(print)
+    net.register_full_backward_pre_hook(len)
+    assert list(torch_private.hooks_of(net).values()) == [[len], [print]]
+
+
+def test_tensors_that_hold_others() -> None:
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+    assert torch_private.is_wrapper(nested)
+    assert not torch_private.is_wrapper(nn.Parameter(torch.ones(2)))
+
+
 def test_names_that_are_pruned() -> None:
     layer = prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5)
     layer.register_forward_pre_hook(lambda *_: None)

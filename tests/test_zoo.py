@@ -1,6 +1,6 @@
 """Public architectures: half of the MACs gone, and everything still works.
 
-A handful run by default, all of them with `-m sweep`.
+A handful run by default, a share of the others with `-m sweep`, all of them with `-m exhaustive`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import pytest
 import torch
 import zoo
 from oracle import assert_untouched, call, gradients, outputs, snapshot
+from selection import swept
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -32,8 +33,7 @@ def test_half_of_a_public_architecture(name: str) -> None:
     assert_halved(name)
 
 
-@pytest.mark.sweep
-@pytest.mark.parametrize("name", [name for name in zoo.ZOO if name not in FAST])
+@pytest.mark.parametrize("name", swept((name for name in zoo.ZOO if name not in FAST), 2))
 def test_half_of_every_public_architecture(name: str) -> None:
     assert_halved(name)
 

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from depcut.allocate.lagrange import least_loss, nudged
+from depcut.allocate.lagrange import closest, least_loss, nudged
+from depcut.allocate.named import is_named, matching
 from depcut.allocate.order import along, meet, order, step_losses
 from depcut.allocate.space import Counts, Space, StepTie, space
 from depcut.axes import Indices
 from depcut.calibration.data import Calibration
-from depcut.coupling.groups import Coupling, Frozen, Group, layer_of
+from depcut.coupling.groups import Coupling, Frozen
 from depcut.errors import BudgetError, InputError, listed
 from depcut.plan.cost import Cost
 from depcut.plan.data import PlanData, make_plan
@@ -223,7 +222,7 @@ class Chooser:
         elif self.request.together is not None:
             # Few classes, some of large steps: of a mere order, most lengths miss the budget.
             losses = step_losses(self._allocation(of), where, self.scores, cost, self.additive)
-            counts = least_loss(where, self.scores, cost, target, of, self.additive, losses)
+            counts = closest(where, losses, cost, target, of)
         else:
             sequence = order(self._allocation(of), where, self.scores, cost, self.additive)
             counts = meet(where, sequence, cost, target, of)
@@ -320,50 +319,6 @@ def best_units(values: Any, count: int) -> Indices:
         Kept indices, [count] or [rows, count].
     """
     return np.sort(np.argsort(-values, axis=-1, kind="stable")[..., :count], axis=-1)
-
-
-def matching(coupling: Coupling, pattern: str, option: str) -> set[int]:
-    """Numbers of the groups that a glob names.
-
-    Args:
-        coupling: The groups.
-        pattern: A glob over module, parameter or group names.
-        option: Where the user passed it.
-
-    Raises:
-        InputError: The model has nothing of that name.
-    """
-    numbers = {g.index for g in coupling.groups if _matches(g, pattern)}
-    names = {layer_of(n) for n in coupling.dims} | set(coupling.dims)
-    known = any(fnmatchcase(n, pattern) or n.startswith(pattern + ".") for n in names)
-    if not numbers and not known:
-        close = difflib.get_close_matches(pattern, sorted(names), 3, 0.4)
-        raise InputError(
-            f"{pattern!r} matches no module, parameter or group",
-            where=option,
-            remedy=f"did you mean {', '.join(close)}?" if close else "see print(analysis)",
-        )
-    return numbers
-
-
-def _matches(group: Group, pattern: str) -> bool:
-    for member in group.members:
-        if member.role == "producer" and is_named(member.tensor, pattern):
-            return True
-    # A group's own name may hold brackets, which a glob reads as a choice of characters.
-    return pattern == group.name or fnmatchcase(group.name, pattern)
-
-
-def is_named(tensor: str, pattern: str) -> bool:
-    """Whether a glob over module or parameter names matches this parameter.
-
-    Args:
-        tensor: Name of a parameter.
-        pattern: The glob; the name of a module means all that it contains.
-    """
-    layer = layer_of(tensor)
-    names = fnmatchcase(tensor, pattern) or fnmatchcase(layer, pattern)
-    return names or layer.startswith(pattern + ".")
 
 
 def _held(coupling: Coupling, ignore: Iterable[str]) -> set[int]:

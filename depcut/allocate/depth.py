@@ -36,18 +36,17 @@ def depth_and_width(
     residuals: Residuals,
     of: str,
     ratio: float,
-    batches: Sequence[Batch] = (),
 ) -> PlanData:
     """The plan that drops as many branches as change the outputs least, and narrows the rest.
 
-    A branch stays if one of its parameters is named by ignore= or ratios=.
+    That is judged on the request's data, or on the captured inputs, which is weaker. A branch stays
+    if one of its parameters is named by ignore= or ratios=.
 
     Args:
         chooser: A request, resolved.
         residuals: Branches and blocks.
         of: "macs", "params" or "channels".
         ratio: Fraction of it that is removed.
-        batches: Flat calibration inputs; left out, the captured ones, which is weaker.
 
     Raises:
         InputError: The model was captured by several example calls.
@@ -61,6 +60,8 @@ def depth_and_width(
             where="depth=",
             remedy="leave depth out, or pass one example call",
         )
+    data = chooser.request.calibration
+    batches = [data.leaves(b) for b in data.batches] if data else []
     dense = dense_total(ITEMS[of](coupling, NOTHING))
     target = dense * (1 - ratio)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,8 @@ from depcut.plan.cost import Cost
 
 _SWEEPS = 8
 _PRICES = 40
+_NEAR = 0.005  # of the whole; what is so close to a target meets it
+_FAR = 0.05  # of the whole; what is so far below a target owes it to a step too large for it
 _CLOSE = 1e-3  # of the budget; the search for a price ends there
 
 
@@ -32,7 +35,6 @@ def least_loss(
     target: float,
     of: str,
     additive: bool = False,
-    losses: Scores | None = None,
 ) -> Counts:
     """Kept counts that lose least score among those found within the budget.
 
@@ -43,7 +45,6 @@ def least_loss(
         target: Its value to stay within.
         of: Name of the quantity, for messages.
         additive: Whether scores are losses that add up, also over groups.
-        losses: Of each step of each class, not decreasing; None: those of score.
 
     Returns:
         Kept count of each group.
@@ -51,7 +52,46 @@ def least_loss(
     Raises:
         BudgetError: Even the smallest widths cost more than the target.
     """
-    search = _Search(where, losses or marginals(where, scores, additive), cost)
+    return _within(where, marginals(where, scores, additive), cost, target, of)
+
+
+def closest(where: Space, losses: Scores, cost: Cost, target: float, of: str) -> Counts:
+    """Kept counts of little loss whose cost is as close to the target as large steps allow.
+
+    Args:
+        where: The steps.
+        losses: Of each step of each class, not decreasing.
+        cost: The budgeted quantity.
+        target: Its value to come to.
+        of: Name of the quantity, for messages.
+
+    Returns:
+        Kept count of each group.
+
+    Raises:
+        BudgetError: Even the smallest widths cost clearly more than the target.
+    """
+    floor = cost(where.kept(where.available))
+    if floor > target and floor - target <= _NEAR * cost.total:
+        return where.kept(where.available)
+    found = [_within(where, losses, cost, target, of)]
+    if target - cost(found[0]) > _FAR * cost.total:
+        # One of the steps that were taken is too large: without it, the rest gives what it can.
+        taken = where.taken(found[0])
+        for number in np.flatnonzero(taken):
+            floors = where.floors.copy()
+            floors[number] = where.sizes[number] - (taken[number] - 1) * where.steps[number]
+            less = replace(where, floors=floors)
+            least = less.kept(less.available)
+            short = cost(least) > target
+            fewer = [own[:n] for own, n in zip(losses, less.available, strict=True)]
+            found.append(least if short else _within(less, fewer, cost, target, of))
+    return min(found, key=lambda counts: abs(cost(counts) - target))
+
+
+def _within(where: Space, losses: Scores, cost: Cost, target: float, of: str) -> Counts:
+    """Kept counts of the least loss found within the budget; `BudgetError` where there are none."""
+    search = _Search(where, losses, cost)
     floor = cost(where.kept(where.available))
     if floor > target * (1 + 1e-9):
         raise BudgetError(

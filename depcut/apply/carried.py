@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from depcut.apply.report import REPORT
 from depcut.plan.data import PlanData
 
 # A string, as the report is one.
-_ATTRIBUTE = "_depcut_plans"
+PLANS = "_depcut_plans"
 
 
 def carry(model: nn.Module, plan: PlanData) -> None:
@@ -21,7 +22,7 @@ def carry(model: nn.Module, plan: PlanData) -> None:
         plan: What was applied.
     """
     # Not by setattr: the class may have a __setattr__ of its own.
-    vars(model)[_ATTRIBUTE] = json.dumps([*carried(model), plan.to_dict()], default=_unknown)
+    vars(model)[PLANS] = json.dumps([*carried(model), plan.to_dict()], default=_unknown)
 
 
 def carried(model: nn.Module) -> list[dict[str, Any]]:
@@ -30,8 +31,20 @@ def carried(model: nn.Module) -> list[dict[str, Any]]:
     Args:
         model: Any model.
     """
-    plans: list[dict[str, Any]] = json.loads(vars(model).get(_ATTRIBUTE, "[]"))
+    plans: list[dict[str, Any]] = json.loads(vars(model).get(PLANS, "[]"))
     return plans
+
+
+def put_back(model: nn.Module, plans: list[dict[str, Any]], report: dict[str, Any]) -> None:
+    """Write what `carried` and `report_record` gave into a model that was made anew.
+
+    Args:
+        model: The smaller model.
+        plans: The plans that were applied.
+        report: What was done.
+    """
+    vars(model)[REPORT] = json.dumps(report)
+    vars(model)[PLANS] = json.dumps(plans)
 
 
 def _unknown(_: object) -> None:

@@ -12,12 +12,14 @@ from typing_extensions import Unpack
 
 from depcut.apply.carried import carry
 from depcut.apply.report import Report, record
+from depcut.apply.whole import whole_result
 from depcut.axes import Indices
 from depcut.branches.branch import Residuals
 from depcut.calibration.calls import blaming_calls
 from depcut.calibration.data import Calibration, Data, calibrate
 from depcut.capture.capture import capture
 from depcut.capture.inputs import Inputs
+from depcut.capture.part import Part, as_part, inside, shown_part, whole_of
 from depcut.coupling.groups import Coupling, layer_of
 from depcut.coupling.infer import infer_coupling
 from depcut.errors import PlanError
@@ -117,6 +119,7 @@ class Plan(PlanData, Shown):
         repairs = wants_repair(chosen.compensate, data is not None)
         if optimizer is not None:
             check_optimizer(optimizer, model)
+        model, inputs = self._seen(model, inputs)
         coupling = self.coupling
         if coupling is None or model is not self.model or inputs is not None:
             self.check(model)
@@ -145,10 +148,22 @@ class Plan(PlanData, Shown):
                 prove(stock.model, keep)
         if optimizer is not None:
             narrow_optimizer(optimizer, model, slim.model, keep)
-        notes = (*finish(slim.model, model, keep), *unwrapping_note(given_model))
+        slim.model, notes = whole_result(slim.model, model)
+        notes += (*finish(slim.model, whole_of(model), keep), *unwrapping_note(given_model))
         record(slim.model, self._report(slim, model, error, compensation, notes))
         carry(slim.model, self)
         return slim.model
+
+    def _seen(self, model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
+        """The model as it is captured, and its inputs: where the plan is of a part, of that."""
+        if not self.part:
+            return model, inputs
+        if inputs is not None:
+            return as_part(model, self.part, inputs)
+        known = self.model
+        if isinstance(known, Part) and known.is_of(model):
+            return known, None
+        return shown_part(model, self.part), None
 
     def _report(
         self,
@@ -164,7 +179,8 @@ class Plan(PlanData, Shown):
             (round(of(keep.coupling).total), round(of(keep.coupling, keep.gone)(keep.counts)))
             for of in (cost.macs, cost.params)
         )
-        left = set(slim.model.state_dict(keep_vars=True)) & keep.coupling.program.unused
+        left = inside(slim.dense, keep.coupling.program.unused)
+        left &= set(slim.model.state_dict(keep_vars=True))
         return Report(
             self.digest,
             dict(self.settings),
@@ -215,7 +231,7 @@ class Plan(PlanData, Shown):
         Raises:
             PlanError: The model has another architecture.
         """
-        model = unwrapped(model)
+        model, inputs = self._seen(unwrapped(model), inputs)
         self.check(model)
         coupling = self._analysed(model, inputs)
         self.keep(coupling)

@@ -16,12 +16,13 @@ from depcut.pictures.reports import report_summary
 from depcut.pictures.shown import Shown
 from depcut.pictures.summary import Summary
 from depcut.plan.layers import LayerSizes
+from depcut.rebuild.record import lines as rebuild_lines
 from depcut.repair.compensate import Compensation, Repair
 from depcut.support.quantities import quantity
 from depcut.support.unwrap import unwrapped
 
 # A string: deepcopy and pickle take it along, and nothing of depcut is needed to load it.
-_ATTRIBUTE = "_depcut_report"
+REPORT = "_depcut_report"
 
 
 @dataclass(frozen=True, repr=False)
@@ -117,6 +118,7 @@ class Report(Shown):
                 f"  kept whole, as their new widths need a generated module: "
                 f"{listed(whole['groups'])} ({whole['share_of_macs']:.1%} of the MACs)"
             )
+        lines += [f"  {line}" for line in rebuild_lines(self.settings)]
         if self.unreached:
             left = listed(list(self.unreached))
             lines.append(f"  not reached by the example inputs, left as wide as it was: {left}")
@@ -135,7 +137,7 @@ def record(model: nn.Module, report: Report) -> None:
     """
     # Not by setattr: the class may have a __setattr__ of its own.
     layers = [layer_record(layer) for layer in report.layers]
-    vars(model)[_ATTRIBUTE] = json.dumps({**asdict(replace(report, layers=())), "layers": layers})
+    vars(model)[REPORT] = json.dumps({**asdict(replace(report, layers=())), "layers": layers})
 
 
 def amend(model: nn.Module, **changes: Any) -> None:
@@ -167,14 +169,23 @@ def report(model: nn.Module) -> Report:
             where="depcut.report",
             remedy="pass what depcut.shrink returned",
         )
-    text = vars(model).get(_ATTRIBUTE)
+    text = vars(model).get(REPORT)
     if text is None:
         raise PlanError(
             "no plan was applied to this model",
             where=type(model).__name__,
             remedy="pass what depcut.shrink, Plan.apply or depcut.compact returned",
         )
-    data = json.loads(text)
+    return report_of_record(json.loads(text))
+
+
+def report_of_record(record: Mapping[str, Any]) -> Report:
+    """The report that `report_record` gave as plain data.
+
+    Args:
+        record: The data.
+    """
+    data = dict(record)
     done = data.pop("compensation")
     if done is not None:
         done = Compensation(tuple(Repair(**r) for r in done["repairs"]), done["left"])
@@ -190,7 +201,7 @@ def report_record(model: nn.Module) -> dict[str, Any]:
     Args:
         model: A model with a report.
     """
-    data: dict[str, Any] = json.loads(vars(model)[_ATTRIBUTE])
+    data: dict[str, Any] = json.loads(vars(model)[REPORT])
     return data
 
 
@@ -200,4 +211,4 @@ def lineage_of(model: nn.Module) -> dict[str, str]:
     Args:
         model: Any model.
     """
-    return report(model).lineage if _ATTRIBUTE in vars(model) else {}
+    return report(model).lineage if REPORT in vars(model) else {}

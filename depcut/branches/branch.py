@@ -13,7 +13,7 @@ from torch import fx
 from depcut.errors import PlanError, listed
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Branch:
     """A summand that can be dropped.
 
@@ -38,6 +38,9 @@ class Branch:
     nodes: frozenset[fx.Node]
     parameters: tuple[str, ...]
     macs: float
+
+    def __repr__(self) -> str:
+        return f"<Branch {self.name}: {self.macs:,.0f} MACs>"
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from depcut.calibration.reader import PAIRS, Batch, Reader
 from depcut.calibration.rows import batched, holds_rows
 from depcut.capture.clone import clone
 from depcut.capture.eager import refuse_failing_call
-from depcut.capture.inputs import Inputs, device_of
+from depcut.capture.inputs import Inputs, arguments, device_of
+from depcut.capture.part import Part, part_calls, part_of, sizes_of_call, whole_of
 from depcut.capture.program import Program
 from depcut.capture.random_state import preserved
 from depcut.errors import DepcutError, InputError, listed
@@ -70,7 +71,9 @@ class Calibration:
             lines.append(f"  {padded} padded positions are no data")
         labels = dict.fromkeys(name for b in self.batches for name in b.labels)
         if labels:
-            lines.append(f"  targets, which no repair needs: {listed(list(labels))}")
+            own = self.loss is OWN_LOSS
+            what = "the model takes its loss of" if own else "targets, left aside:"
+            lines.append(f"  {what} {listed(list(labels))}")
         if self.unused:
             lines.append(f"  the model takes no {listed(list(self.unused))}")
         return "\n".join(lines)
@@ -146,6 +149,8 @@ def calibrate(
         return replace(moved_on, batches=with_numbers(reader, model, data.batches))
     reader = Reader(program, model, loss is not None and loss is not OWN_LOSS)
     items = read_items(data, batches)
+    if isinstance(model, Part):
+        items = _of_part(model, program, items, loss)
     bound = tuple(reader.batch(item, f"data, item {i}") for i, item in enumerate(items))
     bound = with_numbers(reader, model, bound)
     calibration = Calibration(program, bound, loss, device_of(model), low_memory, progress)
@@ -174,6 +179,29 @@ def loss_function(loss: Loss | None) -> Callable[[Any, Any], torch.Tensor] | Non
         remedy="pass a function of (output, target), e.g. torch.nn.functional.cross_entropy, "
         'or loss="model" for the loss that the model itself takes of the labels in the data',
     )
+
+
+def _of_part(model: Part, program: Program, items: list[Any], loss: Loss | None) -> list[Any]:
+    """What the captured part gets when the whole model runs on items of data."""
+    if loss is not None:
+        raise InputError(
+            f"{part_of(model)!r} alone was captured, and the loss is of the whole model",
+            where="loss=",
+            remedy="leave loss out, and choose a criterion that needs none",
+        )
+    whole, captured = whole_of(model), sizes_of_call((program.args, program.kwargs))
+    found: list[Any] = []
+    for number, item in enumerate(items):
+        call = arguments(inputs_of(item, whole, pairs=False), f"data, item {number}")
+        calls = part_calls(whole, part_of(model), moved(call, device_of(whole)))
+        found += [given for given in calls if sizes_of_call(arguments(given)) == captured]
+    if not found:
+        raise InputError(
+            f"on no item of the data does {part_of(model)!r} get inputs of the example's sizes",
+            where="data=",
+            remedy="pass data of the structure and sizes of inputs=",
+        )
+    return found
 
 
 def read_items(data: Data, batches: int = BATCHES) -> list[Any]:

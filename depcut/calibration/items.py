@@ -138,7 +138,7 @@ class Items:
 
     def _without_texts(self, values: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
         """An item that is one argument, without what holds no tensor if the model runs without."""
-        texts = tuple(n for n, value in values.items() if not _tensors(value))
+        texts = tuple(n for n, value in values.items() if not holds_tensor(value))
         rest = {n: v for n, v in values.items() if n not in texts}
         return (rest, texts) if texts and self._runs((rest,)) else (values, ())
 
@@ -152,7 +152,7 @@ class Items:
 
     def _runs(self, inputs: Any) -> bool:
         """Whether the model runs on inputs, by their shapes."""
-        if not _tensors(inputs):
+        if not holds_tensor(inputs):
             return False
         leaves, spec = pytree.tree_flatten(inputs)
         key = (str(spec), *(v.ndim if isinstance(v, torch.Tensor) else None for v in leaves))
@@ -168,6 +168,6 @@ def _is_target(parameter: inspect.Parameter) -> bool:
     return named and parameter.default is not _Parameter.empty
 
 
-def _tensors(tree: Any) -> bool:
+def holds_tensor(tree: Any) -> bool:
     """Whether nested arguments hold a tensor."""
     return any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(tree))

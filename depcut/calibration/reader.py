@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from depcut.calibration.items import Item, Items
+from depcut.calibration.items import Item, Items, holds_tensor
 from depcut.calibration.padding import valid_positions
 from depcut.capture.capture import is_symbolic
 from depcut.capture.inputs import arguments, device_of, with_settings
@@ -53,11 +53,12 @@ class Reader:
     """Turns items into batches of the captured structure."""
 
     def __init__(self, program: Program, model: nn.Module, pairs: bool) -> None:
-        self.program, self.device = program, device_of(model)
+        self.program, self.model, self.device = program, model, device_of(model)
         self.items = Items(model, pairs)
-        self.model = model
         self.signature = inspect.signature(model.forward)
         self.expected, self.spec = pytree.tree_flatten((program.args, program.kwargs))
+        # What the capture added or was given beside tensors (use_cache=False) need not be in data.
+        self.constants = {n: v for n, v in program.kwargs.items() if not holds_tensor(v)}
         self.names = names_of_inputs(program, self.signature)
         nodes = program.inputs
         values = [n.meta.get("val") for n in nodes] if len(nodes) == len(self.expected) else []
@@ -120,14 +121,15 @@ class Reader:
         taken = self.items.taken_apart(item)
         if not isinstance(item, Mapping):
             return taken
-        only = program.args[0] if len(program.args) == 1 and not program.kwargs else None
+        tensors = program.kwargs.keys() - self.constants.keys()
+        only = program.args[0] if len(program.args) == 1 and not tensors else None
         if isinstance(only, dict) and only.keys() <= item.keys():
             return replace(taken, inputs=({name: item[name] for name in only},))
         captured = self.signature.bind(*program.args, **program.kwargs).arguments
         if isinstance(taken.inputs, Mapping):
             self._refuse_left_out(taken.inputs, {*captured, *program.kwargs}, place)
-        if not program.args and program.kwargs.keys() <= item.keys():
-            return replace(taken, inputs={name: item[name] for name in program.kwargs})
+        if not program.args and tensors <= item.keys():
+            return replace(taken, inputs={n: item[n] for n in program.kwargs if n in item})
         return taken
 
     def _refuse_left_out(
@@ -157,8 +159,9 @@ class Reader:
         self, given: tuple[tuple[Any, ...], dict[str, Any]], place: str
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments passed as they were at the capture; keywords not used there are dropped."""
-        args, kwargs = given
-        program = self.program
+        args, program = given[0], self.program
+        taken = list(self.signature.parameters)[: len(args)]
+        kwargs = {n: v for n, v in self.constants.items() if n not in taken} | given[1]
         if not args and not program.args and program.kwargs.keys() <= kwargs.keys():
             return (), {name: kwargs[name] for name in program.kwargs}
         if not args:

@@ -24,11 +24,21 @@ from depcut.capture.clone import clone, cloned_arguments
 from depcut.capture.eager import refuse_failing_call, user_line
 from depcut.capture.held import aliases, attribute, held_tensors, memory
 from depcut.capture.inputs import Call, Inputs, example_calls, infer_inputs, made_note
+from depcut.capture.part import inside
 from depcut.capture.process_state import capturing
 from depcut.capture.program import ModuleCall, Program
+from depcut.capture.proposal import with_proposal
 from depcut.capture.random_state import python_states, same_states
 from depcut.capture.refusals import check_inputs, check_model
-from depcut.capture.results import Names, Outputs, Results, Viewer, check_outputs, settled_outputs
+from depcut.capture.results import (
+    EVERY,
+    Names,
+    Outputs,
+    Results,
+    Viewer,
+    check_outputs,
+    settled_outputs,
+)
 from depcut.capture.signature import name_keywords
 from depcut.capture.structure import structure_of
 from depcut.capture.wrappers import inline_wrappers
@@ -45,7 +55,7 @@ def capture(model: nn.Module, inputs: Inputs = None, outputs: Outputs = None) ->
         inputs: A tensor, a tuple of positional or a dict of keyword arguments, or a list of several
             such example calls; inferred if None.
         outputs: Names, globs over names or positions of the outputs that count; None: all but
-            those that the model's library calls auxiliary, see `depcut.conventions`.
+            those that the model's library calls auxiliary, see `depcut.capture.convention`.
 
     Returns:
         The first example call, with the others beside it.
@@ -71,8 +81,8 @@ def capture(model: nn.Module, inputs: Inputs = None, outputs: Outputs = None) ->
     check_outputs(names, [program.results for program in programs])
     unused = frozenset.intersection(*(p.unused for p in programs))
     for number, program in enumerate(programs):
-        if unused:
-            training = _in_training(model, program, marks, unused, number, names)
+        if inside(model, unused):
+            training = _in_training(model, program, marks, inside(model, unused), number, names)
             if training is not None:
                 unused &= training.unused
                 programs[number] = replace(program, training=training)
@@ -135,7 +145,9 @@ def _freest(
             refused = refused or error
     assert refused is not None
     refuse_failing_call(model, ("", *call))
-    raise refused
+    raise with_proposal(
+        refused, model, call, lambda m, c: _capture(m, c, [], frozenset(), 0, Batch.FIXED, EVERY)
+    )
 
 
 def _gates(model: nn.Module, unused: frozenset[str]) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""Whether a forward runs on some inputs, without values where it can, and what it returns."""
+"""Whether a forward runs on some inputs, and its results' shapes: without values if it can."""
 
 from __future__ import annotations
 

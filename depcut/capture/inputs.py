@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from depcut.capture.batches import widened
+from depcut.capture.convention import Convention, convention_of
 from depcut.capture.dry_run import failure, result_shapes
 from depcut.capture.refusals import signature_of
-from depcut.conventions.convention import Convention, convention_of
 from depcut.errors import InputError, in_call, listed
 from depcut.support.failures import reraise_fatal
 from depcut.support.torch_private import pytree

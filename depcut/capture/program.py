@@ -38,7 +38,7 @@ class ModuleCall:
     out_spec: pytree.TreeSpec
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Program:
     """A model captured by torch.export (training IR), higher-order wrappers inlined.
 

@@ -248,6 +248,9 @@ class ProvenanceMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _SIZE_READERS:
             return self._size(func, args, kwargs)
+        if func in _OF_SYMBOLS:
+            # They know plain numbers and symbols alone.
+            return func(*(_plain(a) if isinstance(a, Traced | TracedFloat) else a for a in args))
         literals = tuple(_numbers(pytree.tree_leaves((args, kwargs))))
         number = self.recorder.record(func, args, kwargs)
         if number is None:
@@ -284,6 +287,7 @@ def _numbers(leaves: list[Any]) -> Iterator[tuple[float, Expr | None]]:
             yield _plain(leaf), getattr(leaf, "expr", None)
 
 
+_OF_SYMBOLS = {torch.sym_min, torch.sym_max, torch.sym_int, torch.sym_float}
 _SIZE_READERS = {torch.Tensor.shape.__get__, torch.Tensor.size, torch.Tensor.numel}  # type: ignore[attr-defined]
 
 

@@ -7,8 +7,9 @@ but they are not held: their dimensions may become narrower.
 from __future__ import annotations
 
 import dataclasses
+import glob
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, cast
@@ -16,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from depcut.conventions.convention import convention_of
+from depcut.capture.convention import convention_of
 from depcut.errors import CaptureError, InputError, listed
 from depcut.support.failures import shown
 from depcut.support.torch_private import pytree
@@ -66,9 +67,7 @@ class Results:
     @property
     def names(self) -> Names:
         """Names that, as outputs=, make the same outputs count."""
-        if all(self.counts):
-            return EVERY
-        return tuple(p for p, c in zip(self.paths, self.counts, strict=True) if c)
+        return EVERY if all(self.counts) else names_of([self])
 
     @property
     def uncounted(self) -> tuple[str, ...]:
@@ -168,6 +167,16 @@ def _named(paths: Sequence[str], name: str | int) -> list[bool]:
 def _described(leaf: _Leaf) -> str:
     name = leaf.path or "the result"
     return f"{name} ({type(leaf.value).__name__})"
+
+
+def names_of(several: Iterable[Results]) -> Names:
+    """Names that, as outputs=, make the same outputs count in several example calls.
+
+    Args:
+        several: Of each call.
+    """
+    counted = [p for r in several for p, c in zip(r.paths, r.counts, strict=True) if c]
+    return tuple(map(glob.escape, dict.fromkeys(counted)))
 
 
 def tensors_of(result: Any) -> list[torch.Tensor]:

@@ -25,12 +25,10 @@ def _run(options: argparse.Namespace, output: Output) -> None:
     inputs = example_inputs(options.input_shape)
     dead = compaction(dense_model(options), inputs)
     say_inputs(output, options, dead.plan.keep().coupling.program)
-    found = {"removed": dead.removed, "folded": dead.folded, "stuck": dead.stuck}
-    output.say("dead", found, str(dead))
+    output.say("dead", dead)
     slim = dead.apply()
     output.entry("report", report(slim))
-    written = write_slim(slim, dead.plan, options, inputs)
-    output.say("written", written, f"written: {', '.join(map(str, written))}")
+    write_slim(slim, options, inputs).say(output)
 
 
 COMPACT = Subcommand("compact", "remove the units that are dead, and nothing else", _declare, _run)

@@ -88,6 +88,16 @@ def _kind(value: Any) -> str:
     return shown(value)
 
 
+def outputs_of(options: argparse.Namespace) -> tuple[str | int, ...] | None:
+    """The outputs that count, by names and positions; None: as the model's library has it.
+
+    Args:
+        options: Of a command with `outputs`.
+    """
+    named = [int(name) if name.isdecimal() else name for name in options.outputs]
+    return tuple(named) or None
+
+
 def say_inputs(output: Output, options: argparse.Namespace, program: Program) -> None:
     """Say which example inputs a model was captured with, where they were not given as such.
 

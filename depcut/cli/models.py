@@ -16,6 +16,8 @@ from depcut.cli.factories import Named, called, guarded
 from depcut.cli.inputs import example_inputs
 from depcut.cli.weights import fill
 from depcut.errors import InputError, listed
+from depcut.storage.folder import MODEL
+from depcut.storage.load import load
 
 MODEL_HELP = """\
 MODEL is one of
@@ -24,6 +26,7 @@ MODEL is one of
   timm:resnet50                          timm.create_model; timm:resnet50(pretrained=True)
   torchvision:resnet18                   torchvision.models.get_model, weights="DEFAULT" if wanted
   hf:folder                              what save_pretrained of transformers wrote; or a hub's id
+  folder                                 what depcut.save wrote, or depcut shrink
 """
 
 
@@ -38,7 +41,12 @@ def build_model(target: str) -> nn.Module:
     """
     library, _, rest = target.partition(":")
     make = _LIBRARIES.get(library)
-    model = make(rest, target) if make and rest else called(_checked(target), "the model")
+    if make and rest:
+        model = make(rest, target)
+    elif Path(target).is_dir():
+        model = _stored(Path(target))
+    else:
+        model = called(target, "the model")
     if not isinstance(model, nn.Module):
         raise InputError(
             f"the factory returned a {type(model).__name__}",
@@ -90,16 +98,13 @@ def hub_folder(target: str) -> Path | None:
     return folder if library == "hf" and rest and folder.is_dir() else None
 
 
-def _checked(target: str) -> str:
-    """An import path; a folder is none."""
-    if Path(target).is_dir():
-        configured = (Path(target) / "config.json").is_file()
+def _stored(folder: Path) -> nn.Module:
+    """What `depcut.save` wrote."""
+    if not (folder / MODEL).is_file() and (folder / "config.json").is_file():
         raise InputError(
-            f"{target!r} is a folder",
-            where=target,
-            remedy=f"write hf:{target}" if configured else "write package.module:factory",
+            "the folder is none of depcut.save's", where=str(folder), remedy=f"write hf:{folder}"
         )
-    return target
+    return load(folder)
 
 
 def _library(name: str, target: str) -> Any:

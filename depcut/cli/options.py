@@ -18,6 +18,8 @@ from depcut.timing.runtimes import RUNTIMES, providers
 
 # Flags that stand elsewhere: with the budget, and with what is timed.
 _ELSEWHERE = ("latency_ms", "threads")
+# Flags that say how to read and how to answer a command line: no file has them.
+_OF_THE_LINE = ("json", "options", "debug")
 
 
 @dataclass(frozen=True)
@@ -147,9 +149,9 @@ class Command:
             InputError: The file gives what the command does not know, or what a flag does not take.
         """
         pruning = [name for name in self._pruning if name not in _ELSEWHERE]
-        unknown = [name for name in values if name not in {*self._actions, *pruning}]
+        known = [name for name in (*self._actions, *pruning) if name not in _OF_THE_LINE]
+        unknown = [name for name in values if name not in known]
         if unknown:
-            known = [n for n in (*self._actions, *pruning) if n not in ("options", "command")]
             raise InputError(
                 f"unknown options: {', '.join(unknown)}",
                 where=str(path),
@@ -187,6 +189,16 @@ class Command:
         """The options of all commands that build one model."""
         self.add("model", metavar="MODEL", help="see below")
         self.inputs()
+
+    def selection(self) -> None:
+        """Which part of the model is captured, and which of its outputs count."""
+        self.add("--part", metavar="NAME", help="module to capture alone, such as backbone")
+        self.add(
+            "--outputs",
+            action="append",
+            metavar="NAME",
+            help="an output that counts, by name or position; the others may become narrower",
+        )
 
     def inputs(self) -> None:
         """Weights and example inputs."""

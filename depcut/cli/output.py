@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
-import os
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
+from depcut.pictures.record import plain
 from depcut.version import __version__
 
 
@@ -38,7 +34,7 @@ class Output:
 
         Args:
             name: Its name in the document.
-            value: The result, see `plain`.
+            value: What has a `to_dict`, or what JSON can hold.
             text: What is printed; by default the result as text.
         """
         self.document[name] = value
@@ -50,7 +46,7 @@ class Output:
 
         Args:
             name: Its name in the document.
-            value: The result, see `plain`.
+            value: What has a `to_dict`, or what JSON can hold.
         """
         self.document[name] = value
 
@@ -63,35 +59,11 @@ class Output:
     def finish(self) -> None:
         """Write the document, if there is to be one."""
         if self.as_json:
-            json.dump(plain(self.document), sys.stdout, indent=2, allow_nan=False)
+            document = {name: _plain(value) for name, value in self.document.items()}
+            json.dump(document, sys.stdout, indent=2, allow_nan=False)
             sys.stdout.write("\n")
 
 
-def plain(value: Any) -> Any:
-    """A result as JSON holds it.
-
-    Args:
-        value: Names and values, lists, numbers, text, arrays, paths; what has a `to_dict` gives
-            that, another dataclass its fields, all else its text. NaN and infinity become None.
-    """
-    if value is None or isinstance(value, bool | str):
-        return value
-    if isinstance(value, np.generic):
-        return plain(value.item())
-    if isinstance(value, int):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(name): plain(item) for name, item in value.items()}
-    if isinstance(value, np.ndarray):
-        return plain(value.tolist())
-    if isinstance(value, list | tuple | set | frozenset):
-        return [plain(item) for item in value]
-    if isinstance(value, os.PathLike):
-        return os.fsdecode(value)
-    if callable(getattr(value, "to_dict", None)):
-        return plain(value.to_dict())
-    if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
-    return str(value)
+def _plain(value: Any) -> Any:
+    """A result as JSON holds it."""
+    return value.to_dict() if callable(getattr(value, "to_dict", None)) else plain(value)

@@ -11,7 +11,7 @@ from depcut.analysis import analyze
 from depcut.apply.report import report
 from depcut.calibration.data import read_with_inputs
 from depcut.cli.factories import called, import_function
-from depcut.cli.inputs import example_inputs, say_inputs
+from depcut.cli.inputs import example_inputs, outputs_of, say_inputs
 from depcut.cli.models import dense_model
 from depcut.cli.options import Command, Subcommand, options_of
 from depcut.cli.output import Output
@@ -23,11 +23,16 @@ from depcut.timing.comparison import compare
 
 def _declare(command: Command) -> None:
     command.model()
+    command.selection()
     budget = command.exclusive()
     budget("--ratio", type=float, help="share to remove, between 0 and 1")
     budget("--latency-ms", type=float, help="milliseconds to come to in onnxruntime on this CPU")
     command.add("--data", metavar="DATA", help="calibration data, as package.module:factory")
-    command.add("--loss", metavar="LOSS", help="of (output, target), as package.module:function")
+    command.add(
+        "--loss",
+        metavar="LOSS",
+        help='of (output, target), as package.module:function; "model": the one that it returns',
+    )
     command.pruning()
     command.add("--out", type=Path, required=True, metavar="DIR", help="folder for what is written")
     command.add("--onnx", action="store_true", help="write the smaller model as ONNX too")
@@ -41,7 +46,9 @@ def _run(options: argparse.Namespace, output: Output) -> None:
     check_budget(options.ratio, chosen.of, chosen.latency_ms, chosen.depth)
     check_folder(options.out)
     dense = dense_model(options)
-    loss = import_function(options.loss) if options.loss else None
+    loss: Any = options.loss
+    if loss not in (None, "model"):
+        loss = import_function(loss)
     data, inputs = read_with_inputs(
         called(options.data, "the data") if options.data else None,
         chosen.batches,
@@ -49,12 +56,12 @@ def _run(options: argparse.Namespace, output: Output) -> None:
         dense,
         loss is not None,
     )
-    analysis = analyze(dense, inputs)
+    analysis = analyze(dense, inputs, outputs_of(options), part=options.part)
     say_inputs(output, options, analysis.program)
     calibration = analysis.calibrate(data, loss=loss, options=chosen)
     plan = analysis.plan(options.ratio, data=calibration, options=chosen)
     slim = plan.apply(dense, data=calibration, options=chosen)
-    written = write_slim(slim, plan, options, inputs)
+    written = write_slim(slim, options, inputs)
     if "latency" in plan.settings:
         reached = plan.settings["latency"]
         text = "latency: {measured_ms:.3g} ms, dense {dense_ms:.3g} ms"
@@ -64,7 +71,7 @@ def _run(options: argparse.Namespace, output: Output) -> None:
         dense, slim = placed(options, [dense, slim])
     compared = compare(dense, slim, inputs, batch_size=options.batch_size, **timing)
     output.say("comparison", compared)
-    output.say("written", written, f"written: {', '.join(map(str, written))}")
+    written.say(output)
 
 
 def _timing(options: argparse.Namespace) -> dict[str, Any]:

@@ -3,33 +3,46 @@
 from __future__ import annotations
 
 import argparse
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from depcut.apply.plan import Plan
 from depcut.capture.inputs import Inputs
+from depcut.cli.models import hub_folder
+from depcut.cli.output import Output
 from depcut.deploy.export import export
 from depcut.errors import InputError
+from depcut.integrations.pretrained import comes_back
+from depcut.storage import folder as folders
+from depcut.storage.save import write_model, write_record
 from depcut.support import files
 from depcut.support.checks import check_path
-from depcut.support.weights import save_weights
+
+# Of a folder of transformers: what holds weights or tells of the dense model's training. All else
+# (tokenizers, processors, templates, licences) is of the smaller model, too.
+_WEIGHTS = {
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"),
+    *(".data", ".index", ".pkl", ".npz", ".mlmodel", ".tflite"),
+}
+_OF_THE_DENSE = {"README.md", "trainer_state.json", folders.INDEX, folders.MODEL, folders.REPORT}
 
 
 def check_folder(path: Path) -> None:
-    """Refuse, before the work, a folder that cannot be made because a file is in the way.
+    """Refuse, before the work, a folder that cannot be made or must not be replaced.
 
     Args:
         path: What `--out` names.
 
     Raises:
-        InputError: There is one.
+        InputError: A file is in the way, or the folder holds what is not of an earlier run.
     """
     path = check_path(path, "out")
     try:
         there = next((p for p in (path, *path.parents) if p.exists()), path)
-        obstacle = "" if there.is_dir() or there == path else f"{there} is no folder"
-        obstacle = f"{path} is no folder" if path.is_file() else obstacle
+        obstacle = f"{there} is no folder" if there.exists() and not there.is_dir() else ""
     except OSError as error:
         obstacle = str(error)
     if obstacle:
@@ -38,27 +51,72 @@ def check_folder(path: Path) -> None:
             where="--out",
             remedy="choose a folder that can be written to",
         )
+    folders.check_replaceable(path)
 
 
-def write_slim(
-    slim: nn.Module, plan: Plan, options: argparse.Namespace, inputs: Inputs
-) -> list[Path]:
-    """Write a plan, the smaller model and, if asked for, its ONNX file.
+@dataclass(frozen=True)
+class Written:
+    """What was written.
+
+    Attributes:
+        folder: Where.
+        loading: The call that loads the model.
+        left: Folders beside the dense model that were not carried over.
+    """
+
+    folder: Path
+    loading: str
+    left: tuple[str, ...] = ()
+
+    def say(self, output: Output) -> None:
+        """Say it.
+
+        Args:
+            output: Of the command.
+        """
+        there = sorted(self.folder.iterdir())
+        names = ", ".join(file.name for file in there)
+        output.say("written", there, f"written: {self.folder} ({names})")
+        output.say("load", self.loading, f"load it with {self.loading}")
+        if self.left:
+            output.say("left", self.left, f"not carried over: {', '.join(self.left)}")
+
+
+def write_slim(slim: nn.Module, options: argparse.Namespace, inputs: Inputs) -> Written:
+    """Write the smaller model with its plan and report, and its ONNX file if asked for.
+
+    A model of transformers that its config can rebuild is written by its own `save_pretrained`, for
+    a `from_pretrained` without depcut; all others by `depcut.save`. Files of an earlier run go.
 
     Args:
         slim: The smaller model.
-        plan: What it was made with.
-        options: Of a command with `out` and `onnx`.
+        options: Of a command with `model`, `out` and `onnx`.
         inputs: Example inputs, for the ONNX file.
-
-    Returns:
-        The files.
     """
     out: Path = options.out
-    files.make_folder(out, "--out")
-    plan.save(out / "plan.json")
-    save_weights(slim, out / "weights.safetensors")
-    written = [out / "plan.json", out / "weights.safetensors"]
-    if options.onnx:
-        written.append(export(slim, out / "model.onnx", inputs).path)
-    return written
+    files.make_folder(out.parent, "--out")
+    with folders.written(out) as draft:
+        if comes_back(slim):
+            model: Any = slim
+            model.save_pretrained(draft)
+            write_record(slim, draft)
+            left = _carry_over(hub_folder(options.model), draft)
+            loading = f"transformers.{type(slim).__name__}.from_pretrained({str(out)!r})"
+        else:
+            write_model(slim, draft)
+            left, loading = (), f"depcut.load({str(out)!r})"
+        if options.onnx:
+            export(slim, draft / "model.onnx", inputs)
+    return Written(out, loading, left)
+
+
+def _carry_over(source: Path | None, draft: Path) -> tuple[str, ...]:
+    """Copy what belongs to the smaller model, too; the names of the folders that stay behind."""
+    if source is None:
+        return ()
+    for file in sorted(source.iterdir()):
+        is_new = not (draft / file.name).exists() and file.name not in _OF_THE_DENSE
+        weights = _WEIGHTS & {*file.suffixes} or file.name.endswith(".index.json")
+        if file.is_file() and is_new and not weights and not file.name.startswith("."):
+            shutil.copyfile(file, draft / file.name)
+    return tuple(f"{path.name}/" for path in sorted(source.iterdir()) if path.is_dir())

@@ -192,6 +192,17 @@ def batch_size(arguments: inspect.BoundArguments) -> int:
     return int(next((t for t in tensors if t.dim() > 1), tensors[0]).shape[0])
 
 
+def single(model: nn.Module, given: Any) -> dict[str, Any] | tuple[Any, ...]:
+    """Inputs of one call at a batch size of one.
+
+    Args:
+        model: The model; its signature is read.
+        given: A tuple of positional or a dict of keyword arguments.
+    """
+    one = resized(bind_inputs(model, given), 1)
+    return dict(one.arguments) if one.kwargs else tuple(one.args)
+
+
 def resized(arguments: inspect.BoundArguments, batch: int) -> inspect.BoundArguments:
     """The same arguments at another batch size: rows repeated, in reverse order.
 

@@ -26,8 +26,7 @@ def recipe_of(model: nn.Module, folder: Path) -> dict[str, Any] | None:
     if transformers is not None and isinstance(model, transformers.PreTrainedModel):
         config: Any = model.config
         text = config.to_json_string(use_diff=False)
-        with files.replacing(folder / _CONFIG, "configuration") as draft:
-            draft.write_text(text, encoding="utf-8")
+        files.write_text(folder / _CONFIG, text, "configuration")
         return {"library": "transformers", "configuration": _named(type(config))}
     described = getattr(model, "pretrained_cfg", None)
     name = described.get("architecture") if isinstance(described, dict) else None

@@ -11,16 +11,20 @@ from collections.abc import Iterator
 from torch import nn
 
 from depcut.integrations.reload import reload_problem, stock_class
+from depcut.integrations.transformers_calls import Transformers
 from depcut.integrations.transformers_config import recipe
 from depcut.plan.keep import Keep
-from depcut.support.refusal import allow_saving, refuse_saving
+from depcut.support.refusal import allow_saving, refuse_saving, refuses_saving
 
-__all__ = ["finish", "recipe"]
+__all__ = ["convention", "finish", "recipe"]
+
+convention = Transformers()  # of its example inputs, caches and outputs
 
 # Where the base classes with these methods are defined; files of the last hold adapters alone.
+_TRANSFORMERS = "transformers.modeling_utils"
 _HOMES = frozenset(
     (
-        "transformers.modeling_utils",
+        _TRANSFORMERS,
         "huggingface_hub.hub_mixin",
         "diffusers.models.modeling_utils",
         "peft.peft_model",
@@ -59,6 +63,15 @@ def finish(slim: nn.Module, dense: nn.Module, keep: Keep) -> list[str]:  # noqa:
         else:
             refuse_saving(model, why, _MERGED if why == _ATTACHED else _REBUILDABLE)
     return notes
+
+
+def comes_back(model: nn.Module) -> bool:
+    """Whether `save_pretrained` of transformers leaves files that bring a smaller model back.
+
+    Args:
+        model: A model to which a plan was applied.
+    """
+    return _TRANSFORMERS in _homes(model) and not refuses_saving(model)
 
 
 def _models(dense: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -161,33 +161,40 @@ def _places(
             at += room[node] + _GAP
         for node in row:
             x[node] -= at / 2
-    for sweep in range(_SWEEPS):
+    for sweep in range(2 * _SWEEPS):
         beside, course = (above, rows) if sweep % 2 == 0 else (below, rows[::-1])
-        if sweep >= _SWEEPS - 4:
+        if sweep >= _SWEEPS:
             beside = {n: above[n] + below[n] for n in room}
         for row in course:
-            wanted = [
-                sum(x[o] for o in beside[n]) / len(beside[n]) if beside[n] else x[n] for n in row
-            ]
-            x.update(zip(row, _spaced(wanted, [room[n] for n in row]), strict=True))
+            wanted, weights = [], []
+            for node in row:
+                others = [(x[o], _pull(node, o)) for o in beside[node]] or [(x[node], 1.0)]
+                weights.append(sum(pull for _, pull in others))
+                wanted.append(sum(at * pull for at, pull in others) / weights[-1])
+            x.update(zip(row, _spaced(wanted, weights, [room[n] for n in row]), strict=True))
     return x
 
 
-def _spaced(wanted: list[float], widths: list[float]) -> list[float]:
+def _pull(node: Node, other: Node) -> float:
+    """How much an edge wants to be straight: most where it passes by boxes."""
+    return (1.0, 2.0, 8.0)[isinstance(node, tuple) + isinstance(other, tuple)]
+
+
+def _spaced(wanted: list[float], weights: list[float], widths: list[float]) -> list[float]:
     """The places nearest to those wanted, by least squares, at which boxes in a row do not touch.
 
-    Pool adjacent violators: boxes that would touch form a block, which takes the mean.
+    Pool adjacent violators: boxes that would touch form a block, which takes the weighted mean.
     """
     starts, at = [], 0.0
     for i, width in enumerate(widths):
         at += (widths[i - 1] / 2 + _GAP + width / 2) if i else 0.0
         starts.append(at)
-    blocks: list[list[float]] = []  # sum, count
-    for want, start in zip(wanted, starts, strict=True):
-        blocks.append([want - start, 1.0])
-        while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] > blocks[-1][0] / blocks[-1][1]:
-            total, count = blocks.pop()
-            blocks[-1][0] += total
-            blocks[-1][1] += count
-    offsets = [total / count for total, count in blocks for _ in range(int(count))]
+    blocks: list[tuple[float, float, int]] = []  # weighted sum, weight, boxes
+    for want, weight, start in zip(wanted, weights, starts, strict=True):
+        block = (weight * (want - start), weight, 1)
+        while blocks and blocks[-1][0] / blocks[-1][1] > block[0] / block[1]:
+            total, heavy, count = blocks.pop()
+            block = (block[0] + total, block[1] + heavy, block[2] + count)
+        blocks.append(block)
+    offsets = [total / weight for total, weight, count in blocks for _ in range(count)]
     return [offset + start for offset, start in zip(offsets, starts, strict=True)]

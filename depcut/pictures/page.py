@@ -13,6 +13,7 @@ from depcut.pictures.drawing import drawn
 from depcut.pictures.plans import with_kept
 from depcut.pictures.reports import changes, repeated_layers, shape_text
 from depcut.pictures.summary import Summary
+from depcut.plan.data import REBUILD
 from depcut.support import files
 from depcut.support.quantities import quantity
 from depcut.support.repeats import collapsed
@@ -79,9 +80,7 @@ def write_page(path: str | os.PathLike[str], records: Record, title: str = "") -
     Raises:
         DepcutError: The file cannot be written.
     """
-    text = page(records, title)
-    with files.replacing(path, "page") as draft:
-        draft.write_text(text, encoding="utf-8")
+    files.write_text(path, page(records, title), "page")
 
 
 def _sections(records: Record) -> Record:
@@ -103,9 +102,8 @@ def _sections(records: Record) -> Record:
         "drawing": drawn(groups, layers) if groups else None,
         "frozen": _frozen_rows(analysis["frozen"] if analysis else []),
         "patches": changes(report["patched"]) if report else {},
-        "settings": {
-            name: value for name, value in settings.items() if value not in ({}, [], None)
-        },
+        "rebuild": settings.get(REBUILD),
+        "settings": {n: v for n, v in settings.items() if n != REBUILD and v not in ({}, [], None)},
         "unreached": collapsed(report["unreached"]) if report else [],
         "notes": _notes(analysis, report),
     }

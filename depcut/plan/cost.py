@@ -60,7 +60,7 @@ def _padded(rows: list[tuple[int, ...]], fill: int) -> NDArray[np.int64]:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Cost:
     """A quantity as a function of how many units each group keeps.
 

@@ -14,9 +14,10 @@ from torch import nn
 from depcut.axes import Indices
 from depcut.branches.branch import Residuals, bypass
 from depcut.branches.find import residuals as find_residuals
+from depcut.capture.part import part_of
 from depcut.capture.program import Program
 from depcut.capture.refusals import check_module
-from depcut.capture.results import EVERY
+from depcut.capture.results import names_of
 from depcut.coupling.groups import Coupling
 from depcut.errors import PlanError, listed
 from depcut.graph.liveness import Bypass
@@ -35,6 +36,7 @@ from depcut.support.failures import first_line, shown
 from depcut.support.torch_private import pytree
 
 FORMAT = 1
+REBUILD = "rebuild"  # the entry of the settings that says what the class is built anew with
 # What a file of a plan holds.
 _ENTRIES = "format fingerprint settings inputs sizes shapes kept dropped".split()
 
@@ -183,6 +185,11 @@ class PlanData:
             ) from error
 
     @property
+    def part(self) -> str:
+        """Name of the module that was captured alone; empty where the model was as a whole."""
+        return str(self.settings.get("part", ""))
+
+    @property
     def digest(self) -> str:
         """A short hash of what is kept."""
         text = json.dumps({n: k.tolist() for n, k in sorted(self.kept.items())})
@@ -278,9 +285,9 @@ def make_plan(
     units = {n: u for n, u in units.items() if u.shape[-1] < sizes[n]}
     first, *others = map(_call, coupling.program.examples)
     inputs = {**first, "others": others} if others else first
-    counted = [program.results.names for program in coupling.program.examples]
-    if any(names != EVERY for names in counted):
-        inputs["outputs"] = list(dict.fromkeys(str(name) for names in counted for name in names))
+    results = [program.results for program in coupling.program.examples]
+    if any(each.uncounted for each in results):
+        inputs["outputs"] = list(names_of(results))
     shapes = {n: list(t.shape) for n, t in model.state_dict(keep_vars=True).items()}
     digest = fingerprint(coupling)
     names = check_names(
@@ -288,7 +295,8 @@ def make_plan(
     )
     removed = find_residuals(coupling).named(names) if names else ()
     branches = tuple(sorted(b.name for b in removed))
-    return PlanData(units, sizes, shapes, digest, dict(settings), inputs, branches)
+    made = {**settings, **({"part": part_of(model)} if part_of(model) else {})}
+    return PlanData(units, sizes, shapes, digest, made, inputs, branches)
 
 
 def _call(program: Program) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from depcut.graph.liveness import Bypass, Gone, gone
 from depcut.ops.registry import Effects, Literal
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Keep:
     """Which units of each group stay.
 

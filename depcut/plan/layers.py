@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -47,7 +48,7 @@ def layer_sizes(keep: Keep, model: nn.Module) -> tuple[LayerSizes, ...]:
     dense, kept = _macs(keep)
     modules = dict(model.named_modules(remove_duplicate=False))
     layers = []
-    for layer in dict.fromkeys([*tensors, *dense]):
+    for layer in _in_order(tensors, dense):
         own = tensors.get(layer, [])
         first = next((n for n in own if n.endswith("weight")), own[0] if own else None)
         shapes: tuple[Sizes, Sizes] = ((), ())
@@ -69,6 +70,20 @@ def layer_sizes(keep: Keep, model: nn.Module) -> tuple[LayerSizes, ...]:
             )
         )
     return tuple(layers)
+
+
+def _in_order(tensors: Iterable[str], dense: Iterable[str]) -> list[str]:
+    """Layers with parameters, and before the first of its own each module that only computes."""
+    own = list(tensors)
+    first: dict[str, int] = {}
+    for i, layer in enumerate(own):
+        parts = layer.split(".")
+        for length in range(len(parts) + 1):
+            first.setdefault(".".join(parts[:length]), i)
+    places = {layer: (i, 1) for i, layer in enumerate(own)}
+    for layer in dense:
+        places.setdefault(layer, (first.get(layer, len(own)), 0))
+    return sorted(places, key=places.__getitem__)
 
 
 def _sizes(dims: Dims) -> Sizes:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 # What layers make their weights with, before these are initialised in place or loaded.
@@ -23,6 +24,10 @@ class _EmptyOnMeta(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         given = dict(kwargs or {})
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            tensor = given.get("tensor", args[0] if args else None)
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                return tensor
         if func in _UNINITIALISED:
             given["device"] = "meta"
         return func(*args, **given)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
@@ -13,11 +13,12 @@ from torch import nn
 from depcut.allocate.space import Counts, StepTie
 from depcut.capture.random_state import preserved
 from depcut.coupling.groups import Coupling
-from depcut.errors import InputError, PlanError
+from depcut.errors import PlanError
 from depcut.plan.keep import Keep
 from depcut.rebuild.builder import Builder
 from depcut.rebuild.moves import Move, candidates, combined, knobs, lists, subsets
 from depcut.rebuild.recipe import Number, Path, recipe_of
+from depcut.rebuild.record import record, values_of
 from depcut.rebuild.solve import Solver
 from depcut.rebuild.stock import rebuilt
 from depcut.rebuild.trial import trial
@@ -25,7 +26,6 @@ from depcut.rebuild.twin import Twin, twin_of
 from depcut.rewrite.build import Slim
 from depcut.support.failures import first_line, reraise_fatal
 
-REBUILD = "rebuild"  # the entry of a plan's settings
 _VECTOR = 4  # floats in 16 bytes
 FIXED = "no number of the config changes this width alone"
 
@@ -81,10 +81,8 @@ class Rebuilding:
         Args:
             counts: Kept count of each group.
         """
-        base = self.builder.base
-        fields = [[list(p), base[p], v] for p, v in self.values(counts).items()]
-        held = {self.coupling.groups[i].name: why for i, why in self.held.items()}
-        return {"fields": fields, "held": held}
+        held = ((self.coupling.groups[i].name, why) for i, why in self.held.items())
+        return record(self.builder.base, self.values(counts), held)
 
 
 def _shapes(coupling: Coupling, counts: Counts) -> dict[str, tuple[int, ...]]:
@@ -117,27 +115,6 @@ def rebuilding(coupling: Coupling, model: nn.Module) -> tuple[Rebuilding | None,
     return (None, why) if why else (_found(coupling, model, builder), "")
 
 
-def check_rebuildable(found: Rebuilding | None, why: str, *, depth: bool) -> None:
-    """Refuse to cut what is to be built anew and cannot be.
-
-    Args:
-        found: What the class can express, if anything.
-        why: Why it cannot.
-        depth: Whether branches may be dropped.
-
-    Raises:
-        InputError: It cannot be built anew.
-    """
-    if depth and found is not None:
-        why = "a config says how many layers there are, and depth=True drops parts of layers"
-    if why:
-        raise InputError(
-            f"the model cannot be rebuilt from a config: {why}",
-            where="rebuildable=True",
-            remedy="leave rebuildable out, or pass rebuildable=False: widths are cut freely",
-        )
-
-
 def _unlike(built: Twin, model: Twin) -> str:
     """How a model differs from what its class builds; "" where it does not."""
     for name, kind in built.kinds.items():
@@ -164,10 +141,11 @@ def _found(coupling: Coupling, model: nn.Module, builder: Builder) -> Rebuilding
         for chosen in subsets([*single, *lists(builder, solver, used)] if whole else single):
             if all(used >= {*knob.paths} for knob in chosen):
                 continue
-            move, why = _first(coupling, model, builder, candidates(builder, solver, chosen), taken)
+            move, why = _first(coupling, model, builder, candidates(builder, solver, chosen), moves)
             if move is not None:
-                moves.append(move)
-                taken |= {*move.tie.groups}
+                kept = [m for m in moves if not {*m.tie.groups} <= {*move.tie.groups}]
+                moves = [*kept, move]
+                taken = {i for m in moves for i in m.tie.groups}
                 used |= {path for path, _ in move.powers}
             else:
                 failed |= why
@@ -180,12 +158,24 @@ def _first(
     model: nn.Module,
     builder: Builder,
     found: Iterable[Move],
-    taken: Collection[int],
+    before: Sequence[Move],
 ) -> tuple[Move | None, dict[int, str]]:
-    """The first move that stands its trial; else the reasons, by group."""
+    """The first move that stands its trial; else the reasons, by group.
+
+    It may take the place of others: of those that shrink a part of its groups by whole factors of
+    widths that it shrinks itself.
+    """
     failed: dict[int, str] = {}
     for finest in found:
-        if {*taken} & {*finest.tie.groups}:
+        mine = {*finest.tie.groups}
+        paths = {path for path, _ in finest.powers}
+        others = [move for move in before if mine & {*move.tie.groups}]
+        factors = [
+            {*move.tie.groups} < mine
+            and not any(isinstance(builder.base[p], float) or p in paths for p, _ in move.powers)
+            for move in others
+        ]
+        if not all(factors):
             continue
         for move in _coarser(coupling, finest):
             why = trial(coupling, model, builder, move)
@@ -219,11 +209,10 @@ def recorded(settings: Mapping[str, Any], model: nn.Module, keep: Keep) -> Slim 
         PlanError: The class of the model cannot be built so.
         VerificationError: It has other sizes than the plan.
     """
-    fields = settings.get(REBUILD, {}).get("fields")
-    if not fields:
+    values = values_of(settings)
+    if not values:
         return None
     recipe = recipe_of(model)
-    values = {tuple(path): new for path, _, new in fields}
     try:
         if recipe is None:
             raise ValueError("no config is known that its class is built from")

@@ -75,6 +75,8 @@ def _loading(
             f"`{name}` stands for what makes the dense model: its class (of `{module}`) or a "
             "function, called without arguments. Left out, the class is imported by its name.",
         ]
+    if "why" in architecture:
+        lines += ["", f"Its library does not build it alone: {architecture['why']}."]
     if "program.pt2" in entries:
         lines += [
             "",

@@ -17,21 +17,40 @@ from depcut.errors import DepcutError, InputError
 from depcut.integrations.architectures import built_from, recipe_of
 from depcut.rewrite.copying import copied, like
 from depcut.storage.names import imported, is_importable, name_of
+from depcut.storage.rebuild import Rebuild
+from depcut.storage.tensors import Loaded
 from depcut.support.failures import first_line, reraise_fatal
+from depcut.support.unwrap import unwrapped
 
 
-def architecture_of(model: nn.Module, kind: str, folder: Path) -> dict[str, Any]:
+def architecture_of(
+    model: nn.Module, kind: str, data: dict[str, Any], shapes: dict[str, Any], folder: Path
+) -> dict[str, Any]:
     """How the dense architecture of a model can be built, as far as can be told.
+
+    What a library is said to build is built, and made the model, on the meta device.
 
     Args:
         model: The smaller model.
         kind: Name of its class.
+        data: Its description.
+        shapes: Of the model that the first plan was made for.
         folder: Where a configuration is written.
+
+    Returns:
+        Name of the class and of the library, with what that takes; `why` no library builds it.
     """
     recipe = recipe_of(model, folder)
-    if recipe is not None:
-        return {"class": kind, **recipe}
-    return {"class": kind, "library": None}
+    if recipe is None:
+        return {"class": kind, "library": None}
+    architecture = {"class": kind, **recipe}
+    try:
+        built = build(architecture, folder)
+        check_shapes(built, data, shapes, "")
+        Rebuild(data, Loaded(data["tensors"], None, torch.device("meta")), "").model(built)
+    except DepcutError as error:
+        return {"class": kind, "library": None, "why": error.what}
+    return architecture
 
 
 def build(architecture: dict[str, Any], folder: Path) -> nn.Module:
@@ -77,8 +96,7 @@ def given(net: Any) -> nn.Module:
         InputError: It makes none.
     """
     if isinstance(net, nn.Module):
-        check_module(net, "net")
-        return _skeleton(net)
+        return _skeleton(unwrapped(check_module(net, "net")))
     if not callable(net):
         raise InputError(
             f"net is a {type(net).__name__}",
@@ -123,21 +141,31 @@ def _with_values(make: Callable[[], Any], where: str) -> Any:
         ) from error
 
 
+def _shapes(data: dict[str, Any], number: int = 0, path: str = "") -> dict[str, list[int]]:
+    """Shapes of parameters and buffers, by each of the names that they have."""
+    record = data["modules"][number]
+    slots = {**record["parameters"], **record["buffers"]}
+    found = {f"{path}{n}": data["tensors"][i]["shape"] for n, i in slots.items() if i is not None}
+    for name, child in record["children"].items():
+        found |= {} if child is None else _shapes(data, child, f"{path}{name}.")
+    return found
+
+
 def check_shapes(
-    built: nn.Module, slim: dict[str, list[int]], plans: list[dict[str, Any]], remedy: str
+    built: nn.Module, data: dict[str, Any], dense: dict[str, list[int]], remedy: str
 ) -> None:
     """Refuse an architecture that no plan of the stored model was made for.
 
     Args:
         built: What was built.
-        slim: Shapes of the stored model's state.
-        plans: The plans that were applied, as `PlanData.record`.
+        data: The stored model, as `Description.data`.
+        dense: Shapes of the model that the first plan was made for, by name.
         remedy: What to do.
 
     Raises:
         InputError: A tensor has neither the dense nor the smaller shape, or is unknown.
     """
-    dense = plans[0]["shapes"] if plans else {}
+    slim = _shapes(data)
     state: dict[str, Tensor] = built.state_dict(keep_vars=True)
     for name, tensor in state.items():
         known = [shapes[name] for shapes in (dense, slim) if name in shapes]

@@ -31,6 +31,20 @@ def plan_name(number: int, plans: int) -> str:
     return "plan.json" if plans == 1 else f"plan.{number + 1}.json"
 
 
+def plan_names(folder: Path) -> list[str]:
+    """The files of the plans of a stored model, in the order in which they were applied.
+
+    Args:
+        folder: The folder, which `checked` returned.
+    """
+    held = files.read_json(folder / INDEX)["files"]
+    for plans in range(len(held) + 1):
+        names = [plan_name(number, plans) for number in range(plans)]
+        if plans and all(n in held for n in names) and plan_name(plans, plans + 1) not in held:
+            return names
+    return []
+
+
 @contextmanager
 def written(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder to fill, which takes the place of an earlier one when the block ends.
@@ -50,19 +64,26 @@ def written(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = check_path(path, "folder")
     if target.is_symlink():
         target = Path(os.path.realpath(target))
-    _check_replaceable(target)
+    check_replaceable(target)
     with files.new_folder(target, "model", InputError) as draft:
         yield draft
-        entries = {file.name: _entry(file) for file in sorted(draft.iterdir())}
+        entries = {file.name: entry(file) for file in sorted(draft.iterdir())}
         index = {"format": FORMAT, "depcut": __version__, "files": entries}
         files.write_json(draft / INDEX, index, indent=1)
         if target.is_dir():
             draft.chmod(target.stat().st_mode & 0o777)
-        _check_replaceable(target)
+        check_replaceable(target)
 
 
-def _check_replaceable(target: Path) -> None:
-    """Refuse to replace a folder that holds anything but a stored model."""
+def check_replaceable(target: Path) -> None:
+    """Refuse to replace a folder that holds anything but a stored model.
+
+    Args:
+        target: The folder, if there is one.
+
+    Raises:
+        InputError: It does.
+    """
     if not target.is_dir():
         return
     found = sorted(p.name for p in target.iterdir() if not p.name.startswith(files.DRAFT))
@@ -85,7 +106,12 @@ def _check_replaceable(target: Path) -> None:
         )
 
 
-def _entry(file: Path) -> dict[str, Any]:
+def entry(file: Path) -> dict[str, Any]:
+    """What the index says of a file.
+
+    Args:
+        file: The file.
+    """
     return {"bytes": file.stat().st_size, "sha256": _digest(file)}
 
 
@@ -122,8 +148,8 @@ def checked(path: str | os.PathLike[str]) -> Path:
             where=str(folder),
             remedy="load it with that depcut, or save the model again",
         )
-    for name, entry in entries.items():
-        problem = _problem(folder / name, entry) if Path(name).name == name else "no file's name"
+    for name, known in entries.items():
+        problem = _problem(folder / name, known) if Path(name).name == name else "no file's name"
         if problem and name != CARD:
             raise InputError(
                 f"{name} {problem}",
@@ -133,11 +159,11 @@ def checked(path: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def _problem(file: Path, entry: Any) -> str | None:
+def _problem(file: Path, known: Any) -> str | None:
     try:
         if not file.is_file():
             return "is missing"
-        whole = _entry(file) == entry
+        whole = entry(file) == known
     except OSError as error:
         return f"cannot be read: {error}"
     return None if whole else "is damaged: it is not the file that was saved"

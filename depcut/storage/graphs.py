@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -15,9 +15,6 @@ from depcut.rewrite.dropout import when_training
 from depcut.rewrite.generated import GeneratedModule
 from depcut.storage.names import is_same, name_of
 from depcut.support.torch_private import enter_autocast, exit_autocast, pytree, schema_of
-
-if TYPE_CHECKING:
-    from depcut.storage.values import Description
 
 # What a generated module has beside the attributes of the one that it replaces; those that are not
 # made from others.
@@ -41,25 +38,25 @@ _NAMES = {function: name for name, function in _FUNCTIONS.items()}
 _TEXTS = frozenset(("placeholder", "get_attr", "call_module", "output"))
 
 
-def generated_data(module: GeneratedModule, description: Description) -> dict[str, Any]:
+def generated_data(module: GeneratedModule, described: Callable[[Any, str], Any]) -> dict[str, Any]:
     """What a generated module computes, as plain data.
 
     Args:
         module: The module.
-        description: Of the model, for values.
+        described: Gives a value, of the name that follows it, as plain data.
 
     Raises:
         InputError: Its graph calls a function that has no name.
     """
-    data: dict[str, Any] = {n: description.value(vars(module)[n], n) for n in _VALUES}
+    data: dict[str, Any] = {n: described(vars(module)[n], n) for n in _VALUES}
     data |= {n: pytree.treespec_dumps(vars(module)[n]) for n in _SPECS}
     data["graph"] = [
         {
             "name": node.name,
             "kind": node.op,
             "target": _target(node),
-            "args": description.value(_plain(node.args), node.name),
-            "kwargs": description.value(_plain(node.kwargs), node.name),
+            "args": described(_plain(node.args), node.name),
+            "kwargs": described(_plain(node.kwargs), node.name),
         }
         for node in module.graph.nodes
     ]

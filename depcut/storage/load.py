@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
-from depcut.errors import DepcutError
+from depcut.apply.carried import put_back
+from depcut.errors import DepcutError, InputError
 from depcut.storage import dense
 from depcut.storage import folder as folders
 from depcut.storage.rebuild import Rebuild
-from depcut.storage.tensors import STATE, Loaded
+from depcut.storage.tensors import Loaded
 from depcut.support import files
+from depcut.support.failures import first_line
+
+# What plain data of other shapes than `depcut.save` writes lead to.
+_DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 def load(
@@ -37,21 +43,41 @@ def load(
 
     Raises:
         InputError: A file is missing, damaged or of another format; or what makes the dense model
-            is not known.
+            is not known, or there is no such device.
         PlanError: The dense model is another architecture, or its source is another one.
     """
+    place = _device(device)
     path = folders.checked(folder)
+    if not (path / folders.MODEL).exists():
+        raise InputError(
+            "the folder holds what from_pretrained takes, and its record",
+            where=str(path),
+            remedy="load it with transformers, as if depcut had not been there",
+        )
     try:
         data = files.read_json(path / folders.MODEL)
-        plans = [files.read_json(file) for file in sorted(path.glob("plan*.json"))]
+        plans = [files.read_json(path / name) for name in folders.plan_names(path)]
+        shapes = plans[0]["shapes"] if plans else {}
         architecture = data["architecture"]
         built = dense.build(architecture, path) if net is None else dense.given(net)
-        state = {s["key"]: s["shape"] for s in data["tensors"] if s["file"] == STATE}
         remedy = f"pass what makes the dense {architecture['class'].rpartition(':')[2]}"
-        dense.check_shapes(built, state, plans, remedy)
-        tensors = Loaded(data["tensors"], path, torch.device(device))
-        return Rebuild(data, tensors, remedy).model(built)
+        dense.check_shapes(built, data, shapes, remedy)
+        tensors = Loaded(data["tensors"], path, place)
+        model = Rebuild(data, tensors, remedy).model(built)
+        put_back(model, plans, files.read_json(path / folders.REPORT))
+        return model
     except DepcutError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except _DAMAGE as error:
         raise folders.reading(error, path) from error
+
+
+def _device(device: Any) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(
+            f"there is no such device: {first_line(error)}",
+            where="device=",
+            remedy='pass one of torch, such as "cpu" or "cuda"',
+        ) from error

@@ -35,6 +35,8 @@ from depcut.support.torch_private import (
 
 _IDENTITY = name_of(nn.Identity)
 _MISSING: Any = object()
+# Of depcut itself, objects that hold plain data alone, and that no dense model has.
+_OURS: dict[str, type] = {name_of(Refusal): Refusal}
 
 
 class Rebuild:
@@ -281,6 +283,8 @@ class Rebuild:
         if number in self._copies:
             return self._copies[number]
         record = self._objects[number]
+        if built is _MISSING and record["class"] in _OURS:
+            built = object.__new__(_OURS[record["class"]])
         if built is _MISSING or not is_same(record["class"], name_of(type(built))):
             have = "nothing" if built is _MISSING else name_of(type(built))
             raise self._differs(f"the one at hand has {have} in place of {record['class']}", path)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from depcut.apply.carried import carried
-from depcut.apply.report import report, report_record
+from depcut.apply.carried import PLANS, carried
+from depcut.apply.report import REPORT, report, report_record
 from depcut.capture.refusals import check_module
 from depcut.deploy.program import write_program
 from depcut.errors import InputError
@@ -23,6 +23,7 @@ from depcut.storage.tensors import REST, STATE
 from depcut.storage.values import Description, class_name
 from depcut.support import files
 from depcut.support.checks import check_kind, check_names
+from depcut.support.unwrap import unwrapped
 from depcut.timing.comparison import Comparison
 
 STANDALONE = ("program",)
@@ -53,7 +54,7 @@ def save(
 
     Args:
         model: What `depcut.shrink`, `Plan.apply`, `depcut.compact` or a training run returned, or a
-            copy of it; it is only read.
+            copy of it; it is only read. Of what torch.compile returned, the model inside.
         folder: A new or empty folder, or one that an earlier call wrote, which is replaced as a
             whole.
         standalone: What else is written, for processes without depcut: "program", the file of
@@ -69,30 +70,64 @@ def save(
         ExportError: The program cannot be made.
         DepcutError: The folder cannot be written; what was there is there still.
     """
-    check_module(model)
-    done = report(model)
+    model = unwrapped(check_module(model))
+    report(model)
     wanted = _checked(standalone)
     if comparison is not None:
         check_kind(comparison, Comparison, "comparison", "pass what depcut.compare returned")
-    description = Description(model)
-    plans = carried(model)
     with folders.written(folder) as draft:
-        description.tensors.write(draft)
-        data = description.data()
-        data["architecture"] = architecture_of(model, class_name(description), draft)
-        data["torch"] = str(torch.__version__)
-        files.write_json(draft / folders.MODEL, data)
-        files.write_json(draft / folders.REPORT, report_record(model), indent=1)
-        for number, plan in enumerate(plans):
-            files.write_json(draft / folders.plan_name(number, len(plans)), plan, indent=1)
-        if "program" in wanted:
-            if inputs is None and plans:
-                inputs = example_of(plans[-1]["inputs"], model)
-            write_program(model, draft / "program.pt2", inputs)
-        card = model_card(
-            done, data["architecture"], data["torch"], _entries(draft, len(plans)), comparison
-        )
-        (draft / folders.CARD).write_text(card, encoding="utf-8")
+        write_model(model, draft, wanted, inputs, comparison)
+
+
+def write_model(
+    model: nn.Module,
+    draft: Path,
+    standalone: tuple[str, ...] = (),
+    inputs: Any = None,
+    comparison: Comparison | None = None,
+) -> None:
+    """Write all but the index of what `save` writes.
+
+    Args:
+        model: See `save`.
+        draft: An empty folder.
+        standalone: See `save`.
+        inputs: See `save`.
+        comparison: See `save`.
+
+    Raises:
+        DepcutError: See `save`.
+    """
+    description, plans = Description(model), carried(model)
+    description.tensors.write(draft)
+    data = description.data()
+    for note in (REPORT, PLANS):  # they have files of their own
+        data["modules"][0]["attributes"].pop(note, None)
+    shapes = plans[0]["shapes"] if plans else {}
+    data["architecture"] = architecture_of(model, class_name(description), data, shapes, draft)
+    data["torch"] = str(torch.__version__)
+    files.write_json(draft / folders.MODEL, data)
+    write_record(model, draft)
+    if "program" in standalone:
+        if inputs is None and plans:
+            inputs = example_of(plans[-1]["inputs"], model)
+        write_program(model, draft / "program.pt2", inputs)
+    entries = _entries(draft, len(plans))
+    card = model_card(report(model), data["architecture"], data["torch"], entries, comparison)
+    files.write_text(draft / folders.CARD, card, "model card")
+
+
+def write_record(model: nn.Module, folder: Path) -> None:
+    """Write what was done to a model: its report, and the plans that made it.
+
+    Args:
+        model: The smaller model.
+        folder: Where; it exists.
+    """
+    files.write_json(folder / folders.REPORT, report_record(model), indent=1)
+    plans = carried(model)
+    for number, plan in enumerate(plans):
+        files.write_json(folder / folders.plan_name(number, len(plans)), plan, indent=1)
 
 
 def _checked(standalone: str | Collection[str]) -> tuple[str, ...]:

@@ -106,7 +106,7 @@ class Description:
             if name not in skipped
         }
         if isinstance(module, GeneratedModule):
-            record["generated"] = graphs.generated_data(module, self)
+            record["generated"] = graphs.generated_data(module, self.value)
         return number
 
     def value(self, value: Any, path: str) -> Any:

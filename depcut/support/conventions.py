@@ -1,7 +1,8 @@
 """Adapters that know what a library expects of its models beside their forward, by library.
 
 An adapter is a module (or any object) with functions that stages look up by name, each optional;
-the stage that calls one documents it (`finish`: `depcut.rewrite.finish`). Stages find adapters
+the stage that calls one documents it (`convention`: `depcut.capture.convention`, `recipe`:
+`depcut.rebuild.recipe`, `finish`: `depcut.rewrite.finish`). Stages find adapters
 here, so that none of them imports one.
 """
 

@@ -171,11 +171,15 @@ def write_json(
     Raises:
         DepcutError: See `replacing`.
     """
-    with (
-        replacing(path, what, error) as draft,
-        draft.open("w", encoding="utf-8") as file,
-    ):
-        json.dump(data, file, indent=indent)
+    write_text(path, json.dumps(data, indent=indent), what, error)
+
+
+def write_text(
+    path: str | os.PathLike[str], text: str, what: str, error: type[DepcutError] = DepcutError
+) -> None:
+    """Write text as UTF-8, in the way of `write_json`."""
+    with replacing(path, what, error) as draft:
+        draft.write_text(text, encoding="utf-8")
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

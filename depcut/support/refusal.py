@@ -64,3 +64,12 @@ def allow_saving(model: nn.Module) -> None:
     for method in _METHODS:
         if isinstance(vars(model).get(method), Refusal):
             del vars(model)[method]
+
+
+def refuses_saving(model: nn.Module) -> bool:
+    """Whether a model refuses to be saved as what `from_pretrained` takes.
+
+    Args:
+        model: The model.
+    """
+    return any(isinstance(vars(model).get(method), Refusal) for method in _METHODS)

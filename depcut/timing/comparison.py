@@ -127,7 +127,9 @@ class Comparison(Shown):
             "measured": {
                 "title": "dense beside slim",
                 "headline": f"{speedup.ratio:.2f}×" if speedup else "",
-                "verdict": str(speedup) if speedup else "",
+                "verdict": f"{speedup.low:.2f} to {speedup.high:.2f}, {speedup.verdict}"
+                if speedup
+                else "",
                 "columns": _COLUMNS,
                 "rows": self.cells(),
                 "bars": [timing_bar(name, timing) for name, timing in both.items() if timing],

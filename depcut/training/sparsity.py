@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from depcut import axes
-from depcut.allocate.choose import matching
+from depcut.allocate.named import matching
 from depcut.analysis import Analysis
 from depcut.apply.plan import Plan
 from depcut.errors import InputError, PlanError

@@ -100,14 +100,12 @@ def top_level(program: Program) -> set[fx.Node]:
 
 
 def nested(program: Program) -> set[fx.Node]:
-    """Nodes that modules return, or that modules without children get."""
+    """Nodes that modules return, or that modules without children get and compute with."""
     leafs = _without_children(program)
-    return {
-        leaf
-        for call in program.calls
-        for leaf in (*call.out_leaves, *(call.leaves if call.module in leafs else ()))
-        if isinstance(leaf, fx.Node) and leaf not in program.tensors
-    }
+    got = (leaf for c in program.calls if c.module in leafs for leaf in c.leaves)
+    nodes = {leaf for leaf in got if isinstance(leaf, fx.Node) and leaf.users}
+    nodes |= {leaf for c in program.calls for leaf in c.out_leaves if isinstance(leaf, fx.Node)}
+    return nodes - program.tensors.keys()
 
 
 def _without_children(program: Program) -> set[str]:

@@ -100,6 +100,7 @@ def test_a_module_compiled_in_place_gives_one_that_is_not() -> None:
     assert torch.equal(again(X), slim(X))
 
 
+@pytest.mark.sweep
 def test_a_compiled_part_stays_compiled_and_runs_the_smaller_weights() -> None:
     net = Net().eval()
     net.body = compiled(net.body)

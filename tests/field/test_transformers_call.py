@@ -11,12 +11,17 @@ import pytest
 import torch
 import zoo
 from nets import normal, seeded
-from oracle import all_tensors, assert_close
+from oracle import all_tensors
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 import depcut
-from depcut.conventions.transformers import Transformers
+from depcut.capture.inputs import infer_inputs
 from depcut.errors import CaptureError, InputError, PlanError
+from depcut.integrations.transformers_calls import Transformers
+from depcut.verify.compare import Expected, compare
+from depcut.verify.module_results import ModuleResults
+from depcut.verify.verify import masked_outputs
 
 # Outputs of models of any kind -------------------------------------------------------------------
 
@@ -90,18 +95,13 @@ def logits_of(result: Any) -> Tensor:
 @pytest.mark.parametrize("form", ["dict", "dataclass", "tuple", "object"])
 def test_outputs_that_no_graph_carries_are_left_out_with_a_note(form: str) -> None:
     model = net(form)
-    analysis = depcut.analyze(model, X)
-    plan = analysis.plan(0.3, align=1)
+    plan = depcut.analyze(model, X).plan(0.3, align=1)
     slim = plan.apply(model)
     assert type(slim(X)) is type(model(X))
     keep = plan.keep()
-    dense = depcut.analyze(model, X, outputs="*").plan_keeping({}).keep()
-    assert dense.counts
-    from depcut.verify.verify import masked_outputs
-
-    results = analysis.program.results
-    at = next(i for i, counts in enumerate(results.counts) if counts)
-    assert_close(logits_of(slim(X)), masked_outputs(keep, model, X)[at])
+    expected = masked_outputs(keep, model, X)
+    at = keep.coupling.program.results.counts.index(True)
+    assert_close(logits_of(slim(X)), expected[at])
     dropped = {
         "dict": "",
         "dataclass": "Result",
@@ -126,7 +126,7 @@ def test_what_only_an_uncounted_output_needs_shrinks_along() -> None:
 @pytest.mark.parametrize(
     ("outputs", "free"),
     [
-        (None, {"first", "hidden"} - {"hidden"}),
+        (None, {"first"}),
         ("*", {"first"}),
         (("logits",), {"first", "second", "pooler"}),
         ("log*", {"first", "second", "pooler"}),
@@ -181,6 +181,29 @@ def test_a_plan_carries_the_outputs_that_count(tmp_path: Path) -> None:
             depcut.Plan.load(tmp_path / "wrong.json")
 
 
+class Chosen(nn.Module):
+    """One call returns a hidden output beside its own, the other only its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 12), nn.Linear(12, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor, which: str = "both") -> dict[str, Tensor]:
+        hidden = self.b(self.a(x).relu()).tanh()
+        out = {"[0]": self.c(hidden)}
+        return {**out, "hidden": hidden} if which == "both" else out
+
+
+def test_a_plan_of_several_calls_carries_the_outputs_of_each(tmp_path: Path) -> None:
+    """All that one call returns counts: that says nothing of the other."""
+    calls = [{"x": X}, {"x": X, "which": "one"}]
+    model = seeded(Chosen, 0)
+    plan = depcut.analyze(model, calls, outputs=(0,)).plan(0.4, of="channels", align=1)
+    plan.save(tmp_path / "plan.json")
+    slim = depcut.Plan.load(tmp_path / "plan.json").apply(seeded(Chosen, 0))
+    assert slim(X)["hidden"].shape[-1] == plan.apply(model)(X)["hidden"].shape[-1] < 16
+
+
 def test_compact_keeps_all_outputs_unless_some_are_named() -> None:
     model = net()
     with torch.no_grad():
@@ -194,9 +217,6 @@ def test_compact_keeps_all_outputs_unless_some_are_named() -> None:
 
 def test_what_does_not_count_is_still_compared_in_shape() -> None:
     """An output that lost its structure is no matter of widths."""
-    from depcut.verify.compare import Expected, compare
-    from depcut.verify.module_results import ModuleResults
-
     model = net()
     keep = depcut.analyze(model, X, outputs=("logits",)).plan(0.4, of="channels", align=1).keep()
     wanted = list(keep.coupling.program.results.flat(model(X)))
@@ -205,7 +225,40 @@ def test_what_does_not_count_is_still_compared_in_shape() -> None:
     assert "'parts.hidden', which does not count, has the shape (2, 1)" in found.message
 
 
-# What transformers has of all its models ----------------------------------------------------------
+class Repeats(nn.Module):
+    """Keys of 4 heads, each repeated for 2 heads of queries, as grouped attention does it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.groups = 2
+        self.q, self.k, self.o = nn.Linear(8, 24), nn.Linear(8, 12), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x).view(*x.shape[:2], -1, 3)
+        k = repeated(self.k(x).view(*x.shape[:2], -1, 3), self.groups)
+        out: Tensor = self.o((q * k).flatten(2))
+        return out
+
+
+def repeated(k: Tensor, times: int) -> Tensor:
+    if times == 1:
+        return k
+    batch, length, heads, size = k.shape
+    more = k[:, :, :, None].expand(batch, length, heads, times, size)
+    return more.reshape(batch, length, heads * times, size)
+
+
+def test_a_number_that_becomes_one_of_a_kind_is_set() -> None:
+    """What does nothing to one of a kind is skipped; other code may read the attribute, too."""
+    model = seeded(Repeats, 0)
+    analysis = depcut.analyze(model, normal(2, 5, 8))
+    (repeats,) = (group.name for group in analysis.groups if group.size == 2)
+    slim: Any = analysis.plan_keeping({repeats: [[0], [1], [1], [0]]}).apply(model)
+    assert slim.groups == 1
+    assert depcut.report(slim).patched == {}
+
+
+# What transformers has of all its models ---------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -242,17 +295,16 @@ def llama() -> Any:
         return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
+@pytest.mark.usefixtures("zoo_libraries")
 def test_the_first_call_on_a_transformers_model_works() -> None:
     """A cache by default, no inputs given: neither is in the way, and the caller's config stays."""
     model = llama()
-    before = {n: (t, t._version) for n, t in all_tensors(model).items()}
+    before = {n: t._version for n, t in all_tensors(model).items()}
     config = model.config.to_dict()
     slim = depcut.shrink(model, 0.3, align=1)
     assert model.config.to_dict() == config
     assert slim.config.use_cache is True
-    assert all(
-        t is before[n][0] and t._version == before[n][1] for n, t in all_tensors(model).items()
-    )
+    assert {n: t._version for n, t in all_tensors(model).items()} == before
     notes = depcut.report(slim).notes
     assert notes[0].startswith(
         "the example inputs were made: input_ids int64 [2, 16], attention_mask"
@@ -262,3 +314,164 @@ def test_the_first_call_on_a_transformers_model_works() -> None:
     with_cache, without = (slim.generate(prompt, use_cache=c, **given) for c in (True, False))
     assert with_cache.tolist() == without.tolist()
     assert slim(prompt).past_key_values is not None
+
+
+_ENCODER = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+}
+_TEXT = _ENCODER | {"vocab_size": 50, "max_position_embeddings": 32, "pad_token_id": 0}
+_PIXELS = _ENCODER | {"image_size": 16, "patch_size": 8}
+_WAVES = {
+    "conv_dim": (16, 12),
+    "conv_kernel": (10, 3),
+    "conv_stride": (5, 2),
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+}
+_SPEECH = {
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "vocab_size": 50,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+    "max_target_positions": 16,
+}
+# By model type: the auto class, options of the config, the inputs to make, the outputs that count.
+KINDS: dict[str, tuple[str, dict[str, Any], dict[str, tuple[int, ...]], str]] = {
+    "bert": (
+        "",
+        _TEXT,
+        {"input_ids": (2, 16), "attention_mask": (2, 16)},
+        "last_hidden_state pooler_output",
+    ),
+    "t5": (
+        "",
+        {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 50},
+        {"input_ids": (2, 16), "decoder_input_ids": (2, 8), "attention_mask": (2, 16)},
+        "last_hidden_state",
+    ),
+    "clip": (
+        "",
+        {"text_config": _TEXT, "vision_config": _PIXELS, "projection_dim": 12},
+        {"input_ids": (2, 16), "pixel_values": (2, 3, 16, 16), "attention_mask": (2, 16)},
+        "logits_per_image logits_per_text text_embeds image_embeds",
+    ),
+    "wav2vec2": ("", _ENCODER | _WAVES, {"input_values": (2, 330)}, "last_hidden_state"),
+    "audio-spectrogram-transformer": (
+        "ForAudioClassification",
+        _ENCODER | {"max_length": 32, "num_mel_bins": 16},
+        {"input_values": (2, 32, 16)},
+        "logits",
+    ),
+    "whisper": (
+        "ForSpeechSeq2Seq",
+        _SPEECH | {"num_mel_bins": 20, "max_source_positions": 15},
+        {"input_features": (2, 20, 30), "decoder_input_ids": (2, 8)},
+        "logits",
+    ),
+    "speech_to_text": (
+        "ForSpeechSeq2Seq",
+        _SPEECH | {"input_feat_per_channel": 20, "max_source_positions": 64, "conv_channels": 8},
+        {"input_features": (2, 64, 20), "decoder_input_ids": (2, 8)},
+        "logits",
+    ),
+    "yolos": (
+        "ForObjectDetection",
+        _PIXELS | {"image_size": [32, 16]},
+        {"pixel_values": (2, 3, 32, 16)},
+        "logits pred_boxes",
+    ),
+    "videomae": (
+        "ForVideoClassification",
+        _PIXELS | {"num_frames": 4},
+        {"pixel_values": (2, 4, 3, 16, 16)},
+        "logits",
+    ),
+    "gpt2": (
+        "ForSequenceClassification",
+        {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 50, "n_positions": 32},
+        {"input_ids": (1, 16), "attention_mask": (1, 16)},  # it has no padding token
+        "logits",
+    ),
+    "mixtral": (
+        "ForCausalLM",
+        _TEXT | {"num_key_value_heads": 1, "num_local_experts": 3},
+        {"input_ids": (2, 16), "attention_mask": (2, 16)},
+        "logits",
+    ),
+}
+
+
+@pytest.mark.sweep
+@pytest.mark.usefixtures("zoo_libraries")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_made_and_what_counts(kind: str) -> None:
+    transformers = zoo.libraries()["transformers"]
+    auto, options, shapes, counted = KINDS[kind]
+    config = transformers.AutoConfig.for_model(kind, **options)
+    with torch.random.fork_rng():
+        model = getattr(transformers, f"AutoModel{auto}").from_config(config).eval()
+    said = model.config.to_dict()
+    analysis = depcut.analyze(model)
+    tensors = {n: v for n, v in infer_inputs(model).items() if isinstance(v, Tensor)}
+    assert {n: tuple(v.shape) for n, v in tensors.items()} == shapes
+    results = analysis.program.results
+    assert [p for p, c in zip(results.paths, results.counts, strict=True) if c] == counted.split()
+    assert model.config.to_dict() == said
+    assert analysis.groups
+
+
+@pytest.mark.sweep
+@pytest.mark.usefixtures("zoo_libraries")
+@pytest.mark.filterwarnings("ignore")
+def test_a_call_that_wants_a_cache_gets_one() -> None:
+    """The cache is dropped from the capture; what is in it may become narrower."""
+    model = llama()
+    ids = torch.arange(3, 11).reshape(2, 4)
+    slim = depcut.shrink(model, 0.3, {"input_ids": ids, "use_cache": True}, rebuildable=False)
+    notes = "\n".join(depcut.report(slim).notes)
+    assert "not captured of the outputs: past_key_values (DynamicCache)" in notes
+    assert "'past_key_values.layers.0.keys' does not count, and is narrower" in notes
+
+
+@pytest.mark.sweep
+@pytest.mark.usefixtures("zoo_libraries")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("form", ["tensor", "dict"])
+def test_data_fits_without_the_settings_of_the_capture(form: str) -> None:
+    ids = torch.arange(3, 19).reshape(2, 8)
+    batch = ids if form == "tensor" else {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    slim = depcut.shrink(llama(), 0.3, data=[batch, batch], rebuildable=False)
+    assert depcut.report(slim).compensation is not None
+
+
+@pytest.mark.sweep
+@pytest.mark.usefixtures("zoo_libraries")
+@pytest.mark.filterwarnings("ignore")
+def test_a_file_is_made_without_inputs(tmp_path: Path) -> None:
+    made = depcut.export(llama(), tmp_path / "llama.onnx")
+    assert "agrees with PyTorch" in str(made)
+
+
+@pytest.mark.usefixtures("zoo_libraries")
+def test_why_no_inputs_can_be_made_is_said() -> None:
+    """The model's own error, not ours."""
+    model = llama()
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ValueError("it takes three towers")
+
+    model.model.forward = refuse
+    with pytest.raises(InputError, match="the model itself raises ValueError: it takes three"):
+        depcut.analyze(model)

@@ -112,6 +112,14 @@
     }
   };
 
+  // A chosen box moves out from under the panel.
+  const uncover = (id) => {
+    const panel = byId("detail");
+    if (!id || panel.hidden) return;
+    const over = byId(id).getBoundingClientRect().right + 16 - panel.getBoundingClientRect().left;
+    if (over > 0) { view.x -= over; draw(); }
+  };
+
   if (svg) {
     let start = null;
     let moved = false;
@@ -143,10 +151,11 @@
       if (moved) { moved = false; return; }
       const box = event.target.closest(".box");
       choose(box ? box.id : "");
+      if (box) uncover(box.id);
     });
     svg.addEventListener("keydown", (event) => {
       const box = event.target.closest(".box");
-      if (box && (event.key === "Enter" || event.key === " ")) { event.preventDefault(); choose(box.id); }
+      if (box && (event.key === "Enter" || event.key === " ")) { event.preventDefault(); choose(box.id); uncover(box.id); }
       if (event.key === "Escape") choose("");
     });
     for (const button of all("[data-zoom]")) {

@@ -1,4 +1,4 @@
-"""The convention that a model follows: what its library says of all of its models."""
+"""The convention that a model follows: example inputs, caches and outputs, as its library says."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from depcut.conventions.transformers import Transformers
+from depcut.support.conventions import adapters
 
 
 class Convention(Protocol):
@@ -32,13 +32,11 @@ class Convention(Protocol):
         """Names of the outputs, of what a forward returned, that are no results of their own."""
 
 
-_CONVENTIONS: tuple[Convention, ...] = (Transformers(),)
-
-
 def convention_of(model: nn.Module) -> Convention | None:
     """The convention that a model follows, None where none is known.
 
     Args:
         model: Any module.
     """
-    return next((c for c in _CONVENTIONS if c.follows(model)), None)
+    found = (getattr(adapter, "convention", None) for adapter in adapters(model))
+    return next((c for c in found if c is not None and c.follows(model)), None)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from depcut.conventions.transformers_configs import every, number, special_ids
+from depcut.integrations.transformers_configs import every, number, special_ids
 from depcut.support.failures import reraise_fatal
 
 _LENGTHS = (16, 64)  # of texts

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from depcut.conventions.transformers_configs import configs_of
-from depcut.conventions.transformers_inputs import candidates
+from depcut.integrations.transformers_configs import every
+from depcut.integrations.transformers_inputs import candidates
 
 # Of a ModelOutput: caches, states of inner layers, and what belongs to a part of the model.
 _INNER = (
@@ -39,14 +39,11 @@ class Transformers:
         return candidates(model)
 
     def settings(self, model: nn.Module, given: Collection[str]) -> dict[str, Any]:
-        """No cache is returned: torch.export cannot carry one, and no first call reads one."""
+        """No cache is returned, where forward can be told so: torch.export cannot carry one."""
         taken = inspect.signature(model.forward).parameters
         cached = any(name in given for name in ("use_cache", "past_key_values", "cache_params"))
-        asks = [c.use_cache for c in configs_of(model) if isinstance(_own(c, "use_cache"), bool)]
-        if cached or (asks and not any(asks)):
-            return {}
-        rest = any(p.kind is p.VAR_KEYWORD for p in taken.values())
-        return {"use_cache": False} if "use_cache" in taken or (rest and asks) else {}
+        off = False in every(model, "use_cache") and True not in every(model, "use_cache")
+        return {} if cached or off or "use_cache" not in taken else {"use_cache": False}
 
     def auxiliary(self, result: Any) -> frozenset[str]:
         """Caches, inner states and outputs of parts; features where there is a head's output."""
@@ -60,7 +57,3 @@ class Transformers:
         if all(name in inner or name in _FEATURES for name in result):
             return frozenset(inner if len(inner) < len(result) else ())
         return frozenset(inner | {name for name in result if name in _FEATURES})
-
-
-def _own(config: Any, name: str) -> Any:
-    return getattr(config, name, None)
