@@ -4,7 +4,7 @@ Both run in this process on one thread and take turns. depcut's side is everythi
 inference, plan, rewrite and verification, all from one captured program. Torch-Pruning's side is
 its dependency graph and one step of a uniform magnitude pruner, with no verification; the layers
 that must not be narrowed are given to it. Each member is tried with it in a subprocess first, since
-on some it never returns.
+on some it never returns. Widths are cut freely (rebuildable=False).
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ def attempt(name: str, options: argparse.Namespace) -> Row:
 def compare(name: str, options: argparse.Namespace) -> Row:
     member, model = zoo.ZOO[name], zoo.build(name)
     with counted_exports() as exports:
-        whole, _ = measure.timed(lambda: depcut.shrink(model, 0.5, member.inputs(2), align=1))
+        whole, _ = measure.timed(
+            lambda: depcut.shrink(model, 0.5, member.inputs(2), align=1, rebuildable=False)
+        )
     program = capture(model, member.inputs(2))
     fixed = output_layers(Analysis(model, infer_coupling(program)))
     stages = [staged(model, program) for _ in range(options.repeat + 1)][1:]

@@ -1,4 +1,4 @@
-"""Random nets against the oracle: twelve by default, three hundred with `-m sweep`."""
+"""Random nets against the oracle: twelve by default, a hundred and fifty with `-m sweep`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ USUAL = settings(
     suppress_health_check=list(HealthCheck),
 )
 SWEEP = settings(
-    max_examples=300,
+    max_examples=150,
     deadline=None,
     print_blob=True,
     verbosity=Verbosity.normal,

