@@ -88,7 +88,9 @@ def test_later_calls(nets: Nets, counts: Counter[str]) -> None:
 @pytest.mark.timeout(3600)
 def test_many_later_calls(nets: Nets, counts: Counter[str]) -> None:
     @SWEEP
-    @given(st.sampled_from(range(0, 60, 2)), st.sampled_from(INPUTS), st.sampled_from(list(CONTEXTS)))
+    @given(
+        st.sampled_from(range(0, 60, 2)), st.sampled_from(INPUTS), st.sampled_from(list(CONTEXTS))
+    )
     def run(seed: int, arguments: str, context: str) -> None:
         assert_as_dense(nets, seed, arguments, context, counts)
 
