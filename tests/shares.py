@@ -1,9 +1,9 @@
 """Which share of a test's cases runs by default: the others run with `-m sweep`.
 
 The default set has five minutes, the sweep half an hour. What is shown of many nets or options
-alike is shown of some of them by default, evenly spread, of as many again in the sweep, and of all
-of them with `-m exhaustive`. With DEPCUT_TESTS=whole the sweep's cases run by default, as they do
-where coverage is measured.
+alike is shown of some of them by default, evenly spread, of as many again or twice as many in the
+sweep, and of all of them with `-m exhaustive`. With DEPCUT_TESTS=whole the sweep's cases run by
+default, as they do where coverage is measured.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 import pytest
 
-# Names of tests of which every fourth case, every second, or none runs by default.
-FOURTH = """
+# Names of tests of which every sixth case, every third, or none runs by default.
+SIXTH = """
 test_a_batch_of_one_beside_a_number test_a_dropped_branch_is_a_branch_of_zeros
 test_a_file_changed_since_it_was_imported test_a_form_sums_what_the_operator_sums
 test_a_later_call_with_any_masks_and_lengths test_a_model_that_caches_is_untouched
@@ -47,7 +47,7 @@ test_what_is_not_tainted_is_the_same_for_other_inputs test_what_mixes_the_rows_b
 test_what_stays_takes_over_what_repeats_it test_widths_and_branches_together
 test_work_grows_linearly
 """.split()
-HALF = """
+THIRD = """
 test_half_of_a_public_architecture
 test_a_budget_is_met_with_branches_dropped
 test_a_file_with_a_wrong_entry_ends_in_an_error_that_explains
@@ -85,7 +85,7 @@ test_a_model_with_a_generated_module_is_exported test_a_pickle_in_another_proces
 test_branches_of_a_public_architecture test_half_of_a_public_architecture_with_branches_dropped
 """.split()
 
-EVERY = dict.fromkeys(FOURTH, 4) | dict.fromkeys(HALF, 2)
+EVERY = dict.fromkeys(SIXTH, 6) | dict.fromkeys(THIRD, 3)
 
 
 def share_out(items: Sequence[pytest.Item]) -> None:

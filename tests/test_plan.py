@@ -85,11 +85,12 @@ def test_a_failing_save_leaves_the_old_file_and_no_other(
     plan.save(target)
     before = target.read_bytes()
 
-    def dump(data: Any, file: Any, **options: Any) -> None:
-        file.write('{"format": 1, "kept')
+    def full(self: Path, text: str, **options: Any) -> None:
+        with self.open("w") as file:
+            file.write(text[:20])
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(json, "dump", dump)
+    monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(DepcutError, match=r"no space(.|\n)*free some space"):
         plan.save(target)
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]

@@ -1,4 +1,4 @@
-"""Random nets against the oracle: twelve by default, a hundred and fifty with `-m sweep`."""
+"""Random nets against the oracle: eight by default, a hundred and fifty with `-m sweep`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from random_nets import (
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 USUAL = settings(
-    max_examples=12,
+    max_examples=8,
     deadline=None,
     derandomize=True,
     database=None,
