@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -91,14 +91,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         OSError: It cannot be read.
         ValueError: It is no safetensors file.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    try:
-        with _readable(path) as file:
-            return load_file(file)
-    except SafetensorError as error:
-        raise ValueError(str(error)) from error
+    with _readable(path) as file:
+        return load_file(file)
 
 
 def open_tensors(path: Path) -> Any:
@@ -111,27 +107,32 @@ def open_tensors(path: Path) -> Any:
         OSError: It cannot be read.
         ValueError: It is no safetensors file.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
-        with _readable(path) as file:
-            return safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(str(error)) from error
+    with _readable(path) as file:
+        return safe_open(file, framework="pt")
 
 
 @contextmanager
 def _readable(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """The path of a file for safetensors, which reads only names that are UTF-8."""
-    try:
-        os.fspath(path).encode()
-    except UnicodeEncodeError:
-        with TemporaryDirectory() as folder:
-            link = Path(folder) / "link.safetensors"
-            link.symlink_to(Path(path).absolute())
-            yield link
-    else:
-        yield Path(path)
+    """The path of a file for safetensors, which reads only names that are UTF-8.
+
+    Raises:
+        ValueError: It is no safetensors file, as what reads it within the context finds.
+    """
+    from safetensors import SafetensorError
+
+    with ExitStack() as stack:
+        try:
+            os.fspath(path).encode()
+            file = Path(path)
+        except UnicodeEncodeError:
+            file = Path(stack.enter_context(TemporaryDirectory())) / "link.safetensors"
+            file.symlink_to(Path(path).absolute())
+        try:
+            yield file
+        except SafetensorError as error:
+            raise ValueError(str(error)) from error
 
 
 @contextmanager

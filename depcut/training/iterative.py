@@ -178,12 +178,8 @@ def iterate(
     turns = _Turns(dense, targets, retrain, optimizer, loss, items, disk, chosen)
     with nullcontext() if disk is None else claimed(disk.folder, "checkpoint=", InputError):
         run = turns.run()
-    settings = {
-        "ratio": targets[-1],
-        "of": chosen.of,
-        "steps": len(targets),
-        "options": chosen.record(),
-    }
+    settings = {"ratio": targets[-1], "of": chosen.of, "steps": len(targets)}
+    settings["options"] = chosen.record()
     plan = composed(dense, run.indices, settings)
     return Iterated(
         run.model, plan, tuple(run.plans), tuple(run.reports), tuple(run.removed), run.optimizer

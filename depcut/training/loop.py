@@ -114,11 +114,8 @@ def retrain(
         DepcutError: accelerate is not installed.
     """
     chosen = settled(TrainingOptions, options, given, RetrainKeywords, "retrain")
-    if plan is not None:
-        check_kind(plan, Plan, "plan", "pass what analysis.plan(...) returned")
-    course = _course(epochs, loss, metric, chosen)
-    model = unwrapped(model)
-    _check(model, course, valid is not None, chosen.distillation)
+    course, model = _course(epochs, loss, metric, chosen), unwrapped(model)
+    _check(model, course, valid is not None, chosen.distillation, plan)
     peak = peak_rate(chosen.lr, chosen.original, optimizer)
     teaching = chosen.distillation
     with (
@@ -126,32 +123,43 @@ def retrain(
         preserved(),
         ExitStack() as claim,
     ):
-        ranks = {"rank": accelerator.process_index, "world": accelerator.num_processes}
-        data = open_loader(train, "train=", model, pairs=loss is not None, **ranks)
-        pairs = loss is not None or metric is not None
-        judged = None
-        if valid is not None:
-            judged = open_loader(valid, "valid=", model, pairs=pairs, **ranks)
+        data, judged = _loaders(model, train, valid, course, accelerator)
         store = claim.enter_context(_opened(checkpoint, chosen.resume, accelerator))
         steps = epochs * -(-data.own // chosen.gradient_accumulation)
         with nullcontext() if teaching is None else teaching.paused():
             net = copied(model, {}).to(accelerator.device)
             own_optimizer = optimizer_for(optimizer, model, net, peak)
-            asked = store.asked() if store else {}
-            start = Start(net, data, plan, chosen.dense, chosen.seed, asked)
+            start = Start(
+                net, data, plan, chosen.dense, chosen.seed, store.asked() if store else {}
+            )
             how = {"peak": peak, "original": chosen.original, "accelerator": accelerator}
             rates, settings = schedule_of(chosen.schedule, own_optimizer, steps, start, **how)
         settings["optimizer"] = type(own_optimizer).__name__
         settings["mixed_precision"] = accelerator.mixed_precision
-        run = {}
-        if store is not None:
-            run = _identity(model, data, course, settings, accelerator, teaching)
+        about = (model, data, course, settings, accelerator, teaching)
+        run = {} if store is None else _identity(*about)
         teacher = None if teaching is None else teaching.of(net, accelerator.device)
         trainer = Trainer(
             net, data, judged, course, own_optimizer, rates, accelerator, teacher, store, run
         )
         resumed = _trained(trainer, teacher, chosen.progress and accelerator.is_main_process)
         return _result(model, trainer, resumed, settings, accelerator)
+
+
+def _loaders(
+    model: nn.Module,
+    train: Iterable[Any],
+    valid: Iterable[Any] | None,
+    course: Settings,
+    accelerator: Any,
+) -> tuple[Loader, Loader | None]:
+    """The data to train on and to judge by, this process's share of both."""
+    ranks = {"rank": accelerator.process_index, "world": accelerator.num_processes}
+    data = open_loader(train, "train=", model, pairs=course.loss is not None, **ranks)
+    if valid is None:
+        return data, None
+    pairs = course.loss is not None or course.metric is not None
+    return data, open_loader(valid, "valid=", model, pairs=pairs, **ranks)
 
 
 def _trained(trainer: Trainer, teacher: Distillation | None, shown: bool) -> int:
@@ -244,8 +252,14 @@ def _course(
 
 
 def _check(
-    model: Any, options: Settings, validates: bool, distillation: Distillation | None
+    model: Any,
+    options: Settings,
+    validates: bool,
+    distillation: Distillation | None,
+    plan: Plan | None,
 ) -> None:
+    if plan is not None:
+        check_kind(plan, Plan, "plan", "pass what analysis.plan(...) returned")
     check_module(model)
     for name, function in (("loss", options.loss), ("metric", options.metric)):
         if function is not None:

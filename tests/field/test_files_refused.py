@@ -25,14 +25,6 @@ from depcut.storage.folder import entry
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A stored model; nobody writes to it."""
-    folder = tmp_path_factory.mktemp("stored") / "model"
-    depcut.save(heads(), folder)
-    return folder
-
-
 @pytest.fixture
 def own(saved: Path, tmp_path: Path) -> Path:
     """A stored model that a test may damage."""

@@ -22,14 +22,6 @@ import depcut
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A stored model; nobody writes to it."""
-    folder = tmp_path_factory.mktemp("stored") / "model"
-    depcut.save(heads(), folder)
-    return folder
-
-
 CASES: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "a patched class": (Heads, X),
     "arguments that the class needs": (sized, X),
