@@ -129,14 +129,13 @@ def retrain(
         with nullcontext() if teaching is None else teaching.paused():
             net = copied(model, {}).to(accelerator.device)
             own_optimizer = optimizer_for(optimizer, model, net, peak)
-            start = Start(
-                net, data, plan, chosen.dense, chosen.seed, store.asked() if store else {}
-            )
+            asked = store.asked() if store else {}
+            start = Start(net, data, plan, chosen.dense, chosen.seed, asked)
             how = {"peak": peak, "original": chosen.original, "accelerator": accelerator}
             rates, settings = schedule_of(chosen.schedule, own_optimizer, steps, start, **how)
         settings["optimizer"] = type(own_optimizer).__name__
         settings["mixed_precision"] = accelerator.mixed_precision
-        about = (model, data, course, settings, accelerator, teaching)
+        about = model, data, course, settings, accelerator, teaching
         run = {} if store is None else _identity(*about)
         teacher = None if teaching is None else teaching.of(net, accelerator.device)
         trainer = Trainer(
