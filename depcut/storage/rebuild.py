@@ -204,9 +204,9 @@ class Rebuild:
 
     def _mapping(self, data: Any, built: Any, path: str) -> Any:
         old = built if isinstance(built, dict) else {}
-        new = {}
-        for key_data, held in data["dict"]:
-            key = self.value(key_data, path=path)
+        new, keys = {}, list(old)
+        for i, (key_data, held) in enumerate(data["dict"]):
+            key = self.value(key_data, *_at(keys, i), path)
             new[key] = self.value(held, old.get(key, _MISSING), f"{path}[{key!r}]")
         if "of" not in data:
             return new
@@ -219,7 +219,8 @@ class Rebuild:
         return out
 
     def _set(self, data: Any, built: Any, path: str) -> Any:
-        items = [self.value(d, path=path) for d in data["set"]]
+        old = sorted(built, key=repr) if isinstance(built, set | frozenset) else []
+        items = [self.value(d, *_at(old, i), path) for i, d in enumerate(data["set"])]
         if data["of"] in ("builtins:set", "builtins:frozenset"):
             return {"builtins:set": set, "builtins:frozenset": frozenset}[data["of"]](items)
         self._same_kind(data, built, path)

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import enum
-from typing import Any
+import functools
+import math
+import weakref
+from collections import OrderedDict
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - its name everywhere
@@ -43,6 +48,40 @@ class Stateful(nn.Module):
         x = x * self.drawn @ self.table
         h = self.settings.activation(self.up(x)) + self.again(x)
         return self.drop(self.down(h))
+
+
+class Point(NamedTuple):
+    """A tuple with names."""
+
+    x: int
+    y: float
+
+
+class Words(list[str]):
+    """A list of a class of its own."""
+
+
+class Keeping(nn.Module):
+    """[B, 6] to [B, 6]; it holds a value of every kind that a folder describes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 16), nn.Linear(16, 6)
+        self.numbers = [math.inf, np.float64(1.5), np.int64(3), 2 + 1j, b"ab", "text"]
+        self.tuples = (Point(1, 2.0), torch.Size([3, 4]), range(2, 9, 3), slice(1, 5))
+        self.mappings = [OrderedDict(a=1, b=2), {Kind.PLAIN: (1, 2)}, {3, Kind.PLAIN}, frozenset({5})]
+        self.words = Words(["a", "b"])
+        self.kinds = [Kind.PLAIN, torch.float16, torch.channels_last, torch.device("cpu")]
+        self.table = np.arange(6.0).reshape(2, 3)
+        self.clamp = functools.partial(torch.clamp, min=-4.0)
+        self.scale = self.doubled
+        self.last = weakref.ref(self.down)
+
+    def doubled(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.clamp(self.scale(self.up(x))).relu())
 
 
 class Sized(nn.Module):

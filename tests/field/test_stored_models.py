@@ -14,7 +14,7 @@ import torch
 from patch_nets import Heads, drawn, seeded
 from selection import sampled
 from stored_models import X, assert_same_model, heads, slim_of
-from stored_nets import Attention, Sized, Stateful, sized
+from stored_nets import Attention, Keeping, Sized, Stateful, sized
 from torch import Tensor, nn
 
 import depcut
@@ -45,6 +45,30 @@ def test_a_loaded_model_is_the_saved_one(
         json.loads((tmp_path / n / "model.json").read_text()) for n in ("model", "again")
     )
     assert first == second
+
+
+def test_values_of_every_kind(tmp_path: Path) -> None:
+    slim: Any = slim_of(Keeping, drawn(4, 6))
+    depcut.save(slim, tmp_path / "model")
+    loaded: Any = depcut.load(tmp_path / "model", Keeping)
+    assert_same_model(loaded, slim, drawn(4, 6))
+    for name in ("numbers", "tuples", "mappings", "words", "kinds", "table"):
+        assert type(getattr(loaded, name)) is type(getattr(slim, name))
+        assert repr(getattr(loaded, name)) == repr(getattr(slim, name))
+    assert loaded.last() is loaded.down
+    assert loaded.scale.__self__ is loaded
+    assert (loaded.clamp.func, loaded.clamp.keywords) == (torch.clamp, {"min": -4.0})
+
+
+def test_a_program_is_what_the_model_computes(saved: Path, tmp_path: Path) -> None:
+    slim = heads()
+    depcut.save(slim, tmp_path / "model", standalone="program")
+    program = torch.export.load(tmp_path / "model" / "program.pt2").module()
+    with torch.no_grad():
+        assert torch.equal(program(X), slim(X))
+        assert torch.equal(program(X[:2]), slim(X[:2]))
+    with pytest.raises(depcut.InputError, match="standalone"):
+        depcut.save(slim, tmp_path / "other", standalone="engine")
 
 
 def test_it_is_a_model_like_any_other(saved: Path) -> None:
