@@ -115,7 +115,7 @@ def share_out(items: Sequence[pytest.Item]) -> None:
     for (_, name), found in cases.items():
         for number, item in enumerate(found):
             turn = number % EVERY[name]
-            if turn % 2 and EVERY[name] > 2:
+            if turn % 2 and name in SIXTH:
                 item.add_marker(pytest.mark.exhaustive)
             elif turn and not whole:
                 item.add_marker(pytest.mark.sweep)
