@@ -69,7 +69,12 @@ class Keeping(nn.Module):
         self.up, self.down = nn.Linear(6, 16), nn.Linear(16, 6)
         self.numbers = [math.inf, np.float64(1.5), np.int64(3), 2 + 1j, b"ab", "text"]
         self.tuples = (Point(1, 2.0), torch.Size([3, 4]), range(2, 9, 3), slice(1, 5))
-        self.mappings = [OrderedDict(a=1, b=2), {Kind.PLAIN: (1, 2)}, {3, Kind.PLAIN}, frozenset({5})]
+        self.mappings = [
+            OrderedDict(a=1, b=2),
+            {Kind.PLAIN: (1, 2)},
+            {3, Kind.PLAIN},
+            frozenset({5}),
+        ]
         self.words = Words(["a", "b"])
         self.kinds = [Kind.PLAIN, torch.float16, torch.channels_last, torch.device("cpu")]
         self.table = np.arange(6.0).reshape(2, 3)

@@ -36,7 +36,12 @@ USUAL = settings(
     suppress_health_check=list(HealthCheck),
 )
 SWEEP = settings(
-    max_examples=300, deadline=None, print_blob=True, suppress_health_check=list(HealthCheck)
+    max_examples=300,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    print_blob=True,
+    suppress_health_check=list(HealthCheck),
 )
 QUICK = sorted({*CONTEXTS} - {"shrink", "export"})  # those take as long as all others
 Nets = Callable[[int], Pair]

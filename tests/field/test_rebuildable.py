@@ -17,7 +17,8 @@ from torch import Tensor, nn
 import depcut
 from depcut.allocate.space import StepTie, marginals, space
 from depcut.errors import BudgetError, InputError
-from depcut.rebuild.rebuilding import rebuilding
+from depcut.rebuild.choose import checked
+from depcut.rebuild.rebuilding import Rebuilding, rebuilding
 
 pytestmark = [
     pytest.mark.usefixtures("zoo_libraries"),
@@ -113,6 +114,31 @@ def test_free_widths_are_no_class_of_the_library(llama: Cut) -> None:
     feeds = [f"model.layers.{i}.mlp.gate_proj" for i in range(2)]
     assert len({free.kept[name].size for name in feeds}) == 2
     assert len({llama.plan.kept[name].size for name in feeds}) == 1
+
+
+def test_a_plan_for_a_time_is_checked(llama: Cut) -> None:
+    limit, _ = llama.analysis.rebuilding
+    assert limit is not None
+    assert checked(limit, llama.plan).settings["rebuild"]["fields"]
+    with pytest.raises(BudgetError, match="takes none of the configs"):
+        checked(limit, llama.analysis.plan(0.6, rebuildable=False, align=1))
+
+
+def test_counts_that_the_class_refuses(llama: Cut, monkeypatch: pytest.MonkeyPatch) -> None:
+    builds, seen = Rebuilding.twin, set[tuple[int, ...]]()
+
+    def picky(self: Rebuilding, counts: Any) -> Any:
+        if len(seen) < 3:
+            seen.add(tuple(counts))
+        return None if tuple(counts) in seen else builds(self, counts)
+
+    monkeypatch.setattr(Rebuilding, "twin", picky)
+    plan = llama.analysis.plan(0.5)
+    assert tuple(plan.keep().counts) not in seen
+    assert plan.macs / llama.analysis.macs == pytest.approx(0.5, abs=0.1)
+    monkeypatch.setattr(Rebuilding, "twin", lambda self, counts: None)
+    with pytest.raises(BudgetError, match="takes none of the configs"):
+        llama.analysis.plan(0.5)
 
 
 def test_ratios_move_all_that_is_tied(llama: Cut) -> None:
