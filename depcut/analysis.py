@@ -45,6 +45,8 @@ from depcut.plan import cost
 from depcut.plan.cost import Cost
 from depcut.plan.data import PlanData
 from depcut.rebuild.choose import checked, within
+from depcut.rebuild.depth import layers_and_width
+from depcut.rebuild.layers import droppable
 from depcut.rebuild.rebuilding import Rebuilding, rebuilding
 from depcut.rebuild.wanted import limits, unlimited
 from depcut.scores import Criterion, Score, score_name
@@ -150,7 +152,7 @@ class Analysis(ShownAnalysis):
             refuse_frozen(self.frozen, type(self.model).__name__)
         calibration = self.calibrate(data, loss=loss, options=chosen)
         score = criterion_or_default(chosen.score, has_data=data is not None)
-        rebuild, why = limits(lambda: self.rebuilding, chosen.rebuildable, depth=chosen.depth)
+        rebuild, why = limits(lambda: self.rebuilding, chosen.rebuildable)
         request = Request(
             score,
             allocation_or_default(chosen.allocation, score, of),
@@ -197,6 +199,9 @@ class Analysis(ShownAnalysis):
             )
             return checked(rebuild, plan) if rebuild else plan
         removed = float(cast(float, ratio))
+        if chosen.depth and rebuild is not None:
+            layers = droppable(rebuild.builder, self.coupling, self.model, self.residuals)
+            return layers_and_width(rebuild, layers, self.residuals, chooser, removed, of)
         if chosen.depth:
             return depth_and_width(chooser, self.residuals, of, removed)
         quantity = self.costs[of]

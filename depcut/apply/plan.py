@@ -35,6 +35,7 @@ from depcut.plan.keep import Keep
 from depcut.plan.layers import layer_sizes
 from depcut.plan.unchanged import check_unchanged
 from depcut.plan.uncounted import narrower
+from depcut.rebuild.numbering import number_anew
 from depcut.rebuild.rebuilding import recorded
 from depcut.rebuild.stock import prove
 from depcut.repair.after_rewrite import repair, wants_repair
@@ -148,6 +149,7 @@ class Plan(PlanData, Shown):
                 prove(stock.model, keep)
         if optimizer is not None:
             narrow_optimizer(optimizer, model, slim.model, keep)
+        number_anew(slim.model)
         slim.model, notes = whole_result(slim.model, model)
         notes += (*finish(slim.model, whole_of(model), keep), *unwrapping_note(given_model))
         record(slim.model, self._report(slim, model, error, compensation, notes))

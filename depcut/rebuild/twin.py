@@ -10,6 +10,9 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from depcut.plan.stacks import Stack
+from depcut.rebuild.numbering import plain_kind
+
 # What each module has beside the attributes of its class; none of it is built from a config.
 _OWN = frozenset(vars(nn.Module()))
 _PLAIN = (int, float, str, bool, type(None), complex, torch.dtype, torch.Size)
@@ -57,7 +60,7 @@ def twin_of(model: nn.Module) -> Twin:
 def _kind(module: nn.Module) -> type:
     """Its class; torch makes one anew for every parametrized module, of which it is the base."""
     kind = type(module)
-    return kind.__bases__[0] if is_parametrized(module) else kind
+    return kind.__bases__[0] if is_parametrized(module) else plain_kind(kind)
 
 
 def buffers(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -118,6 +121,23 @@ def changes(before: Twin, after: Twin) -> dict[Place, Any]:
 def same(a: Any, b: Any) -> bool:
     """Whether two plain values are equal, in type, too; NaN equals itself."""
     return type(a) is type(b) and (a == b or str(a) == str(b) == "nan")
+
+
+def without(twin: Twin, stacks: tuple[Stack, ...]) -> Twin:
+    """A twin without the layers that are gone.
+
+    Args:
+        twin: Of the dense model.
+        stacks: Which layers stay.
+    """
+    if not stacks:
+        return twin
+    gone = tuple(f"{h}.{i}." for s in stacks for h in s.holders for i in s.gone)
+    kinds, shapes, attributes = (
+        {name: value for name, value in each.items() if not f"{name}.".startswith(gone)}
+        for each in (twin.kinds, twin.shapes, twin.attributes)
+    )
+    return Twin(twin.model, kinds, shapes, attributes)
 
 
 def alike(before: Twin, after: Twin) -> bool:

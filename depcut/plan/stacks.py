@@ -1,0 +1,95 @@
+"""Repeated layers that a number of a config counts, and those of them that stay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from depcut.plan.data import REBUILD
+
+LAYERS = "layers"  # the entry of that entry of the settings
+
+Path = tuple[str | int, ...]  # of a number or a list in nested fields and lists
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Repeated layers that one number of a config counts.
+
+    Attributes:
+        number: Path of that number.
+        lists: Paths of lists of the config that have one entry a layer.
+        holders: Names of the lists of modules that hold the layers, entry by entry.
+        count: How many layers there are in the dense model.
+        kept: Which of them stay, ascending.
+    """
+
+    number: Path
+    lists: tuple[Path, ...]
+    holders: tuple[str, ...]
+    count: int
+    kept: tuple[int, ...]
+
+    @property
+    def cuts(self) -> dict[Path, tuple[int, ...]]:
+        """Entries that stay, by the path of a list, or of the number of its entries."""
+        return dict.fromkeys((self.number, *self.lists), self.kept)
+
+    @property
+    def gone(self) -> tuple[int, ...]:
+        """Which layers go."""
+        return tuple(i for i in range(self.count) if i not in self.kept)
+
+    @property
+    def line(self) -> str:
+        """In words."""
+        name = ".".join(map(str, self.number))
+        stay = ", ".join(map(str, self.kept))
+        return f"{name} {self.count} -> {len(self.kept)} ({stay} stay)"
+
+    def record(self) -> dict[str, Any]:
+        """It as JSON."""
+        return {
+            "number": list(self.number),
+            "lists": [list(path) for path in self.lists],
+            "holders": list(self.holders),
+            "count": self.count,
+            "kept": list(self.kept),
+        }
+
+
+def stacks_of(settings: Mapping[str, Any]) -> tuple[Stack, ...]:
+    """The layers that stay, as a plan's settings say it; () where no layer goes as a whole.
+
+    Args:
+        settings: Of the plan.
+    """
+    return tuple(
+        Stack(
+            tuple(each["number"]),
+            tuple(map(tuple, each["lists"])),
+            tuple(each["holders"]),
+            each["count"],
+            tuple(each["kept"]),
+        )
+        for each in settings.get(REBUILD, {}).get(LAYERS, ())
+    )
+
+
+def name_now(name: str, stacks: Iterable[Stack]) -> str | None:
+    """The name that a module or tensor has once the layers before it are gone; None: it is gone.
+
+    Args:
+        name: Its name in the dense model.
+        stacks: The layers that stay.
+    """
+    for stack in stacks:
+        for holder in stack.holders:
+            if not name.startswith(f"{holder}."):
+                continue
+            number, dot, rest = name[len(holder) + 1 :].partition(".")
+            if int(number) not in stack.kept:
+                return None
+            return name_now(f"{holder}.{stack.kept.index(int(number))}{dot}{rest}", ())
+    return name
