@@ -46,7 +46,7 @@ from depcut.plan.cost import Cost
 from depcut.plan.data import PlanData
 from depcut.rebuild.choose import checked, within
 from depcut.rebuild.depth import layers_and_width
-from depcut.rebuild.layers import droppable
+from depcut.rebuild.layers import Droppable, droppable
 from depcut.rebuild.rebuilding import Rebuilding, rebuilding
 from depcut.rebuild.wanted import limits, unlimited
 from depcut.scores import Criterion, Score, score_name
@@ -181,6 +181,11 @@ class Analysis(ShownAnalysis):
         """What a config can say of smaller widths; None, and why, where it cannot be built anew."""
         return rebuilding(self.coupling, self.model)
 
+    @cached_property
+    def droppable(self) -> Droppable:
+        """Whole layers that a class built from a config can lose, and why others cannot go."""
+        return droppable(self.rebuilding[0], self.model, self.residuals)
+
     def _within(
         self,
         ratio: float | None,
@@ -200,8 +205,7 @@ class Analysis(ShownAnalysis):
             return checked(rebuild, plan) if rebuild else plan
         removed = float(cast(float, ratio))
         if chosen.depth and rebuild is not None:
-            layers = droppable(rebuild.builder, self.coupling, self.model, self.residuals)
-            return layers_and_width(rebuild, layers, self.residuals, chooser, removed, of)
+            return layers_and_width(rebuild, self.droppable, self.residuals, chooser, removed, of)
         if chosen.depth:
             return depth_and_width(chooser, self.residuals, of, removed)
         quantity = self.costs[of]

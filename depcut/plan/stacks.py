@@ -6,9 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from depcut.plan.data import REBUILD
-
-LAYERS = "layers"  # the entry of that entry of the settings
+REBUILD = "rebuild"  # the entry of a plan's settings that says what the class is built anew with
+LAYERS = "layers"  # what it says of layers
 
 Path = tuple[str | int, ...]  # of a number or a list in nested fields and lists
 
@@ -64,8 +63,11 @@ def stacks_of(settings: Mapping[str, Any]) -> tuple[Stack, ...]:
 
     Args:
         settings: Of the plan.
+
+    Raises:
+        ValueError, TypeError, LookupError, AttributeError: They are damaged.
     """
-    return tuple(
+    found = tuple(
         Stack(
             tuple(each["number"]),
             tuple(map(tuple, each["lists"])),
@@ -75,6 +77,10 @@ def stacks_of(settings: Mapping[str, Any]) -> tuple[Stack, ...]:
         )
         for each in settings.get(REBUILD, {}).get(LAYERS, ())
     )
+    for stack in found:
+        if not stack.kept or not {*stack.kept} <= {*range(stack.count)}:
+            raise ValueError(f"of {stack.count} layers, {list(stack.kept)} stay")
+    return found
 
 
 def name_now(name: str, stacks: Iterable[Stack]) -> str | None:

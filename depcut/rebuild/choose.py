@@ -14,8 +14,9 @@ from depcut.allocate.choose import Chooser
 from depcut.allocate.space import Counts
 from depcut.errors import BudgetError
 from depcut.plan.cost import Cost
-from depcut.plan.data import REBUILD, PlanData
+from depcut.plan.data import PlanData
 from depcut.plan.keep import Keep
+from depcut.plan.stacks import REBUILD
 from depcut.rebuild.rebuilding import Rebuilding
 
 _NEIGHBOURS = 48  # counts next to the best that are built where the class refuses these

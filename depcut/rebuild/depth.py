@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from depcut.allocate.choose import Chooser
 from depcut.allocate.depth import Names, plan_with_depth, ranked
@@ -12,7 +14,8 @@ from depcut.allocate.savings import Savings
 from depcut.branches.branch import Block, Branch, Residuals, bypass
 from depcut.graph.liveness import gone
 from depcut.plan.cost import COSTS, ITEMS, NOTHING, dense_total
-from depcut.plan.data import REBUILD, PlanData
+from depcut.plan.data import PlanData
+from depcut.plan.stacks import REBUILD
 from depcut.rebuild.choose import within
 from depcut.rebuild.layers import Droppable, fits
 from depcut.rebuild.rebuilding import Rebuilding
@@ -74,8 +77,30 @@ def layers_and_width(
     ]
     saved = Savings(coupling, allowed, of)
     order = ranked(coupling, chooser.model, blocks, saved, batches)
-    orders = [_last_first(layers, order)]
+    orders = [_last_first(layers, _one_of_each(rebuilding, layers, order))]
     return plan_with_depth(coupling, chooser.model, residuals, plan_for, orders, batches)
+
+
+def _one_of_each(
+    rebuilding: Rebuilding, layers: Droppable, order: Sequence[Branch | Block]
+) -> list[Branch | Block]:
+    """An order in which the last layer of each kind that the config names goes in the end."""
+    entries = rebuilding.builder.recipe.lists
+    kinds: dict[str, Any] = {}
+    left: Counter[Any] = Counter()
+    for number, stack in enumerate(layers.stacks):
+        for i in range(stack.count):
+            kind = (number, *(repr(entries[path][i]) for path in stack.lists))
+            left[kind] += 1
+            if i in layers.blocks[number]:
+                kinds[layers.blocks[number][i].name] = kind
+    first: list[Branch | Block] = []
+    last: list[Branch | Block] = []
+    for block in order:
+        kind = kinds[block.name]
+        (first if left[kind] > 1 else last).append(block)
+        left[kind] -= 1
+    return first + last
 
 
 def _last_first(layers: Droppable, order: Sequence[Branch | Block]) -> list[Branch | Block]:

@@ -13,14 +13,15 @@ from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
+from depcut.allocate.savings import Savings
 from depcut.branches.branch import Block, Branch, Residuals, bypass
 from depcut.capture.random_state import preserved
 from depcut.coupling.groups import Coupling
 from depcut.errors import VerificationError
-from depcut.graph.liveness import gone
 from depcut.plan.keep import Keep
 from depcut.plan.stacks import Path, Stack
 from depcut.rebuild.builder import Builder
+from depcut.rebuild.rebuilding import Rebuilding
 from depcut.rebuild.stock import rebuilt
 from depcut.rebuild.twin import Twin, alike, changes, same, twin_of, without
 from depcut.support.failures import reraise_fatal
@@ -73,23 +74,24 @@ class Droppable:
 
 
 @preserved()
-def droppable(
-    builder: Builder, coupling: Coupling, model: nn.Module, residuals: Residuals
-) -> Droppable:
+def droppable(rebuilding: Rebuilding | None, model: nn.Module, residuals: Residuals) -> Droppable:
     """Which whole layers can go.
 
     Args:
-        builder: Of the model's class.
-        coupling: The analysed model.
+        rebuilding: How the model's class is built anew; None where it cannot be: none can go.
         model: The model; it is only read.
         residuals: Its branches.
     """
+    if rebuilding is None:
+        return Droppable((), {}, frozenset(), {})
+    builder, coupling = rebuilding.builder, rebuilding.coupling
     stacks: list[Stack] = []
     blocks: dict[int, dict[int, Block]] = {}
     ordered: set[int] = set()
     refused: dict[str, str] = {}
+    savings = Savings(coupling, residuals, "params")
     for stack in _stacks(builder):
-        found = _blocks(coupling, residuals, stack)
+        found = _blocks(coupling, savings, stack)
         holder = stack.holders[0]
         if not found:
             refused[holder] = f"the layers of {holder} are no residual branches"
@@ -129,12 +131,11 @@ def _stacks(builder: Builder) -> Iterator[Stack]:
     for path, value in builder.base.items():
         if not isinstance(value, int) or value < _FEWEST or value > len(builder.dense.kinds):
             continue
-        for lists in _choices(builder, path, value):
-            stack = _stack(builder, path, value, lists)
-            if stack is not None and taken.isdisjoint(stack.holders):
-                taken.update(stack.holders)
-                yield replace(stack, lists=(*lists, *_listed(builder, stack)))
-                break
+        stacks = (_stack(builder, path, value, lists) for lists in _choices(builder, path, value))
+        stack = next((s for s in stacks if s is not None), None)
+        if stack is not None and taken.isdisjoint(stack.holders):
+            taken.update(stack.holders)
+            yield replace(stack, lists=(*stack.lists, *_listed(builder, stack)))
 
 
 def _choices(builder: Builder, path: Path, value: int) -> Iterator[tuple[Path, ...]]:
@@ -143,7 +144,9 @@ def _choices(builder: Builder, path: Path, value: int) -> Iterator[tuple[Path, .
         yield ()
         return
     every = [
-        at for at, held in builder.recipe.lists.items() if at[:-1] == path[:-1] and len(held) == value
+        at
+        for at, held in builder.recipe.lists.items()
+        if at[:-1] == path[:-1] and len(held) == value
     ]
     for count in range(1, min(len(every), _MOST_LISTS) + 1):
         yield from itertools.combinations(every, count)
@@ -151,36 +154,45 @@ def _choices(builder: Builder, path: Path, value: int) -> Iterator[tuple[Path, .
 
 def _stack(builder: Builder, path: Path, value: int, lists: tuple[Path, ...]) -> Stack | None:
     """The layers that a number counts; None where it counts none."""
-    stack = Stack(path, lists, (), value, tuple(range(value - 1)))
+    whole = tuple(range(value))
+    stack = Stack(path, lists, (), value, whole[:-1])
     built = builder.twin({}, (stack,)) if lists else builder.twin({path: value - 1})
     if built is None:
         return None
     lost = builder.dense.kinds.keys() - built.kinds.keys()
     roots = {name for name in lost if name.rpartition(".")[0] not in lost}
     holders = tuple(sorted(name.rpartition(".")[0] for name in roots))
-    wanted = [str(i) for i in range(value)]
+    wanted = [str(i) for i in whole]
     children = (dict(builder.dense.model.get_submodule(h).named_children()) for h in holders)
     if not roots or any(r.rpartition(".")[2] != wanted[-1] for r in roots):
         return None
     if any([*held] != wanted for held in children):
         return None
-    stack = replace(stack, holders=holders)
-    twin = builder.twin({}, (stack,))
-    if twin is None or not _same_sizes(builder.dense, twin, stack):
-        return None
-    return replace(stack, kept=tuple(range(value)))
+    # A layer may be the only one of its kind: others are tried.
+    for gone in dict.fromkeys((value - 1, 0, value // 2)):
+        shorter = replace(stack, holders=holders, kept=tuple(i for i in whole if i != gone))
+        twin = builder.twin({}, (shorter,))
+        if twin is not None and _same_sizes(builder.dense, twin, shorter):
+            return replace(shorter, kept=whole)
+    return None
 
 
 def _same_sizes(dense: Twin, twin: Twin, stack: Stack) -> bool:
     """Whether a twin is the dense one without some layers, outside of the layers that stay."""
     left = without(dense, (stack,))
     layers = tuple(f"{holder}." for holder in stack.holders)
-    return left.kinds.keys() == twin.kinds.keys() and all(
-        twin.kinds[name] is kind for name, kind in left.kinds.items() if not name.startswith(layers)
-    ) and all(
-        twin.shapes.get(name) == shape
-        for name, shape in left.shapes.items()
-        if not name.startswith(layers)
+    return (
+        left.kinds.keys() == twin.kinds.keys()
+        and all(
+            twin.kinds[name] is kind
+            for name, kind in left.kinds.items()
+            if not name.startswith(layers)
+        )
+        and all(
+            twin.shapes.get(name) == shape
+            for name, shape in left.shapes.items()
+            if not name.startswith(layers)
+        )
     )
 
 
@@ -222,24 +234,23 @@ def _place(name: str, stack: Stack) -> int | None:
 # Layers that can go -------------------------------------------------------------------------------
 
 
-def _blocks(coupling: Coupling, residuals: Residuals, stack: Stack) -> dict[int, Block]:
+def _blocks(coupling: Coupling, savings: Savings, stack: Stack) -> dict[int, Block]:
     """Layers of which nothing is left once their residual branches go, by number."""
     inside: dict[int, list[Branch]] = {}
-    for branch in residuals.branches:
+    for branch in savings.branches.values():
         places = {_place(name, stack) for name in branch.parameters}
         if len(places) == 1 and None not in places:
             inside.setdefault(next(iter(places)) or 0, []).append(branch)
     out = {}
     for number, branches in sorted(inside.items()):
-        through = bypass(branches)
-        lost = gone(coupling.program, through).tensors
+        names = tuple(branch.name for branch in branches)
+        lost = savings.tensors(names)
         layer = tuple(f"{holder}.{number}." for holder in stack.holders)
         own = {n for n in coupling.program.parameters if n.startswith(layer)}
         if own <= lost and not any(
             n in coupling.program.parameters and not n.startswith(layer) for n in lost
         ):
-            names = tuple(branch.name for branch in branches)
-            out[number] = Block(layer[0][:-1], names, *_stream(branches, through))
+            out[number] = Block(layer[0][:-1], names, *_stream(branches, bypass(branches)))
     return out
 
 

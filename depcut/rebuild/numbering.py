@@ -10,7 +10,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 from torch import nn
@@ -100,13 +99,12 @@ def _number(held: nn.Module, names: Iterable[str]) -> None:
     held.__class__ = _with_gaps(type(held))
 
 
-@cache
-def _with_gaps(kind: type) -> type:
+def _with_gaps(kind: Any) -> Any:
     """A class of lists whose entries are counted, whatever their names are."""
 
     def entry(self: Any, index: Any) -> Any:
         if isinstance(index, slice):
-            return kind.__getitem__(self, index)  # type: ignore[attr-defined]
+            return kind.__getitem__(self, index)
         return list(children_of(self).values())[operator.index(index)]
 
     return type(kind.__name__, (kind,), {"__getitem__": entry, _GAPS: True})

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from depcut.errors import listed
-from depcut.plan.data import REBUILD
-from depcut.plan.stacks import LAYERS, Stack, stacks_of
+from depcut.plan.stacks import LAYERS, REBUILD, Stack, stacks_of
 from depcut.rebuild.recipe import Number, Path, Values
 
 
@@ -62,6 +61,7 @@ def lines(settings: Mapping[str, Any]) -> list[str]:
     if kept.get("loss") is not None:
         free = kept.get("free_loss")
         beside = "" if free is None else f"; cut freely, {free:.2%} would go"
+        beside += "; layers that go are not counted" if stacks_of(settings) else ""
         out.append(f"predicted loss: {kept['loss']:.2%} of the score goes{beside}")
     return out
 

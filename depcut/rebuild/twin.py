@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ _DEEPEST = 6
 
 Place = tuple[str, tuple[Any, ...]]  # a module's name, and the path from its attributes
 MISSING = object()
+_ValueT = TypeVar("_ValueT")
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,11 +134,11 @@ def without(twin: Twin, stacks: tuple[Stack, ...]) -> Twin:
     if not stacks:
         return twin
     gone = tuple(f"{h}.{i}." for s in stacks for h in s.holders for i in s.gone)
-    kinds, shapes, attributes = (
-        {name: value for name, value in each.items() if not f"{name}.".startswith(gone)}
-        for each in (twin.kinds, twin.shapes, twin.attributes)
-    )
-    return Twin(twin.model, kinds, shapes, attributes)
+
+    def left(values: Mapping[str, _ValueT]) -> dict[str, _ValueT]:
+        return {name: v for name, v in values.items() if not f"{name}.".startswith(gone)}
+
+    return Twin(twin.model, left(twin.kinds), left(twin.shapes), left(twin.attributes))
 
 
 def alike(before: Twin, after: Twin) -> bool:

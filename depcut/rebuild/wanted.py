@@ -8,9 +8,10 @@ from typing import Any
 from torch import nn
 
 from depcut.errors import InputError
-from depcut.plan.data import REBUILD
+from depcut.plan.stacks import REBUILD
 from depcut.rebuild.rebuilding import Rebuilding
 from depcut.rebuild.recipe import recipe_of
+
 
 def limits(
     found: Callable[[], tuple[Rebuilding | None, str]], wanted: bool | str
