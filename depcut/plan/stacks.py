@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,18 +84,33 @@ def stacks_of(settings: Mapping[str, Any]) -> tuple[Stack, ...]:
 
 
 def name_now(name: str, stacks: Iterable[Stack]) -> str | None:
-    """The name that a module or tensor has once the layers before it are gone; None: it is gone.
+    """The name that a module or tensor has once layers before it are gone; None: it is gone.
 
     Args:
         name: Its name in the dense model.
         stacks: The layers that stay.
     """
+    for stack, holder, number, rest in _places(name, stacks):
+        return f"{holder}.{stack.kept.index(number)}{rest}" if number in stack.kept else None
+    return name
+
+
+def name_then(name: str, stacks: Iterable[Stack]) -> str:
+    """The name that a module or tensor of the smaller model has in the dense one.
+
+    Args:
+        name: Its name in the smaller model.
+        stacks: The layers that stay.
+    """
+    for stack, holder, number, rest in _places(name, stacks):
+        return f"{holder}.{stack.kept[number]}{rest}"
+    return name
+
+
+def _places(name: str, stacks: Iterable[Stack]) -> Iterator[tuple[Stack, str, int, str]]:
+    """The list of layers that a name is in, its name, the layer's number, and what follows."""
     for stack in stacks:
         for holder in stack.holders:
-            if not name.startswith(f"{holder}."):
-                continue
-            number, dot, rest = name[len(holder) + 1 :].partition(".")
-            if int(number) not in stack.kept:
-                return None
-            return name_now(f"{holder}.{stack.kept.index(int(number))}{dot}{rest}", ())
-    return name
+            if name.startswith(f"{holder}."):
+                number, dot, rest = name[len(holder) + 1 :].partition(".")
+                yield stack, holder, int(number), f"{dot}{rest}"

@@ -90,7 +90,7 @@ def droppable(rebuilding: Rebuilding | None, model: nn.Module, residuals: Residu
     ordered: set[int] = set()
     refused: dict[str, str] = {}
     savings = Savings(coupling, residuals, "params")
-    for stack in _stacks(builder):
+    for stack in stacks_in(builder):
         found = _blocks(coupling, savings, stack)
         holder = stack.holders[0]
         if not found:
@@ -125,8 +125,12 @@ def _suffix(found: Mapping[int, Block], stack: Stack) -> Iterator[tuple[int, Blo
 # Numbers that count layers ------------------------------------------------------------------------
 
 
-def _stacks(builder: Builder) -> Iterator[Stack]:
-    """Lists of layers that a number of the config counts, each list of modules once."""
+def stacks_in(builder: Builder) -> Iterator[Stack]:
+    """Lists of layers that a number of the config counts, each list of modules once.
+
+    Args:
+        builder: Of the class.
+    """
     taken: set[str] = set()
     for path, value in builder.base.items():
         if not isinstance(value, int) or value < _FEWEST or value > len(builder.dense.kinds):
