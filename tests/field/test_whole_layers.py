@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import pickle
 import subprocess
@@ -33,14 +34,15 @@ pytestmark = [
 TESTS = Path(__file__).resolve().parent.parent
 LLAMA = FAMILIES["Llama (GQA)"]
 WHOLE = {"encoder-decoder": ("logits",)}
-# Family, options of its config, share to remove, number of its config, layers that stay of it.
-CASES: dict[str, tuple[dict[str, Any], float, str, tuple[int, ...]]] = {
-    "Llama (GQA)": ({"num_hidden_layers": 3}, 0.5, "num_hidden_layers", (0, 2)),
-    "Qwen2": ({"num_hidden_layers": 4}, 0.5, "num_hidden_layers", (0, 2, 3)),
-    "GPT-2": ({"n_layer": 4}, 0.5, "n_layer", (0, 2, 3)),
-    "Gemma 2": ({"num_hidden_layers": 4}, 0.5, "num_hidden_layers", (0, 2, 3)),
-    "T5": ({"num_layers": 3, "num_decoder_layers": 3}, 0.4, "num_layers", (0, 2)),
-    "ViT": ({"num_hidden_layers": 4}, 0.5, "num_hidden_layers", (0, 2, 3)),
+STAY = (0, 2)  # of three layers, of which the second does next to nothing; (0, 2, 3) of four
+# Options of its config, share to remove, number of its config.
+CASES: dict[str, tuple[dict[str, Any], float, str]] = {
+    "Llama (GQA)": ({"num_hidden_layers": 3}, 0.5, "num_hidden_layers"),
+    "Qwen2": ({"num_hidden_layers": 3}, 0.5, "num_hidden_layers"),
+    "GPT-2": ({"n_layer": 3}, 0.5, "n_layer"),
+    "Gemma 2": ({"num_hidden_layers": 4}, 0.35, "num_hidden_layers"),
+    "T5": ({"num_layers": 3, "num_decoder_layers": 2}, 0.4, "num_layers"),
+    "ViT": ({"num_hidden_layers": 3}, 0.5, "num_hidden_layers"),
 }
 
 
@@ -63,7 +65,7 @@ class Cut:
     """A family with a layer that adds next to nothing, and what became of it."""
 
     def __init__(self, name: str, idle: int = 1) -> None:
-        changes, ratio, self.number, self.stay = CASES[name]
+        changes, ratio, self.number = CASES[name]
         self.family: Family = FAMILIES[name]
         self.dense: Any = without_effect(self.family.build(**changes), idle)
         self.config = copy.deepcopy(self.dense.config.to_dict())
@@ -79,9 +81,15 @@ class Cut:
         return auto.from_pretrained(folder).eval()
 
 
+@functools.cache
+def cut_of(name: str) -> Cut:
+    """Made once, for several tests."""
+    return Cut(name)
+
+
 @pytest.fixture(scope="module")
 def llama() -> Cut:
-    return Cut("Llama (GQA)")
+    return cut_of("Llama (GQA)")
 
 
 def assert_equal(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
@@ -114,7 +122,7 @@ def zeroed(model: nn.Module, plan: depcut.Plan) -> nn.Module:
 
 def test_a_layer_in_the_middle_goes(llama: Cut, tmp_path: Path) -> None:
     (stack,) = stacks_of(llama.plan.settings)
-    assert stack.kept == llama.stay
+    assert stack.kept == STAY
     assert llama.plan.kept, "widths meet the rest"
     assert llama.plan.macs / llama.analysis.macs == pytest.approx(0.5, abs=0.05)
     assert type(llama.slim) is type(llama.dense)
@@ -216,7 +224,7 @@ def test_layers_of_the_teacher_are_those_of_the_same_number(llama: Cut) -> None:
         names = set(distill._places)
         assert names == {f"model.layers.{i}.mlp" for i in (0, 2)}
         out = slim(**batch)
-        assert torch.isfinite(distill(out, batch))
+        assert torch.isfinite(distill(out, **batch))
 
 
 def test_what_a_request_names_stays(llama: Cut) -> None:
@@ -313,16 +321,17 @@ assert "depcut" not in sys.modules
 
 @pytest.mark.sweep
 def test_families_come_back_without_depcut(tmp_path: Path) -> None:
-    cuts = {name: Cut(name) for name in CASES}
+    cuts = {name: cut_of(name) for name in CASES}
     for name, cut in cuts.items():
         (stack,) = (s for s in stacks_of(cut.plan.settings) if s.number == (cut.number,))
-        assert stack.kept == cut.stay, name
+        stay = (*STAY, *range(3, stack.count))
+        assert stack.kept == stay, name
         assert cut.plan.kept, name
         cut.slim.save_pretrained(tmp_path / name)
         config = json.loads((tmp_path / name / "config.json").read_text())
-        assert config[cut.number] == len(cut.stay)
+        assert config[cut.number] == len(stay)
         lists = [config[key] for (key,) in stack.lists]
-        assert lists == [[cut.config[key][i] for i in cut.stay] for (key,) in stack.lists]
+        assert lists == [[cut.config[key][i] for i in stay] for (key,) in stack.lists]
     given = [f"{tmp_path / name}={name}" for name in cuts]
     subprocess.run([sys.executable, "-c", STOCK, str(TESTS), *given], check=True)
     for name, cut in cuts.items():
@@ -335,7 +344,7 @@ def test_families_come_back_without_depcut(tmp_path: Path) -> None:
 @pytest.mark.sweep
 @pytest.mark.parametrize("name", [n for n in CASES if n != "Llama (GQA)"])
 def test_other_families_without_their_layers(name: str) -> None:
-    cut = Cut(name)
+    cut = cut_of(name)
     plan = only_layers(cut.plan)
     mine = outputs(cut.family, plan.apply(cut.dense))
     theirs = outputs(cut.family, zeroed(cut.dense, plan))
