@@ -50,9 +50,8 @@ CASES: dict[str, tuple[dict[str, Any], float, str]] = {
 def without_effect(model: nn.Module, number: int) -> nn.Module:
     """The model whose layers of a number add next to nothing to their stream."""
     for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        inside = str(number) in parts and "relative_attention_bias" not in name
-        if inside and any(end in name for end in _ENDS):
+        layer = next((part for part in name.split(".") if part.isdigit()), "")
+        if layer == str(number) and any(end in name for end in _ENDS):
             parameter.mul_(1e-3)
     return model
 
