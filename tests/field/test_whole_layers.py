@@ -226,6 +226,21 @@ def test_layers_of_the_teacher_are_those_of_the_same_number(llama: Cut) -> None:
         assert torch.isfinite(distill(out, **batch))
 
 
+def test_layers_are_drawn_anew_as_those_of_the_same_number(
+    llama: Cut, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resets = []
+    monkeypatch.setattr(
+        sys.modules["depcut.training.fresh"],
+        "_reset",
+        lambda module, other: resets.append((module, other)),
+    )
+    plan = only_layers(llama.plan)
+    depcut.training.fresh(llama.dense, plan, init=llama.dense._init_weights)
+    pairs = [(m.layer_idx, o.layer_idx) for m, o in resets if hasattr(m, "layer_idx")]
+    assert sorted(pairs) == [(0, 0), (1, 2)]
+
+
 def test_what_a_request_names_stays(llama: Cut) -> None:
     plan = llama.analysis.plan(0.5, depth=True, ignore=("model.layers.1.input_layernorm*",))
     assert all(1 in stack.kept for stack in stacks_of(plan.settings))
