@@ -33,6 +33,7 @@ from depcut.plan.data import PlanData, make_plan
 from depcut.plan.fingerprint import example_of, outputs_of
 from depcut.plan.keep import Keep
 from depcut.plan.layers import layer_sizes
+from depcut.plan.stacks import name_then, stacks_of
 from depcut.plan.unchanged import check_unchanged
 from depcut.plan.uncounted import narrower
 from depcut.rebuild.numbering import number_anew
@@ -182,7 +183,8 @@ class Plan(PlanData, Shown):
             for of in (cost.macs, cost.params)
         )
         left = inside(slim.dense, keep.coupling.program.unused)
-        left &= set(slim.model.state_dict(keep_vars=True))
+        stacks = stacks_of(self.settings)
+        left &= {name_then(name, stacks) for name in slim.model.state_dict(keep_vars=True)}
         return Report(
             self.digest,
             dict(self.settings),

@@ -30,6 +30,7 @@ from depcut.verify.calls import verify_calls
 _FEWEST = 2  # layers of which one can go
 _MOST_LISTS = 3  # of the config that are cut at a time
 _MOST_FIRST = 4  # layers at the front that may be of their own kind
+_SEVERAL = "layers are dropped from the graph of one example call, and there are several"
 _NONE = "no number of the config counts layers that are residual branches"
 
 
@@ -94,7 +95,11 @@ def droppable(rebuilding: Rebuilding | None, model: nn.Module, residuals: Residu
         found = _blocks(coupling, savings, stack)
         holder = stack.holders[0]
         if not found:
-            refused[holder] = f"the layers of {holder} are no residual branches"
+            refused[holder] = (
+                _SEVERAL
+                if coupling.program.others
+                else f"the layers of {holder} are no residual branches"
+            )
             continue
         free, last_first = _free(builder, stack)
         mine = {i: block for i, block in found.items() if i in free}
