@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,6 +20,8 @@ from depcut.plan.stacks import REBUILD
 from depcut.rebuild.choose import within
 from depcut.rebuild.layers import Droppable, fits
 from depcut.rebuild.rebuilding import Rebuilding
+
+_MISS = 0.03  # share of the dense quantity by which fewer layers may miss a budget widths meet
 
 
 def layers_and_width(
@@ -51,6 +54,8 @@ def layers_and_width(
     dense = dense_total(ITEMS[of](coupling, NOTHING))
     target = dense * (1 - ratio)
 
+    misses: list[float] = []  # of the widths alone, which are judged first, where they can meet it
+
     def plan_for(names: Names) -> PlanData | None:
         stacks = layers.without(names)
         if stacks is None or not fits(rebuilding.builder, stacks):
@@ -65,7 +70,11 @@ def layers_and_width(
         settings = {**plan.settings, "depth": True}
         if not layers.stacks:
             settings[REBUILD] = {**settings[REBUILD], "whole_layers": layers.why}
-        return replace(plan, settings=settings, dropped=tuple(sorted(names)))
+        made = replace(plan, settings=settings, dropped=tuple(sorted(names)))
+        miss = abs(quantity(made.keep(coupling, residuals).counts) - target) / dense
+        if not names:
+            misses.append(miss)
+        return made if miss <= max([_MISS, *misses] if misses else [math.inf]) else None
 
     allowed = residuals.sparing(chooser.spares)
     known = {branch.name for branch in allowed.branches}

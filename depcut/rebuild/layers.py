@@ -250,16 +250,15 @@ def _blocks(coupling: Coupling, savings: Savings, stack: Stack) -> dict[int, Blo
         places = {_place(name, stack) for name in branch.parameters}
         if len(places) == 1 and None not in places:
             inside.setdefault(next(iter(places)) or 0, []).append(branch)
+    own: dict[int | None, set[str]] = {}
+    for name in coupling.program.parameters:
+        own.setdefault(_place(name, stack), set()).add(name)
     out = {}
     for number, branches in sorted(inside.items()):
         names = tuple(branch.name for branch in branches)
-        lost = savings.tensors(names)
-        layer = tuple(f"{holder}.{number}." for holder in stack.holders)
-        own = {n for n in coupling.program.parameters if n.startswith(layer)}
-        if own <= lost and not any(
-            n in coupling.program.parameters and not n.startswith(layer) for n in lost
-        ):
-            out[number] = Block(layer[0][:-1], names, *_stream(branches, bypass(branches)))
+        if savings.tensors(names) & coupling.program.parameters == own[number]:
+            stream = _stream(branches, bypass(branches))
+            out[number] = Block(f"{stack.holders[0]}.{number}", names, *stream)
     return out
 
 

@@ -307,6 +307,15 @@ def test_lists_that_have_one_entry_a_layer() -> None:
     assert not fits(builder, (replace(stack, lists=(), kept=(0, 3)),))
 
 
+@pytest.mark.parametrize("of", ["macs", "params"])
+def test_budgets_are_met_as_by_widths_alone(llama: Cut, of: str) -> None:
+    whole = getattr(llama.analysis, of)
+    for ratio in (0.35, 0.6, 0.8):
+        plans = [llama.analysis.plan(ratio, of=of, depth=depth) for depth in (True, False)]
+        off, widths = (abs(1 - ratio - getattr(plan, of) / whole) for plan in plans)
+        assert off <= max(0.03, widths)
+
+
 def test_a_ratio_out_of_reach(llama: Cut) -> None:
     with pytest.raises(BudgetError, match="rebuildable=False"):
         llama.analysis.plan(0.999, depth=True)
