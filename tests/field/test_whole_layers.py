@@ -136,6 +136,7 @@ def test_a_layer_in_the_middle_goes(llama: Cut, tmp_path: Path) -> None:
     assert torch.equal(cached, uncached)
 
 
+@pytest.mark.sweep
 def test_what_is_left_computes_as_the_dense_model_without_its_layers(llama: Cut) -> None:
     plan = only_layers(llama.plan)
     slim = plan.apply(llama.dense)
@@ -151,6 +152,7 @@ def test_what_is_left_computes_as_the_dense_model_without_its_layers(llama: Cut)
     assert len(list(slim.parameters())) == len(weights) - 9
 
 
+@pytest.mark.sweep
 def test_it_is_said(llama: Cut) -> None:
     said = "num_hidden_layers 3 -> 2 (0, 2 stay)"
     assert said in repr(llama.plan)
@@ -159,6 +161,7 @@ def test_it_is_said(llama: Cut) -> None:
     assert said in str(llama.plan.summary())
 
 
+@pytest.mark.sweep
 def test_a_plan_in_a_file(llama: Cut, tmp_path: Path) -> None:
     llama.plan.save(tmp_path / "plan.json")
     again = depcut.Plan.load(tmp_path / "plan.json").apply(llama.dense)
@@ -173,6 +176,7 @@ def test_a_plan_in_a_file(llama: Cut, tmp_path: Path) -> None:
         depcut.Plan.load(tmp_path / "plan.json")
 
 
+@pytest.mark.sweep
 def test_it_is_a_model_as_any_other(llama: Cut) -> None:
     """Nothing is generated: it trains, at other lengths and batches, in other precisions."""
     slim: Any = copy.deepcopy(pickle.loads(pickle.dumps(llama.slim)))  # noqa: S301
@@ -188,6 +192,7 @@ def test_it_is_a_model_as_any_other(llama: Cut) -> None:
     assert slim.eval().double()(input_ids=ids).logits.dtype is torch.float64
 
 
+@pytest.mark.sweep
 def test_state_of_an_optimizer_goes_with_its_layer(llama: Cut) -> None:
     dense = copy.deepcopy(llama.dense)
     optimizer = torch.optim.Adam(dense.parameters(), 1e-3)
@@ -202,6 +207,7 @@ def test_state_of_an_optimizer_goes_with_its_layer(llama: Cut) -> None:
     assert held == {id(p) for p in slim.parameters()}
 
 
+@pytest.mark.sweep
 def test_data_re_solves_the_layers_that_stay(llama: Cut, tmp_path: Path) -> None:
     rows = [LLAMA.inputs(2)["input_ids"].roll(i, 1) for i in range(2)]
     data = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in rows]
@@ -213,6 +219,7 @@ def test_data_re_solves_the_layers_that_stay(llama: Cut, tmp_path: Path) -> None
     assert_equal(outputs(LLAMA, slim), outputs(LLAMA, type(slim).from_pretrained(tmp_path).eval()))
 
 
+@pytest.mark.sweep
 def test_layers_of_the_teacher_are_those_of_the_same_number(llama: Cut) -> None:
     plan = only_layers(llama.plan)
     dense: Any = llama.dense
@@ -226,6 +233,7 @@ def test_layers_of_the_teacher_are_those_of_the_same_number(llama: Cut) -> None:
         assert torch.isfinite(distill(out, **batch))
 
 
+@pytest.mark.sweep
 def test_layers_are_drawn_anew_as_those_of_the_same_number(
     llama: Cut, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,6 +249,7 @@ def test_layers_are_drawn_anew_as_those_of_the_same_number(
     assert sorted(pairs) == [(0, 0), (1, 2)]
 
 
+@pytest.mark.sweep
 def test_what_a_request_names_stays(llama: Cut) -> None:
     plan = llama.analysis.plan(0.5, depth=True, ignore=("model.layers.1.input_layernorm*",))
     assert all(1 in stack.kept for stack in stacks_of(plan.settings))
@@ -259,12 +268,14 @@ def test_layers_that_are_no_branches() -> None:
     assert slim.config.hidden_size < 48
 
 
+@pytest.mark.sweep
 def test_a_class_that_cannot_be_built_anew() -> None:
     net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     with pytest.raises(InputError, match="cannot be rebuilt from a config"):
         depcut.shrink(net, 0.3, torch.randn(2, 8), depth=True, rebuildable=True)
 
 
+@pytest.mark.sweep
 def test_branches_alone_go_freely(llama: Cut) -> None:
     plan = llama.analysis.plan(0.5, depth=True, rebuildable=False)
     assert "rebuild" not in plan.settings
@@ -307,6 +318,7 @@ def test_lists_that_have_one_entry_a_layer() -> None:
     assert not fits(builder, (replace(stack, lists=(), kept=(0, 3)),))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("of", ["macs", "params"])
 def test_budgets_are_met_as_by_widths_alone(llama: Cut, of: str) -> None:
     whole = getattr(llama.analysis, of)
@@ -316,6 +328,7 @@ def test_budgets_are_met_as_by_widths_alone(llama: Cut, of: str) -> None:
         assert off <= max(0.03, widths)
 
 
+@pytest.mark.sweep
 def test_a_ratio_out_of_reach(llama: Cut) -> None:
     with pytest.raises(BudgetError, match="rebuildable=False"):
         llama.analysis.plan(0.999, depth=True)
