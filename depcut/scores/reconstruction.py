@@ -56,10 +56,7 @@ def obs(context: Context) -> Scores:
     """
     coupling = context.coupling
     sites, products = find_sites(coupling), _activation_products(coupling)
-    # All moments at once, or, with little memory, those of one group after the other.
-    gathered = None
-    if not context.data.low_memory:
-        gathered = _gather(context, sites, products, coupling.groups)
+    gathered = _gather(context, sites, products, coupling.groups)
     felt = sensitivities(
         coupling,
         context.model,
@@ -75,8 +72,6 @@ def obs(context: Context) -> Scores:
         summing[product.term].append(product)
     out = []
     for group in coupling.groups:
-        if gathered is None or context.data.low_memory:
-            gathered = _gather(context, sites, products, [group])
         weights = [_reader(s, group, gathered, felt.get(s.node)) for s in reading[group.axis]]
         readers: list[Reads] = [r for r in weights if r is not None]
         readers += [
