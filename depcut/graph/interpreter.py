@@ -42,6 +42,10 @@ def finished(run: Pausing) -> list[Any]:
 
 def last_uses(program: Program) -> dict[fx.Node, list[fx.Node]]:
     """The nodes whose value nobody needs after a node; itself, where nobody needs it at all."""
+    return program.once(_last_uses)
+
+
+def _last_uses(program: Program) -> dict[fx.Node, list[fx.Node]]:
     last: dict[fx.Node, fx.Node] = {}
     for node in program.graph.graph.nodes:
         last[node] = node
@@ -172,20 +176,51 @@ class Interpreter:
         Returns:
             The flat outputs.
         """
-        last, pending = last_uses(self.program), deque(inputs)
+        pending = deque(inputs)
         self.resized = numbers_of_run(inputs)
         del inputs  # a pause may be long, and what is still read of them is among the values
-        outputs: list[Any] = []
         self.values.clear()
+        first: fx.Node = next(iter(self.program.graph.graph.nodes))
+        return (yield from self._from(first, stops, pending))
+
+    def resumed(
+        self,
+        start: fx.Node,
+        values: Mapping[fx.Node, Any],
+        stops: Collection[fx.Node] = (),
+        resized: Resized | None = None,
+    ) -> Pausing:
+        """Run from where another run paused, and after that as `steps` does.
+
+        Args:
+            start: The node that it paused before.
+            values: What it had then, but for what can be asked for again.
+            stops: Nodes to pause before.
+            resized: The numbers of inputs of other sizes.
+
+        Returns:
+            The flat outputs.
+        """
+        self.resized = resized
+        self.values.clear()
+        self.values.update(values)
+        for node, value in values.items():
+            if enters_autocast(node):
+                value.__enter__()
+                self._regions.append(value)
+        return (yield from self._from(start, stops, deque()))
+
+    def _from(self, node: fx.Node, stops: Collection[fx.Node], pending: deque[Any]) -> Pausing:
+        """Run from a node on."""
+        last, outputs = last_uses(self.program), list[Any]()
         try:
-            for node in self.program.graph.graph.nodes:
+            while node.op != "root":
                 if node.op == "placeholder":
                     self._enter(node, pending)
                 elif node.op == "output":
                     self._ask_for_sources(node)
-                    outputs = [
-                        self.values[a] if isinstance(a, fx.Node) else a for a in node.args[0]
-                    ]
+                    given = self.program.outputs
+                    outputs = [self.values[a] if isinstance(a, fx.Node) else a for a in given]
                 elif self.stands_aside(node):
                     pass
                 elif node.op == "get_attr":
@@ -201,6 +236,7 @@ class Interpreter:
                 self.made(node)
                 for done in last.get(node, ()):
                     self.free(done)
+                node = node.next
         finally:
             for region in reversed(self._regions):
                 region.__exit__(None, None, None)

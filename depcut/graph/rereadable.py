@@ -6,16 +6,12 @@ reads them.
 
 from __future__ import annotations
 
-from weakref import WeakKeyDictionary
-
 from torch import fx
 
 from depcut.capture.program import Program
 from depcut.graph.arguments import sources_of_storage, written
 from depcut.graph.liveness import storages, written_roots
 from depcut.graph.operators import is_item, is_operator
-
-_FOUND: WeakKeyDictionary[fx.GraphModule, frozenset[fx.Node]] = WeakKeyDictionary()
 
 
 def rereadable(program: Program) -> frozenset[fx.Node]:
@@ -24,10 +20,7 @@ def rereadable(program: Program) -> frozenset[fx.Node]:
     Args:
         program: The captured graph.
     """
-    found = _FOUND.get(program.graph)
-    if found is None:
-        found = _FOUND[program.graph] = _rereadable(program)
-    return found
+    return program.once(_rereadable)
 
 
 def _rereadable(program: Program) -> frozenset[fx.Node]:

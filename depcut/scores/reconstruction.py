@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from string import ascii_letters
 from typing import Any
@@ -172,15 +173,14 @@ def _gather(
     items: list[Site | _ActivationProduct] = [*needed, *wanted]
     for item in items:
         at.setdefault(item.node, []).append(item)
-    for number, node, call in visits(
-        coupling, context.model, context.data, list(at), "second moments"
-    ):
-        valid = context.data.batches[number].valid
-        for item in at[node]:
-            if isinstance(item, Site):
-                _add_inputs(gathered, item, call, valid)
-            else:
-                _add_terms(gathered, item, call)
+    with closing(visits(coupling, context.model, context.data, at, "second moments")) as found:
+        for number, node, call in found:
+            valid = context.data.batches[number].valid
+            for item in at[node]:
+                if isinstance(item, Site):
+                    _add_inputs(gathered, item, call, valid)
+                else:
+                    _add_terms(gathered, item, call)
     return gathered
 
 
