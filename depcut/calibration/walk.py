@@ -120,12 +120,17 @@ class Walk:
                 yield number, self.nodes[walker.at - 1], walker.runs
             self._let_go()
 
-    def outputs(self, number: int) -> tuple[list[Any], ...]:
-        """Flat outputs of the graphs for one batch, from where it is; it cannot be walked on."""
+    def outputs(self, number: int, graph: int) -> list[Any]:
+        """Flat outputs of one graph for one batch, from where it is; it cannot be walked on.
+
+        Args:
+            number: Of the batch.
+            graph: Its place among the graphs.
+        """
         self._entered(number)
         self.resident = None
         with torch.no_grad():
-            return tuple(finished(steps) for steps in self.walkers.pop(number).steps)
+            return finished(self.walkers.pop(number).steps[graph])
 
     def _entered(self, number: int) -> _Walker:
         """A batch with its values; those of the one before are in the store."""

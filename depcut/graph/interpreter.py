@@ -204,10 +204,9 @@ class Interpreter:
         self.resized = resized
         self.values.clear()
         self.values.update(values)
-        for node, value in values.items():
-            if enters_autocast(node):
-                value.__enter__()
-                self._regions.append(value)
+        for node in sorted(filter(enters_autocast, values)):
+            self.values[node].__enter__()
+            self._regions.append(self.values[node])
         return (yield from self._from(start, stops, deque()))
 
     def _from(self, node: fx.Node, stops: Collection[fx.Node], pending: deque[Any]) -> Pausing:

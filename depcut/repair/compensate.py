@@ -138,7 +138,7 @@ class _Repairer:
                 stretches = walk.stretches()
                 for nodes in progress.track(stretches, len(walk.pauses), description="compensate"):
                     self._stretch(nodes, walk)
-            expected = {n: walk.outputs(n)[1] for n in self._one_a_length()}
+            expected = {n: walk.outputs(n, 1) for n in self._one_a_length()}
         return Compensation(tuple(self.repairs), {**self.left, **self._unread()}), expected
 
     def _stretches(self) -> list[list[fx.Node]]:
