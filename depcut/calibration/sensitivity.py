@@ -57,10 +57,13 @@ def sensitivities(
         with closing(felt.walked()) as walk:
             for _ in walk:
                 pass
-    except RuntimeError:
-        # An operator without a derivative: nothing is known, all errors count alike.
+    except NoDerivativeError:
         return {}
     return felt.found
+
+
+class NoDerivativeError(Exception):
+    """The graph cannot be differentiated: nothing is known, all errors count alike."""
 
 
 class Sensitivity:
@@ -102,7 +105,7 @@ class Sensitivity:
             the end of a stretch.
 
         Raises:
-            RuntimeError: The graph cannot be differentiated.
+            NoDerivativeError: An operator has no derivative.
             InputError: The model turns the data into NaN or infinite values.
         """
         program, calibration, shown = self.coupling.program, self.calibration, shown or {}
@@ -129,10 +132,13 @@ class Sensitivity:
                 self._projection,
                 self._take,
             )
-            for _ in progress.track(back.stretches(), len(cuts) + 1, description="sensitivity"):
-                for number, node, run in back.batches():
-                    yield number, node, checked_call(run.paused(node), number)
-                yield None
+            try:
+                for _ in progress.track(back.stretches(), len(cuts) + 1, description="sensitivity"):
+                    for number, node, run in back.batches():
+                        yield number, node, checked_call(run.paused(node), number)
+                    yield None
+            except RuntimeError as error:
+                raise NoDerivativeError from error
 
     def _readers(self) -> dict[fx.Node, list[fx.Node]]:
         """The nodes to know the sensitivity of, by the first that reads each."""
