@@ -51,7 +51,7 @@ def site_inputs(site: Site, call: Call, valid: torch.Tensor | None) -> torch.Ten
 
 
 def with_same_inputs(coupling: Coupling, sites: list[Site]) -> dict[Site, Site]:
-    """Sites that multiply the very vectors that an earlier one does (keys, what queries do), with it.
+    """Sites that multiply the vectors that an earlier one does, as keys do those of queries; and it.
 
     Args:
         coupling: The analysed model.
