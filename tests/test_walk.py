@@ -18,7 +18,7 @@ import pytest
 import torch
 from deep_nets import subject
 from nets import NETS, Net
-from selection import sampled
+from selection import swept
 from torch import Tensor, fx
 
 import depcut
@@ -39,6 +39,9 @@ from depcut.reference.run import Reference, ReferenceRun
 from depcut.support.memory import check_memory, free_memory
 
 GENEROUS = 1 << 40
+QUICK = ("unet", "attention_gqa_expand", "copy_into_slices")
+SOME: list[Any] = [pytest.param(NETS[name], id=name) for name in QUICK]
+SOME += swept((net for name, net in NETS.items() if name not in QUICK), 6)
 
 
 def calibrated(net: Net, memory: int, batches: int = 3) -> tuple[depcut.Analysis, Calibration]:
@@ -67,7 +70,7 @@ def walked(analysis: depcut.Analysis, data: Calibration, store: Store) -> list[A
 # Results ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("net", sampled(NETS))
+@pytest.mark.parametrize("net", SOME)
 def test_what_is_kept_on_the_disk_changes_no_result(net: Net) -> None:
     analysis, data = calibrated(net, 1)
     with Store(1) as store:
@@ -82,7 +85,7 @@ def test_what_is_kept_on_the_disk_changes_no_result(net: Net) -> None:
             assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
 
 
-@pytest.mark.parametrize("net", sampled(NETS))
+@pytest.mark.parametrize("net", SOME)
 def test_derivatives_of_stretches_are_those_of_the_whole(
     net: Net, monkeypatch: pytest.MonkeyPatch
 ) -> None:
