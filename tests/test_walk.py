@@ -35,7 +35,9 @@ from depcut.calibration.walk import Graph, Walk
 from depcut.capture.held import held_tensors
 from depcut.errors import DepcutError, InputError
 from depcut.plan.keep import Keep
+from depcut.reference.narrowed import Narrowed
 from depcut.reference.run import Reference, ReferenceRun
+from depcut.repair.compensate import re_solve
 from depcut.support.memory import check_memory, free_memory
 
 GENEROUS = 1 << 40
@@ -179,6 +181,26 @@ def test_weights_are_read_once_and_held_for_a_stretch() -> None:
     assert 0 < away.most < whole / 8
     for node, value in sensitivities(it.analysis.coupling, it.model, data, features).items():
         torch.testing.assert_close(found_away[node], value)
+
+
+def test_narrowed_weights_are_re_solved_where_they_live() -> None:
+    it = subject("attention", 8)
+    data = it.analysis.calibrate(it.data(), progress=False, memory=1)
+    assert data is not None
+    plan = it.plan()
+    keep = plan.keep()
+    slim = plan.apply(it.model, data=data, progress=False)
+    elsewhere = Elsewhere(held_tensors(it.model))
+    whole = sum(t.numel() * t.element_size() for t in elsewhere.held.values())
+    dense, written = Shelf(elsewhere), dict[str, Tensor]()
+    with torch.no_grad():
+        done, _ = re_solve(dense, Shelf(Narrowed(keep, dense, written)), keep, data)
+    assert done.repairs
+    assert set(elsewhere.read.values()) == {1}
+    assert elsewhere.most < whole / 4
+    assert len(written) < len(elsewhere.held)
+    for name, tensor in held_tensors(slim).items():
+        torch.testing.assert_close(Narrowed(keep, elsewhere, written)[name], tensor.detach())
 
 
 def test_weights_that_share_a_module_are_read_again() -> None:
