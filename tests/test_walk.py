@@ -9,6 +9,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from deep_nets import subject
 from nets import NETS, Net
 from selection import swept
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 import depcut
 from depcut.calibration import sensitivity
@@ -116,17 +117,17 @@ def test_batches_of_other_lengths_are_walked() -> None:
     net = NETS["attention_fused"]
     analysis = depcut.analyze(net.build().eval(), net.inputs(2))
     items = [net.inputs(4), net.inputs(3)[:, :3], net.inputs(4)[:, 1:]]
-    scores = []
-    for memory in (GENEROUS, 1):
-        data = analysis.calibrate(items, progress=False, memory=memory)
-        scores.append(depcut.scores.score("obs", analysis.coupling, analysis.model, 0, data))
+    whole = analysis.calibrate(items, progress=False, memory=GENEROUS)
+    assert whole is not None
+    both = (whole, replace(whole, memory=1))
+    assert len({id(batch.resized) for batch in whole.batches}) == 3
+    scores = [
+        depcut.scores.score("obs", analysis.coupling, analysis.model, 0, data) for data in both
+    ]
     for a, b in zip(*scores, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
     plan = analysis.plan_keeping(oracle.random_keep(analysis, np.random.default_rng(0)))
-    slim = [
-        plan.apply(analysis.model, data=items, progress=False, memory=memory)
-        for memory in (GENEROUS, 1)
-    ]
+    slim = [plan.apply(analysis.model, data=data, progress=False) for data in both]
     for a, b in zip(*(each.parameters() for each in slim), strict=True):
         torch.testing.assert_close(a, b)
 
@@ -336,6 +337,28 @@ def test_what_reads_the_same_is_seen_together() -> None:
     found = joined(analysis.program, nodes, lambda n: n.all_input_nodes)
     assert [len(each) for each in found].count(3) == 1  # queries, keys, values
     assert [n for each in found for n in each] == nodes
+
+
+class Between(nn.Module):
+    """Two layers read one tensor, which is written to between them."""
+
+    def __init__(self, *, writes: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.writes = nn.Linear(4, 4), nn.Linear(4, 4), writes
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 2
+        y = self.first(x)
+        if self.writes:
+            x.add_(1)
+        return y + self.second(x)
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_what_is_written_to_in_between_is_not_seen_together(writes: bool) -> None:
+    analysis = depcut.analyze(Between(writes=writes), torch.randn(2, 4))
+    found = joined(analysis.program, site_nodes(analysis), lambda n: n.all_input_nodes)
+    assert list(map(len, found)) == ([1, 1] if writes else [2])
 
 
 def test_cuts_are_where_little_is_alive() -> None:
