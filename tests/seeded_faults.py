@@ -266,6 +266,18 @@ FAULTS = [
     ),
     Fault(
         "calibration",
+        "spans[key] = (min(known[0], begin), max(known[1], end))",
+        "spans[key] = (begin, end)",
+        "tests/test_walk.py -k what_they_share",
+    ),
+    Fault(
+        "calibration",
+        "if any(start <= at < end for at in changes.get(roots[source], ())):",
+        "if False:",
+        "tests/test_walk.py -k written_to",
+    ),
+    Fault(
+        "calibration",
         "+ self.count * bias.square()",
         "+ bias.square()",
         "tests/test_compensate.py -k least_squares",
