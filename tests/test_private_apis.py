@@ -52,6 +52,15 @@ def test_a_dispatch_mode_sees_what_is_executed_with_its_numbers() -> None:
     assert ("aten.div.Tensor", [1.5]) in calls
 
 
+def test_writes_to_a_tensor_are_counted_through_its_views() -> None:
+    x = torch.zeros(3)
+    before = torch_private.writes_to([x, 1])
+    x[1:].add_(1)
+    assert torch_private.writes_to([x, 1]) == before + 1  # type: ignore[operator]
+    with torch.inference_mode():
+        assert torch_private.writes_to([torch.zeros(3)]) is None
+
+
 def test_autocast_is_entered_and_left() -> None:
     token = torch_private.enter_autocast("cpu", torch.bfloat16, True, None)
     try:

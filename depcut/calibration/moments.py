@@ -4,23 +4,70 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 
+from depcut.calibration.products import Runs
+
 FOLDS = 2
+# Of the mean square of the inputs: what rounding leaves of their variance.
+_NOISE = 1e-12
+_TINY = 1e-30
+
+
+class Fold(Protocol):
+    """Vectors x (in) and targets y (out), for each of several independent blocks.
+
+    Attributes:
+        count: Number of vectors.
+        x: Sum of x, (blocks, in).
+        y: Sum of y, (blocks, out).
+        yy: Sum of y squared, by output.
+    """
+
+    @property
+    def count(self) -> int:
+        """Number of vectors."""
+
+    @property
+    def x(self) -> torch.Tensor:
+        """Sum of x, (blocks, in)."""
+
+    @property
+    def y(self) -> torch.Tensor:
+        """Sum of y, (blocks, out)."""
+
+    @property
+    def yy(self) -> torch.Tensor:
+        """Sum of y squared, (blocks, out)."""
+
+    def __add__(self, other: Any) -> Fold:
+        """This and another of the same kind."""
+
+    def error(self, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """Sum of |y - W x - b|^2 by block and output, for W (blocks, out, in), b (blocks, out)."""
+
+    def fitted(self, start: torch.Tensor, ridge: float, free: bool) -> torch.Tensor:
+        """W with the least |y - W x - b|^2 + ridge |W - start|^2, W (blocks, out, in).
+
+        Args:
+            start: W where it is pulled to; returned where the problem cannot be solved.
+            ridge: Relative to the mean variance of the inputs.
+            free: Whether there is a b, the best one; else it is zero.
+        """
 
 
 @dataclass
 class Moments:
-    """Sums over vectors x (in) and targets y (out), for each of several independent blocks.
-
-    Accumulated in double precision: (blocks, ...).
+    """Sums over vectors x (in) and targets y (out), in double precision; see `Fold`.
 
     Attributes:
         count: Number of vectors.
-        xx: Sum of x x^T.
+        xx: Sum of x x^T, (blocks, in, in).
         x: Sum of x.
-        yx: Sum of y x^T.
+        yx: Sum of y x^T, (blocks, out, in).
         y: Sum of y.
         yy: Sum of y squared, by output.
     """
@@ -34,19 +81,19 @@ class Moments:
 
     @staticmethod
     def of(x: torch.Tensor, y: torch.Tensor) -> Moments:
-        """Of x (blocks, vectors, in) and y (blocks, vectors, out)."""
-        x, y = x.double(), y.double()
-        turned = x.transpose(1, 2)
+        """Of x (blocks, vectors, in) and y (blocks, vectors, out); see `Runs` for the error."""
+        read, wanted = Runs(x), Runs(y)
         return Moments(
             x.shape[1],
-            turned @ x,
-            x.sum(1),
-            y.transpose(1, 2) @ x,
-            y.sum(1),
-            y.square().sum(1),
+            read.gram(),
+            read.total(),
+            wanted.cross(read),
+            wanted.total(),
+            wanted.squares(),
         )
 
     def __add__(self, other: Moments) -> Moments:
+        """Of both together."""
         return Moments(
             self.count + other.count,
             self.xx + other.xx,
@@ -63,7 +110,7 @@ class Moments:
         return xx, self.yx - self.y[:, :, None] * mean[:, None, :]
 
     def error(self, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """Sum of |y - W x - b|^2 by block and output, for W (blocks, out, in), b (blocks, out)."""
+        """See `Fold`."""
         quadratic = ((weight @ self.xx) * weight).sum(-1)
         cross = (weight * self.yx).sum(-1)
         through = (weight @ self.x[:, :, None])[..., 0]
@@ -75,25 +122,140 @@ class Moments:
             + self.count * bias.square()
         )
 
+    def fitted(self, start: torch.Tensor, ridge: float, free: bool) -> torch.Tensor:
+        """See `Fold`: the normal equations, by a Cholesky factorisation."""
+        xx, yx = self.centred() if free else (self.xx, self.yx)
+        level = xx.diagonal(dim1=1, dim2=2).mean(1).clamp_min(0)
+        noise = _NOISE * self.xx.diagonal(dim1=1, dim2=2).mean(1)
+        system = xx.clone()
+        system.diagonal(dim1=1, dim2=2).add_((ridge * level + noise + _TINY)[:, None])
+        factor, failed = torch.linalg.cholesky_ex(system)
+        if bool(failed.any()):
+            return start
+        missing = yx - start @ xx
+        return start + torch.cholesky_solve(missing.transpose(1, 2), factor).transpose(1, 2)
 
-def folded(parts: Iterable[tuple[int, torch.Tensor, torch.Tensor]]) -> list[Moments]:
-    """Moments of two folds that share no batch, or halves of the only batch.
+
+@dataclass
+class Vectors:
+    """Vectors x and targets y as they are, where they are fewer than x is long; see `Fold`.
+
+    Attributes:
+        inputs: x, (blocks, vectors, in).
+        targets: y, (blocks, vectors, out).
+    """
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+
+    def __post_init__(self) -> None:
+        self.inputs, self.targets = self.inputs.double(), self.targets.double()
+
+    def __add__(self, other: Vectors) -> Vectors:
+        """Both together."""
+        return Vectors(
+            torch.cat([self.inputs, other.inputs], 1), torch.cat([self.targets, other.targets], 1)
+        )
+
+    @property
+    def count(self) -> int:
+        """Number of vectors."""
+        return self.inputs.shape[1]
+
+    @cached_property
+    def x(self) -> torch.Tensor:
+        """Sum of x, (blocks, in)."""
+        return self.inputs.sum(1)
+
+    @cached_property
+    def y(self) -> torch.Tensor:
+        """Sum of y, (blocks, out)."""
+        return self.targets.sum(1)
+
+    @cached_property
+    def yy(self) -> torch.Tensor:
+        """Sum of y squared, (blocks, out)."""
+        return self.targets.square().sum(1)
+
+    def error(self, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """See `Fold`."""
+        missed = self.targets - self.inputs @ weight.transpose(1, 2) - bias[:, None, :]
+        return missed.square().sum(1)
+
+    @cached_property
+    def _centred(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs less their mean, and their inner products (blocks, vectors, vectors)."""
+        inputs = self.inputs - self.x[:, None, :] / self.count
+        return inputs, inputs @ inputs.transpose(1, 2)
+
+    @cached_property
+    def _plain(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.inputs, self.inputs @ self.inputs.transpose(1, 2)
+
+    def fitted(self, start: torch.Tensor, ridge: float, free: bool) -> torch.Tensor:
+        """See `Fold`: W - start is a combination of the vectors (push-through identity).
+
+        X^T (X X^T + c I)^-1 = (X^T X + c I)^-1 X^T for X (vectors, in): the same solution from a
+        system as large as there are vectors.
+        """
+        inputs, gram = self._centred if free else self._plain
+        level = gram.diagonal(dim1=1, dim2=2).sum(1) / inputs.shape[2]
+        noise = _NOISE * self.inputs.square().sum(1).mean(1)
+        system = gram.clone()
+        system.diagonal(dim1=1, dim2=2).add_((ridge * level + noise + _TINY)[:, None])
+        factor, failed = torch.linalg.cholesky_ex(system)
+        if bool(failed.any()):
+            return start
+        # Where inputs are centred, a constant in what is missing makes no difference.
+        missing = self.targets - self.inputs @ start.transpose(1, 2)
+        if free:
+            missing = missing - missing.mean(1, keepdim=True)
+        return start + torch.cholesky_solve(missing, factor).transpose(1, 2) @ inputs
+
+
+Part = tuple[int, torch.Tensor, torch.Tensor]
+
+
+def folded(parts: Iterable[Part]) -> list[Fold]:
+    """Two folds that share no batch, or halves of the only batch.
+
+    Vectors are kept as they are while they are fewer than they are long, which takes less memory
+    than their moments.
 
     Args:
         parts: (number of the batch, x, y) of every batch.
     """
+    few: list[Part] | None = []
+    count = 0
     folds: dict[int, Moments] = {}
-    parts = iter(parts)
-    first = next(parts)
-    second = next(parts, None)
-    if second is None:
-        _, x, y = first
-        half = x.shape[1] // 2
-        if not half:
-            return [Moments.of(x, y)]
-        return [Moments.of(x[:, :half], y[:, :half]), Moments.of(x[:, half:], y[:, half:])]
-    for pending in (first, second):
-        folds[len(folds)] = Moments.of(pending[1], pending[2])
-    for number, x, y in parts:
-        folds[number % FOLDS] += Moments.of(x, y)
-    return [folds[number] for number in sorted(folds)]
+    for place, (_, x, y) in enumerate(parts):
+        count += x.shape[1]
+        fold = place % FOLDS
+        if few is not None:
+            few.append((fold, x, y))
+            if place == 0 or count < x.shape[2]:
+                continue
+            pending, few = few, None
+        else:
+            pending = [(fold, x, y)]
+        for number, given, wanted in pending:
+            moments = Moments.of(given, wanted)
+            folds[number] = folds[number] + moments if number in folds else moments
+    if few is None:
+        return [folds[number] for number in sorted(folds)]
+    if len(few) == 1:
+        few = _halves(*few[0][1:])
+    kind = Vectors if count < few[0][1].shape[2] else Moments.of
+    together: list[Fold] = []
+    for number in sorted({fold for fold, _, _ in few}):
+        given = torch.cat([x for fold, x, _ in few if fold == number], 1)
+        wanted = torch.cat([y for fold, _, y in few if fold == number], 1)
+        together.append(kind(given, wanted))
+    return together
+
+
+def _halves(x: torch.Tensor, y: torch.Tensor) -> list[Part]:
+    half = x.shape[1] // 2
+    if not half:
+        return [(0, x, y)]
+    return [(0, x[:, :half], y[:, :half]), (1, x[:, half:], y[:, half:])]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,6 +159,17 @@ class Patches:
             patches = self._spread(x, call, kernel)
         columns = patches.reshape(len(x), groups, channels // groups * kernel.numel(), -1)
         return columns.permute(1, 0, 3, 2).flatten(1, 2)
+
+    def reads(self, nodes: Call, call: Call) -> Hashable | None:
+        """The activations, the sizes of the kernel and all that says where it lies."""
+        names = ["stride", "padding", "dilation", "groups"] + ["output_padding"] * self.transposed
+        return (
+            "patches",
+            self,
+            nodes["input"],
+            call["weight"].shape[2:],
+            *(str(call[n]) for n in names),
+        )
 
     def _spread(self, x: torch.Tensor, call: Call, kernel: torch.Size) -> torch.Tensor:
         """(batch, in * taps, positions): patches by a convolution with one-hot kernels."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from string import ascii_letters
 from typing import Any
@@ -15,6 +15,7 @@ from torch import fx
 
 from depcut import axes
 from depcut.axes import Indices
+from depcut.calibration.inputs import Inputs
 from depcut.calibration.sensitivity import sensitivities
 from depcut.calibration.sites import find_sites, site_inputs
 from depcut.calibration.visits import visits
@@ -27,6 +28,15 @@ from depcut.scores.aggregate import totals
 from depcut.scores.context import Context, Score, Scores, criterion
 from depcut.scores.elimination import Reads, Terms, Weight, eliminated
 from depcut.scores.magnitude import powers
+from depcut.scores.quadratic import (
+    FullGram,
+    FullInverse,
+    Gram,
+    Inverse,
+    ThinGram,
+    ThinInverse,
+)
+from depcut.support.torch_private import pytree, writes_to
 
 _DAMPING = 1e-2  # of the mean variance of the inputs
 _TINY = 1e-30
@@ -77,8 +87,7 @@ def obs(context: Context) -> Scores:
     for group in coupling.groups:
         if gathered is None or context.data.low_memory:
             gathered = _gather(context, sites, products, [group])
-        weights = [_reader(s, group, gathered, felt.get(s.node)) for s in reading[group.axis]]
-        readers: list[Reads] = [r for r in weights if r is not None]
+        readers = _readers(reading[group.axis], group, gathered, felt)
         readers += [
             Terms.of(
                 gathered.products[p], float(felt.get(p.node, torch.ones(())).sum()), group.rows
@@ -154,14 +163,32 @@ class _Gathered:
     """What one pass over the data collects.
 
     Attributes:
-        inputs: By site, sum of x x^T (blocks, in, in), sum of x (blocks, in), count.
+        inputs: By site, what it reads; the same object where others read the same.
         weights: By site, W (blocks, out, in).
         products: By product, Gram matrices of its terms (rows or 1, units, units).
     """
 
-    inputs: dict[Site, tuple[torch.Tensor, torch.Tensor, int]]
+    inputs: dict[Site, Inputs]
     weights: dict[Site, torch.Tensor]
     products: dict[_ActivationProduct, NDArray[np.float64]]
+
+    def __post_init__(self) -> None:
+        self.owners: dict[Inputs, Site] = {}
+        self._read: dict[Hashable, Inputs] = {}
+
+    def shared(self, site: Site, call: Call) -> Inputs:
+        """The inputs of a site, which may be those of another one.
+
+        Args:
+            site: The site, at its first visit.
+            call: Values of its node's arguments.
+        """
+        key = site.family.reads(bound(site.node, site.node.args, site.node.kwargs), call)
+        # What is read may be written to in between.
+        writes = writes_to(pytree.tree_leaves(dict(call)))
+        if key is None or writes is None:
+            return Inputs()
+        return self._read.setdefault((key, writes), Inputs())
 
 
 def _gather(
@@ -190,14 +217,12 @@ def _gather(
 
 
 def _add_inputs(gathered: _Gathered, site: Site, call: Call, valid: torch.Tensor | None) -> None:
-    x = site_inputs(site, call, valid).double()
-    xx, total, count = x.transpose(1, 2) @ x, x.sum(1), x.shape[1]
-    if site in gathered.inputs:
-        before = gathered.inputs[site]
-        xx, total, count = before[0].add_(xx), before[1].add_(total), before[2] + count
-    else:
+    first = site not in gathered.inputs
+    if first:
         gathered.weights[site] = site.family.matrix(call).detach().double()
-    gathered.inputs[site] = xx, total, count
+        gathered.inputs[site] = gathered.shared(site, call)
+    if gathered.owners.setdefault(gathered.inputs[site], site) is site:
+        gathered.inputs[site].add(site_inputs(site, call, valid))
 
 
 def _add_terms(gathered: _Gathered, product: _ActivationProduct, call: Call) -> None:
@@ -239,46 +264,79 @@ def _lists(value: object, source: fx.Node) -> bool:
     return isinstance(value, list | tuple) and any(v is source for v in value)
 
 
-def _reader(
-    site: Site, group: Group, gathered: _Gathered, felt: torch.Tensor | None
-) -> Weight | None:
-    """A site as a reader of a group, None if it does not read it.
+def _readers(
+    sites: list[Site], group: Group, gathered: _Gathered, felt: dict[fx.Node, torch.Tensor]
+) -> list[Reads]:
+    """The sites that read a group; those that read the same inputs as one.
 
     Args:
-        site: The site.
+        sites: The sites.
         group: The group.
-        gathered: Moments of what the site reads.
-        felt: See `sensitivities`; None: an error counts as a share of its outputs' variance.
+        gathered: Moments of what the sites read.
+        felt: See `sensitivities`; without a node, an error in what it computes counts as a share of
+            its variance.
     """
-    moments = gathered.inputs.get(site)
-    owners = site.units(group.axis)
-    if moments is None or not (owners >= 0).any():
-        return None
-    at = _columns(site, group, owners, len(gathered.weights[site]))
-    if at is None:
-        return None
-    xx, total, count = moments
-    if site.takes_shift:
-        xx = xx - total[:, :, None] * total[:, None, :] / count
-    weight = gathered.weights[site]
-    if felt is not None and felt.ndim:
-        scale = float(count)
-        rows = weight * felt.reshape(*weight.shape[:2], 1).to(weight)
-    else:
-        energy = float((weight.transpose(1, 2) @ weight * xx).sum())
-        scale = max(energy, _TINY) / max(1.0 if felt is None else float(felt), _TINY)
-        rows = weight
-    gram = weight.transpose(1, 2) @ rows
-    level = xx.diagonal(dim1=1, dim2=2).mean(1)
+    together: dict[Hashable, list[Site]] = {}
+    placed: dict[Hashable, tuple[NDArray[np.int64], bool]] = {}
+    for site in sites:
+        owners = site.units(group.axis)
+        if site not in gathered.inputs or not (owners >= 0).any():
+            continue
+        at = _columns(site, group, owners, len(gathered.weights[site]))
+        if at is None:
+            continue
+        key = (gathered.inputs[site], site.takes_shift, at[0].tobytes(), at[1])
+        together.setdefault(key, []).append(site)
+        placed[key] = at
+    return [_reader(alike, gathered, felt, *placed[key]) for key, alike in together.items()]
+
+
+def _reader(
+    sites: list[Site],
+    gathered: _Gathered,
+    felt: dict[fx.Node, torch.Tensor],
+    columns: NDArray[np.int64],
+    blockwise: bool,
+) -> Weight:
+    """Sites with the same inputs and columns of a group as one reader."""
+    inputs, centred = gathered.inputs[sites[0]], sites[0].takes_shift
+    square, whole = inputs.squares(centred), inputs.squares(False)
+    level = square.mean(1)
     level = level.clamp_min(1e-6 * float(level.max()) + _TINY)
-    damped = xx.clone()
-    noise = _NOISE * moments[0].diagonal(dim1=1, dim2=2).mean(1)
-    damped.diagonal(dim1=1, dim2=2).add_((_DAMPING * level + noise)[:, None])
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    damping = _DAMPING * level + _NOISE * whole.mean(1)
+    scaled = [_scaled(gathered.weights[s], felt.get(s.node), inputs, centred) for s in sites]
     # Constant inputs carry nothing that a bias does not.
-    constant = float((gram * xx).sum()) <= _NOISE * float((gram * moments[0]).sum())
-    gram = torch.zeros_like(gram) if constant else gram / max(scale, _TINY)
-    return Weight(inverse.cpu(), gram.cpu(), torch.from_numpy(at[0]), at[1])
+    scaled = [
+        w if float((p * square).sum()) > _NOISE * float((p * whole).sum()) else torch.zeros_like(w)
+        for w, p in ((w, w.square().sum(1)) for w in scaled)
+    ]
+    blocks, _, size = scaled[0].shape
+    gram: Gram
+    if sum(w.shape[1] for w in scaled) < size:
+        gram = ThinGram(torch.cat(scaled, 1).cpu())
+    else:
+        gram = FullGram(torch.stack([w.transpose(1, 2) @ w for w in scaled]).sum(0).cpu())
+    few = inputs.vectors(centred)
+    inverse: Inverse
+    if few is not None:
+        inverse = ThinInverse(few.cpu(), damping.cpu())
+    else:
+        damped = inputs.products(centred).clone()
+        damped.diagonal(dim1=1, dim2=2).add_(damping[:, None])
+        inverse = FullInverse(torch.cholesky_inverse(torch.linalg.cholesky(damped)).cpu())
+    return Weight(inverse, gram, size, torch.from_numpy(columns), blocks, blockwise)
+
+
+def _scaled(
+    weight: torch.Tensor, felt: torch.Tensor | None, inputs: Inputs, centred: bool
+) -> torch.Tensor:
+    """Rows of a weight such that the squared error of its outputs is a share of the loss."""
+    if felt is not None and felt.ndim:
+        rows: torch.Tensor = felt.reshape(*weight.shape[:2], 1).to(weight) / inputs.count
+        return weight * rows.sqrt()
+    energy = max(inputs.energy(weight, centred), _TINY)
+    share = max(1.0 if felt is None else float(felt), _TINY)
+    return weight * (share / energy) ** 0.5
 
 
 def _columns(

@@ -20,6 +20,7 @@ one that goes or changes. No other module spells a private name of a library; th
 | `nn.MultiheadAttention._reset_parameters` | its initialisation has no public name |
 | `functional._canonical_mask`, `_mha_shape_check` | attention's masks and refusals, slim as stock |
 | `Tensor._make_subclass` | a parameter of the user's own class |
+| `Tensor._version` | whether a tensor was written to |
 | `torch.export._trace`, `torch.fx._symbolic_trace` | what torch.export changes for all threads |
 | `torch.compiler._is_compiling_flag`, `_is_exporting_flag` | they are to be on in one thread |
 | `_packed_params` | quantized layers have it |
@@ -32,7 +33,7 @@ one that goes or changes. No other module spells a private name of a library; th
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -84,6 +85,7 @@ __all__ = [
     "schema_of",
     "set_epoch",
     "size_expression",
+    "writes_to",
 ]
 
 # Attribute of a module that `Module.compile()` was called on.
@@ -269,3 +271,15 @@ def set_epoch(schedule: LRScheduler, epoch: int) -> None:
     finally:
         schedule._is_initial = False
     schedule._step_count = schedule.last_epoch + 1
+
+
+def writes_to(values: Iterable[object]) -> int | None:
+    """How often tensors among some values were written to so far; None: one does not know.
+
+    Args:
+        values: Tensors and anything else.
+    """
+    tensors = [v for v in values if isinstance(v, Tensor)]
+    if any(t.is_inference() for t in tensors):
+        return None
+    return sum(t._version for t in tensors)
