@@ -103,7 +103,8 @@ class Moments:
             self.yy + other.yy,
         )
 
-    def centred(self) -> tuple[torch.Tensor, torch.Tensor]:
+    @cached_property
+    def _centred(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Covariance sums of x with itself and of y with x."""
         mean = self.x / self.count
         xx = self.xx - self.x[:, :, None] * mean[:, None, :]
@@ -124,7 +125,7 @@ class Moments:
 
     def fitted(self, start: torch.Tensor, ridge: float, free: bool) -> torch.Tensor:
         """See `Fold`: the normal equations, by a Cholesky factorisation."""
-        xx, yx = self.centred() if free else (self.xx, self.yx)
+        xx, yx = self._centred if free else (self.xx, self.yx)
         level = xx.diagonal(dim1=1, dim2=2).mean(1).clamp_min(0)
         noise = _NOISE * self.xx.diagonal(dim1=1, dim2=2).mean(1)
         system = xx.clone()

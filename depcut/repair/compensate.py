@@ -253,13 +253,27 @@ class _Repairer:
         if self.keep.narrows(site.term):
             return False
         for dense, slim in both.steps():
-            x = site.family.inputs(self._along(site, dense))
-            given = site.family.inputs(self._call(slim))
-            if x.shape != given.shape:
-                return False
-            if not float((x - given).abs().max()) <= _SAME * float(x.abs().max()):
-                return False
+            for x, given in self._read_by_both(site, self._along(site, dense), self._call(slim)):
+                if x.shape != given.shape:
+                    return False
+                if not float((x - given).abs().max()) <= _SAME * float(x.abs().max()):
+                    return False
         return True
+
+    def _read_by_both(
+        self, site: Site, wide: Call, narrow: Call
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """What decides on the inputs of a site: activations where they do, else the inputs."""
+        nodes = bound(site.node, site.node.args, site.node.kwargs)
+        leaves = [pytree.tree_leaves(dict(call)) for call in (nodes, wide, narrow)]
+        if site.family.reads(nodes, narrow) is None or len({len(part) for part in leaves}) != 1:
+            return [(site.family.inputs(wide), site.family.inputs(narrow))]
+        return [
+            (x, given)
+            for node, x, given in zip(*leaves, strict=True)
+            if isinstance(node, fx.Node) and node not in self.program.tensors
+            if isinstance(x, torch.Tensor)
+        ]
 
     def _obstacle(self, site: Site, call: Call) -> str:
         """Why the weights of a site cannot be changed, "" if they can."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from depcut.scores.quadratic import Gram, Inverse, block
+from depcut.scores.quadratic import Gram, Inverse, block, columns_of
 
 _ROUNDS = 64  # in which the units of a group are eliminated, at most
 _SPARSE = 1 / 8  # of the columns, which are dropped when so many are gone
@@ -96,14 +96,18 @@ class Weight:
     def __post_init__(self) -> None:
         # Columns that went and have not been dropped yet, by block.
         self.gone = torch.zeros(self.blocks, 0, dtype=torch.int64)
+        self.own = self.inverse.own(self._at())
+
+    def _at(self) -> torch.Tensor:
+        """Columns of the units of each block, (blocks, units, columns of a unit)."""
+        rows, _, wide = self.columns.shape
+        at = self.columns.reshape(rows if self.blockwise else 1, -1)
+        return at.expand(self.blocks, -1).reshape(self.blocks, -1, wide)
 
     def losses(self) -> torch.Tensor:
         """What removing each unit alone costs, (rows, units)."""
-        rows, units, wide = self.columns.shape
-        at = self.columns.reshape(rows if self.blockwise else 1, -1)
-        at = at.expand(self.blocks, -1).reshape(self.blocks, -1, wide)
-        cost = _trace(self.inverse.own(at), self.gram.own(at))
-        return cost if self.blockwise else cost.sum(0).reshape(rows, units)
+        cost = _trace(self.own, self.gram.own(self._at()))
+        return cost if self.blockwise else cost.sum(0).reshape(self.columns.shape[:2])
 
     def remove(self, units: torch.Tensor) -> float:
         """Remove units (rows, any number) together and re-solve what is left; the cost."""
@@ -116,11 +120,24 @@ class Weight:
         through = torch.linalg.solve(within, across)
         square = self.gram.remove(gone, through)
         self.inverse.remove(gone, across, through)
-        stay = _others(units, self.columns.shape[1])
-        self.columns = self.columns.gather(1, stay[:, :, None].expand(-1, -1, wide))
+        self._keep(_others(units, self.columns.shape[1]))
+        at = self._at()
+        lost, by = (
+            columns_of(m, at.flatten(1)).unflatten(2, at.shape[1:]) for m in (across, through)
+        )
+        self.own -= lost.permute(0, 2, 3, 1) @ by.transpose(1, 2)
         if self.gone.shape[1] >= _SPARSE * self.size:
             self._compact()
         return float(_trace(within, square).sum())
+
+    def _keep(self, stay: torch.Tensor) -> None:
+        """Go on with units (rows, any number) alone."""
+        rows, units, wide = self.columns.shape
+        self.columns = self.columns.gather(1, stay[:, :, None].expand(-1, -1, wide))
+        if self.blockwise:
+            self.own = self.own[torch.arange(self.blocks)[:, None], stay]
+        else:
+            self.own = self.own[:, (torch.arange(rows)[:, None] * units + stay).flatten()]
 
     def _compact(self) -> None:
         """Drop the columns of what is gone, all at once."""

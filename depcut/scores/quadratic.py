@@ -109,7 +109,7 @@ class ThinInverse:
         picked = _picked(self.turned, gone)
         inner = -self.damping * across  # V_S^T V, but for the identity
         inner.scatter_add_(2, gone[..., None], torch.ones_like(inner[..., :1]))
-        left, directions = torch.linalg.eigh(self.damping * _columns(across, gone))
+        left, directions = torch.linalg.eigh(self.damping * columns_of(across, gone))
         root = left.clamp_min(1e-30).sqrt()  # of I - P, which the damping keeps positive
         scale = 1 / (root * (1 + root))
         middle = directions * scale[:, None, :] @ directions.transpose(1, 2)
@@ -181,18 +181,20 @@ def block(matrix: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> to
 def _picked(matrix: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Rows (batch, any number) of a batch of matrices."""
     if len(matrix) == 1:
-        return matrix.index_select(1, rows[0])
+        return matrix[0].index_select(0, rows[0])[None]
     return matrix[torch.arange(len(matrix))[:, None], rows]
 
 
-def _columns(matrix: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+def columns_of(matrix: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """Columns (batch, any number) of a batch of matrices."""
     return matrix.gather(2, columns[:, None, :].expand(-1, matrix.shape[1], -1))
 
 
 def _compacted(matrix: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
     """Rows and columns (batch, left) of a batch of symmetric matrices."""
-    return _picked(_picked(matrix, left).transpose(1, 2).contiguous(), left)
+    if len(matrix) == 1:
+        return matrix[0].index_select(0, left[0]).index_select(1, left[0])[None]
+    return block(matrix, left, left)
 
 
 def _own(matrix: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
@@ -206,7 +208,7 @@ def _own_product(turned: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
     """Blocks on the diagonal of F F^T (blocks, units, wide, wide), F (blocks, in, any)."""
     blocks, units, wide = at.shape
     if wide == 1:
-        squares = torch.linalg.vector_norm(turned, dim=2).square()
+        squares: torch.Tensor = torch.linalg.vector_norm(turned, dim=2).square()
         return squares.gather(1, at[..., 0])[..., None, None]
     picked = _picked(turned, at.reshape(blocks, -1)).unflatten(1, (units, wide))
     product: torch.Tensor = picked @ picked.transpose(2, 3)

@@ -333,10 +333,12 @@ def _scaled(
     """Rows of a weight such that the squared error of its outputs is a share of the loss."""
     if felt is not None and felt.ndim:
         rows: torch.Tensor = felt.reshape(*weight.shape[:2], 1).to(weight) / inputs.count
-        return weight * rows.sqrt()
+        scaled: torch.Tensor = weight * rows.sqrt()
+        return scaled
     energy = max(inputs.energy(weight, centred), _TINY)
-    share = max(1.0 if felt is None else float(felt), _TINY)
-    return weight * (share / energy) ** 0.5
+    share: float = max(1.0 if felt is None else float(felt), _TINY)
+    factor: float = (share / energy) ** 0.5
+    return weight * factor
 
 
 def _columns(
