@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -59,6 +59,20 @@ class Fold(Protocol):
         """
 
 
+class _Last:
+    """What was computed for one W where it is pulled to, which all ridges have in common."""
+
+    def __init__(self) -> None:
+        self._known: tuple[torch.Tensor, bool, torch.Tensor] | None = None
+
+    def of(
+        self, start: torch.Tensor, free: bool, compute: Callable[[], torch.Tensor]
+    ) -> torch.Tensor:
+        if self._known is None or self._known[0] is not start or self._known[1] != free:
+            self._known = start, free, compute()
+        return self._known[2]
+
+
 @dataclass
 class Moments:
     """Sums over vectors x (in) and targets y (out), in double precision; see `Fold`.
@@ -78,6 +92,9 @@ class Moments:
     yx: torch.Tensor
     y: torch.Tensor
     yy: torch.Tensor
+
+    def __post_init__(self) -> None:
+        self._missing = _Last()
 
     @staticmethod
     def of(x: torch.Tensor, y: torch.Tensor) -> Moments:
@@ -133,8 +150,8 @@ class Moments:
         factor, failed = torch.linalg.cholesky_ex(system)
         if bool(failed.any()):
             return start
-        missing = yx - start @ xx
-        return start + torch.cholesky_solve(missing.transpose(1, 2), factor).transpose(1, 2)
+        missing = self._missing.of(start, free, lambda: (yx - start @ xx).transpose(1, 2))
+        return start + torch.cholesky_solve(missing, factor).transpose(1, 2)
 
 
 @dataclass
@@ -151,6 +168,7 @@ class Vectors:
 
     def __post_init__(self) -> None:
         self.inputs, self.targets = self.inputs.double(), self.targets.double()
+        self._missing = _Last()
 
     def __add__(self, other: Vectors) -> Vectors:
         """Both together."""
@@ -207,9 +225,11 @@ class Vectors:
         factor, failed = torch.linalg.cholesky_ex(system)
         if bool(failed.any()):
             return start
-        # Where inputs are centred, a constant in what is missing makes no difference.
-        missing = self.targets - self.inputs @ start.transpose(1, 2)
+        missing = self._missing.of(
+            start, free, lambda: self.targets - self.inputs @ start.transpose(1, 2)
+        )
         if free:
+            # The inputs are centred, so that a constant makes no difference.
             missing = missing - missing.mean(1, keepdim=True)
         return start + torch.cholesky_solve(missing, factor).transpose(1, 2) @ inputs
 

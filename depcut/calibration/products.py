@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 _RUN = 2048  # vectors whose products are summed in single precision
@@ -66,3 +68,29 @@ class Runs:
         for run, against in zip(self.runs, other.runs, strict=True):
             out += run.transpose(1, 2) @ against
         return out
+
+
+def mean_and_variance(values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance by channel, [channels], in double precision.
+
+    Values less their batch's mean are summed in their own precision, all else in double precision,
+    so that a large mean cancels nothing.
+
+    Args:
+        values: [batch, channels, ...] each.
+    """
+    counts, means, rests, squares = [], [], [], []
+    for value in values:
+        dims = [d for d in range(value.ndim) if d != 1]
+        exact = value.to(torch.promote_types(value.dtype, torch.float32))
+        mean = exact.mean(dims, keepdim=True)
+        rest = exact - mean
+        counts.append(value.numel() // value.shape[1])
+        means.append(mean.flatten().double())
+        rests.append(rest.sum(dims).double())
+        squares.append(rest.square_().sum(dims).double())
+    own, left, spread = map(torch.stack, (means, rests, squares))
+    each = own.new_tensor(counts)[:, None]
+    total = (each * own + left).sum(0) / sum(counts)
+    off = own - total
+    return total, (spread + 2 * off * left + each * off.square()).sum(0) / sum(counts)

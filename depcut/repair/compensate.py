@@ -22,6 +22,7 @@ from depcut.calibration.data import Calibration
 from depcut.calibration.lockstep import Lockstep
 from depcut.calibration.moments import folded
 from depcut.calibration.padding import without_padding
+from depcut.calibration.products import mean_and_variance
 from depcut.calibration.progress import bar
 from depcut.calibration.sites import find_sites
 from depcut.calibration.solve import solve
@@ -329,7 +330,7 @@ class _Repairer:
         if not names or not isinstance(dims, tuple):
             return
         kept = self.keep.indices(dims[1])
-        before, after = (_moments([p[i]["input"] for p in pairs]) for i in (0, 1))
+        before, after = (mean_and_variance([p[i]["input"] for p in pairs]) for i in (0, 1))
         old = [b if kept is None else b[torch.from_numpy(kept).to(b.device)] for b in before]
         mean, variance = (self.tensors[name] for name in names)
         mean += (after[0] - old[0]).to(mean.dtype)
@@ -388,15 +389,6 @@ def _stream(site: Site, sizes: Mapping[fx.Node, Any]) -> fx.Node | None:
             return others[0] if alike and others[0] < site.node else None
         return None
     return None
-
-
-def _moments(values: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and variance by channel, [channels], of values [batch, channels, ...]."""
-    flat = [v.double().transpose(0, 1).flatten(1) for v in values]
-    count = sum(f.shape[1] for f in flat)
-    mean = torch.stack([f.sum(1) for f in flat]).sum(0) / count
-    spread = torch.stack([(f - mean[:, None]).square().sum(1) for f in flat]).sum(0)
-    return mean, spread / count
 
 
 def _storage(tensor: torch.Tensor) -> int:
