@@ -52,7 +52,7 @@ class MatrixProduct:
         x: torch.Tensor = call[self.source]
         return x.movedim(self.features, -1).reshape(1, -1, x.shape[self.features])
 
-    def reads(self, nodes: Call, call: Call) -> Hashable | None:  # noqa: ARG002  (of a family)
+    def reads(self, nodes: Call, call: Call) -> tuple[Hashable, ...] | None:  # noqa: ARG002  (of a family)
         """The activations and the dimension that is contracted."""
         return ("features", nodes[self.source], self.features)
 

@@ -161,7 +161,7 @@ class Patches:
         turned = columns.permute(1, 2, 0, 3).flatten(2)
         return turned.transpose(1, 2)
 
-    def reads(self, nodes: Call, call: Call) -> Hashable | None:
+    def reads(self, nodes: Call, call: Call) -> tuple[Hashable, ...] | None:
         """The activations, the sizes of the kernel and all that says where it lies."""
         names = ["stride", "padding", "dilation", "groups"] + ["output_padding"] * self.transposed
         return (

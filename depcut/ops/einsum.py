@@ -129,7 +129,7 @@ class Einsum:
         sizes = x.shape[: ends[0]].numel(), x.shape[ends[0] : ends[1]].numel()
         return x.reshape(*sizes, x.shape[ends[1] :].numel())
 
-    def reads(self, nodes: Call, call: Call) -> Hashable | None:  # noqa: ARG002  (of a family)
+    def reads(self, nodes: Call, call: Call) -> tuple[Hashable, ...] | None:  # noqa: ARG002  (of a family)
         """Not known: the parameter's labels say in which order the others are."""
         return None
 

@@ -156,7 +156,7 @@ class Cell:
         read = [(below, before)[part] for part in self.parts]
         return torch.cat([r.flatten(0, -2) for r in read], -1)[None]
 
-    def reads(self, nodes: Call, call: Call) -> Hashable | None:  # noqa: ARG002  (of a family)
+    def reads(self, nodes: Call, call: Call) -> tuple[Hashable, ...] | None:  # noqa: ARG002  (of a family)
         """Not known: what a cell reads is its own state, too."""
         return None
 

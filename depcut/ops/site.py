@@ -37,8 +37,10 @@ class Family(Protocol):
     def inputs(self, call: Call) -> torch.Tensor:
         """X (blocks, vectors, in) from the values of the node's arguments."""
 
-    def reads(self, nodes: Call, call: Call) -> Hashable | None:
+    def reads(self, nodes: Call, call: Call) -> tuple[Hashable, ...] | None:
         """Equal where two nodes of any family read the same X; None: it is not known.
+
+        The nodes whose values X is made of are among it.
 
         Args:
             nodes: The arguments of the graph node, nodes among them.

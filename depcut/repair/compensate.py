@@ -193,13 +193,17 @@ class _Repairer:
             wide, narrow = self._call(dense), self._call(slim)
             x = site.family.inputs(self._along(site, dense))
             dense_weight = site.family.matrix(wide)
+            added = [self.held[name].reshape(len(dense_weight), 1, -1) for name in site.biases]
+            stay = None if rows is None else torch.from_numpy(rows).to(x.device)
+            if stay is not None and len(dense_weight) == 1:
+                dense_weight, added = dense_weight[:, stay], [a[..., stay] for a in added]
             exact = torch.promote_types(x.dtype, torch.float32)
             y = x.to(exact) @ dense_weight.to(exact).transpose(1, 2)
-            for name in site.biases:
-                y = y + self.held[name].reshape(len(y), 1, -1)
+            for bias in added:
+                y = y + bias
             flat = y.transpose(0, 1).flatten(1)
-            if rows is not None:
-                flat = flat[:, torch.from_numpy(rows).to(flat.device)]
+            if stay is not None and len(dense_weight) > 1:
+                flat = flat[:, stay]
             if stream is not None:
                 flat = flat + self._drift(dense, slim, stream).reshape(flat.shape)
             target = flat.unflatten(1, weight.shape[:2]).transpose(0, 1)

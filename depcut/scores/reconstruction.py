@@ -183,10 +183,14 @@ class _Gathered:
             site: The site, at its first visit.
             call: Values of its node's arguments.
         """
-        key = site.family.reads(bound(site.node, site.node.args, site.node.kwargs), call)
+        nodes = bound(site.node, site.node.args, site.node.kwargs)
+        key = site.family.reads(nodes, call)
+        if key is None:
+            return Inputs()
         # What is read may be written to in between.
-        writes = writes_to(pytree.tree_leaves(dict(call)))
-        if key is None or writes is None:
+        leaves = zip(*(pytree.tree_leaves(dict(c)) for c in (nodes, call)), strict=False)
+        writes = writes_to(value for node, value in leaves if node in key)
+        if writes is None:
             return Inputs()
         return self._read.setdefault((key, writes), Inputs())
 
