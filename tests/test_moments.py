@@ -121,7 +121,7 @@ def test_vectors_and_moments_solve_as_numpy_does(
         torch.testing.assert_close(other, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("counts", [[4], [4, 5], [4, 5, 2], [20, 3], [3, 3, 3, 3, 3], [40]])
+@pytest.mark.parametrize("counts", [[4], [4, 5], [4, 5, 2], [20, 3], [40]])
 def test_folds_hold_every_vector_once_and_few_ones_as_they_are(counts: list[int]) -> None:
     parts = [(i, torch.randn(1, n, 12), torch.randn(1, n, 3)) for i, n in enumerate(counts)]
     folds = folded(parts)
