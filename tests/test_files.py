@@ -305,6 +305,7 @@ def test_a_workplace_goes_and_what_was_moved_stays(tmp_path: Path) -> None:
 WRITERS = {
     "support/files.py",
     "support/weights.py",
+    "calibration/store.py",  # activations, in a temporary folder that goes with the walk
     "timing/footprint.py",  # tells the kernel to reset a peak
 }
 CALLS = {

@@ -17,6 +17,7 @@ from depcut.calibration.visits import visits
 from depcut.scores import Score, score
 from depcut.scores.context import Context
 from depcut.scores.elimination import Terms, Weight, _rising, eliminated
+from depcut.scores.quadratic import FullGram, FullInverse
 from depcut.scores.reconstruction import _Elimination
 
 
@@ -38,7 +39,8 @@ def readers(taps: int, outputs: list[int], blocks: int = 1) -> tuple[Any, Any]:
         x[..., 1] = x[..., 0] + 0.1 * x[..., 1]
         h, w = x.transpose(1, 2) @ x, torch.randn(blocks, out, 6 * taps, dtype=torch.float64)
         columns = torch.arange(6 * taps).reshape(1, 6, taps)
-        made.append(Weight(torch.linalg.inv(h), w.transpose(1, 2) @ w, columns))
+        inverse, gram = FullInverse(torch.linalg.inv(h)), FullGram(w.transpose(1, 2) @ w)
+        made.append(Weight(inverse, gram, 6 * taps, columns, blocks))
         plain += list(zip(h, w, strict=True))
     return made, plain
 

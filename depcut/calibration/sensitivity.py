@@ -172,7 +172,10 @@ class Sensitivity:
 
 def _by_feature(value: torch.Tensor, squares: torch.Tensor, dim: int | None) -> torch.Tensor:
     """Sum over everything but the features; without such, weighted by the variance."""
+    # Sums of what is not negative: in single precision, torch's lose few bits.
+    exact = torch.promote_types(squares.dtype, torch.float32)
     if dim is None:
-        flat = value.double().flatten(0, -2)
-        return ((flat - flat.mean(0)).square() * squares.double().flatten(0, -2)).sum()
-    return squares.double().movedim(dim, -1).flatten(0, -2).sum(0)
+        flat = value.to(exact).flatten(0, -2)
+        return ((flat - flat.mean(0)).square_() * squares.flatten(0, -2)).sum().double()
+    others = [d for d in range(squares.ndim) if d != dim % squares.ndim]
+    return (squares.sum(others, dtype=exact) if others else squares).double()

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 
-from depcut.calibration.moments import Moments
+from depcut.calibration.moments import Fold
 
-# Of the mean square of the inputs: what rounding leaves of their variance.
-_NOISE = 1e-12
 # Of the mean variance of the inputs; infinite: the weights stay, the bias alone moves.
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, float("inf"))
 
@@ -35,7 +33,7 @@ class LeastSquares:
     after: float
 
 
-def solve(folds: list[Moments], weight: torch.Tensor, bias: torch.Tensor | None) -> LeastSquares:
+def solve(folds: Sequence[Fold], weight: torch.Tensor, bias: torch.Tensor | None) -> LeastSquares:
     """Minimise |y - W x - b|^2 + ridge |W - W0|^2.
 
     The ridge is the one of `RIDGES` whose solution on one fold has the least error on the other,
@@ -44,7 +42,7 @@ def solve(folds: list[Moments], weight: torch.Tensor, bias: torch.Tensor | None)
     the weights stay.
 
     Args:
-        folds: Moments of disjoint data, one or two.
+        folds: Disjoint data, one or two of a kind.
         weight: W0 (blocks, out, in).
         bias: b0 (blocks, out); None: no bias may be added.
     """
@@ -83,24 +81,11 @@ def _descended(missed: Callable[[float], float]) -> float:
         at = best
 
 
-def _fitted(data: Moments, start: torch.Tensor, ridge: float, free: bool) -> torch.Tensor:
-    if ridge == float("inf"):
-        return start
-    xx, yx = data.centred() if free else (data.xx, data.yx)
-    level = xx.diagonal(dim1=1, dim2=2).mean(1).clamp_min(0)
-    noise = _NOISE * data.xx.diagonal(dim1=1, dim2=2).mean(1)
-    system = xx.clone()
-    system.diagonal(dim1=1, dim2=2).add_((ridge * level + noise + 1e-30)[:, None])
-    factor, failed = torch.linalg.cholesky_ex(system)
-    if bool(failed.any()):
-        return start
-    missing = yx - start @ xx
-    return start + torch.cholesky_solve(missing.transpose(1, 2), factor).transpose(1, 2)
+def _fitted(data: Fold, start: torch.Tensor, ridge: float, free: bool) -> torch.Tensor:
+    return start if ridge == float("inf") else data.fitted(start, ridge, free)
 
 
-def _intercept(
-    data: Moments, weight: torch.Tensor, fixed: torch.Tensor, free: bool
-) -> torch.Tensor:
+def _intercept(data: Fold, weight: torch.Tensor, fixed: torch.Tensor, free: bool) -> torch.Tensor:
     if not free:
         return fixed
     return (data.y - (weight @ data.x[:, :, None])[..., 0]) / data.count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from string import ascii_lowercase
 from typing import Any
@@ -50,6 +51,10 @@ class MatrixProduct:
         """(1, vectors, in): all leading dimensions flattened."""
         x: torch.Tensor = call[self.source]
         return x.movedim(self.features, -1).reshape(1, -1, x.shape[self.features])
+
+    def reads(self, nodes: Call, call: Call) -> tuple[Hashable, ...] | None:  # noqa: ARG002  (of a family)
+        """The activations and the dimension that is contracted."""
+        return ("features", nodes[self.source], self.features)
 
     def matrix(self, call: Call) -> torch.Tensor:
         """(1, out, in): the parameter with its contracted dimension last."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,12 +153,24 @@ class Patches:
         if kernel.numel() == 1 and self._is_plain(call):
             patches = x.flatten(2)
         elif self.rank == _PLANE and not self.transposed and not isinstance(call["padding"], str):
-            options = {k: call[k] for k in ("dilation", "padding", "stride")}
-            patches = functional.unfold(x, tuple(kernel), **options)
+            patches = _windows(x, call)
         else:
             patches = self._spread(x, call, kernel)
         columns = patches.reshape(len(x), groups, channels // groups * kernel.numel(), -1)
-        return columns.permute(1, 0, 3, 2).flatten(1, 2)
+        # Positions last in memory: rows of patches are copied as they lie.
+        turned = columns.permute(1, 2, 0, 3).flatten(2)
+        return turned.transpose(1, 2)
+
+    def reads(self, nodes: Call, call: Call) -> tuple[Hashable, ...] | None:
+        """The activations, the sizes of the kernel and all that says where it lies."""
+        names = ["stride", "padding", "dilation", "groups"] + ["output_padding"] * self.transposed
+        return (
+            "patches",
+            self,
+            nodes["input"],
+            call["weight"].shape[2:],
+            *(str(call[n]) for n in names),
+        )
 
     def _spread(self, x: torch.Tensor, call: Call, kernel: torch.Size) -> torch.Tensor:
         """(batch, in * taps, positions): patches by a convolution with one-hot kernels."""
@@ -202,6 +214,32 @@ class Patches:
         if self.transposed:
             solved = solved.transpose(1, 2)
         call["weight"].copy_(solved.reshape(call["weight"].shape))
+
+
+def _windows(x: torch.Tensor, call: Call) -> torch.Tensor:
+    """(batch, in * taps, positions) as `functional.unfold` has them, positions of a batch together.
+
+    Tap by tap, since neighbouring positions then lie side by side in what is copied.
+    """
+    (down, right), (top, left), steps = (
+        (v, v) if isinstance(v, int) else v * 2 if len(v) == 1 else v
+        for v in (call["dilation"], call["padding"], call["stride"])
+    )
+    rows, columns = call["weight"].shape[2:]
+    padded = functional.pad(x, (left, left, top, top)) if top or left else x
+    sizes = [
+        (n - d * (k - 1) - 1) // s + 1
+        for n, d, k, s in zip(padded.shape[2:], (down, right), (rows, columns), steps, strict=True)
+    ]
+    out = x.new_empty(x.shape[1], rows, columns, len(x), *sizes)
+    for i in range(rows):
+        for j in range(columns):
+            high, wide = (
+                slice(at, at + s * (n - 1) + 1, s)
+                for at, s, n in zip((i * down, j * right), steps, sizes, strict=True)
+            )
+            out[:, i, j] = padded[:, :, high, wide].transpose(0, 1)
+    return out.flatten(4).flatten(0, 2).permute(1, 0, 2)
 
 
 @site(*_CONV)

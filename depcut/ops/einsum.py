@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from string import ascii_letters
 from typing import Any
@@ -127,6 +128,10 @@ class Einsum:
         ends = len(self.blocks), x.ndim - len(self.summed)
         sizes = x.shape[: ends[0]].numel(), x.shape[ends[0] : ends[1]].numel()
         return x.reshape(*sizes, x.shape[ends[1] :].numel())
+
+    def reads(self, nodes: Call, call: Call) -> tuple[Hashable, ...] | None:  # noqa: ARG002  (of a family)
+        """Not known: the parameter's labels say in which order the others are."""
+        return None
 
     def _turned(self, call: Call) -> torch.Tensor:
         """The parameter's labels in the order blocks, outputs, summed."""

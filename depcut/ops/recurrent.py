@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,6 +155,10 @@ class Cell:
         )
         read = [(below, before)[part] for part in self.parts]
         return torch.cat([r.flatten(0, -2) for r in read], -1)[None]
+
+    def reads(self, nodes: Call, call: Call) -> tuple[Hashable, ...] | None:  # noqa: ARG002  (of a family)
+        """Not known: what a cell reads is its own state, too."""
+        return None
 
     def _run(self, call: Call, x: torch.Tensor, states: Any, params: Any) -> torch.Tensor:
         """Outputs of one layer, without dropout."""

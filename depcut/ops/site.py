@@ -7,7 +7,7 @@ extracts them from the arguments of one node of the captured graph, dense or sli
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -36,6 +36,16 @@ class Family(Protocol):
 
     def inputs(self, call: Call) -> torch.Tensor:
         """X (blocks, vectors, in) from the values of the node's arguments."""
+
+    def reads(self, nodes: Call, call: Call) -> tuple[Hashable, ...] | None:
+        """Equal where two nodes of any family read the same X; None: it is not known.
+
+        The nodes whose values X is made of are among it.
+
+        Args:
+            nodes: The arguments of the graph node, nodes among them.
+            call: Their values.
+        """
 
     def matrix(self, call: Call) -> torch.Tensor:
         """W (blocks, out, in) from the values of the node's arguments."""

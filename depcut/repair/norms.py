@@ -27,10 +27,14 @@ class _Spread:
 
     @staticmethod
     def of(value: torch.Tensor) -> _Spread:
-        """Of values [batch, channels, ...]."""
-        flat = value.double().transpose(0, 1).flatten(1)
-        mean = flat.mean(1)
-        return _Spread(flat.shape[1], mean, (flat - mean[:, None]).square().sum(1))
+        """Of values [batch, channels, ...], less their mean summed in their own precision."""
+        dims = [d for d in range(value.ndim) if d != 1]
+        exact = value.to(torch.promote_types(value.dtype, torch.float32))
+        near, count = exact.mean(dims, keepdim=True), value.numel() // value.shape[1]
+        rest = exact - near
+        left = rest.sum(dims).double() / count
+        squares = rest.square_().sum(dims).double() - count * left.square()
+        return _Spread(count, near.flatten().double() + left, squares.clamp_min(0))
 
     def __add__(self, other: _Spread) -> _Spread:
         count, apart = self.count + other.count, other.mean - self.mean

@@ -129,14 +129,20 @@ class SiteRepair:
         wide, narrow = (bound(p.node, p.args, p.kwargs) for p in (dense, slim))
         x = family.inputs(self._along(dense))
         dense_weight = family.matrix(wide)
+        added = [
+            self.dense[name].detach().reshape(len(dense_weight), 1, -1) for name in site.biases
+        ]
+        rows = self.keep.indices(site.rows)
+        stay = None if rows is None else torch.from_numpy(rows).to(x.device)
+        if stay is not None and len(dense_weight) == 1:
+            dense_weight, added = dense_weight[:, stay], [a[..., stay] for a in added]
         exact = torch.promote_types(x.dtype, torch.float32)
         y = x.to(exact) @ dense_weight.to(exact).transpose(1, 2)
-        for name in site.biases:
-            y = y + self.dense[name].detach().reshape(len(y), 1, -1)
+        for bias in added:
+            y = y + bias
         flat = y.transpose(0, 1).flatten(1)
-        rows = self.keep.indices(site.rows)
-        if rows is not None:
-            flat = flat[:, torch.from_numpy(rows).to(flat.device)]
+        if stay is not None and len(dense_weight) > 1:
+            flat = flat[:, stay]
         added_to = stream(site, self.program.sizes)
         if added_to is not None:
             flat = flat + self._drift(dense, slim, added_to).reshape(flat.shape)
@@ -190,11 +196,27 @@ class SiteRepair:
 
     def _same(self, dense: Paused, slim: Paused) -> bool:
         """Whether the inputs are the dense ones, so that there is nothing to repair."""
-        x = self.site.family.inputs(self._along(dense))
-        given = self.site.family.inputs(bound(slim.node, slim.args, slim.kwargs))
-        if x.shape != given.shape:
-            return False
-        return float((x - given).abs().max()) <= _SAME * float(x.abs().max())
+        wide, narrow = self._along(dense), bound(slim.node, slim.args, slim.kwargs)
+        for x, given in self._read_by_both(wide, narrow):
+            if x.shape != given.shape:
+                return False
+            if not float((x - given).abs().max()) <= _SAME * float(x.abs().max()):
+                return False
+        return True
+
+    def _read_by_both(self, wide: Call, narrow: Call) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """What decides on the inputs: activations where they do, else the inputs themselves."""
+        site, family = self.site, self.site.family
+        nodes = bound(site.node, site.node.args, site.node.kwargs)
+        leaves = [pytree.tree_leaves(dict(call)) for call in (nodes, wide, narrow)]
+        if family.reads(nodes, narrow) is None or len({len(part) for part in leaves}) != 1:
+            return [(family.inputs(wide), family.inputs(narrow))]
+        return [
+            (x, given)
+            for node, x, given in zip(*leaves, strict=True)
+            if isinstance(node, fx.Node) and node not in self.program.tensors
+            if isinstance(x, torch.Tensor)
+        ]
 
     def _obstacle(self, call: Call) -> str:
         """Why the weights cannot be changed, "" if they can."""

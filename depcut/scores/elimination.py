@@ -7,12 +7,14 @@ round then takes equally many from each row.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from depcut.scores.quadratic import Gram, Inverse, block, columns_of
 
 _ROUNDS = 64  # in which the units of a group are eliminated, at most
 _SPARSE = 1 / 8  # of the columns, which are dropped when so many are gone
@@ -65,79 +67,87 @@ class Terms:
     def remove(self, units: torch.Tensor) -> float:
         """Remove units (rows, any number) together; the cost."""
         left = _others(units, self.gram.shape[-1])
-        cost = float(_block(self.gram, units, units).sum() + 2 * self.extra.gather(1, units).sum())
-        self.extra = self.extra.gather(1, left) + _block(self.gram, units, left).sum(1)
-        self.gram = _block(self.gram, left, left)
+        cost = float(block(self.gram, units, units).sum() + 2 * self.extra.gather(1, units).sum())
+        self.extra = self.extra.gather(1, left) + block(self.gram, units, left).sum(1)
+        self.gram = block(self.gram, left, left)
         return cost
 
 
 @dataclass
 class Weight:
-    """One weight that reads a group, for the units that are left.
+    """What reads a group: weights that are multiplied with the same inputs, for the units left.
 
     Attributes:
-        inverse: Inverse of the damped covariance of its inputs, (blocks, in, in); written to.
-        gram: W^T W over the outputs, (blocks, in, in); written to.
+        inverse: Inverse of the damped covariance of the inputs.
+        gram: W^T W over the outputs.
+        size: Length of the inputs.
         columns: Columns of each unit, (rows, units, columns of a unit).
+        blocks: Blocks of either matrix.
         blockwise: Whether each row is a block of its own; else all blocks lose the same columns.
-        gone: Columns that went and still take part as zeros, by block.
     """
 
-    inverse: torch.Tensor
-    gram: torch.Tensor
+    inverse: Inverse
+    gram: Gram
+    size: int
     columns: torch.Tensor
+    blocks: int = 1
     blockwise: bool = False
-    gone: torch.Tensor = field(default_factory=lambda: torch.zeros(1, 0, dtype=torch.int64))
+
+    def __post_init__(self) -> None:
+        # Columns that went and have not been dropped yet, by block.
+        self.gone = torch.zeros(self.blocks, 0, dtype=torch.int64)
+        self.own = self.inverse.own(self._at())
+
+    def _at(self) -> torch.Tensor:
+        """Columns of the units of each block, (blocks, units, columns of a unit)."""
+        rows, _, wide = self.columns.shape
+        at = self.columns.reshape(rows if self.blockwise else 1, -1)
+        return at.expand(self.blocks, -1).reshape(self.blocks, -1, wide)
 
     def losses(self) -> torch.Tensor:
         """What removing each unit alone costs, (rows, units)."""
-        blocks, (rows, units, wide) = len(self.inverse), self.columns.shape
-        at = self.columns.reshape(rows if self.blockwise else 1, -1)
-        at = at.expand(blocks, -1).reshape(blocks, -1, wide)
-        own = [
-            m[torch.arange(blocks)[:, None, None, None], at[..., :, None], at[..., None, :]]
-            for m in (self.inverse, self.gram)
-        ]
-        cost = _trace(own[0], own[1])
-        return cost if self.blockwise else cost.sum(0).reshape(rows, units)
+        cost = _trace(self.own, self.gram.own(self._at()))
+        return cost if self.blockwise else cost.sum(0).reshape(self.columns.shape[:2])
 
     def remove(self, units: torch.Tensor) -> float:
         """Remove units (rows, any number) together and re-solve what is left; the cost."""
         rows, _, wide = self.columns.shape
         picked = self.columns.gather(1, units[:, :, None].expand(-1, -1, wide))
-        gone = picked.reshape(rows if self.blockwise else 1, -1).expand(len(self.inverse), -1)
-        self.gone = torch.cat([self.gone.expand(len(gone), -1), gone], 1)
-        batch = torch.arange(len(gone))[:, None]
-        within, square = _block(self.inverse, gone, gone), _block(self.gram, gone, gone)
-        cost = float(_trace(within, square).sum())
-        # With T = (H^-1)_SS^-1 (H^-1)_S: the new gram is (I - E T)^T G (I - E T), E picks S.
-        across = self.inverse[batch, gone]
+        gone = picked.reshape(rows if self.blockwise else 1, -1).expand(self.blocks, -1)
+        self.gone = torch.cat([self.gone, gone], 1)
+        across = self.inverse.rows(gone)
+        within = across.gather(2, gone[:, None, :].expand(-1, gone.shape[1], -1))
         through = torch.linalg.solve(within, across)
-        turned = through.transpose(1, 2)
-        half = self.gram[batch, gone].transpose(1, 2) - 0.5 * turned @ square
-        self.inverse.baddbmm_(across.transpose(1, 2), through, alpha=-1)
-        self.gram.baddbmm_(half, through, alpha=-1)
-        self.gram.baddbmm_(turned, half.transpose(1, 2), alpha=-1)
-        stay = _others(units, self.columns.shape[1])
-        self.columns = self.columns.gather(1, stay[:, :, None].expand(-1, -1, wide))
-        if self.gone.shape[1] >= _SPARSE * self.inverse.shape[-1]:
+        square = self.gram.remove(gone, through)
+        self.inverse.remove(gone, across, through)
+        self._keep(_others(units, self.columns.shape[1]))
+        at = self._at()
+        lost, by = (
+            columns_of(m, at.flatten(1)).unflatten(2, at.shape[1:]) for m in (across, through)
+        )
+        self.own -= lost.permute(0, 2, 3, 1) @ by.transpose(1, 2)
+        if self.gone.shape[1] >= _SPARSE * self.size:
             self._compact()
-        return cost
+        return float(_trace(within, square).sum())
+
+    def _keep(self, stay: torch.Tensor) -> None:
+        """Go on with units (rows, any number) alone."""
+        rows, units, wide = self.columns.shape
+        self.columns = self.columns.gather(1, stay[:, :, None].expand(-1, -1, wide))
+        if self.blockwise:
+            self.own = self.own[torch.arange(self.blocks)[:, None], stay]
+        else:
+            self.own = self.own[:, (torch.arange(rows)[:, None] * units + stay).flatten()]
 
     def _compact(self) -> None:
-        """Drop rows and columns of what is gone, which are zeros, all at once."""
-        left = _others(self.gone, self.inverse.shape[-1])
-        self.inverse, self.gram = (_block(m, left, left) for m in (self.inverse, self.gram))
+        """Drop the columns of what is gone, all at once."""
+        left = _others(self.gone, self.size)
+        self.inverse.compact(left)
+        self.gram.compact(left)
         rows = len(self.columns) if self.blockwise else 1
         places = torch.searchsorted(left[:rows], self.columns.reshape(rows, -1))
         self.columns = places.reshape(self.columns.shape)
-        self.gone = self.gone[:, :0]
-
-
-def _block(matrix: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Rows and columns (batch, any number each) of a batch of matrices."""
-    batch = torch.arange(len(matrix))[:, None, None]
-    return matrix[batch, rows[:, :, None], columns[:, None, :]]
+        self.gone, self.size = self.gone[:, :0], left.shape[1]
 
 
 def _others(gone: torch.Tensor, size: int) -> torch.Tensor:
@@ -148,6 +158,8 @@ def _others(gone: torch.Tensor, size: int) -> torch.Tensor:
 
 def _trace(inverse: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     """tr(inverse^-1 gram) over the last two dimensions, never negative."""
+    if inverse.shape[-1] == 1:
+        return (gram / inverse)[..., 0, 0].clamp_min(0)
     solved = torch.linalg.solve(inverse, gram)
     trace: torch.Tensor = solved.diagonal(dim1=-2, dim2=-1).sum(-1)
     return trace.clamp_min(0)

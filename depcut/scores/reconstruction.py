@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from string import ascii_letters
 from typing import Any
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import fx
 
 from depcut import axes
-from depcut.axes import Indices
+from depcut.calibration.inputs import Inputs
 from depcut.calibration.sensitivity import NoDerivativeError, Sensitivity
 from depcut.calibration.sites import find_sites, site_inputs, with_same_inputs
 from depcut.calibration.visits import visits
@@ -26,9 +26,10 @@ from depcut.ops.kinds import MATRIX_PRODUCTS
 from depcut.ops.site import Site
 from depcut.scores.aggregate import totals
 from depcut.scores.context import Context, Score, Scores, criterion
-from depcut.scores.elimination import Reads, Terms, Weight, eliminated
+from depcut.scores.elimination import Terms, eliminated
 from depcut.scores.magnitude import powers
 from depcut.scores.pending import Pending
+from depcut.scores.readers import Gathered, readers
 
 _DAMPING = 1e-2  # of the mean variance of the inputs
 _TINY = 1e-30
@@ -102,7 +103,7 @@ class _Elimination:
             {i: [*found, *map(self._leader, found)] for i, found in self.readers.items()}
         )
         self.shown = {n: sum(map(self._bytes, found)) for n, found in self.at.items()}
-        self.gathered = _Gathered({}, {}, {})
+        self.gathered = _Gathered()
         self.out: dict[int, NDArray[np.float64]] = {}
 
     def scores(
@@ -146,28 +147,20 @@ class _Elimination:
 
     def _eliminate(self, group: Group, felt: Mapping[fx.Node, torch.Tensor]) -> None:
         """Score a group, and let go of what nothing needs any more."""
-        readers: list[Reads] = []
-        alike: dict[tuple[Site, bool], Weight] = {}
-        for item in self.readers[group.index]:
-            sensitivity = felt.get(item.node)
+        items = self.readers[group.index]
+        sites = [item for item in items if isinstance(item, Site)]
+        for site in sites:
+            self.gathered.inputs.setdefault(
+                site, self.gathered.inputs[self.leaders.get(site, site)]
+            )
+        found = readers(sites, group, self.gathered, felt)
+        for item in items:
             if not isinstance(item, Site):
+                sensitivity = felt.get(item.node)
                 scale = 1.0 if sensitivity is None else float(sensitivity.sum())
-                readers.append(Terms.of(self.gathered.products[item], scale, group.rows))
-                continue
-            leader = self.leaders.get(item, item)
-            self.gathered.inputs.setdefault(item, self.gathered.inputs[leader])
-            reader = _reader(item, group, self.gathered, sensitivity)
-            known = alike.get((leader, item.takes_shift))
-            if reader is None:
-                continue
-            if known is not None and torch.equal(known.columns, reader.columns):
-                # The same inputs: what removing costs each of them adds up.
-                known.gram += reader.gram
-            else:
-                alike[leader, item.takes_shift] = reader
-                readers.append(reader)
-        if readers:
-            scores = eliminated(readers, group.rows, group.size)
+                found.append(Terms.of(self.gathered.products[item], scale, group.rows))
+        if found:
+            scores = eliminated(found, group.rows, group.size)
             self.out[group.index] = scores if group.row_axis is not None else scores[0]
         for item in self.pending.done(group.index):
             self.gathered.forget(item)
@@ -239,19 +232,15 @@ def _heads(coupling: Coupling, operands: tuple[fx.Node, fx.Node], term: axes.Axi
     return group.row_axis.size
 
 
-@dataclass
-class _Gathered:
-    """What one pass over the data collects.
+@dataclass(frozen=True)
+class _Gathered(Gathered):
+    """What the data show of sites and of products.
 
     Attributes:
-        inputs: By site, sum of x x^T (blocks, in, in), sum of x (blocks, in), count.
-        weights: By site, W (blocks, out, in).
         products: By product, Gram matrices of its terms (rows or 1, units, units).
     """
 
-    inputs: dict[Site, tuple[torch.Tensor, torch.Tensor, int]]
-    weights: dict[Site, torch.Tensor]
-    products: dict[_ActivationProduct, NDArray[np.float64]]
+    products: dict[_ActivationProduct, NDArray[np.float64]] = field(default_factory=dict)
 
     def forget(self, item: _Item) -> None:
         """Let go of what was collected of a site or a product."""
@@ -263,14 +252,10 @@ class _Gathered:
 
 
 def _add_inputs(gathered: _Gathered, site: Site, call: Call, valid: torch.Tensor | None) -> None:
-    x = site_inputs(site, call, valid).double()
-    xx, total, count = x.transpose(1, 2) @ x, x.sum(1), x.shape[1]
-    if site in gathered.inputs:
-        before = gathered.inputs[site]
-        xx, total, count = before[0].add_(xx), before[1].add_(total), before[2] + count
-    else:
+    if site not in gathered.inputs:
         gathered.weights[site] = site.family.matrix(call).detach().double()
-    gathered.inputs[site] = xx, total, count
+        gathered.inputs[site] = Inputs()
+    gathered.inputs[site].add(site_inputs(site, call, valid))
 
 
 def _add_terms(gathered: _Gathered, product: _ActivationProduct, call: Call) -> None:
@@ -310,65 +295,3 @@ def _squares(product: _ActivationProduct, call: Call, which: int) -> torch.Tenso
 
 def _lists(value: object, source: fx.Node) -> bool:
     return isinstance(value, list | tuple) and any(v is source for v in value)
-
-
-def _reader(
-    site: Site, group: Group, gathered: _Gathered, felt: torch.Tensor | None
-) -> Weight | None:
-    """A site as a reader of a group, None if it does not read it.
-
-    Args:
-        site: The site.
-        group: The group.
-        gathered: Moments of what the site reads.
-        felt: See `sensitivities`; None: an error counts as a share of its outputs' variance.
-    """
-    moments = gathered.inputs.get(site)
-    owners = site.units(group.axis)
-    if moments is None or not (owners >= 0).any():
-        return None
-    at = _columns(site, group, owners, len(gathered.weights[site]))
-    if at is None:
-        return None
-    xx, total, count = moments
-    if site.takes_shift:
-        xx = xx - total[:, :, None] * total[:, None, :] / count
-    weight = gathered.weights[site]
-    if felt is not None and felt.ndim:
-        scale = float(count)
-        rows = weight * felt.reshape(*weight.shape[:2], 1).to(weight)
-    else:
-        energy = float((weight.transpose(1, 2) @ weight * xx).sum())
-        scale = max(energy, _TINY) / max(1.0 if felt is None else float(felt), _TINY)
-        rows = weight
-    gram = weight.transpose(1, 2) @ rows
-    level = xx.diagonal(dim1=1, dim2=2).mean(1)
-    level = level.clamp_min(1e-6 * float(level.max()) + _TINY)
-    damped = xx.clone()
-    noise = _NOISE * moments[0].diagonal(dim1=1, dim2=2).mean(1)
-    damped.diagonal(dim1=1, dim2=2).add_((_DAMPING * level + noise)[:, None])
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    # Constant inputs carry nothing that a bias does not.
-    constant = float((gram * xx).sum()) <= _NOISE * float((gram * moments[0]).sum())
-    gram = torch.zeros_like(gram) if constant else gram / max(scale, _TINY)
-    return Weight(inverse.cpu(), gram.cpu(), torch.from_numpy(at[0]), at[1])
-
-
-def _columns(
-    site: Site, group: Group, owners: Indices, blocks: int
-) -> tuple[NDArray[np.int64], bool] | None:
-    """(rows, units, columns) of a site of each unit, and whether its blocks are the rows.
-
-    None where the rows of the group are neither told apart by columns nor by blocks.
-    """
-    inside = np.full_like(owners, -1) if group.row_axis is None else site.units(group.row_axis)
-    by_column = bool((inside >= 0).any())
-    blockwise = group.row_axis is not None and not by_column
-    if blockwise and blocks != group.rows:
-        return None
-    key = np.where(owners >= 0, np.maximum(inside, 0) * group.size + owners, -1)
-    order = np.argsort(key, kind="stable")
-    columns = order[np.searchsorted(key[order], 0) :]
-    if by_column:
-        return columns.reshape(group.rows, group.size, -1), False
-    return np.tile(columns.reshape(1, group.size, -1), (group.rows, 1, 1)), blockwise

@@ -1,0 +1,91 @@
+"""What a weight reads: the vectors themselves while they are few, else their second moments."""
+
+from __future__ import annotations
+
+import torch
+
+from depcut.calibration.products import Runs
+
+
+class Inputs:
+    """Vectors x of a length, for each of several independent blocks.
+
+    While they are fewer than they are long, they are kept as they are, which takes less memory than
+    sums of x x^T and loses nothing; then the sums are, in double precision (see `Runs`).
+
+    Attributes:
+        count: Number of vectors.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._few: list[torch.Tensor] | None = []
+        self._xx: torch.Tensor | None = None
+        self._x: torch.Tensor | None = None
+
+    def add(self, x: torch.Tensor) -> None:
+        """Take vectors (blocks, vectors, length)."""
+        self.count += x.shape[1]
+        pending = [x]
+        if self._few is not None:
+            self._few.append(x.clone())
+            if self.count < x.shape[2]:
+                return
+            pending, self._few = self._few, None
+        for vectors in pending:
+            runs = Runs(vectors)
+            xx, total = runs.gram(), runs.total()
+            self._xx = xx if self._xx is None else self._xx.add_(xx)
+            self._x = total if self._x is None else self._x.add_(total)
+
+    def vectors(self, centred: bool) -> torch.Tensor | None:
+        """(blocks, vectors, length) in double precision, less their mean if asked for; None: many.
+
+        Args:
+            centred: Whether to subtract the mean.
+        """
+        if self._few is None:
+            return None
+        together = torch.cat(self._few, 1).double()
+        return together - together.mean(1, keepdim=True) if centred else together
+
+    def products(self, centred: bool) -> torch.Tensor:
+        """Sum of x x^T (blocks, length, length), of x less the mean if asked for.
+
+        Args:
+            centred: Whether to subtract the mean.
+        """
+        few = self.vectors(centred)
+        if few is not None:
+            return few.transpose(1, 2) @ few
+        assert self._xx is not None
+        assert self._x is not None
+        if not centred:
+            return self._xx
+        return self._xx - self._x[:, :, None] * (self._x / self.count)[:, None, :]
+
+    def squares(self, centred: bool) -> torch.Tensor:
+        """Sum of the squares by element (blocks, length), of x less the mean if asked for.
+
+        Args:
+            centred: Whether to subtract the mean.
+        """
+        few = self.vectors(centred)
+        if few is not None:
+            return few.square().sum(1)
+        assert self._xx is not None
+        assert self._x is not None
+        own = self._xx.diagonal(dim1=1, dim2=2)
+        return own - self._x.square() / self.count if centred else own
+
+    def energy(self, weight: torch.Tensor, centred: bool) -> float:
+        """Sum of |W x|^2 over blocks and vectors, of x less the mean if asked for.
+
+        Args:
+            weight: W, (blocks, out, length).
+            centred: Whether to subtract the mean.
+        """
+        few = self.vectors(centred)
+        if few is not None:
+            return float((weight @ few.transpose(1, 2)).square().sum())
+        return float(((weight @ self.products(centred)) * weight).sum())

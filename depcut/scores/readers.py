@@ -1,0 +1,139 @@
+"""What reads a group of units: weights multiplied with the same inputs, as one reader."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import fx
+
+from depcut.axes import Indices
+from depcut.calibration.inputs import Inputs
+from depcut.coupling.groups import Group
+from depcut.ops.site import Site
+from depcut.scores.elimination import Reads, Weight
+from depcut.scores.quadratic import (
+    FullGram,
+    FullInverse,
+    Gram,
+    Inverse,
+    ThinGram,
+    ThinInverse,
+)
+
+_DAMPING = 1e-2  # of the mean variance of the inputs
+_TINY = 1e-30
+_NOISE = 1e-12  # of the energy of what is read: what rounding leaves of a variance
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What the data show of sites.
+
+    Attributes:
+        inputs: By site, what it reads; the same object where others read the same.
+        weights: By site, W (blocks, out, in).
+    """
+
+    inputs: dict[Site, Inputs] = field(default_factory=dict)
+    weights: dict[Site, torch.Tensor] = field(default_factory=dict)
+
+
+def readers(
+    sites: list[Site], group: Group, gathered: Gathered, felt: Mapping[fx.Node, torch.Tensor]
+) -> list[Reads]:
+    """The sites that read a group; those that read the same inputs as one.
+
+    Args:
+        sites: The sites.
+        group: The group.
+        gathered: Moments of what the sites read.
+        felt: See `sensitivities`; without a node, an error in what it computes counts as a share of
+            its variance.
+    """
+    together: dict[Hashable, list[Site]] = {}
+    placed: dict[Hashable, tuple[NDArray[np.int64], bool]] = {}
+    for site in sites:
+        owners = site.units(group.axis)
+        if site not in gathered.inputs or not (owners >= 0).any():
+            continue
+        at = _columns(site, group, owners, len(gathered.weights[site]))
+        if at is None:
+            continue
+        key = (gathered.inputs[site], site.takes_shift, at[0].tobytes(), at[1])
+        together.setdefault(key, []).append(site)
+        placed[key] = at
+    return [_reader(alike, gathered, felt, *placed[key]) for key, alike in together.items()]
+
+
+def _reader(
+    sites: list[Site],
+    gathered: Gathered,
+    felt: Mapping[fx.Node, torch.Tensor],
+    columns: NDArray[np.int64],
+    blockwise: bool,
+) -> Weight:
+    """Sites with the same inputs and columns of a group as one reader."""
+    inputs, centred = gathered.inputs[sites[0]], sites[0].takes_shift
+    square, whole = inputs.squares(centred), inputs.squares(False)
+    level = square.mean(1)
+    level = level.clamp_min(1e-6 * float(level.max()) + _TINY)
+    damping = _DAMPING * level + _NOISE * whole.mean(1)
+    scaled = [_scaled(gathered.weights[s], felt.get(s.node), inputs, centred) for s in sites]
+    # Constant inputs carry nothing that a bias does not.
+    scaled = [
+        w if float((p * square).sum()) > _NOISE * float((p * whole).sum()) else torch.zeros_like(w)
+        for w, p in ((w, w.square().sum(1)) for w in scaled)
+    ]
+    blocks, _, size = scaled[0].shape
+    gram: Gram
+    if sum(w.shape[1] for w in scaled) < size:
+        gram = ThinGram(torch.cat(scaled, 1).cpu())
+    else:
+        gram = FullGram(torch.stack([w.transpose(1, 2) @ w for w in scaled]).sum(0).cpu())
+    few = inputs.vectors(centred)
+    inverse: Inverse
+    if few is not None:
+        inverse = ThinInverse(few.cpu(), damping.cpu())
+    else:
+        damped = inputs.products(centred).clone()
+        damped.diagonal(dim1=1, dim2=2).add_(damping[:, None])
+        inverse = FullInverse(torch.cholesky_inverse(torch.linalg.cholesky(damped)).cpu())
+    return Weight(inverse, gram, size, torch.from_numpy(columns), blocks, blockwise)
+
+
+def _scaled(
+    weight: torch.Tensor, felt: torch.Tensor | None, inputs: Inputs, centred: bool
+) -> torch.Tensor:
+    """Rows of a weight such that the squared error of its outputs is a share of the loss."""
+    if felt is not None and felt.ndim:
+        rows: torch.Tensor = felt.reshape(*weight.shape[:2], 1).to(weight) / inputs.count
+        scaled: torch.Tensor = weight * rows.sqrt()
+        return scaled
+    energy = max(inputs.energy(weight, centred), _TINY)
+    share: float = max(1.0 if felt is None else float(felt), _TINY)
+    factor: float = (share / energy) ** 0.5
+    return weight * factor
+
+
+def _columns(
+    site: Site, group: Group, owners: Indices, blocks: int
+) -> tuple[NDArray[np.int64], bool] | None:
+    """(rows, units, columns) of a site of each unit, and whether its blocks are the rows.
+
+    None where the rows of the group are neither told apart by columns nor by blocks.
+    """
+    inside = np.full_like(owners, -1) if group.row_axis is None else site.units(group.row_axis)
+    by_column = bool((inside >= 0).any())
+    blockwise = group.row_axis is not None and not by_column
+    if blockwise and blocks != group.rows:
+        return None
+    key = np.where(owners >= 0, np.maximum(inside, 0) * group.size + owners, -1)
+    order = np.argsort(key, kind="stable")
+    columns = order[np.searchsorted(key[order], 0) :]
+    if by_column:
+        return columns.reshape(group.rows, group.size, -1), False
+    return np.tile(columns.reshape(1, group.size, -1), (group.rows, 1, 1)), blockwise
