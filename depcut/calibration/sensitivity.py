@@ -19,6 +19,7 @@ from depcut.calibration.visits import STRETCHES, checked_call
 from depcut.capture.held import held_tensors
 from depcut.coupling.groups import Coupling
 from depcut.graph.arguments import Call
+from depcut.graph.liveness import storages
 from depcut.graph.rereadable import rereadable
 from depcut.plan.keep import Keep
 from depcut.reference.run import Reference, Tensors
@@ -114,8 +115,8 @@ class Sensitivity:
         rows = max(b.rows for b in calibration.batches) / max(program.batch, 1)
         asked = rereadable(program)
         cost = {n: shown.get(n, 0) for n in program.graph.graph.nodes}
-        for node in cost:
-            cost[node] += 0 if node in asked else int(rows * bytes_of(node))
+        for node, root in storages(cost).items():
+            cost[node] += int(rows * bytes_of(node)) if root is node and node not in asked else 0
         if not isinstance(model, nn.Module):
             for node, nbytes in weights_of(program).items():
                 cost[node] += nbytes

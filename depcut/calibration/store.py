@@ -18,6 +18,7 @@ from depcut.errors import DepcutError
 
 _PREFIX = "depcut-walk-"
 _MODE = 0o600  # activations tell what the data was
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 
 
 @dataclass
@@ -193,7 +194,7 @@ class Store:
                 self._folder = tempfile.TemporaryDirectory(prefix=_PREFIX)
             path = Path(self._folder.name) / f"{self._files}.bin"
             self._files += 1
-            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _MODE), "wb") as f:
+            with os.fdopen(os.open(path, _NEW, _MODE), "wb") as f:
                 for run in runs:
                     f.write(run.cpu().numpy().data)
                     self.spilled += run.numel()
