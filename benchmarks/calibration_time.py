@@ -37,14 +37,16 @@ BATCHES = {"llama": 8, "resnet50": 2}
 
 # What is timed by itself, and the item it counts to; the rest is the runs of the graph.
 PARTS = {
+    "depcut.calibration.backward": {"Backward._differentiate": "sensitivities"},
+    "depcut.calibration.sensitivity": {"Sensitivity._take": "sensitivities"},
     "depcut.scores.reconstruction": {
-        "sensitivities": "sensitivities",
         "_add_inputs": "moments",
         "_add_terms": "moments",
-        "_reader": "inverses",
+        "readers": "inverses",
         "eliminated": "elimination",
     },
-    "depcut.repair.compensate": {"folded": "moments", "solve": "solves"},
+    "depcut.calibration.folds": {"Folds.add": "moments", "Folds.moments": "moments"},
+    "depcut.repair.sites": {"solve": "solves"},
 }
 ITEMS = ("runs", "moments", "sensitivities", "inverses", "elimination", "solves")
 
@@ -147,8 +149,10 @@ class Clock:
 def itemised() -> Iterator[Clock]:
     clock, before = Clock(), []
     for module, names in PARTS.items():
-        place = importlib.import_module(module)
-        for name, item in names.items():
+        for path, item in names.items():
+            owner, _, name = path.rpartition(".")
+            place = importlib.import_module(module)
+            place = getattr(place, owner) if owner else place
             before.append((place, name, getattr(place, name)))
             setattr(place, name, clock.around(getattr(place, name), item))
     try:
