@@ -1,0 +1,138 @@
+"""One call from a folder of shards to a smaller one, a tensor at a time."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from typing_extensions import Unpack
+
+from depcut.allocate.choose import check_budget
+from depcut.apply.report import Report
+from depcut.calibration.data import Data
+from depcut.capture.inputs import Inputs
+from depcut.errors import InputError
+from depcut.integrations.pretrained_folder import model_of
+from depcut.options import CheckpointKeywords, Options
+from depcut.streaming.job import planned, report_of
+from depcut.streaming.journal import digest, journal
+from depcut.streaming.progress import Progress
+from depcut.streaming.source import Source
+from depcut.streaming.structure import structure
+from depcut.streaming.weights import check_fits
+from depcut.support.checks import check_path
+from depcut.support.keywords import settled, takes_options
+from depcut.support.sizes import bytes_of, written
+from depcut.support.torch_private import pytree
+from depcut.version import __version__
+
+# Python, torch and transformers themselves, the structure of the model, and blocks that are read.
+_FIXED = 900 * 2**20
+_COPIES = 3  # of a tensor in single precision, while an operator that reads it is checked
+
+
+@takes_options(Options, CheckpointKeywords)
+def shrink_checkpoint(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    ratio: float,
+    inputs: Inputs = None,
+    *,
+    data: Data | None = None,
+    memory: int | str | None = None,
+    options: Options | None = None,
+    **given: Unpack[CheckpointKeywords],
+) -> Report:
+    """Make a checkpoint smaller that need not fit in memory.
+
+    The model's structure is found without its weights; these are read, narrowed and written one by
+    one, and what was written is then compared by value with the dense checkpoint, operator by
+    operator. The smaller folder is one that `from_pretrained` loads. A run that is killed goes on
+    where it was, when it is asked for the same again, and ends with the same files.
+
+    Args:
+        src: A folder that `save_pretrained` of transformers wrote: safetensors, in one file or in
+            shards, and a config. It is only read.
+        dst: A new or empty folder, or one that an earlier run of the same request began.
+        ratio: Fraction removed of the quantity named by `of`, in (0, 1).
+        inputs: Example inputs, see `depcut.analyze`; left out, made as transformers has them.
+        data: Not taken yet: criteria and repairs that need it hold the whole model in memory.
+        memory: The most memory that the run may take, as bytes or as text ("2GiB"), with what
+            Python and torch themselves take; a model with tensors too large for it is refused
+            before anything is written. Left out, whatever one tensor needs.
+        options: What else is chosen, as one object; the keywords that follow go before it.
+        **given: The fields of `depcut.Options`.
+
+    Returns:
+        What was done; `depcut.report` of the folder's report.json is the same.
+
+    Raises:
+        InputError: The folder lacks something or is damaged, its weights are pickled, quantized or
+            of other shapes than the config says, `dst` holds something else, or an option has a
+            wrong value.
+        BudgetError: The ratio cannot be reached.
+        VerificationError: What was written does not compute what it should.
+        DepcutError: The model cannot be captured, or a file not be written.
+    """
+    chosen = settled(Options, options, given, CheckpointKeywords, "shrink_checkpoint")
+    check_budget(ratio, chosen.of, chosen.latency_ms, chosen.depth)
+    limit = None if memory is None else bytes_of(memory)
+    _refuse_data(data)
+    source = Source(check_path(src, "src"))
+    _check_apart(source.folder, check_path(dst, "dst"))
+    dense = model_of(source.folder)
+    names = check_fits(source, dense)
+    _check_memory(source, limit)
+    request = {"depcut": __version__, "ratio": ratio, "inputs": _shapes(inputs)}
+    key = digest({**request, **chosen.record()})
+    with journal(Path(dst), key, source.fingerprint) as begun:
+        if begun.complete:
+            return report_of(begun.folder)
+        job = planned(source, names, structure(dense, inputs), ratio, chosen)
+        with Progress(chosen.progress) as progress:
+            job.write(begun, progress)
+            error = job.check(begun, progress)
+        return job.close(begun, dense, error)
+
+
+def _refuse_data(data: object) -> None:
+    if data is not None:
+        raise InputError(
+            "checkpoints are not calibrated tensor by tensor yet",
+            where="data=",
+            remedy="leave data out, or use depcut.shrink of the loaded model",
+        )
+
+
+def _check_apart(src: Path, dst: Path) -> None:
+    """Refuse to write into the dense checkpoint, or around it."""
+    source, target = src.resolve(), dst.resolve()
+    if source == target or source in target.parents or target in source.parents:
+        raise InputError(
+            "the folder to write is the dense checkpoint's, in it, or around it",
+            where="dst=",
+            remedy="choose a folder beside it",
+        )
+
+
+def _check_memory(source: Source, limit: int | None) -> None:
+    """Refuse a limit that a single tensor would break."""
+    if limit is None:
+        return
+    name, entry = max(source.entries.items(), key=lambda item: item[1].elements)
+    needed = _FIXED + _COPIES * 4 * entry.elements
+    if needed > limit:
+        raise InputError(
+            f"{written(limit)} are too few: the check of {name} alone needs {written(needed)}",
+            where="memory=",
+            remedy=f"allow {written(needed)}",
+        )
+
+
+def _shapes(inputs: Inputs) -> Any:
+    """Example inputs as a request records them: their values do not matter."""
+    return [
+        [list(leaf.shape), str(leaf.dtype)] if hasattr(leaf, "shape") else leaf
+        for leaf in pytree.tree_leaves(inputs)
+    ]
