@@ -236,7 +236,7 @@ class Analysis(ShownAnalysis):
             data,
             loss=loss,
             batches=chosen.batches,
-            low_memory=chosen.low_memory,
+            memory=chosen.memory,
             progress=chosen.progress,
         )
 

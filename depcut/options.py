@@ -26,6 +26,7 @@ from depcut.support.checks import (
 )
 from depcut.support.failures import shown
 from depcut.support.keywords import option
+from depcut.support.memory import check_memory
 from depcut.support.toml_files import read_options
 
 QUANTITIES = (*COSTS, "latency")
@@ -100,7 +101,12 @@ class Options(Common):
         'come close to the dense ones on the data; "auto": if there is data, and else fold removed '
         "units that are constant into biases, exactly.",
     )
-    low_memory: bool = option(False, "Whether to trade time for memory.")
+    memory: str | int | None = option(
+        None,
+        "What passes over the data may hold of it in memory, beside one stretch of the model: an "
+        'amount such as "4GiB", or bytes; the rest goes to temporary files. Left out, half of what '
+        "is free.",
+    )
     allocation: str | None = option(
         None,
         '"uniform" (same share everywhere) or "global" (least loss per cost first); left out, '
@@ -143,8 +149,8 @@ class Options(Common):
         self._integer("batches", 1, sys.maxsize)
         self._integer("align", 1, LARGEST)
         self._integer("threads", 1, THREADS)
-        for name in ("low_memory", "depth"):
-            self._flag(name)
+        self._flag("depth")
+        self._set("memory", check_memory(self.memory))
         chosen: Any = self.compensate
         if not isinstance(chosen, bool) and not (isinstance(chosen, str) and chosen == "auto"):
             raise InputError(
@@ -262,7 +268,7 @@ class Options(Common):
 
 class _Reading(TypedDict, total=False):
     batches: int
-    low_memory: bool
+    memory: str | int | None
     progress: bool
 
 

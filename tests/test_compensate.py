@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - its name everywhere
 
 import depcut
-from depcut.calibration.moments import Moments, folded
+from depcut.calibration.folds import Folds
+from depcut.calibration.moments import Moments
 from depcut.calibration.solve import RIDGES, solve
 from depcut.errors import InputError
 
@@ -266,7 +267,7 @@ def test_what_stays_takes_over_what_repeats_it(name: str) -> None:
     assert missed(model, plain, fresh) > 1e-3
     assert missed(model, slim, fresh) ** 0.5 < EXACT, done
     assert done.left == {}
-    low, _, _ = repaired(model, data, kept, low_memory=True)
+    low, _, _ = repaired(model, data, kept, memory=1)
     for a, b in zip(slim.parameters(), low.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
@@ -355,7 +356,9 @@ def test_little_data_dead_units_and_large_activations_give_finite_weights(
 def test_one_vector_moves_the_bias_alone() -> None:
     x, w = torch.randn(1, 1, 3).double(), torch.randn(1, 2, 3).double()
     y = torch.randn(1, 1, 2).double()
-    found = solve(folded(iter([(0, x, y)])), w, torch.zeros(1, 2))
+    folds = Folds(1)
+    folds.add(x, y)
+    found = solve(folds.moments(), w, torch.zeros(1, 2))
     assert torch.equal(found.weight, w)
     torch.testing.assert_close(found.bias[0], y[0, 0] - w[0] @ x[0, 0])
 
@@ -515,36 +518,6 @@ def test_other_precisions_are_kept(dtype: torch.dtype) -> None:
     slim, _, plan = repaired(model, data, {"up": [0, 2, 3, 7]})
     assert {p.dtype for p in slim.parameters()} == {dtype}
     assert missed(model, slim, data) < missed(model, plan.apply(model, compensate=False), data)
-
-
-def test_low_memory_moves_one_batch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    from depcut.calibration.lockstep import Lockstep
-
-    model, data = NETS["plain"].build(), data_of(NETS["plain"], 4)
-    alive: list[int] = []
-    most = []
-    start = Lockstep._start
-
-    def counted(self: Any, batch: Any, stops: Any) -> Any:
-        found = start(self, batch, stops)
-
-        def held(run: Any) -> Any:
-            alive.append(1)
-            most.append(len(alive))
-            try:
-                return (yield from run)
-            finally:
-                alive.pop()
-
-        return held(found[0]), held(found[1])
-
-    monkeypatch.setattr(Lockstep, "_start", counted)
-    kept = oracle.random_keep(depcut.analyze(model, data[0]), np.random.default_rng(0))
-    repaired(model, data, kept, low_memory=True)
-    assert max(most) <= 4  # two runs of a batch, and those that the next ones replace
-    most.clear()
-    repaired(model, data, kept)
-    assert max(most) == 2 * len(data)
 
 
 # Mistakes ----------------------------------------------------------------------------------------

@@ -189,8 +189,8 @@ def test_little_memory_gives_the_same_scores(name: str) -> None:
     model, data = net.build().eval(), [net.inputs(4), net.inputs(4)]
     analysis = depcut.analyze(model, net.inputs(2))
     once, by_group = (
-        score("obs", analysis.coupling, model, 0, analysis.calibrate(data, low_memory=low))
-        for low in (False, True)
+        score("obs", analysis.coupling, model, 0, analysis.calibrate(data, memory=memory))
+        for memory in ("4GiB", 1)
     )
     assert once
     for a, b in zip(once, by_group, strict=True):

@@ -134,7 +134,7 @@ class Plan(PlanData, Shown):
                 model,
                 data,
                 batches=chosen.batches,
-                low_memory=chosen.low_memory,
+                memory=chosen.memory,
                 progress=chosen.progress,
             )
         with blaming_calls(model, coupling.program, calibration):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -92,8 +93,8 @@ def shown(
     calibration: Calibration,
     activations: list[Activation],
     label: str,
-) -> Iterator[tuple[Activation, torch.Tensor]]:
-    """(activation, its values) of every batch, in one pass over the data.
+) -> Generator[tuple[Activation, torch.Tensor]]:
+    """(activation, its values) of every batch, in one walk over the data; to be closed.
 
     Args:
         coupling: The analysed model.
@@ -105,8 +106,9 @@ def shown(
     by_reader: dict[fx.Node, list[Activation]] = {}
     for activation in activations:
         by_reader.setdefault(activation.reader, []).append(activation)
-    for _, node, call in visits(coupling, model, calibration, list(by_reader), label):
-        sources = pytree.tree_leaves(dict(bound(node, node.args, node.kwargs)))
-        values = pytree.tree_leaves(dict(call))
-        for activation in by_reader[node]:
-            yield activation, values[sources.index(activation.source)]
+    with closing(visits(coupling, model, calibration, by_reader, label)) as found:
+        for _, node, call in found:
+            sources = pytree.tree_leaves(dict(bound(node, node.args, node.kwargs)))
+            values = pytree.tree_leaves(dict(call))
+            for activation in by_reader[node]:
+                yield activation, values[sources.index(activation.source)]

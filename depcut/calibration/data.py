@@ -29,6 +29,7 @@ from depcut.errors import DepcutError, InputError, listed
 from depcut.graph.resized import FlatInputs
 from depcut.support.checks import check_integer
 from depcut.support.failures import first_line, reraise_fatal
+from depcut.support.memory import budget, check_memory
 from depcut.support.torch_private import pytree
 
 Data = Iterable[Any]
@@ -46,7 +47,7 @@ class Calibration:
         batches: At least one.
         loss: A function of (output, target) that returns a scalar, or None.
         device: The model's.
-        low_memory: Whether to trade time for memory.
+        memory: Bytes that passes over the data may hold between two stretches of them.
         progress: Whether to show a progress bar on standard error.
         unused: Keys of the items that the model does not take.
     """
@@ -55,7 +56,7 @@ class Calibration:
     batches: tuple[Batch, ...]
     loss: Callable[[Any, Any], torch.Tensor] | None
     device: torch.device
-    low_memory: bool = False
+    memory: int
     progress: bool = True
     unused: tuple[str, ...] = ()
 
@@ -115,7 +116,7 @@ def calibrate(
     *,
     loss: Loss | None = None,
     batches: int = BATCHES,
-    low_memory: bool = False,
+    memory: int | str | None = None,
     progress: bool = True,
 ) -> Calibration:
     """Read and check calibration data; the model is run once on the first batch if there is a loss.
@@ -130,7 +131,8 @@ def calibrate(
             it gets the whole item as target. "model": what the model itself returns as its loss
             where it is given the labels in the data.
         batches: How many items to read at most.
-        low_memory: Whether later passes should trade time for memory.
+        memory: What later passes may hold of it, in bytes or with a unit ("4GiB"); None: half of
+            what is free.
         progress: Whether later passes show a progress bar on standard error.
 
     Raises:
@@ -138,10 +140,11 @@ def calibrate(
             NaN, or the loss fails or returns no scalar; or what was calibrated is another model, or
             with another loss.
     """
-    loss = loss_function(loss)
+    loss, memory = loss_function(loss), check_memory(memory)
     if isinstance(data, Calibration):
         check_same_loss(data.loss, loss)
-        moved_on = replace(data, program=program, device=device_of(model))
+        held = data.memory if memory is None else memory
+        moved_on = replace(data, program=program, device=device_of(model), memory=held)
         if data.program is program:
             return moved_on
         check_same_model(data.program, program)
@@ -153,7 +156,7 @@ def calibrate(
         items = _of_part(model, program, items, loss)
     bound = tuple(reader.batch(item, f"data, item {i}") for i, item in enumerate(items))
     bound = with_numbers(reader, model, bound)
-    calibration = Calibration(program, bound, loss, device_of(model), low_memory, progress)
+    calibration = Calibration(program, bound, loss, device_of(model), budget(memory), progress)
     calibration = replace(calibration, unused=tuple(reader.unused))
     if loss is not None:
         _check_loss(calibration, model)

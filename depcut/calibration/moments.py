@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -74,26 +73,3 @@ class Moments:
             + 2 * bias * (through - self.y)
             + self.count * bias.square()
         )
-
-
-def folded(parts: Iterable[tuple[int, torch.Tensor, torch.Tensor]]) -> list[Moments]:
-    """Moments of two folds that share no batch, or halves of the only batch.
-
-    Args:
-        parts: (number of the batch, x, y) of every batch.
-    """
-    folds: dict[int, Moments] = {}
-    parts = iter(parts)
-    first = next(parts)
-    second = next(parts, None)
-    if second is None:
-        _, x, y = first
-        half = x.shape[1] // 2
-        if not half:
-            return [Moments.of(x, y)]
-        return [Moments.of(x[:, :half], y[:, :half]), Moments.of(x[:, half:], y[:, half:])]
-    for pending in (first, second):
-        folds[len(folds)] = Moments.of(pending[1], pending[2])
-    for number, x, y in parts:
-        folds[number % FOLDS] += Moments.of(x, y)
-    return [folds[number] for number in sorted(folds)]

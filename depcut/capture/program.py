@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import CodeType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
@@ -17,6 +18,7 @@ from depcut.capture.structure import Structure
 from depcut.support.torch_private import pytree
 
 Sizes = tuple[int, ...]
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,23 @@ class Program:
     batching: Batch = Batch.FREE
     results: Results = field(default_factory=Results)
     made: str = ""
+
+    def once(self, find: Callable[[Program], Found]) -> Found:
+        """What a function finds out about this program, looked up after the first time.
+
+        Args:
+            find: The function, of a module.
+        """
+        known = self._known
+        if find not in known:
+            known[find] = find(self)
+        found: Found = known[find]
+        return found
+
+    @cached_property
+    def _known(self) -> dict[Callable[[Program], Any], Any]:
+        """What `once` has found."""
+        return {}
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -77,7 +77,7 @@ def _guarded(given: list[str], output: Output, *, debug: bool) -> int:
         code = FAILED if isinstance(error, _FAILURES) else MISTAKE
         return _failed(error, error, code, output, debug=debug)
     except MemoryError as error:
-        remedy = "use smaller inputs or batches, or --low-memory"
+        remedy = "use smaller inputs or batches, or --memory 1GiB"
         return _failed(
             error, DepcutError("memory ran out", remedy=remedy), FAILED, output, debug=debug
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Generator, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import fx
 from depcut.capture.program import Program
 from depcut.graph.arguments import values_of
 from depcut.graph.operators import enters_autocast, in_any_layout, leaves_autocast
+from depcut.graph.rereadable import rereadable
 from depcut.graph.resized import Resized, numbers_of_run
 
 
@@ -40,6 +42,10 @@ def finished(run: Pausing) -> list[Any]:
 
 def last_uses(program: Program) -> dict[fx.Node, list[fx.Node]]:
     """The nodes whose value nobody needs after a node; itself, where nobody needs it at all."""
+    return program.once(_last_uses)
+
+
+def _last_uses(program: Program) -> dict[fx.Node, list[fx.Node]]:
     last: dict[fx.Node, fx.Node] = {}
     for node in program.graph.graph.nodes:
         last[node] = node
@@ -54,8 +60,9 @@ def last_uses(program: Program) -> dict[fx.Node, list[fx.Node]]:
 class Interpreter:
     """One run of a captured graph. A subclass says what the values are.
 
-    A value is freed when its last reader has run. While the run pauses, and once it has ended in
-    whatever way, the thread is outside of the graph's autocast regions.
+    A value is freed when its last reader has run. Tensors of the model, and views of them, are
+    asked for when a node first reads them, and once more after `let_go`. While the run pauses, and
+    once it has ended in whatever way, the thread is outside of the graph's autocast regions.
 
     Args:
         program: The captured graph.
@@ -63,12 +70,14 @@ class Interpreter:
     Attributes:
         values: Of the nodes that ran and are still needed.
         resized: The numbers of a run on inputs of other sizes than the captured ones.
+        rereadable: Nodes whose values can be asked for again.
     """
 
     def __init__(self, program: Program) -> None:
         self.program = program
         self.values: dict[fx.Node, Any] = {}
         self.resized: Resized | None = None
+        self.rereadable = rereadable(program)
         self._regions: list[torch.autocast] = []
 
     # What a subclass says ------------------------------------------------------------------------
@@ -123,6 +132,36 @@ class Interpreter:
 
     # What all runs do ----------------------------------------------------------------------------
 
+    def paused(self, node: fx.Node) -> Paused:
+        """A node whose arguments are known while the run pauses, with their values."""
+        self._ask_for_sources(node)
+        return Paused(node, *self.arguments(node), self.values)
+
+    def let_go(self) -> None:
+        """While the run pauses: forget the values that can be asked for again."""
+        for node in self.rereadable.intersection(self.values):
+            del self.values[node]
+
+    def _ask_for_sources(self, node: fx.Node) -> None:
+        """Have the values that a node reads and that can be asked for again."""
+        for source in node.all_input_nodes:
+            if source not in self.values and source in self.rereadable:
+                self._ask_for(source)
+
+    def _ask_for(self, node: fx.Node) -> None:
+        """Have one of the values that can be asked for again."""
+        if node.op == "placeholder":
+            self.values[node] = self.tensor(node, self.program.tensors[node])
+        elif node.op == "get_attr":
+            self.values[node] = self.constant(node)
+        else:
+            asked = [s for s in node.all_input_nodes if s not in self.values]
+            self._ask_for_sources(node)
+            if not self.stands_aside(node):
+                self.values[node] = self.call(node)
+            for source in asked:  # the last reader of the others is yet to come
+                self.values.pop(source, None)
+
     def run(self, inputs: Sequence[Any]) -> list[Any]:
         """Flat outputs for flat inputs."""
         return finished(self.steps(inputs))
@@ -137,39 +176,80 @@ class Interpreter:
         Returns:
             The flat outputs.
         """
-        last, pending = last_uses(self.program), iter(inputs)
+        pending = deque(inputs)
         self.resized = numbers_of_run(inputs)
-        outputs: list[Any] = []
+        del inputs  # a pause may be long, and what is still read of them is among the values
         self.values.clear()
+        first: fx.Node = next(iter(self.program.graph.graph.nodes))
+        return (yield from self._from(first, stops, pending))
+
+    def resumed(
+        self,
+        start: fx.Node,
+        values: Mapping[fx.Node, Any],
+        stops: Collection[fx.Node] = (),
+        resized: Resized | None = None,
+    ) -> Pausing:
+        """Run from where another run paused, and after that as `steps` does.
+
+        Args:
+            start: The node that it paused before.
+            values: What it had then, but for what can be asked for again.
+            stops: Nodes to pause before.
+            resized: The numbers of inputs of other sizes.
+
+        Returns:
+            The flat outputs.
+        """
+        self.resized = resized
+        self.values.clear()
+        self.values.update(values)
+        for node, value in values.items():
+            if enters_autocast(node):
+                value.__enter__()
+                self._regions.append(value)
+        return (yield from self._from(start, stops, deque()))
+
+    def _from(self, node: fx.Node, stops: Collection[fx.Node], pending: deque[Any]) -> Pausing:
+        """Run from a node on."""
+        last, outputs = last_uses(self.program), list[Any]()
         try:
-            for node in self.program.graph.graph.nodes:
+            while node.op != "root":
                 if node.op == "placeholder":
-                    name = self.program.tensors.get(node)
-                    self.values[node] = (
-                        self.given(node, next(pending)) if name is None else self.tensor(node, name)
-                    )
+                    self._enter(node, pending)
                 elif node.op == "output":
-                    outputs = [
-                        self.values[a] if isinstance(a, fx.Node) else a for a in node.args[0]
-                    ]
+                    self._ask_for_sources(node)
+                    given = self.program.outputs
+                    outputs = [self.values[a] if isinstance(a, fx.Node) else a for a in given]
                 elif self.stands_aside(node):
                     pass
                 elif node.op == "get_attr":
-                    self.values[node] = self.constant(node)
+                    if node not in self.rereadable:
+                        self.values[node] = self.constant(node)
                 else:
                     if node in stops:
                         with self._outside():
-                            yield Paused(node, *self.arguments(node), self.values)
+                            yield self.paused(node)
+                    self._ask_for_sources(node)
                     self.values[node] = self.call(node)
                     self._follow(node)
                 self.made(node)
                 for done in last.get(node, ()):
                     self.free(done)
+                node = node.next
         finally:
             for region in reversed(self._regions):
                 region.__exit__(None, None, None)
             self._regions = []
         return outputs
+
+    def _enter(self, node: fx.Node, pending: deque[Any]) -> None:
+        """Have the value of an input, or of a tensor that is written to."""
+        name = self.program.tensors.get(node)
+        if name is None:
+            self.values[node] = self.given(node, pending.popleft())
+        elif node not in self.rereadable:
+            self.values[node] = self.tensor(node, name)
 
     def _follow(self, node: fx.Node) -> None:
         """Note that a node has entered or left an autocast region."""

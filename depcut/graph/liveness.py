@@ -18,7 +18,7 @@ from depcut.graph.arguments import sources_of_storage, written
 from depcut.graph.operators import base_name, is_item, is_size, returns_its_input
 
 __all__ = ["Bypass", "Gone", "gone", "is_size", "live_nodes", "returns_its_input"]
-__all__ += ["rewritten", "written"]
+__all__ += ["rewritten", "storages", "written", "written_roots"]
 
 Bypass = Mapping[fx.Node, fx.Node]
 
@@ -84,7 +84,7 @@ class Losses:
     def __init__(self, program: Program) -> None:
         nodes = list(program.graph.graph.nodes)
         self.writers = _writers(nodes)
-        self.written = {w: roots for w, roots in _written_roots(nodes).items() if roots}
+        self.written = {w: roots for w, roots in written_roots(nodes).items() if roots}
         self.live = live_nodes(program, {})
         self.read: set[fx.Node] = set()  # live without what is only written to
         for node in reversed(nodes):
@@ -303,7 +303,7 @@ def _shared(node: fx.Node) -> fx.Node | None:
     return next((source for _, source in sources_of_storage(node)), None)
 
 
-def _storages(nodes: Iterable[fx.Node]) -> dict[fx.Node, fx.Node]:
+def storages(nodes: Iterable[fx.Node]) -> dict[fx.Node, fx.Node]:
     """The node that made the storage which each node's result may share."""
     out: dict[fx.Node, fx.Node] = {}
     for node in nodes:
@@ -312,16 +312,16 @@ def _storages(nodes: Iterable[fx.Node]) -> dict[fx.Node, fx.Node]:
     return out
 
 
-def _written_roots(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+def written_roots(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     """The nodes that made the storages which each node changes."""
-    roots = _storages(nodes)
+    roots = storages(nodes)
     return {node: [roots[w] for w in written(node)] for node in roots}
 
 
 def _writers(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     """Nodes that change a storage, by the node that made it."""
     out: dict[fx.Node, list[fx.Node]] = {}
-    for node, roots in _written_roots(nodes).items():
+    for node, roots in written_roots(nodes).items():
         for root in roots:
             out.setdefault(root, []).append(node)
     return out

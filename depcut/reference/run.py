@@ -31,6 +31,7 @@ from depcut.reference.norms import estimate, estimates
 from depcut.reference.slices import index_tensors, take
 from depcut.support.torch_private import pytree
 
+Tensors = Mapping[str, torch.Tensor]
 Watched = dict[fx.Node, Any]
 Spared = Mapping[fx.Node, tuple[fx.Node, int, torch.Tensor]]
 Look = Callable[[fx.Node, Any], Any]
@@ -76,7 +77,8 @@ class Reference:
 
     Args:
         keep: What stays.
-        model: The dense model, whose tensors are read.
+        model: The dense model, whose tensors are read; or these themselves by name, each of which
+            is asked for when a run first reads it.
         sliced: Run with narrowed tensors and new size literals instead of zeros.
         spared: (operand, dimension, flags) by the node that contracts the dimension: removed
             indices that contribute all the same, as constants do that a bias takes over.
@@ -85,12 +87,12 @@ class Reference:
     def __init__(
         self,
         keep: Keep,
-        model: nn.Module,
+        model: nn.Module | Tensors,
         sliced: bool = False,
         spared: Spared | None = None,
     ) -> None:
         self.keep, self.sliced, self.spared = keep, sliced, spared or {}
-        self.held = held_tensors(model)
+        self.held: Tensors = held_tensors(model) if isinstance(model, nn.Module) else model
         self.program = keep.coupling.program
         self.norms = estimates(self.program)
         self._checked: set[Resized] = set()
@@ -101,7 +103,7 @@ class Reference:
         dtype: torch.dtype | None = None,
         watch: set[fx.Node] | None = None,
         *,
-        tensors: Mapping[str, torch.Tensor] | None = None,
+        tensors: Tensors | None = None,
         look: Look | None = None,
         around: Around | None = None,
     ) -> tuple[list[Any], dict[fx.Node, Any]]:
@@ -116,8 +118,8 @@ class Reference:
             around: The context to execute a node in.
         """
         watched: dict[fx.Node, Any] = {}
-        run = ReferenceRun(self, dtype, tensors or {}, watch or (), watched)
-        self._check(inputs)
+        run = ReferenceRun(self, dtype, tensors, watch or (), watched)
+        self.check(inputs)
         run.look, run.around = look or _copy, around or _nowhere
         return finished(run.steps(inputs)), watched
 
@@ -127,7 +129,7 @@ class Reference:
         dtype: torch.dtype | None = None,
         *,
         stops: Collection[fx.Node] = (),
-        tensors: Mapping[str, torch.Tensor] | None = None,
+        tensors: Tensors | None = None,
         watch: Collection[fx.Node] | None = None,
         watched: dict[fx.Node, Any] | None = None,
     ) -> Pausing:
@@ -144,10 +146,10 @@ class Reference:
         Returns:
             The flat outputs.
         """
-        self._check(inputs)
-        return ReferenceRun(self, dtype, tensors or {}, watch or (), watched).steps(inputs, stops)
+        self.check(inputs)
+        return ReferenceRun(self, dtype, tensors, watch or (), watched).steps(inputs, stops)
 
-    def _check(self, inputs: list[Any]) -> None:
+    def check(self, inputs: list[Any]) -> None:
         """Refuse inputs of a length that narrowed dimensions do not tell, once a length."""
         resized = numbers_of_run(inputs)
         if resized is not None and resized not in self._checked:
@@ -169,23 +171,24 @@ class ReferenceRun(Interpreter):
     def __init__(
         self,
         reference: Reference,
-        dtype: torch.dtype | None,
-        tensors: Mapping[str, torch.Tensor],
-        watch: Collection[fx.Node],
-        watched: Watched | None,
+        dtype: torch.dtype | None = None,
+        tensors: Tensors | None = None,
+        watch: Collection[fx.Node] = (),
+        watched: Watched | None = None,
     ) -> None:
         super().__init__(reference.program)
         self.keep, self.held, self.norms = reference.keep, reference.held, reference.norms
-        self.sliced, self.dtype, self.tensors = reference.sliced, dtype, tensors
+        self.sliced, self.dtype = reference.sliced, dtype
+        self.tensors: Tensors = {} if tensors is None else tensors
         self.spared = reference.spared
         self.watch, self.watched = watch, watched
         self.look: Look = _copy
         self.around: Around = _nowhere
-        self.inputs: Sequence[Any] = ()
+        self.shapes: list[torch.Size | None] = []  # of the inputs
 
     def steps(self, inputs: Sequence[Any], stops: Collection[fx.Node] = ()) -> Pausing:
         """Run node by node, pausing before some of them."""
-        self.inputs = inputs
+        self.shapes = [v.shape if isinstance(v, torch.Tensor) else None for v in inputs]
         return super().steps(inputs, stops)
 
     def stands_aside(self, node: fx.Node) -> bool:
@@ -204,6 +207,8 @@ class ReferenceRun(Interpreter):
     def made(self, node: fx.Node) -> None:
         """Copy a value to watch."""
         if self.watched is not None and node in self.watch:
+            if node in self.rereadable and node not in self.values:
+                self._ask_for(node)
             self.watched[node] = self.look(node, self.values.get(node))
 
     def arguments(self, node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -220,9 +225,9 @@ class ReferenceRun(Interpreter):
             return int(value)
         known = {
             symbolic.node.expr: actual
-            for placeholder, given in zip(self.program.inputs, self.inputs, strict=True)
-            if isinstance(given, torch.Tensor)
-            for symbolic, actual in zip(placeholder.meta["val"].shape, given.shape, strict=True)
+            for placeholder, given in zip(self.program.inputs, self.shapes, strict=True)
+            if given is not None
+            for symbolic, actual in zip(placeholder.meta["val"].shape, given, strict=True)
             if isinstance(symbolic, torch.SymInt)
         }
         return int(value.node.expr.subs(known))
@@ -230,7 +235,8 @@ class ReferenceRun(Interpreter):
     def tensor(self, node: fx.Node, name: str) -> torch.Tensor:
         """A tensor that was given, else the model's own or the kept part of it."""
         if name in self.tensors:
-            return self.tensors[name]
+            given = self.tensors[name]
+            return given if node in self.rereadable else given.clone()
         held = self.program.constants if name in self.program.anonymous else self.held
         there = self.resized.constants.get(node) if self.resized is not None else None
         tensor = (held[name] if there is None else there).detach()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -35,9 +36,9 @@ def wanda(context: Context) -> Scores:
     """
 
     def columns(w: torch.Tensor, _: torch.Tensor, squares: torch.Tensor, n: int) -> torch.Tensor:
-        return w.abs().sum(1) * (squares / n).sqrt()
+        return w * (squares / n).sqrt()
 
-    return _by_columns(context, columns)
+    return _by_columns(context, lambda w: w.abs().sum(1), columns)
 
 
 @criterion("flap", needs="data", members=None)
@@ -53,30 +54,39 @@ def flap(context: Context) -> Scores:
 
     def columns(w: torch.Tensor, sums: torch.Tensor, squares: torch.Tensor, n: int) -> torch.Tensor:
         centred = (squares - sums.square() / n).clamp(min=0)
-        return w.square().sum(1) * centred / max(n - 1, 1)
+        return w * centred / max(n - 1, 1)
 
-    return _by_columns(context, columns)
+    return _by_columns(context, lambda w: w.square().sum(1), columns)
 
 
-def _by_columns(context: Context, columns: _Columns) -> Scores:
-    """Sums over each unit's columns, aggregated over the sites that read the unit."""
+def _by_columns(
+    context: Context, norm: Callable[[torch.Tensor], torch.Tensor], columns: _Columns
+) -> Scores:
+    """Sums over each unit's columns, aggregated over the sites that read the unit.
+
+    Args:
+        context: What to score.
+        norm: Of the columns of a weight (blocks, out, in).
+        columns: Values (blocks, in) from such norms, sums of the inputs and of their squares, and
+            the number of vectors.
+    """
     coupling = context.coupling
     sites: dict[fx.Node, list[Site]] = {}
     for site in find_sites(coupling):
         sites.setdefault(site.node, []).append(site)
-    weights: dict[Site, torch.Tensor] = {}
+    norms: dict[Site, torch.Tensor] = {}
     sums: dict[Site, tuple[torch.Tensor, torch.Tensor, int]] = {}
-    for batch, node, call in visits(
-        coupling, context.model, context.data, list(sites), "activations"
-    ):
-        for site in sites[node]:
-            x = site_inputs(site, call, context.data.batches[batch].valid).double()
-            weights[site] = site.family.matrix(call).double()
-            one, two, count = sums.get(site, (0.0, 0.0, 0))
-            sums[site] = (one + x.sum(1), two + x.square().sum(1), count + x.shape[1])
+    with closing(visits(coupling, context.model, context.data, sites, "activations")) as found:
+        for batch, node, call in found:
+            for site in sites[node]:
+                x = site_inputs(site, call, context.data.batches[batch].valid).double()
+                if site not in norms:
+                    norms[site] = norm(site.family.matrix(call).double())
+                one, two, count = sums.get(site, (0.0, 0.0, 0))
+                sums[site] = (one + x.sum(1), two + x.square().sum(1), count + x.shape[1])
     parts: list[list[Values]] = [[] for _ in coupling.groups]
     for site, (one, two, count) in sums.items():
-        values = columns(weights[site], one, two, count).cpu().numpy()
+        values = columns(norms[site], one, two, count).cpu().numpy()
         for number, part in _onto_groups(context, site, values).items():
             parts[number].append(part)
     return _or_norm(context, parts)
@@ -179,20 +189,19 @@ def _by_activations(
     coupling = context.coupling
     activations = find_activations(coupling)
     sums: dict[tuple[Activation, int], Values] = {}
-    for activation, value in shown(
-        coupling, context.model, context.data, activations, "activations"
-    ):
-        dims = coupling.env[activation.source]
-        assert isinstance(dims, tuple)
-        term = axes.resolve(dims[activation.dim])
-        # A dimension 0 that holds the units leaves one example.
-        maps = value if activation.dim else value[:, None]
-        precision = torch.finfo(value.dtype).eps
-        for number in sorted(activation.groups):
-            slices = unit_slices(maps, activation.dim, term, coupling.groups[number].axis)
-            part = statistic(slices, precision).cpu().numpy()
-            key = (activation, number)
-            sums[key] = sums[key] + part if key in sums else part
+    with closing(shown(coupling, context.model, context.data, activations, "activations")) as found:
+        for activation, value in found:
+            dims = coupling.env[activation.source]
+            assert isinstance(dims, tuple)
+            term = axes.resolve(dims[activation.dim])
+            # A dimension 0 that holds the units leaves one example.
+            maps = value if activation.dim else value[:, None]
+            precision = torch.finfo(value.dtype).eps
+            for number in sorted(activation.groups):
+                slices = unit_slices(maps, activation.dim, term, coupling.groups[number].axis)
+                part = statistic(slices, precision).cpu().numpy()
+                key = (activation, number)
+                sums[key] = sums[key] + part if key in sums else part
     parts: list[list[Values]] = [[] for _ in coupling.groups]
     for (_, number), total in sums.items():
         parts[number].append(total / len(context.data.batches))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from string import ascii_letters
 from typing import Any
@@ -56,10 +57,7 @@ def obs(context: Context) -> Scores:
     """
     coupling = context.coupling
     sites, products = find_sites(coupling), _activation_products(coupling)
-    # All moments at once, or, with little memory, those of one group after the other.
-    gathered = None
-    if not context.data.low_memory:
-        gathered = _gather(context, sites, products, coupling.groups)
+    gathered = _gather(context, sites, products, coupling.groups)
     felt = sensitivities(
         coupling,
         context.model,
@@ -75,8 +73,6 @@ def obs(context: Context) -> Scores:
         summing[product.term].append(product)
     out = []
     for group in coupling.groups:
-        if gathered is None or context.data.low_memory:
-            gathered = _gather(context, sites, products, [group])
         weights = [_reader(s, group, gathered, felt.get(s.node)) for s in reading[group.axis]]
         readers: list[Reads] = [r for r in weights if r is not None]
         readers += [
@@ -177,15 +173,14 @@ def _gather(
     items: list[Site | _ActivationProduct] = [*needed, *wanted]
     for item in items:
         at.setdefault(item.node, []).append(item)
-    for number, node, call in visits(
-        coupling, context.model, context.data, list(at), "second moments"
-    ):
-        valid = context.data.batches[number].valid
-        for item in at[node]:
-            if isinstance(item, Site):
-                _add_inputs(gathered, item, call, valid)
-            else:
-                _add_terms(gathered, item, call)
+    with closing(visits(coupling, context.model, context.data, at, "second moments")) as found:
+        for number, node, call in found:
+            valid = context.data.batches[number].valid
+            for item in at[node]:
+                if isinstance(item, Site):
+                    _add_inputs(gathered, item, call, valid)
+                else:
+                    _add_terms(gathered, item, call)
     return gathered
 
 

@@ -162,7 +162,7 @@ CALLS: dict[str, Call] = {
     "Analysis.calibrate": Call(
         lambda **k: analysis().calibrate(**k),
         lambda: {"data": pairs(), "loss": loss},
-        ("batches", "low_memory", "progress", "options"),
+        ("batches", "memory", "progress", "options"),
     ),
     "Analysis.explain": Call(_explain, _quiet(name="first")),
     "Analysis.latency": Call(

@@ -149,8 +149,8 @@ def test_images_of_other_sizes_are_followed_value_by_value() -> None:
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("low_memory", [False, True])
-def test_repair_on_padded_batches_equals_repair_on_what_is_no_padding(low_memory: bool) -> None:
+@pytest.mark.parametrize("memory", ["4GiB", 1])
+def test_repair_on_padded_batches_equals_repair_on_what_is_no_padding(memory: str | int) -> None:
     """Weights are the same from texts of one length a batch, and from the same texts padded."""
     model = Encoder().eval()
     plain, padded = [], []
@@ -163,7 +163,7 @@ def test_repair_on_padded_batches_equals_repair_on_what_is_no_padding(low_memory
     plan = analysis.plan(0.4, align=1)
     weights = []
     for data in (plain, padded):
-        slim = plan.apply(model, data=data, low_memory=low_memory, progress=False)
+        slim = plan.apply(model, data=data, memory=memory, progress=False)
         assert depcut.report(slim).compensation.repairs
         weights.append(slim.state_dict())
     for name, value in weights[0].items():

@@ -1,0 +1,240 @@
+"""One site re-solved: what batches show of it, and the least squares problem that they make."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from depcut import axes
+from depcut.axes import Reason
+from depcut.calibration.data import Calibration
+from depcut.calibration.folds import Folds
+from depcut.calibration.padding import without_padding
+from depcut.calibration.shelf import Shelf
+from depcut.calibration.solve import solve
+from depcut.calibration.visits import check_finite
+from depcut.graph.ancestry import is_shared
+from depcut.graph.arguments import Call, bound
+from depcut.graph.interpreter import Paused
+from depcut.graph.operators import base_name, is_aten
+from depcut.ops.contraction import MatrixProduct
+from depcut.ops.site import Site
+from depcut.plan.keep import Keep
+from depcut.reference.run import kept_part
+from depcut.support.torch_private import pytree
+
+_SAME = 1e-6  # relative difference of inputs that counts as rounding
+
+
+@dataclass(frozen=True)
+class Repair:
+    """How one layer was re-solved.
+
+    Attributes:
+        layer: Its name.
+        before: Share of the outputs' variance that is missed without repair, held out.
+        after: The same with it.
+        ridge: Regularisation, relative to the mean variance of the inputs; infinite: only the
+            bias was changed.
+    """
+
+    layer: str
+    before: float
+    after: float
+    ridge: float
+
+
+class SiteRepair:
+    """Re-solves the weights of one site, once it has seen every batch.
+
+    Args:
+        site: The site.
+        keep: What stays.
+        dense: The dense tensors by name.
+        tensors: The narrowed ones, which are changed.
+        calibration: The batches.
+
+    Attributes:
+        left: Why the weights cannot be changed, "" if they can.
+        again: Whether the batches have to be seen once more: the first ones were taken for such
+            that leave nothing to repair.
+    """
+
+    def __init__(
+        self, site: Site, keep: Keep, dense: Shelf, tensors: Shelf, calibration: Calibration
+    ) -> None:
+        self.site, self.keep, self.dense, self.tensors = site, keep, dense, tensors
+        self.calibration, self.program = calibration, keep.coupling.program
+        self.left, self.again = "", False
+        self.node = site.node
+        self.touched = keep.narrows(site.term)
+        self.folds: Folds | None = None
+
+    def see(self, number: int, dense: Paused, slim: Paused) -> None:
+        """Take in one batch.
+
+        Args:
+            number: Of the batch.
+            dense: The site's node in the dense graph.
+            slim: The same in the narrowed one.
+        """
+        if self.left:
+            return
+        if not self.touched:
+            if self._same(dense, slim):
+                return
+            self.touched, self.again = True, number > 0
+        if self.again and number:
+            return
+        call = bound(slim.node, slim.args, slim.kwargs)
+        if self.folds is None:
+            self.folds, self.again = Folds(len(self.calibration.batches)), False
+            self.left = self._obstacle(call)
+        if not self.left:
+            self.folds.add(*self._pair(number, dense, slim, self.site.family.matrix(call)))
+
+    def finish(self, slim: Paused) -> Repair | None:
+        """Change the weights; None where there is nothing to repair, or an obstacle.
+
+        Args:
+            slim: The site's node in the narrowed graph, of any batch.
+        """
+        if self.folds is None or self.left:
+            return None
+        site, call = self.site, bound(slim.node, slim.args, slim.kwargs)
+        weight = site.family.matrix(call)
+        added = [self.tensors[name].reshape(weight.shape[:2]) for name in site.biases]
+        start = weight.new_zeros(weight.shape[:2])
+        bias = sum(added, start) if site.takes_shift else None
+        solution = solve(self.folds.moments(), weight, bias)
+        site.family.write(call, solution.weight.to(weight.dtype))
+        if site.biases:
+            for name in site.biases:
+                self.tensors[name].zero_()
+            first = self.tensors[site.biases[0]]
+            first.copy_(solution.bias.reshape(first.shape))
+        for name in (*site.weights, *site.biases):
+            self.tensors.hand_back(name)
+        return Repair(site.name, solution.before, solution.after, solution.ridge)
+
+    def _pair(
+        self, number: int, dense: Paused, slim: Paused, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Narrowed inputs [blocks, vectors, in] and the dense outputs that stay, alike."""
+        site, family = self.site, self.site.family
+        wide, narrow = (bound(p.node, p.args, p.kwargs) for p in (dense, slim))
+        x = family.inputs(self._along(dense))
+        dense_weight = family.matrix(wide)
+        exact = torch.promote_types(x.dtype, torch.float32)
+        y = x.to(exact) @ dense_weight.to(exact).transpose(1, 2)
+        for name in site.biases:
+            y = y + self.dense[name].detach().reshape(len(y), 1, -1)
+        flat = y.transpose(0, 1).flatten(1)
+        rows = self.keep.indices(site.rows)
+        if rows is not None:
+            flat = flat[:, torch.from_numpy(rows).to(flat.device)]
+        added_to = stream(site, self.program.sizes)
+        if added_to is not None:
+            flat = flat + self._drift(dense, slim, added_to).reshape(flat.shape)
+        target = flat.unflatten(1, weight.shape[:2]).transpose(0, 1)
+        given = self._read(narrow, x)
+        for value in (given, target):
+            check_finite(value, number, site.node)
+        if isinstance(family, MatrixProduct) and family.features == -1:
+            valid = self.calibration.batches[number].valid
+            given, target = without_padding(valid, wide[family.source], given, target)
+        return given, target
+
+    def _along(self, dense: Paused) -> Call:
+        """The dense call, its activations sliced along all axes but those of the weight."""
+        site, dims = self.site, self.keep.coupling.env
+        own = {*axes.leaves(site.term), *axes.leaves(axes.resolve(site.rows))}
+        for source in site.node.all_input_nodes:
+            for term in self.keep.coupling.dims.get(self.program.tensors.get(source, ""), ()):
+                own |= {*axes.leaves(term)}
+        values = {}
+        for source in site.node.all_input_nodes:
+            value, terms = dense.values[source], dims[source]
+            if isinstance(terms, tuple) and source not in self.program.tensors:
+                held = Reason("of the weight's own", source.name)
+                rest = [
+                    axes.axis(t.size, held) if own & {*axes.leaves(axes.resolve(t))} else t
+                    for t in terms
+                ]
+                value = kept_part(value, self.keep, tuple(rest))
+            values[source] = value
+        args = fx.map_arg(site.node.args, values.__getitem__)
+        kwargs = fx.map_arg(site.node.kwargs, values.__getitem__)
+        return bound(site.node, args, kwargs)
+
+    def _drift(self, dense: Paused, slim: Paused, added_to: fx.Node) -> torch.Tensor:
+        """Kept part of the dense stream that the result is added to, less the narrowed stream."""
+        before, after = dense.values[added_to], slim.values[added_to]
+        kept = kept_part(before, self.keep, self.keep.coupling.env[added_to])
+        return kept - torch.as_tensor(after)
+
+    def _read(self, narrow: Call, dense: torch.Tensor) -> torch.Tensor:
+        """Narrowed inputs [blocks, vectors, in]; a cell's own state is that of the dense run."""
+        site = self.site
+        x = site.family.inputs(narrow)
+        if site.own:
+            kept = self.keep.indices(site.term)
+            own = sum(self.keep.count(t) for c in site.columns[-site.own :] for t in c)
+            picked = dense if kept is None else dense[..., torch.from_numpy(kept).to(x.device)]
+            x = torch.cat([x[..., : x.shape[-1] - own], picked[..., x.shape[-1] - own :]], -1)
+        return x
+
+    def _same(self, dense: Paused, slim: Paused) -> bool:
+        """Whether the inputs are the dense ones, so that there is nothing to repair."""
+        x = self.site.family.inputs(self._along(dense))
+        given = self.site.family.inputs(bound(slim.node, slim.args, slim.kwargs))
+        if x.shape != given.shape:
+            return False
+        return float((x - given).abs().max()) <= _SAME * float(x.abs().max())
+
+    def _obstacle(self, call: Call) -> str:
+        """Why the weights cannot be changed, "" if they can."""
+        for name in (*self.site.weights, *self.site.biases):
+            if is_shared(name, self.program):
+                return f"{name} is used more than once"
+            if name not in self.tensors:
+                return f"{name} does not exist in the narrowed model"
+        leaves = pytree.tree_leaves(dict(call))
+        read = {_address(t) for t in leaves if isinstance(t, torch.Tensor)}
+        for name in self.site.weights:
+            if _address(self.tensors[name]) not in read:
+                return f"{name} is converted before it is used"
+        return ""
+
+
+def stream(site: Site, sizes: Mapping[fx.Node, Any]) -> fx.Node | None:
+    """The node that the result of a linear layer is added to, if it was computed before.
+
+    Args:
+        site: The site.
+        sizes: Of every node.
+    """
+    if not isinstance(site.family, MatrixProduct) or site.family.features != -1:
+        return None
+    node = site.node
+    while len(node.users) == 1:
+        (user,) = node.users
+        if "dropout" in base_name(user):
+            node = user
+            continue
+        others = [a for a in user.args if isinstance(a, fx.Node) and a is not node]
+        plain = len(user.args) == 2 and not user.kwargs
+        if is_aten(user, "add") and plain and len(others) == 1:
+            alike = others[0].op == "call_function" and sizes[others[0]] == sizes[site.node]
+            return others[0] if alike and others[0] < site.node else None
+        return None
+    return None
+
+
+def _address(tensor: torch.Tensor) -> int:
+    """Address of a tensor's storage, which its views share and copies do not."""
+    return tensor.untyped_storage().data_ptr()
