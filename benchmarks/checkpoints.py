@@ -29,12 +29,18 @@ RESULTS = Path(__file__).parent / "results" / "checkpoints.json"
 SIZES = {
     "5M": (192, 512, 4, 6, 3, 8000),
     "50M": (512, 1408, 8, 8, 4, 32000),
+    "150M": (768, 2048, 16, 12, 4, 32000),
     "300M": (1024, 2816, 20, 16, 8, 32000),
     "1.1B": (2048, 5632, 22, 32, 4, 32000),
     "3B": (3200, 8640, 26, 32, 32, 32000),
     "7B": (4096, 11008, 32, 32, 32, 32000),
 }
-_SHARD = {"5M": 4 * 2**20, "50M": 40 * 2**20, "300M": 200 * 2**20}  # bytes of a shard, at most
+_SHARD = {
+    "5M": 4 * 2**20,
+    "50M": 40 * 2**20,
+    "150M": 100 * 2**20,
+    "300M": 200 * 2**20,
+}  # bytes of a shard, at most
 _LARGE_SHARD = 2 * 2**30
 
 # A torch for the CPU alone does not take every torchvision, which no language model needs.

@@ -315,10 +315,11 @@ class PlanKeywords(GradualKeywords, total=False):
 class ShrinkKeywords(PlanKeywords, total=False):
     """Flat keywords of `shrink`."""
 
+    memory: str | int | None
     compensate: bool | str
 
 
-class CheckpointKeywords(TypedDict, total=False):
+class CheckpointKeywords(_Reading, total=False):
     """Flat keywords of `shrink_checkpoint`."""
 
     of: str
@@ -328,4 +329,4 @@ class CheckpointKeywords(TypedDict, total=False):
     ignore: Iterable[str]
     ratios: Mapping[str, float] | None
     seed: int
-    progress: bool
+    compensate: bool | str

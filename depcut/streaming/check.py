@@ -9,16 +9,15 @@ read when an operator needs them and forgotten behind it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from depcut.capture.program import Program, where
 from depcut.capture.random_state import preserved
 from depcut.errors import VerificationError
-from depcut.graph.interpreter import Interpreter, Pausing
+from depcut.graph.interpreter import Interpreter, Paused, Pausing
 from depcut.graph.operators import is_aten
 from depcut.plan.keep import Keep
 from depcut.rebuild.same_graph import Pairs
@@ -31,33 +30,6 @@ from depcut.verify.verify import TOLERANCE
 PRECISION = torch.float32  # of both runs, whatever the weights are stored in
 
 _META = torch.device("meta")
-
-
-@dataclass(frozen=True)
-class _Unread:
-    """A tensor that is read when it is asked for."""
-
-    read: Callable[[], Tensor]
-
-
-class _Values(dict[fx.Node, Any]):
-    """Values of nodes; tensors of a checkpoint are held for one operator."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._read: dict[fx.Node, Tensor] = {}
-
-    def __getitem__(self, node: fx.Node) -> Any:
-        value = super().__getitem__(node)
-        if not isinstance(value, _Unread):
-            return value
-        if node not in self._read:
-            self._read[node] = value.read()
-        return self._read[node]
-
-    def forget(self) -> None:
-        """Let go of what was read."""
-        self._read.clear()
 
 
 def _here(arguments: Any) -> Any:
@@ -73,20 +45,16 @@ class _Dense(ReferenceRun):
 
     Args:
         keep: What stays.
-        model: The dense model, on the meta device.
-        weights: Its tensors.
+        weights: The dense tensors.
     """
 
-    def __init__(self, keep: Keep, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-        reference = Reference(keep, model)
-        reference.held = weights  # type: ignore[assignment]  # read by name, as a dictionary is
-        super().__init__(reference, PRECISION, {}, (), None)
-        self.values: _Values = _Values()
+    def __init__(self, keep: Keep, weights: Mapping[str, Tensor]) -> None:
+        super().__init__(Reference(keep, weights), PRECISION)
         self.last: tuple[fx.Node, Any] | None = None
 
-    def tensor(self, node: fx.Node, name: str) -> Any:
-        """Read when it is needed."""
-        return _Unread(lambda: ReferenceRun.tensor(self, node, name))
+    def paused(self, node: fx.Node) -> Paused:
+        """The node alone: the other run reads its tensors meanwhile."""
+        return Paused(node, (), {}, self.values)
 
     def values_of(self, node: fx.Node, values: Any) -> Any:
         """On the CPU."""
@@ -95,7 +63,7 @@ class _Dense(ReferenceRun):
     def made(self, node: fx.Node) -> None:
         """Show what was computed."""
         self.last = (node, self.values[node]) if node.op == "call_function" else None
-        self.values.forget()
+        self.let_go()
 
 
 class _Smaller(Interpreter):
@@ -119,19 +87,18 @@ class _Smaller(Interpreter):
     ) -> None:
         super().__init__(program)
         self.keep, self.weights, self.dense, self.pairs = keep, weights, dense, pairs
-        self.values: _Values = _Values()
         self.worst = 0.0
 
     def tensor(self, _: fx.Node, name: str) -> Any:
-        """Read when it is needed."""
+        """A constant, or what was written."""
         anonymous = name in self.program.anonymous
         held: Mapping[str, Tensor] = self.program.constants if anonymous else self.weights
+        value: Tensor = cast(held[name].detach(), PRECISION)
+        return value if name in self.program.parameters else value.clone()
 
-        def read() -> Tensor:
-            value: Tensor = cast(held[name].detach(), PRECISION)
-            return value if name in self.program.parameters else value.clone()
-
-        return _Unread(read)
+    def paused(self, node: fx.Node) -> Paused:
+        """The node alone: the other run reads its tensors meanwhile."""
+        return Paused(node, (), {}, self.values)
 
     def values_of(self, node: fx.Node, values: Any) -> Any:
         """On the CPU."""
@@ -149,7 +116,7 @@ class _Smaller(Interpreter):
             terms = self.keep.coupling.env.get(beside)
             if isinstance(wanted, Tensor):
                 self._compare(node, beside, kept_part(wanted, self.keep, terms))
-        self.values.forget()
+        self.let_go()
 
     def _compare(self, node: fx.Node, beside: fx.Node, wanted: Tensor) -> None:
         got = self.values[node]
@@ -169,7 +136,7 @@ class _Smaller(Interpreter):
     def _is_view(self, node: fx.Node, got: Tensor) -> bool:
         """Whether a value shares the memory of an argument: changes of either are of both."""
         mine = got.untyped_storage().data_ptr()
-        values = (dict.get(self.values, other) for other in node.all_input_nodes)
+        values = map(self.values.get, node.all_input_nodes)
         tensors = (v for v in values if isinstance(v, Tensor))
         return any(v.untyped_storage().data_ptr() == mine for v in tensors)
 
@@ -198,7 +165,6 @@ def drawn_inputs(program: Program) -> list[Any]:
 
 def check_written(
     keep: Keep,
-    model: nn.Module,
     built: tuple[Program, Pairs],
     weights: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
     tick: Callable[[int, int], None],
@@ -207,7 +173,6 @@ def check_written(
 
     Args:
         keep: What stays.
-        model: The dense model, on the meta device.
         built: The smaller class's own graph, and its nodes by those of the dense graph.
         weights: The tensors of the dense model and of the smaller one.
         tick: Is told how many operators have run, and of how many.
@@ -219,7 +184,7 @@ def check_written(
         VerificationError: They differ.
     """
     (program, pairs), (before, after) = built, weights
-    dense = _Dense(keep, model, before)
+    dense = _Dense(keep, before)
     small = _Smaller(keep, program, after, dense, pairs)
     inputs = drawn_inputs(keep.coupling.program)
     stops = [node for node in pairs if node.op == "call_function"]

@@ -127,7 +127,7 @@ class Job:
         before = Weights(self.source, self.analysis.model)
         shown = partial(progress.show, "checking")
         built = self.built.program, self.built.pairs
-        return check_written(self.keep, self.analysis.model, built, (before, after), shown)
+        return check_written(self.keep, built, (before, after), shown)
 
     def close(self, begun: Journal, dense: nn.Module, error: float) -> Report:
         """Write what makes the shards a checkpoint: index, records, and the config at last.

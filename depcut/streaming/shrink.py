@@ -23,13 +23,8 @@ from depcut.streaming.structure import structure
 from depcut.streaming.weights import check_fits
 from depcut.support.checks import check_path
 from depcut.support.keywords import settled, takes_options
-from depcut.support.sizes import bytes_of, written
 from depcut.support.torch_private import pytree
 from depcut.version import __version__
-
-# Python, torch and transformers themselves, the structure of the model, and blocks that are read.
-_FIXED = 900 * 2**20
-_COPIES = 3  # of a tensor in single precision, while an operator that reads it is checked
 
 
 @takes_options(Options, CheckpointKeywords)
@@ -40,7 +35,6 @@ def shrink_checkpoint(
     inputs: Inputs = None,
     *,
     data: Data | None = None,
-    memory: int | str | None = None,
     options: Options | None = None,
     **given: Unpack[CheckpointKeywords],
 ) -> Report:
@@ -58,9 +52,6 @@ def shrink_checkpoint(
         ratio: Fraction removed of the quantity named by `of`, in (0, 1).
         inputs: Example inputs, see `depcut.analyze`; left out, made as transformers has them.
         data: Not taken yet: criteria and repairs that need it hold the whole model in memory.
-        memory: The most memory that the run may take, as bytes or as text ("2GiB"), with what
-            Python and torch themselves take; a model with tensors too large for it is refused
-            before anything is written. Left out, whatever one tensor needs.
         options: What else is chosen, as one object; the keywords that follow go before it.
         **given: The fields of `depcut.Options`.
 
@@ -77,13 +68,11 @@ def shrink_checkpoint(
     """
     chosen = settled(Options, options, given, CheckpointKeywords, "shrink_checkpoint")
     check_budget(ratio, chosen.of, chosen.latency_ms, chosen.depth)
-    limit = None if memory is None else bytes_of(memory)
     _refuse_data(data)
     source = Source(check_path(src, "src"))
     _check_apart(source.folder, check_path(dst, "dst"))
     dense = model_of(source.folder)
     names = check_fits(source, dense)
-    _check_memory(source, limit)
     request = {"depcut": __version__, "ratio": ratio, "inputs": _shapes(inputs)}
     key = digest({**request, **chosen.record()})
     with journal(Path(dst), key, source.fingerprint) as begun:
@@ -113,20 +102,6 @@ def _check_apart(src: Path, dst: Path) -> None:
             "the folder to write is the dense checkpoint's, in it, or around it",
             where="dst=",
             remedy="choose a folder beside it",
-        )
-
-
-def _check_memory(source: Source, limit: int | None) -> None:
-    """Refuse a limit that a single tensor would break."""
-    if limit is None:
-        return
-    name, entry = max(source.entries.items(), key=lambda item: item[1].elements)
-    needed = _FIXED + _COPIES * 4 * entry.elements
-    if needed > limit:
-        raise InputError(
-            f"{written(limit)} are too few: the check of {name} alone needs {written(needed)}",
-            where="memory=",
-            remedy=f"allow {written(needed)}",
         )
 
 
