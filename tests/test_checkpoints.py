@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from zoo import libraries
 
 import depcut
+from depcut.cli.main import main
 from depcut.errors import DepcutError, InputError, VerificationError
 from depcut.streaming import job as jobs
 from depcut.streaming import narrowing
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 INDEX = "model.safetensors.index.json"
 
 
-def write(folder, layers=2, shard="15KB", **given):
+def write(folder, layers=2, shard="15KB", kind=torch.bfloat16, **given):
     """A Llama in bf16 whose norms and embeddings are not as initialised, in several shards."""
     transformers = libraries()["transformers"]
     config = transformers.LlamaConfig(
@@ -32,7 +33,7 @@ def write(folder, layers=2, shard="15KB", **given):
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+        model = transformers.LlamaForCausalLM(config).to(kind)
         for parameter in model.parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
     model.save_pretrained(folder, max_shard_size=shard)
@@ -43,6 +44,12 @@ def write(folder, layers=2, shard="15KB", **given):
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     return write(tmp_path_factory.mktemp("checkpoints") / "llama")
+
+
+@pytest.fixture
+def small(tmp_path):
+    """One layer: each run captures it several times."""
+    return write(tmp_path / "dense", layers=1)
 
 
 def loaded(folder):
@@ -211,29 +218,29 @@ class Full:
 
 
 @pytest.mark.sweep
-def test_a_full_disk_is_named_and_the_run_goes_on_once_there_is_space(llama, tmp_path, monkeypatch):
-    before, out = contents(llama), tmp_path / "slim"
+def test_a_full_disk_is_named_and_the_run_goes_on_once_there_is_space(small, tmp_path, monkeypatch):
+    before, out = contents(small), tmp_path / "slim"
     with monkeypatch.context() as patch:
         Full(patch, after=4)
         with pytest.raises(InputError, match="No space left"):
-            depcut.shrink_checkpoint(llama, out, 0.3, score="random", progress=False)
-    assert_untouched(llama, before)
+            depcut.shrink_checkpoint(small, out, 0.3, score="random", progress=False)
+    assert_untouched(small, before)
     assert_no_checkpoint(out)
     assert not list(out.glob(f"{files.DRAFT}*"))
-    depcut.shrink_checkpoint(llama, out, 0.3, score="random", progress=False)
-    depcut.shrink_checkpoint(llama, tmp_path / "other", 0.3, score="random", progress=False)
+    depcut.shrink_checkpoint(small, out, 0.3, score="random", progress=False)
+    depcut.shrink_checkpoint(small, tmp_path / "other", 0.3, score="random", progress=False)
     assert contents(out) == contents(tmp_path / "other")
-    assert_requests_are_kept_apart(llama, out)
+    assert_requests_are_kept_apart(small, out)
 
 
-def assert_requests_are_kept_apart(llama, out):
+def assert_requests_are_kept_apart(small, out):
     """Another request, or a changed source, does not go on in a folder."""
     whole = contents(out)
     with pytest.raises(InputError, match="begun with another request"):
-        depcut.shrink_checkpoint(llama, out, 0.4, score="random")
-    os.utime(shard(llama), (1, 1))
+        depcut.shrink_checkpoint(small, out, 0.4, score="random")
+    os.utime(shard(small), (1, 1))
     with pytest.raises(InputError, match="changed since this folder was begun"):
-        depcut.shrink_checkpoint(llama, out, 0.3, score="random")
+        depcut.shrink_checkpoint(small, out, 0.3, score="random")
     assert contents(out) == whole
 
 
@@ -260,32 +267,32 @@ depcut.shrink_checkpoint(sys.argv[2], sys.argv[3], 0.3, score="random", progress
 
 
 @pytest.mark.sweep
-def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_bytes(llama, tmp_path):
+def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_bytes(small, tmp_path):
     out = tmp_path / "slim"
-    # The 2nd file that is finished is the first shard, every other one the journal.
-    for moment, when in (("2", "before"), ("2", "after"), ("3", "before"), ("6", "after")):
-        given = (str(Path(__file__).parent), str(llama), str(out), moment, when)
+    # The first files are the journal, the plan and the journal; then each shard and the journal.
+    for moment, when in (("4", "before"), ("2", "after"), ("1", "before"), ("5", "after")):
+        given = (str(Path(__file__).parent), str(small), str(out), moment, when)
         done = subprocess.run(
             [sys.executable, "-c", KILLED, *given], capture_output=True, check=False
         )
         assert done.returncode == -signal.SIGKILL, done.stderr.decode()
         assert_no_checkpoint(out)
-    depcut.shrink_checkpoint(llama, out, 0.3, score="random", progress=False)
-    depcut.shrink_checkpoint(llama, tmp_path / "other", 0.3, score="random", progress=False)
+    depcut.shrink_checkpoint(small, out, 0.3, score="random", progress=False)
+    depcut.shrink_checkpoint(small, tmp_path / "other", 0.3, score="random", progress=False)
     assert contents(out) == contents(tmp_path / "other")
 
 
 @pytest.mark.sweep
-def test_what_was_written_wrong_is_noticed(llama, tmp_path, monkeypatch):
+def test_what_was_written_wrong_is_noticed(small, tmp_path, monkeypatch):
     real = jobs.parts
 
     def wrong(source, picked, name):
         for part in real(source, picked, name):
-            yield part.flip(0) if name.endswith("1.self_attn.v_proj.weight") else part
+            yield part.flip(0) if name.endswith("0.self_attn.v_proj.weight") else part
 
     monkeypatch.setattr(jobs, "parts", wrong)
     with pytest.raises(VerificationError, match=r"v_proj"):
-        depcut.shrink_checkpoint(llama, tmp_path / "slim", 0.3, progress=False)
+        depcut.shrink_checkpoint(small, tmp_path / "slim", 0.3, progress=False)
     assert_no_checkpoint(tmp_path / "slim")
 
 
@@ -300,11 +307,41 @@ def test_tied_weights_stay_tied_and_one_file_stays_one(tmp_path):
 
 
 @pytest.mark.sweep
-def test_criteria_that_read_a_whole_model_are_refused(llama, tmp_path):
+def test_criteria_that_read_a_whole_model_are_refused(small, tmp_path):
     with pytest.raises(InputError, match="does not read weights one by one"):
-        depcut.shrink_checkpoint(llama, tmp_path / "slim", 0.3, score="synflow", progress=False)
+        depcut.shrink_checkpoint(small, tmp_path / "slim", 0.3, score="synflow", progress=False)
     with pytest.raises(DepcutError):
-        depcut.shrink_checkpoint(llama, tmp_path / "slim", 0.999, progress=False)
+        depcut.shrink_checkpoint(small, tmp_path / "slim", 0.999, progress=False)
+
+
+@pytest.mark.sweep
+def test_weights_are_re_solved_as_those_of_the_loaded_model_are(tmp_path):
+    src = write(tmp_path / "dense", layers=1, kind=torch.float32)
+    out, generator = tmp_path / "slim", torch.Generator().manual_seed(0)
+    data = [torch.randint(96, (4, 12), generator=generator) for _ in range(4)]
+    report = depcut.shrink_checkpoint(src, out, 0.3, data=data, score="l2", progress=False)
+    plan = depcut.Plan.load(out / "plan.json")
+    same = plan.apply(loaded(src), data=data)
+    assert report.compensation == depcut.report(same).compensation
+    assert report.compensation.repairs
+    written, plain = tensors(out), plan.apply(loaded(src), compensate=False).state_dict()
+    for name, tensor in same.state_dict().items():
+        torch.testing.assert_close(written[name], tensor, rtol=1e-3, atol=1e-4)
+    assert any(not torch.equal(written[name], plain[name]) for name in plain)
+    assert not list(out.glob(".*"))
+
+
+@pytest.mark.sweep
+def test_the_command_line_streams_what_exceeds_the_memory(small, tmp_path, capsys):
+    out = tmp_path / "slim"
+    given = ["shrink", f"hf:{small}", "--ratio", "0.3", "--out", str(out), "--score", "random"]
+    assert main([*given, "--memory", "10kB"]) == 0
+    said = capsys.readouterr().out
+    assert f"LlamaForCausalLM.from_pretrained({str(out)!r})" in said
+    assert len(list(out.glob("*.safetensors"))) == len(list(small.glob("*.safetensors")))
+    assert loaded(out).config.intermediate_size < 80
+    assert main([*given, "--memory", "10kB", "--time"]) == 2
+    assert "--time with a checkpoint of" in capsys.readouterr().err
 
 
 @pytest.mark.sweep

@@ -19,6 +19,7 @@ from depcut.capture.capture import captured_again
 from depcut.capture.program import Program
 from depcut.capture.random_state import preserved
 from depcut.errors import DepcutError
+from depcut.graph.operators import is_aten
 from depcut.plan.keep import Keep
 from depcut.reference.slices import take
 
@@ -84,7 +85,7 @@ def paired(keep: Keep, built: Program) -> tuple[Pairs, str | None]:
     """
     pairs: dict[fx.Node, fx.Node] = {}
     dense = keep.coupling.program
-    for node, other in itertools.zip_longest(dense.graph.graph.nodes, built.graph.graph.nodes):
+    for node, other in itertools.zip_longest(_computing(dense), _computing(built)):
         if node is None or other is None:
             return pairs, "its code runs more operators or fewer"
         if node.op != other.op or (node.op == "call_function" and node.target != other.target):
@@ -94,6 +95,12 @@ def paired(keep: Keep, built: Program) -> tuple[Pairs, str | None]:
         if why is not None:
             return pairs, why
     return pairs, None
+
+
+def _computing(program: Program) -> list[fx.Node]:
+    """The nodes but for those that check the captured precision."""
+    nodes = program.graph.graph.nodes
+    return [node for node in nodes if not is_aten(node, "_assert_tensor_metadata")]
 
 
 def _held(keep: Keep, built: Program, node: fx.Node, other: fx.Node) -> str | None:
@@ -154,6 +161,8 @@ def _arguments(
 
 
 def _same(wanted: Any, got: Any) -> bool:
+    if isinstance(wanted, torch.device):  # one of them may have been moved from the meta device
+        return True
     if isinstance(wanted, float):
         return math.isclose(wanted, got, rel_tol=1e-12) or str(wanted) == str(got)
     return bool(wanted == got)

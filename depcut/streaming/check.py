@@ -29,36 +29,26 @@ from depcut.verify.verify import TOLERANCE
 
 PRECISION = torch.float32  # of both runs, whatever the weights are stored in
 
-_META = torch.device("meta")
-
-
-def _here(arguments: Any) -> Any:
-    """Arguments of a graph that was captured on the meta device, for the CPU."""
-    meta, cpu = torch.device("meta"), torch.device("cpu")
-    return pytree.tree_map(
-        lambda a: cpu if a == meta and isinstance(a, torch.device) else a, arguments
-    )
-
 
 class _Dense(ReferenceRun):
-    """The dense graph with zeros where removed units are read.
+    """The dense graph with zeros where removed units are read; sliced, where data changed weights.
 
     Args:
         keep: What stays.
         weights: The dense tensors.
+        changed: Narrowed tensors that data changed, and all others, if it changed any.
     """
 
-    def __init__(self, keep: Keep, weights: Mapping[str, Tensor]) -> None:
-        super().__init__(Reference(keep, weights), PRECISION)
+    def __init__(
+        self, keep: Keep, weights: Mapping[str, Tensor], changed: Mapping[str, Tensor] | None
+    ) -> None:
+        reference = Reference(keep, weights, sliced=changed is not None)
+        super().__init__(reference, PRECISION, changed)
         self.last: tuple[fx.Node, Any] | None = None
 
     def paused(self, node: fx.Node) -> Paused:
         """The node alone: the other run reads its tensors meanwhile."""
         return Paused(node, (), {}, self.values)
-
-    def values_of(self, node: fx.Node, values: Any) -> Any:
-        """On the CPU."""
-        return _here(super().values_of(node, values))
 
     def made(self, node: fx.Node) -> None:
         """Show what was computed."""
@@ -100,10 +90,6 @@ class _Smaller(Interpreter):
         """The node alone: the other run reads its tensors meanwhile."""
         return Paused(node, (), {}, self.values)
 
-    def values_of(self, node: fx.Node, values: Any) -> Any:
-        """On the CPU."""
-        return _here(super().values_of(node, values))
-
     def call(self, node: fx.Node) -> Any:
         """The value of an operator; those that check the captured precision stand aside."""
         return None if is_aten(node, "_assert_tensor_metadata") else super().call(node)
@@ -115,7 +101,9 @@ class _Smaller(Interpreter):
             assert self.pairs[beside] is node
             terms = self.keep.coupling.env.get(beside)
             if isinstance(wanted, Tensor):
-                self._compare(node, beside, kept_part(wanted, self.keep, terms))
+                sliced = self.dense.sliced
+                kept = wanted if sliced else kept_part(wanted, self.keep, terms)
+                self._compare(node, beside, kept)
         self.let_go()
 
     def _compare(self, node: fx.Node, beside: fx.Node, wanted: Tensor) -> None:
@@ -168,6 +156,7 @@ def check_written(
     built: tuple[Program, Pairs],
     weights: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
     tick: Callable[[int, int], None],
+    changed: Mapping[str, Tensor] | None = None,
 ) -> float:
     """Compare a written checkpoint with the dense one by value, operator by operator.
 
@@ -176,6 +165,8 @@ def check_written(
         built: The smaller class's own graph, and its nodes by those of the dense graph.
         weights: The tensors of the dense model and of the smaller one.
         tick: Is told how many operators have run, and of how many.
+        changed: Narrowed tensors of which data changed some, if there is data: the dense graph
+            runs on these then.
 
     Returns:
         The largest difference, relative to the scale.
@@ -184,7 +175,7 @@ def check_written(
         VerificationError: They differ.
     """
     (program, pairs), (before, after) = built, weights
-    dense = _Dense(keep, before)
+    dense = _Dense(keep, before, changed)
     small = _Smaller(keep, program, after, dense, pairs)
     inputs = drawn_inputs(keep.coupling.program)
     stops = [node for node in pairs if node.op == "call_function"]

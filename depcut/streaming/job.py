@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from depcut.allocate.choose import criterion_or_default
 from depcut.analysis import Analysis
 from depcut.apply.carried import carry
 from depcut.apply.plan import Plan
 from depcut.apply.report import Report, record, report, report_of_record
+from depcut.calibration.data import Calibration
 from depcut.capture.program import Program
 from depcut.errors import InputError, VerificationError
 from depcut.integrations.pretrained_folder import INDEX, Shards, write_config
@@ -34,10 +35,14 @@ from depcut.streaming.criteria import streamed
 from depcut.streaming.journal import Journal
 from depcut.streaming.narrowing import Picked, parts, picks, stored
 from depcut.streaming.progress import Progress
+from depcut.streaming.solving import Solution, solution
 from depcut.streaming.source import Source
+from depcut.streaming.structure import on_cpu
 from depcut.streaming.weights import Weights
 from depcut.support import files
 from depcut.support.weights import Stored, write_part_by_part
+
+PLAN = ".depcut-plan.json"  # until all is written
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +73,7 @@ class Job:
         slim: The smaller model, without the values of its weights.
         built: The class as the new config builds it.
         picked: Kept indices by tensor, of those that narrow.
+        solved: What data changed, if there is any.
     """
 
     source: Source
@@ -78,6 +84,7 @@ class Job:
     slim: Slim
     built: Built
     picked: Mapping[str, Picked]
+    solved: Solution | None = None
 
     @property
     def shards(self) -> dict[str, dict[str, Stored]]:
@@ -87,6 +94,32 @@ class Job:
             file = self.source.entries[name].file
             out.setdefault(file, {})[name] = stored(self.source, name, self.picked.get(name))
         return out
+
+    def solve(self, calibration: Calibration | None, begun: Journal) -> Job:
+        """The same with the weights that read what goes re-solved, if there is data.
+
+        Args:
+            calibration: Batches to reproduce the dense outputs on.
+            begun: What is written.
+
+        Raises:
+            InputError: A file cannot be written.
+        """
+        if calibration is None:
+            return self
+        weights = Weights(self.source, self.analysis.model)
+        return replace(self, solved=solution(self.keep, weights, calibration, begun))
+
+    def _parts(self, name: str) -> Iterator[Tensor]:
+        """What is written of a tensor, part by part."""
+        if self.solved is not None:
+            tensors = self.solved.tensors
+            same = (name, *self.keep.coupling.program.aliases.get(name, ()))
+            changed = next((other for other in same if other in tensors.changed), None)
+            if changed is not None:
+                yield tensors.stored(changed)
+                return
+        yield from parts(self.source, self.picked, name)
 
     def write(self, begun: Journal, progress: Progress) -> None:
         """Write the shards that are not written yet, each under a temporary name at first.
@@ -102,9 +135,8 @@ class Job:
         total = sum(t.bytes for layout in shards.values() for t in layout.values())
         for file, layout in shards.items():
             if not begun.finished(file):
-                read = partial(parts, self.source, self.picked)
                 path = begun.folder / file
-                sha256 = write_part_by_part(layout, read, path, f"shard {file}", InputError)
+                sha256 = write_part_by_part(layout, self._parts, path, f"shard {file}", InputError)
                 begun.finish(file, {"bytes": path.stat().st_size, "sha256": sha256})
             done += sum(t.bytes for t in layout.values())
             progress.show("writing", done, total)
@@ -127,7 +159,8 @@ class Job:
         before = Weights(self.source, self.analysis.model)
         shown = partial(progress.show, "checking")
         built = self.built.program, self.built.pairs
-        return check_written(self.keep, built, (before, after), shown)
+        changed = self.solved.tensors if self.solved is not None else None
+        return check_written(self.keep, built, (before, after), shown, changed)
 
     def close(self, begun: Journal, dense: nn.Module, error: float) -> Report:
         """Write what makes the shards a checkpoint: index, records, and the config at last.
@@ -141,7 +174,8 @@ class Job:
             DepcutError: A file cannot be written.
         """
         model = self.slim.model
-        done = self.plan.report_on(self.slim, self.analysis.model, error, None, ())
+        solved = self.solved.done if self.solved is not None else None
+        done = self.plan.report_on(self.slim, self.analysis.model, error, solved, ())
         record(model, done)
         carry(model, self.plan)
         write_record(model, begun.folder)
@@ -169,7 +203,11 @@ def _write_index(
 
 
 def planned(
-    source: Source, names: tuple[str, ...], analysis: Analysis, ratio: float, chosen: Options
+    source: Source,
+    names: tuple[str, ...],
+    analysis: Analysis,
+    request: tuple[float, Options],
+    begun: Journal,
 ) -> Job:
     """Choose what stays of a checkpoint, and find out what its config becomes.
 
@@ -177,26 +215,21 @@ def planned(
         source: The dense checkpoint.
         names: Of its tensors that are written.
         analysis: The structure of its model.
-        ratio: Fraction removed.
-        chosen: What else is chosen.
+        request: Fraction removed, and what else is chosen.
+        begun: What is written; the plan is, from here on.
 
     Raises:
         InputError: An option has a wrong value.
         BudgetError: The ratio cannot be reached.
         VerificationError: The class cannot be built with the new widths.
     """
-    model = analysis.model
-    rebuilding, why = analysis.rebuilding
-    if rebuilding is None:
-        raise InputError(
-            f"the model cannot be rebuilt from its config: {why}",
-            where=str(source.folder),
-            remedy="use depcut.shrink of the loaded model, which cuts widths freely",
-        )
-    criterion = criterion_or_default(chosen.score, has_data=False)
-    reading = replace(chosen, score=streamed(criterion, Weights(source, model)), rebuildable=True)
-    plan = analysis.plan(ratio, options=reading)
-    plan = replace(plan, settings={**plan.settings, "options": chosen.record()})
+    model, path = analysis.model, begun.folder / PLAN
+    if begun.finished(PLAN):
+        plan = replace(Plan.load(path), coupling=analysis.coupling, model=model)
+    else:
+        plan = _chosen(source, analysis, *request)
+        plan.save(path)
+        begun.finish(PLAN, folders.entry(path))
     keep = plan.keep()
     slim = recorded(plan.settings, model, keep)
     if slim is None:
@@ -211,12 +244,27 @@ def planned(
     return job
 
 
+def _chosen(source: Source, analysis: Analysis, ratio: float, chosen: Options) -> Plan:
+    """The plan for a checkpoint."""
+    rebuilding, why = analysis.rebuilding
+    if rebuilding is None:
+        raise InputError(
+            f"the model cannot be rebuilt from its config: {why}",
+            where=str(source.folder),
+            remedy="use depcut.shrink of the loaded model, which cuts widths freely",
+        )
+    criterion = criterion_or_default(chosen.score, has_data=False)
+    reading = streamed(criterion, Weights(source, analysis.model))
+    plan = analysis.plan(ratio, options=replace(chosen, score=reading, rebuildable=True))
+    return replace(plan, settings={**plan.settings, "options": chosen.record()})
+
+
 def _built(slim: Slim, keep: Keep) -> Built:
     """The class as the new config builds it, which computes what it should."""
     recipe = recipe_of(slim.model)
     assert recipe is not None
     model = recipe.build({}).eval()
-    program = captured_of(keep.coupling.program, model)
+    program = on_cpu(captured_of(keep.coupling.program, model))
     pairs, why = paired(keep, program)
     if why is not None:
         raise VerificationError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -86,15 +87,26 @@ class Journal:
         self.write()
 
     def close(self) -> None:
-        """Index all files; the journal goes.
+        """Index all files; the journal goes, and what else was kept under a hidden name.
 
         Raises:
             DepcutError: The index cannot be written.
         """
-        found = sorted(p for p in self.folder.iterdir() if p.name not in (NAME, folders.INDEX))
-        entries = {p.name: self.done.get(p.name) or folders.entry(p) for p in found}
+        found = sorted(self.folder.iterdir())
+        shown = [p for p in found if not p.name.startswith(".") and p.name != folders.INDEX]
+        entries = {p.name: self.done.get(p.name) or folders.entry(p) for p in shown}
         folders.write_index(self.folder, entries, {"request": self.request, "source": self.source})
-        (self.folder / NAME).unlink()
+        _remove(self.folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove what is of a run that has ended; the journal last, without which nothing goes on."""
+    for path in folder.glob(".depcut-*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != NAME:
+            path.unlink()
+    (folder / NAME).unlink(missing_ok=True)
 
 
 @contextmanager

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
 from typing_extensions import Unpack
 
 from depcut.allocate.choose import check_budget
+from depcut.analysis import Analysis
 from depcut.apply.report import Report
-from depcut.calibration.data import Data
+from depcut.calibration.data import Calibration, Data, calibrate, read_with_inputs
 from depcut.capture.inputs import Inputs
 from depcut.errors import InputError
 from depcut.integrations.pretrained_folder import model_of
 from depcut.options import CheckpointKeywords, Options
+from depcut.repair.after_rewrite import wants_repair
 from depcut.streaming.job import planned, report_of
 from depcut.streaming.journal import digest, journal
 from depcut.streaming.progress import Progress
@@ -51,7 +56,9 @@ def shrink_checkpoint(
         dst: A new or empty folder, or one that an earlier run of the same request began.
         ratio: Fraction removed of the quantity named by `of`, in (0, 1).
         inputs: Example inputs, see `depcut.analyze`; left out, made as transformers has them.
-        data: Not taken yet: criteria and repairs that need it hold the whole model in memory.
+        data: Calibration data: any iterable of what the model takes. The weights that read what
+            goes are re-solved on it, layer by layer; criteria that need data are not taken. Without
+            data, constants are not folded into biases.
         options: What else is chosen, as one object; the keywords that follow go before it.
         **given: The fields of `depcut.Options`.
 
@@ -68,30 +75,45 @@ def shrink_checkpoint(
     """
     chosen = settled(Options, options, given, CheckpointKeywords, "shrink_checkpoint")
     check_budget(ratio, chosen.of, chosen.latency_ms, chosen.depth)
-    _refuse_data(data)
+    repairs = wants_repair(chosen.compensate, data is not None)
     source = Source(check_path(src, "src"))
     _check_apart(source.folder, check_path(dst, "dst"))
     dense = model_of(source.folder)
     names = check_fits(source, dense)
+    items, inputs = read_with_inputs(data, chosen.batches, inputs, dense, False)
     request = {"depcut": __version__, "ratio": ratio, "inputs": _shapes(inputs)}
-    key = digest({**request, **chosen.record()})
+    if not repairs:
+        items = None
+    # Neither says what is made.
+    recorded = replace(chosen, progress=True, memory=None)
+    key = digest({**request, **recorded.record(), "data": _values(items)})
     with journal(Path(dst), key, source.fingerprint) as begun:
         if begun.complete:
             return report_of(begun.folder)
-        job = planned(source, names, structure(dense, inputs), ratio, chosen)
+        analysis = structure(dense, inputs)
+        calibration = _read(items, dense, analysis, chosen)
+        job = planned(source, names, analysis, (ratio, recorded), begun)
+        job = job.solve(calibration, begun)
         with Progress(chosen.progress) as progress:
             job.write(begun, progress)
             error = job.check(begun, progress)
         return job.close(begun, dense, error)
 
 
-def _refuse_data(data: object) -> None:
-    if data is not None:
-        raise InputError(
-            "checkpoints are not calibrated tensor by tensor yet",
-            where="data=",
-            remedy="leave data out, or use depcut.shrink of the loaded model",
-        )
+def _read(items: Any, dense: nn.Module, analysis: Analysis, chosen: Options) -> Calibration | None:
+    """Data bound to the structure of a model; None where there is none."""
+    if items is None:
+        return None
+    program = analysis.program
+    bound = calibrate(
+        program,
+        dense,
+        items,
+        batches=chosen.batches,
+        memory=chosen.memory,
+        progress=chosen.progress,
+    )
+    return replace(bound, device=torch.device("cpu"))
 
 
 def _check_apart(src: Path, dst: Path) -> None:
@@ -111,3 +133,9 @@ def _shapes(inputs: Inputs) -> Any:
         [list(leaf.shape), str(leaf.dtype)] if hasattr(leaf, "shape") else leaf
         for leaf in pytree.tree_leaves(inputs)
     ]
+
+
+def _values(items: Any) -> list[str]:
+    """A hash of each item of data."""
+    leaves = [leaf for leaf in pytree.tree_leaves(items) if leaf is not None]
+    return [digest(leaf.tolist() if hasattr(leaf, "tolist") else leaf) for leaf in leaves]

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import nn
+from torch.fx.node import map_aggregate
 
 from depcut.analysis import Analysis
 from depcut.capture.capture import capture
 from depcut.capture.inputs import Inputs
+from depcut.capture.program import Program
 from depcut.capture.random_state import preserved
 from depcut.coupling.groups import Coupling
 from depcut.coupling.infer import infer_coupling
 from depcut.errors import InputError
+from depcut.graph.operators import is_aten
 from depcut.rebuild.recipe import recipe_of
 from depcut.reference.norms import estimates
+
+_CPU = torch.device("cpu")
 
 
 def structure(model: nn.Module, inputs: Inputs = None) -> Analysis:
@@ -37,9 +45,31 @@ def structure(model: nn.Module, inputs: Inputs = None) -> Analysis:
         )
     with preserved():
         valued = recipe.build({}).eval()
-    coupling = infer_coupling(capture(model, inputs))
+    coupling = infer_coupling(on_cpu(capture(model, inputs)))
     _refuse_rescaled(coupling)
     return Analysis(valued, coupling, inputs)
+
+
+def on_cpu(program: Program) -> Program:
+    """A graph captured on the meta device, changed in place so that it runs on the CPU.
+
+    What it makes, it makes there, and it expects no precision of what it reads.
+
+    Args:
+        program: The graph, with those of other calls.
+    """
+
+    def moved(leaf: Any) -> Any:
+        return _CPU if isinstance(leaf, torch.device) and leaf.type == "meta" else leaf
+
+    for each in program.captured:
+        for node in list(each.graph.graph.nodes):
+            if is_aten(node, "_assert_tensor_metadata") and not node.users:
+                each.graph.graph.erase_node(node)
+                continue
+            node.args = map_aggregate(node.args, moved)
+            node.kwargs = map_aggregate(node.kwargs, moved)
+    return program
 
 
 def _refuse_rescaled(coupling: Coupling) -> None:
