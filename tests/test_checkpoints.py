@@ -319,11 +319,16 @@ def test_weights_are_re_solved_as_those_of_the_loaded_model_are(tmp_path):
     src = write(tmp_path / "dense", layers=1, kind=torch.float32)
     out, generator = tmp_path / "slim", torch.Generator().manual_seed(0)
     data = [torch.randint(96, (4, 12), generator=generator) for _ in range(4)]
-    report = depcut.shrink_checkpoint(src, out, 0.3, data=data, score="l2", progress=False)
+    report = depcut.shrink_checkpoint(src, out, 0.3, data=data, progress=False)
     plan = depcut.Plan.load(out / "plan.json")
     same = plan.apply(loaded(src), data=data)
     assert report.compensation == depcut.report(same).compensation
     assert report.compensation.repairs
+    assert report.settings["score"] == "obs"
+    chosen = depcut.analyze(loaded(src), data[0]).plan(0.3, data=data)
+    assert {n: list(k) for n, k in chosen.kept.items()} == {
+        n: list(k) for n, k in plan.kept.items()
+    }
     written, plain = tensors(out), plan.apply(loaded(src), compensate=False).state_dict()
     for name, tensor in same.state_dict().items():
         torch.testing.assert_close(written[name], tensor, rtol=1e-3, atol=1e-4)

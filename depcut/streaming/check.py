@@ -17,17 +17,16 @@ from torch import Tensor, fx
 from depcut.capture.program import Program, where
 from depcut.capture.random_state import preserved
 from depcut.errors import VerificationError
-from depcut.graph.interpreter import Interpreter, Paused, Pausing
+from depcut.graph.interpreter import Interpreter, Pausing
 from depcut.graph.operators import is_aten
 from depcut.plan.keep import Keep
 from depcut.rebuild.same_graph import Pairs
 from depcut.reference.run import Reference, ReferenceRun, cast, kept_part
+from depcut.streaming.weights import PRECISION
 from depcut.support.closeness import relative_error
 from depcut.support.torch_private import pytree
 from depcut.verify.exciting import table_rows
 from depcut.verify.verify import TOLERANCE
-
-PRECISION = torch.float32  # of both runs, whatever the weights are stored in
 
 
 class _Dense(ReferenceRun):
@@ -45,10 +44,6 @@ class _Dense(ReferenceRun):
         reference = Reference(keep, weights, sliced=changed is not None)
         super().__init__(reference, PRECISION, changed)
         self.last: tuple[fx.Node, Any] | None = None
-
-    def paused(self, node: fx.Node) -> Paused:
-        """The node alone: the other run reads its tensors meanwhile."""
-        return Paused(node, (), {}, self.values)
 
     def made(self, node: fx.Node) -> None:
         """Show what was computed."""
@@ -85,10 +80,6 @@ class _Smaller(Interpreter):
         held: Mapping[str, Tensor] = self.program.constants if anonymous else self.weights
         value: Tensor = cast(held[name].detach(), PRECISION)
         return value if name in self.program.parameters else value.clone()
-
-    def paused(self, node: fx.Node) -> Paused:
-        """The node alone: the other run reads its tensors meanwhile."""
-        return Paused(node, (), {}, self.values)
 
     def call(self, node: fx.Node) -> Any:
         """The value of an operator; those that check the captured precision stand aside."""

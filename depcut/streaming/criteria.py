@@ -10,13 +10,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from depcut.calibration.data import Calibration
 from depcut.coupling.groups import Coupling
 from depcut.errors import InputError
-from depcut.scores import CRITERIA, Criterion, Score, Scores, is_additive, score_name
+from depcut.scores import (
+    CRITERIA,
+    Criterion,
+    Score,
+    Scores,
+    check_criterion,
+    is_additive,
+    score_name,
+)
 from depcut.scores.context import Context
-from depcut.streaming.weights import Weights
+from depcut.streaming.weights import Single, Weights
 
-# These read parameters alone, each by itself.
+# These read parameters alone, each by itself; those that need data read them as they walk.
 STREAMED = ("magnitude", "l2", "l1", "lamp", "random")
 
 
@@ -53,28 +62,34 @@ class _Chosen(Mapping[str, torch.Tensor]):
         return name in self._names
 
 
-def streamed(criterion: str | Score | Criterion, weights: Weights) -> Criterion:
+def streamed(
+    criterion: str | Score | Criterion, weights: Weights, calibration: Calibration | None
+) -> Criterion:
     """A criterion that reads a checkpoint in place of the model's own weights.
 
     Args:
-        criterion: One of `STREAMED`, by name or with options.
+        criterion: One of `STREAMED` or that needs data alone, by name or with options.
         weights: The checkpoint's.
+        calibration: Data, for those that need it.
 
     Raises:
-        InputError: It is another one.
+        InputError: It is another one, or needs data and there is none.
     """
     wanted = Score(criterion) if isinstance(criterion, str) else criterion
-    if not isinstance(wanted, Score) or wanted.name not in STREAMED:
+    known = [*STREAMED, *(name for name, method in CRITERIA.items() if method.needs == "data")]
+    if not isinstance(wanted, Score) or wanted.name not in known:
         raise InputError(
             f"criterion {score_name(criterion)!r} does not read weights one by one",
             where="score=",
-            remedy=f"use one of {', '.join(STREAMED)}",
+            remedy=f"use one of {', '.join(known)}",
         )
+    check_criterion(wanted, calibration)
     method = CRITERIA[wanted.name]
     settled = method.settle(wanted)
 
-    def scores(coupling: Coupling, model: nn.Module, seed: int) -> Scores:
-        return method.function(_Streaming(coupling, model, seed, settled, None, weights))
+    def scores(coupling: Coupling, _: nn.Module, seed: int) -> Scores:
+        single: Any = Single(weights)
+        return method.function(_Streaming(coupling, single, seed, settled, calibration, weights))
 
     named: Any = scores
     named.__name__ = score_name(criterion)

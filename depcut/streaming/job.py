@@ -95,8 +95,8 @@ class Job:
             out.setdefault(file, {})[name] = stored(self.source, name, self.picked.get(name))
         return out
 
-    def solve(self, calibration: Calibration | None, begun: Journal) -> Job:
-        """The same with the weights that read what goes re-solved, if there is data.
+    def solve(self, calibration: Calibration, begun: Journal) -> Job:
+        """The same with the weights that read what goes re-solved.
 
         Args:
             calibration: Batches to reproduce the dense outputs on.
@@ -105,8 +105,6 @@ class Job:
         Raises:
             InputError: A file cannot be written.
         """
-        if calibration is None:
-            return self
         weights = Weights(self.source, self.analysis.model)
         return replace(self, solved=solution(self.keep, weights, calibration, begun))
 
@@ -207,6 +205,7 @@ def planned(
     names: tuple[str, ...],
     analysis: Analysis,
     request: tuple[float, Options],
+    calibration: Calibration | None,
     begun: Journal,
 ) -> Job:
     """Choose what stays of a checkpoint, and find out what its config becomes.
@@ -216,6 +215,7 @@ def planned(
         names: Of its tensors that are written.
         analysis: The structure of its model.
         request: Fraction removed, and what else is chosen.
+        calibration: Data, for criteria that need it.
         begun: What is written; the plan is, from here on.
 
     Raises:
@@ -227,7 +227,7 @@ def planned(
     if begun.finished(PLAN):
         plan = replace(Plan.load(path), coupling=analysis.coupling, model=model)
     else:
-        plan = _chosen(source, analysis, *request)
+        plan = _chosen(source, analysis, *request, calibration)
         plan.save(path)
         begun.finish(PLAN, folders.entry(path))
     keep = plan.keep()
@@ -244,7 +244,13 @@ def planned(
     return job
 
 
-def _chosen(source: Source, analysis: Analysis, ratio: float, chosen: Options) -> Plan:
+def _chosen(
+    source: Source,
+    analysis: Analysis,
+    ratio: float,
+    chosen: Options,
+    calibration: Calibration | None,
+) -> Plan:
     """The plan for a checkpoint."""
     rebuilding, why = analysis.rebuilding
     if rebuilding is None:
@@ -253,10 +259,11 @@ def _chosen(source: Source, analysis: Analysis, ratio: float, chosen: Options) -
             where=str(source.folder),
             remedy="use depcut.shrink of the loaded model, which cuts widths freely",
         )
-    criterion = criterion_or_default(chosen.score, has_data=False)
-    reading = streamed(criterion, Weights(source, analysis.model))
+    criterion = criterion_or_default(chosen.score, has_data=calibration is not None)
+    reading = streamed(criterion, Weights(source, analysis.model), calibration)
     plan = analysis.plan(ratio, options=replace(chosen, score=reading, rebuildable=True))
-    return replace(plan, settings={**plan.settings, "options": chosen.record()})
+    read = {"examples": calibration.rows} if calibration is not None else {}
+    return replace(plan, settings={**plan.settings, **read, "options": chosen.record()})
 
 
 def _built(slim: Slim, keep: Keep) -> Built:

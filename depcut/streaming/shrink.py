@@ -57,8 +57,8 @@ def shrink_checkpoint(
         ratio: Fraction removed of the quantity named by `of`, in (0, 1).
         inputs: Example inputs, see `depcut.analyze`; left out, made as transformers has them.
         data: Calibration data: any iterable of what the model takes. The weights that read what
-            goes are re-solved on it, layer by layer; criteria that need data are not taken. Without
-            data, constants are not folded into biases.
+            goes are re-solved on it, layer by layer, and criteria that need data alone are taken.
+            Without data, constants are not folded into biases.
         options: What else is chosen, as one object; the keywords that follow go before it.
         **given: The fields of `depcut.Options`.
 
@@ -82,8 +82,6 @@ def shrink_checkpoint(
     names = check_fits(source, dense)
     items, inputs = read_with_inputs(data, chosen.batches, inputs, dense, False)
     request = {"depcut": __version__, "ratio": ratio, "inputs": _shapes(inputs)}
-    if not repairs:
-        items = None
     # Neither says what is made.
     recorded = replace(chosen, progress=True, memory=None)
     key = digest({**request, **recorded.record(), "data": _values(items)})
@@ -92,8 +90,9 @@ def shrink_checkpoint(
             return report_of(begun.folder)
         analysis = structure(dense, inputs)
         calibration = _read(items, dense, analysis, chosen)
-        job = planned(source, names, analysis, (ratio, recorded), begun)
-        job = job.solve(calibration, begun)
+        job = planned(source, names, analysis, (ratio, recorded), calibration, begun)
+        if repairs and calibration is not None:
+            job = job.solve(calibration, begun)
         with Progress(chosen.progress) as progress:
             job.write(begun, progress)
             error = job.check(begun, progress)

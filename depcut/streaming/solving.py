@@ -19,35 +19,11 @@ from depcut.reference.run import cast
 from depcut.reference.slices import take
 from depcut.repair.compensate import Compensation, Repair, re_solve
 from depcut.streaming.journal import Journal
+from depcut.streaming.weights import PRECISION, Single
 from depcut.support import files
 from depcut.support.weights import read_tensors, write_tensors
 
 FOLDER = ".depcut-solved"
-PRECISION = torch.float32  # in which layers run and are re-solved, whatever they are stored in
-
-
-class Single(Mapping[str, Tensor]):
-    """Tensors in single precision, each converted when it is asked for.
-
-    Args:
-        weights: Tensors by name.
-    """
-
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
-        self._weights = weights
-
-    def __getitem__(self, name: str) -> Tensor:
-        converted: Tensor = cast(self._weights[name], PRECISION)
-        return converted
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._weights
 
 
 class Solved(MutableMapping[str, Tensor]):

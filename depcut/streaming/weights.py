@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from depcut.capture.held import aliases, held_tensors
 from depcut.errors import InputError, listed
 from depcut.integrations.pretrained_folder import left_out
+from depcut.reference.run import cast
 from depcut.streaming.source import Source
+
+PRECISION = torch.float32  # in which layers run, whatever their weights are stored in
 
 
 class Weights(Mapping[str, Tensor]):
@@ -45,6 +49,30 @@ class Weights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.names)
+
+
+class Single(Mapping[str, Tensor]):
+    """Tensors in single precision, each converted when it is asked for.
+
+    Args:
+        weights: Tensors by name.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        self._weights = weights
+
+    def __getitem__(self, name: str) -> Tensor:
+        converted: Tensor = cast(self._weights[name], PRECISION)
+        return converted
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._weights
 
 
 def check_fits(source: Source, model: nn.Module) -> tuple[str, ...]:
