@@ -55,6 +55,10 @@ def peak():
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 given = json.loads(sys.argv[1])
+if given["data"]:
+    batches, length, words = given["data"]
+    drawn = torch.Generator().manual_seed(0)
+    given["data"] = [torch.randint(words, (1, length), generator=drawn) for _ in range(batches)]
 before, start = peak(), time.perf_counter()
 report = depcut.shrink_checkpoint(**given, progress=False)
 print(json.dumps({{
@@ -180,6 +184,9 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.3)
     parser.add_argument("--score", default="random")
     parser.add_argument("--memory")
+    parser.add_argument(
+        "--data", type=int, nargs=2, metavar=("TEXTS", "TOKENS"), help="calibrate on random tokens"
+    )
     parser.add_argument("--kill", type=int, default=0, metavar="TIMES")
     parser.add_argument("--work", type=Path, help="folder for the checkpoints; kept, if given")
     options = parser.parse_args()
@@ -202,6 +209,7 @@ def _one(size: str, work: Path, options: argparse.Namespace) -> None:
     request = {
         "src": str(src), "dst": str(dst), "ratio": options.ratio, "score": options.score,
         "memory": options.memory,
+        "data": [*options.data, SIZES[size][-1]] if options.data else None,
     }  # fmt: skip
     start = time.perf_counter()
     said = shrunk(request)
@@ -210,6 +218,7 @@ def _one(size: str, work: Path, options: argparse.Namespace) -> None:
         [sys.executable, "-c", LOAD, str(dst)], check=True, capture_output=True, text=True
     )
     row = {"size": size, "score": options.score, "ratio": options.ratio, "bytes": total, **said}
+    row["data"] = options.data
     row["loaded"] = json.loads(loaded.stdout.splitlines()[-1])
     if options.kill:
         expected = contents(dst)
@@ -218,8 +227,8 @@ def _one(size: str, work: Path, options: argparse.Namespace) -> None:
         row["same_bytes"] = contents(dst) == expected
         assert row["same_bytes"], "a run that was killed ended with other files"
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    same = ("size", "score", "ratio")
-    rows = [r for r in rows if any(r[n] != row[n] for n in same)]
+    same = ("size", "score", "ratio", "data")
+    rows = [r for r in rows if any(r.get(n) != row[n] for n in same)]
     RESULTS.write_text(json.dumps([*rows, row], indent=1) + "\n")
 
 
@@ -230,12 +239,13 @@ def table(rows: list[dict[str, Any]]) -> str:
         rows: Of results/checkpoints.json.
     """
     lines = [
-        "| parameters | score | file bytes | seconds | peak | of it imports | MACs left | killed |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| parameters | score | data | file bytes | seconds | peak | imports | MACs | killed |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
         left = row["macs"][1] / row["macs"][0]
-        cells = [row["size"], row["score"], f"{row['bytes'] / 2**30:.2f} GiB"]
+        data = "x".join(map(str, row.get("data") or ())) or "-"
+        cells = [row["size"], row["score"], data, f"{row['bytes'] / 2**30:.2f} GiB"]
         cells += [f"{row['seconds']:.0f}", f"{row['peak'] / 2**30:.2f} GiB"]
         cells += [f"{row['imports'] / 2**30:.2f} GiB", f"{left:.1%}"]
         cells.append(str(len(row.get("killed", []))) if row.get("same_bytes") else "-")

@@ -19,13 +19,17 @@ from depcut.capture.capture import captured_again
 from depcut.capture.program import Program
 from depcut.capture.random_state import preserved
 from depcut.errors import DepcutError
-from depcut.graph.operators import is_aten
+from depcut.graph.operators import base_name
 from depcut.plan.keep import Keep
 from depcut.reference.slices import take
 
 Pairs = Mapping[fx.Node, fx.Node]
 _Path = tuple[int | str, ...]
 _ABSENT = object()
+# They move numbers and compute none; their first argument is what they show.
+_VIEWS = frozenset(
+    "alias clone contiguous expand flatten reshape slice squeeze unflatten unsqueeze view".split()
+)
 
 
 def valueless(model: nn.Module) -> bool:
@@ -75,6 +79,9 @@ def captured_of(program: Program, built: nn.Module) -> Program:
 def paired(keep: Keep, built: Program) -> tuple[Pairs, str | None]:
     """The node of a built class for each node of the dense graph.
 
+    Where the class leaves out views that are idle at the new sizes (heads repeated once), the nodes
+    that are no views are paired, and the sizes of their results compared.
+
     Args:
         keep: What stays of the dense graph.
         built: The graph of the class built with new numbers.
@@ -83,24 +90,54 @@ def paired(keep: Keep, built: Program) -> tuple[Pairs, str | None]:
         The nodes by those of the dense graph, and the first difference in words: None where the
         graphs are the same at the new widths.
     """
+    pairs, why = _paired(keep, built, frozenset())
+    if why is not None:
+        loosely, still = _paired(keep, built, _VIEWS)
+        if still is None:
+            return loosely, None
+    return pairs, why
+
+
+def _paired(keep: Keep, built: Program, passed: frozenset[str]) -> tuple[Pairs, str | None]:
+    """Nodes in pairs, those of some operators passed over."""
     pairs: dict[fx.Node, fx.Node] = {}
     dense = keep.coupling.program
-    for node, other in itertools.zip_longest(_computing(dense), _computing(built)):
+    nodes, others = _computing(dense, passed), _computing(built, passed)
+    for node, other in itertools.zip_longest(nodes, others):
         if node is None or other is None:
             return pairs, "its code runs more operators or fewer"
         if node.op != other.op or (node.op == "call_function" and node.target != other.target):
             return pairs, f"its code runs {other.target} in place of {node.target}"
         pairs[node] = other
-        why = _held(keep, built, node, other) or _arguments(keep, pairs, node, other)
+        why = _held(keep, built, node, other) or _arguments(keep, pairs, passed, node, other)
+        if why is None and passed:
+            why = _sizes(keep, built, node, other)
         if why is not None:
             return pairs, why
     return pairs, None
 
 
-def _computing(program: Program) -> list[fx.Node]:
-    """The nodes but for those that check the captured precision."""
+def _sizes(keep: Keep, built: Program, node: fx.Node, other: fx.Node) -> str | None:
+    """How the results of two nodes differ in size."""
+    terms = keep.coupling.env.get(node)
+    if not isinstance(terms, tuple):
+        return None
+    wanted, got = tuple(map(keep.count, terms)), built.sizes.get(other)
+    return None if got == wanted else f"{node.target} gives {got} where {wanted} is needed"
+
+
+def _source(node: fx.Node, passed: frozenset[str]) -> fx.Node:
+    """What a node shows, operators that are passed over left out."""
+    while node.op == "call_function" and base_name(node) in passed:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _computing(program: Program, passed: frozenset[str]) -> list[fx.Node]:
+    """The nodes but for those that check the captured precision, or are passed over."""
+    left_out = {"_assert_tensor_metadata", *passed}
     nodes = program.graph.graph.nodes
-    return [node for node in nodes if not is_aten(node, "_assert_tensor_metadata")]
+    return [n for n in nodes if n.op != "call_function" or base_name(n) not in left_out]
 
 
 def _held(keep: Keep, built: Program, node: fx.Node, other: fx.Node) -> str | None:
@@ -131,7 +168,11 @@ def _equal(mine: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _arguments(
-    keep: Keep, pairs: Mapping[fx.Node, fx.Node], node: fx.Node, other: fx.Node
+    keep: Keep,
+    pairs: Mapping[fx.Node, fx.Node],
+    passed: frozenset[str],
+    node: fx.Node,
+    other: fx.Node,
 ) -> str | None:
     """How the arguments of two nodes differ, beyond the sizes that the counts tell."""
     sizes: dict[_Path, int] = {}
@@ -149,8 +190,8 @@ def _arguments(
         if path in pinned:
             wanted = keep.pins(node)[str(path[0])]
         if isinstance(wanted, fx.Node):
-            wanted = pairs.get(wanted)
-            if got is wanted:
+            wanted = pairs.get(_source(wanted, passed))
+            if isinstance(got, fx.Node) and _source(got, passed) is wanted:
                 continue
         elif path in sizes:
             wanted = sizes[path]

@@ -100,7 +100,7 @@ def check_fits(source: Source, model: nn.Module) -> tuple[str, ...]:
         raise InputError(
             f"the checkpoint does not fit its config: {'; '.join(filter(None, (there, more)))}",
             where=str(source.folder),
-            remedy="load it with from_pretrained and save it again, or use depcut.shrink",
+            remedy="use depcut.shrink of the loaded model, and save_pretrained",
         )
     for name in known:
         built, there_is = tuple(state[name].shape), source.entries[name].shape
