@@ -15,7 +15,7 @@ from zoo import libraries
 
 import depcut
 from depcut.cli.main import main
-from depcut.errors import DepcutError, InputError, VerificationError
+from depcut.errors import BudgetError, InputError, VerificationError
 from depcut.streaming import job as jobs
 from depcut.streaming import narrowing
 from depcut.support import files
@@ -310,8 +310,9 @@ def test_tied_weights_stay_tied_and_one_file_stays_one(tmp_path):
 def test_criteria_that_read_a_whole_model_are_refused(small, tmp_path):
     with pytest.raises(InputError, match="does not read weights one by one"):
         depcut.shrink_checkpoint(small, tmp_path / "slim", 0.3, score="synflow", progress=False)
-    with pytest.raises(DepcutError):
+    with pytest.raises(BudgetError):
         depcut.shrink_checkpoint(small, tmp_path / "slim", 0.999, progress=False)
+    assert not (tmp_path / "slim").exists()
 
 
 @pytest.mark.sweep

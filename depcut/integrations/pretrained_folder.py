@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from depcut.capture.process_state import quiet
@@ -97,8 +97,6 @@ def model_of(folder: Path) -> nn.Module:
         InputError: The config is damaged, says that weights are quantized, or names a class that
             transformers does not have or cannot build.
     """
-    import torch
-
     try:
         transformers: Any = importlib.import_module("transformers")
     except ImportError as error:
@@ -144,17 +142,6 @@ def model_of(folder: Path) -> nn.Module:
             remedy="use a transformers of the version that wrote it",
         ) from error
     return built.eval()
-
-
-def left_out(model: nn.Module, name: str) -> bool:
-    """Whether the library itself leaves a tensor of a file out, as its class has none of the name.
-
-    Args:
-        model: Of the library.
-        name: Of the tensor.
-    """
-    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    return any(re.search(pattern, name) for pattern in patterns)
 
 
 def write_config(slim: nn.Module, dense: nn.Module, folder: Path) -> None:

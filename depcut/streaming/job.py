@@ -18,7 +18,7 @@ from depcut.apply.plan import Plan
 from depcut.apply.report import Report, record, report, report_of_record
 from depcut.calibration.data import Calibration
 from depcut.capture.program import Program
-from depcut.errors import InputError, VerificationError
+from depcut.errors import InputError, VerificationError, listed
 from depcut.integrations.pretrained_folder import INDEX, Shards, write_config
 from depcut.options import Options
 from depcut.plan.keep import Keep
@@ -32,7 +32,7 @@ from depcut.storage.companions import carry_over
 from depcut.storage.save import write_record
 from depcut.streaming.check import check_written
 from depcut.streaming.criteria import streamed
-from depcut.streaming.journal import Journal
+from depcut.streaming.journal import PLAN, Journal
 from depcut.streaming.narrowing import Picked, parts, picks, stored
 from depcut.streaming.progress import Progress
 from depcut.streaming.solving import Solution, solution
@@ -41,8 +41,6 @@ from depcut.streaming.structure import on_cpu
 from depcut.streaming.weights import Weights
 from depcut.support import files
 from depcut.support.weights import Stored, write_part_by_part
-
-PLAN = ".depcut-plan.json"  # until all is written
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +171,11 @@ class Job:
         """
         model = self.slim.model
         solved = self.solved.done if self.solved is not None else None
-        done = self.plan.report_on(self.slim, self.analysis.model, error, solved, ())
+        unknown = [name for name in self.source if name not in self.names]
+        notes = [f"tensors that the class does not have were left out: {listed(unknown, 3)}"]
+        done = self.plan.report_on(
+            self.slim, self.analysis.model, error, solved, tuple(notes if unknown else ())
+        )
         record(model, done)
         carry(model, self.plan)
         write_record(model, begun.folder)

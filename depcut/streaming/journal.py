@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from depcut.errors import InputError, listed
+from depcut.errors import DepcutError, InputError, listed
 from depcut.storage import folder as folders
 from depcut.support import files
 from depcut.support.checks import check_path
 from depcut.support.failures import first_line
 
 NAME = ".depcut-progress.json"
+PLAN = ".depcut-plan.json"  # until all is written
 _FORMAT = 1
 _ANEW = "pass the same arguments again, or choose a new folder"
 
@@ -124,7 +125,21 @@ def journal(path: Path, request: str, source: str) -> Iterator[Journal]:
     folder = check_path(path, "dst", InputError)
     files.make_folder(folder, "dst=", InputError)
     with files.claimed(folder, "dst=", InputError):
-        yield _opened(folder, request, source)
+        opened = _opened(folder, request, source)
+        try:
+            yield opened
+        except DepcutError:
+            _forget(folder, opened)
+            raise
+
+
+def _forget(folder: Path, opened: Journal) -> None:
+    """Leave nothing of a request that was refused before a file of it was written."""
+    if opened.complete or opened.done.keys() - {PLAN}:
+        return
+    _remove(folder)
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _opened(folder: Path, request: str, source: str) -> Journal:

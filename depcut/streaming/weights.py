@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from depcut.capture.held import aliases, held_tensors
 from depcut.errors import InputError, listed
-from depcut.integrations.pretrained_folder import left_out
 from depcut.reference.run import cast
 from depcut.streaming.source import Source
 
@@ -83,22 +82,22 @@ def check_fits(source: Source, model: nn.Module) -> tuple[str, ...]:
         model: The class, built from the config.
 
     Returns:
-        The names of what is written of the smaller model: all but what the library leaves out.
+        The names of what is written of the smaller model: all that the class has. Others are left
+        out, as from_pretrained leaves them out.
 
     Raises:
-        InputError: A tensor is missing, unknown or has another shape.
+        InputError: A tensor is missing or has another shape.
     """
     state = model.state_dict(keep_vars=True)
     weights = Weights(source, model)
     known = [name for name in source if name in state]
-    others = [name for name in source if name not in state and not left_out(model, name)]
     missing = [name for name in state if weights.stored(name) is None]
-    kind = type(model).__name__
-    if missing or others:
-        there = f"{listed(missing, 3)} of {kind} are not in it" if missing else ""
-        more = f"{listed(others, 3)} are none of {kind}'s" if others else ""
+    if missing:
+        others = [name for name in source if name not in state]
+        more = f"; it holds {listed(others, 3)}, unknown to the class" if others else ""
         raise InputError(
-            f"the checkpoint does not fit its config: {'; '.join(filter(None, (there, more)))}",
+            f"the checkpoint does not fit its config: {listed(missing, 3)} of "
+            f"{type(model).__name__} are not in it{more}",
             where=str(source.folder),
             remedy="use depcut.shrink of the loaded model, and save_pretrained",
         )
