@@ -315,7 +315,6 @@ class PlanKeywords(GradualKeywords, total=False):
 class ShrinkKeywords(PlanKeywords, total=False):
     """Flat keywords of `shrink`."""
 
-    memory: str | int | None
     compensate: bool | str
 
 

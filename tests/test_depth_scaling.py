@@ -211,8 +211,7 @@ def operators(it: Subject) -> int:
     return sum(n.op == "call_function" for n in it.analysis.program.graph.graph.nodes)
 
 
-@pytest.mark.parametrize("blocks", [2, 8, 24])
-@pytest.mark.parametrize("memory", ["4GiB", 1])
+@pytest.mark.parametrize(("blocks", "memory"), [(2, "4GiB"), (8, 1), (24, 1)])
 def test_obs_takes_one_pass_with_gradients_and_at_most_one_before(
     blocks: int, memory: str | int, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:

@@ -51,11 +51,14 @@ def site_inputs(site: Site, call: Call, valid: torch.Tensor | None) -> torch.Ten
 
 
 def with_same_inputs(coupling: Coupling, sites: list[Site]) -> dict[Site, Site]:
-    """Sites that multiply the vectors that an earlier one does, as keys do those of queries; and it.
+    """Sites that multiply the vectors that an earlier one does, as keys do those of queries.
 
     Args:
         coupling: The analysed model.
         sites: In the order of execution.
+
+    Returns:
+        The first site of the same inputs, by those after it.
     """
     nodes = coupling.program.graph.graph.nodes
     roots, writes = storages(nodes), written_roots(nodes)
