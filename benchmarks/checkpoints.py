@@ -29,7 +29,7 @@ RESULTS = Path(__file__).parent / "results" / "checkpoints.json"
 SIZES = {
     "5M": (192, 512, 4, 6, 3, 8000),
     "50M": (512, 1408, 8, 8, 4, 32000),
-    "150M": (768, 2048, 16, 12, 4, 32000),
+    "80M": (1024, 2816, 6, 16, 8, 1000),  # no tensor is large
     "300M": (1024, 2816, 20, 16, 8, 32000),
     "1.1B": (2048, 5632, 22, 32, 4, 32000),
     "3B": (3200, 8640, 26, 32, 32, 32000),
@@ -38,7 +38,7 @@ SIZES = {
 _SHARD = {
     "5M": 4 * 2**20,
     "50M": 40 * 2**20,
-    "150M": 100 * 2**20,
+    "80M": 40 * 2**20,
     "300M": 200 * 2**20,
 }  # bytes of a shard, at most
 _LARGE_SHARD = 2 * 2**30
@@ -55,7 +55,7 @@ def peak():
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 given = json.loads(sys.argv[1])
-if given["data"]:
+if given.get("data"):
     batches, length, words = given["data"]
     drawn = torch.Generator().manual_seed(0)
     given["data"] = [torch.randint(words, (1, length), generator=drawn) for _ in range(batches)]
@@ -88,7 +88,6 @@ def write_llama(folder: Path, size: str, seed: int = 0) -> int:
         size: A key of `SIZES`.
         seed: Of the weights.
     """
-    sys.modules["torchvision"] = None  # type: ignore[assignment]  # as in the other processes
     import torch
     import transformers
 
@@ -190,6 +189,7 @@ def main() -> None:
     parser.add_argument("--kill", type=int, default=0, metavar="TIMES")
     parser.add_argument("--work", type=Path, help="folder for the checkpoints; kept, if given")
     options = parser.parse_args()
+    sys.modules["torchvision"] = None  # type: ignore[assignment]  # as in the other processes
     work = options.work or Path(tempfile.mkdtemp(prefix="checkpoints-"))
     try:
         for size in options.size:
