@@ -33,6 +33,7 @@ from depcut.options import Options
 from depcut.scores import Score
 from depcut.storage.load import load
 from depcut.storage.save import save
+from depcut.streaming.shrink import shrink_checkpoint
 from depcut.support import conventions
 from depcut.timing.bench import bench
 from depcut.timing.comparison import compare
@@ -71,6 +72,7 @@ __all__ = [
     "rule",
     "save",
     "shrink",
+    "shrink_checkpoint",
     "training",
 ]
 

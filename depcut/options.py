@@ -319,3 +319,16 @@ class ShrinkKeywords(PlanKeywords, total=False):
     """Flat keywords of `shrink`."""
 
     compensate: bool | str
+
+
+class CheckpointKeywords(_Reading, total=False):
+    """Flat keywords of `shrink_checkpoint`."""
+
+    of: str
+    score: str | Score | Criterion | None
+    allocation: str | None
+    align: int
+    ignore: Iterable[str]
+    ratios: Mapping[str, float] | None
+    seed: int
+    compensate: bool | str

@@ -33,7 +33,7 @@ apply
 deploy
 timing latency
 analysis dead_units api
-training integrations storage
+training integrations storage streaming
 depcut cli __main__
 """.split()
 

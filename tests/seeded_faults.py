@@ -49,6 +49,12 @@ CALLS = "tests/field/test_example_calls.py"
 ATTENTION = "tests/field/test_attention"
 SOURCE = "tests/field/test_patched_source.py"
 FAULTS = [
+    Fault(
+        "streaming",
+        "inside = None if first is None else first[(first >= start) & (first < end)] - start",
+        "inside = None if first is None else first[(first >= start) & (first < end)]",
+        "tests/test_checkpoints.py -k blocks",
+    ),
     # Later calls.
     Fault("coupling", "for leaf in tables - read:", "for leaf in ():", f"{LATER} rows"),
     Fault(

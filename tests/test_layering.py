@@ -20,7 +20,8 @@ LEVEL = {name: i for i, name in enumerate(ORDER)}
 PUBLIC = """
 Analysis BudgetError Calibration CaptureError DepcutError ExportError InputError LatencyError Op
 Options Plan PlanError RuleError Score TrainingError VerificationError __version__ analyze bench
-compact compaction compare export integrations load report rule save shrink training
+compact compaction compare export integrations load report rule save shrink shrink_checkpoint
+training
 """.split()
 
 
@@ -100,8 +101,9 @@ def test_the_public_surface_is_what_is_documented(package: Any, names: list[str]
         assert getattr(package, name).__doc__, f"{name} says nothing about itself"
 
 
-def test_the_root_exports_at_most_thirty_names() -> None:
-    assert len(dir(depcut)) <= 30
+def test_the_root_exports_at_most_thirty_one_names() -> None:
+    # Thirty, and shrink_checkpoint: what it does to a folder no keyword of shrink would say.
+    assert len(dir(depcut)) <= 31
 
 
 def names_in(document: str) -> set[str]:

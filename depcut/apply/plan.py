@@ -153,7 +153,7 @@ class Plan(PlanData, Shown):
         number_anew(slim.model)
         slim.model, notes = whole_result(slim.model, model)
         notes += (*finish(slim.model, whole_of(model), keep), *unwrapping_note(given_model))
-        record(slim.model, self._report(slim, model, error, compensation, notes))
+        record(slim.model, self.report_on(slim, model, error, compensation, notes))
         carry(slim.model, self)
         return slim.model
 
@@ -168,7 +168,7 @@ class Plan(PlanData, Shown):
             return known, None
         return shown_part(model, self.part), None
 
-    def _report(
+    def report_on(
         self,
         slim: Slim,
         dense: nn.Module,
@@ -176,7 +176,15 @@ class Plan(PlanData, Shown):
         compensation: Compensation | None,
         notes: tuple[str, ...],
     ) -> Report:
-        """The report on the smaller model."""
+        """The report on a smaller model.
+
+        Args:
+            slim: The smaller model.
+            dense: The model that it was made of.
+            error: The largest difference that verification saw.
+            compensation: What was re-solved on data, if anything.
+            notes: What else is to be said.
+        """
         keep = slim.keep
         macs, params = (
             (round(of(keep.coupling).total), round(of(keep.coupling, keep.gone)(keep.counts)))

@@ -15,6 +15,7 @@ from depcut.cli.inputs import example_inputs, outputs_of, say_inputs
 from depcut.cli.models import dense_model
 from depcut.cli.options import Command, Subcommand, options_of
 from depcut.cli.output import Output
+from depcut.cli.streamed import shrink_streamed, too_large
 from depcut.cli.timed import placed, timing_of
 from depcut.cli.written import check_folder, write_slim
 from depcut.errors import InputError
@@ -44,6 +45,10 @@ def _run(options: argparse.Namespace, output: Output) -> None:
     timing = _timing(options)
     chosen = options_of(options)
     check_budget(options.ratio, chosen.of, chosen.latency_ms, chosen.depth)
+    streamed = too_large(options, chosen)
+    if streamed is not None:
+        shrink_streamed(streamed, options, chosen, output)
+        return
     check_folder(options.out)
     dense = dense_model(options)
     loss: Any = options.loss
@@ -78,9 +83,8 @@ def _timing(options: argparse.Namespace) -> dict[str, Any]:
     """Keywords of `compare`; what only --time has a use for is refused without it."""
     timing = timing_of(options)
     if not options.time:
-        idle = [
-            name for name in ("provider", "batch_size", "pin", "peak_memory") if vars(options)[name]
-        ]
+        timed = ("provider", "batch_size", "pin", "peak_memory")
+        idle = [name for name in timed if vars(options)[name]]
         if idle:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
             raise InputError(f"{names} without --time", remedy="add --time, or leave them out")

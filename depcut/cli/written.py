@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,10 @@ from depcut.deploy.export import export
 from depcut.errors import InputError
 from depcut.integrations.pretrained import comes_back
 from depcut.storage import folder as folders
+from depcut.storage.companions import carry_over
 from depcut.storage.save import write_model, write_record
 from depcut.support import files
 from depcut.support.checks import check_path
-
-# Of a folder of transformers: what holds weights or tells of the dense model's training. All else
-# (tokenizers, processors, templates, licences) is of the smaller model, too.
-_WEIGHTS = {
-    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"),
-    *(".data", ".index", ".pkl", ".npz", ".mlmodel", ".tflite"),
-}
-_OF_THE_DENSE = {"README.md", "trainer_state.json", folders.INDEX, folders.MODEL, folders.REPORT}
 
 
 def check_folder(path: Path) -> None:
@@ -100,7 +92,7 @@ def write_slim(slim: nn.Module, options: argparse.Namespace, inputs: Inputs) -> 
             model: Any = slim
             model.save_pretrained(draft)
             write_record(slim, draft)
-            left = _carry_over(hub_folder(options.model), draft)
+            left = carry_over(hub_folder(options.model), draft)
             loading = f"transformers.{type(slim).__name__}.from_pretrained({str(out)!r})"
         else:
             write_model(slim, draft)
@@ -108,15 +100,3 @@ def write_slim(slim: nn.Module, options: argparse.Namespace, inputs: Inputs) -> 
         if options.onnx:
             export(slim, draft / "model.onnx", inputs)
     return Written(out, loading, left)
-
-
-def _carry_over(source: Path | None, draft: Path) -> tuple[str, ...]:
-    """Copy what belongs to the smaller model, too; the names of the folders that stay behind."""
-    if source is None:
-        return ()
-    for file in sorted(source.iterdir()):
-        is_new = not (draft / file.name).exists() and file.name not in _OF_THE_DENSE
-        weights = _WEIGHTS & {*file.suffixes} or file.name.endswith(".index.json")
-        if file.is_file() and is_new and not weights and not file.name.startswith("."):
-            shutil.copyfile(file, draft / file.name)
-    return tuple(f"{path.name}/" for path in sorted(source.iterdir()) if path.is_dir())

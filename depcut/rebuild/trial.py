@@ -13,13 +13,14 @@ from depcut.plan.attributes import solve
 from depcut.plan.keep import Keep
 from depcut.rebuild.builder import Builder
 from depcut.rebuild.moves import Move
+from depcut.rebuild.same_graph import other_code, valueless
 from depcut.rebuild.stock import rebuilt
 from depcut.rebuild.twin import Twin
 from depcut.verify.calls import verify_calls
 
 
 def trial(coupling: Coupling, model: nn.Module, builder: Builder, move: Move) -> str | None:
-    """Carry a move out alone, by half, and compare by value.
+    """Carry a move out alone, by half, and compare by value; of weights without, the graphs.
 
     Args:
         coupling: The analysed model.
@@ -46,6 +47,8 @@ def trial(coupling: Coupling, model: nn.Module, builder: Builder, move: Move) ->
         why = _foreseen(keep, model, twin)
         if why is None:
             verify_calls(slim, model)
+        if why is None and valueless(model):
+            why = other_code(keep, twin.model)
     except VerificationError as error:
         return error.what + (f" [{error.where}]" if error.where else "")
     return why

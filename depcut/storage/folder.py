@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,12 +67,27 @@ def written(path: str | os.PathLike[str]) -> Iterator[Path]:
     check_replaceable(target)
     with files.new_folder(target, "model", InputError) as draft:
         yield draft
-        entries = {file.name: entry(file) for file in sorted(draft.iterdir())}
-        index = {"format": FORMAT, "depcut": __version__, "files": entries}
-        files.write_json(draft / INDEX, index, indent=1)
+        write_index(draft, {file.name: entry(file) for file in sorted(draft.iterdir())})
         if target.is_dir():
             draft.chmod(target.stat().st_mode & 0o777)
         check_replaceable(target)
+
+
+def write_index(
+    folder: Path, entries: Mapping[str, Any], more: Mapping[str, Any] | None = None
+) -> None:
+    """Write the index of a stored model.
+
+    Args:
+        folder: Where.
+        entries: What `entry` says of each file, by name.
+        more: Further entries of the index.
+
+    Raises:
+        DepcutError: It cannot be written.
+    """
+    index = {"format": FORMAT, "depcut": __version__, **(more or {}), "files": dict(entries)}
+    files.write_json(folder / INDEX, index, indent=1)
 
 
 def check_replaceable(target: Path) -> None:

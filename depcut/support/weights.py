@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import os
-from collections.abc import Iterator, Mapping
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from depcut.errors import DepcutError, InputError
 from depcut.support import files
+
+_LENGTH = struct.Struct("<Q")  # of the header, which begins a safetensors file
+_METADATA = "__metadata__"
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -111,6 +120,98 @@ def open_tensors(path: Path) -> Any:
 
     with _readable(path) as file:
         return safe_open(file, framework="pt")
+
+
+def header_of(path: Path) -> dict[str, dict[str, Any]]:
+    """What a safetensors file says of each of its tensors: dtype, shape and data_offsets.
+
+    Args:
+        path: The file; that it is one, and whole, `open_tensors` checks.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is no safetensors file.
+    """
+    with path.open("rb") as file:
+        first = file.read(_LENGTH.size)
+        if len(first) < _LENGTH.size:
+            raise ValueError("it ends within its header")
+        (length,) = _LENGTH.unpack(first)
+        if length > path.stat().st_size:
+            raise ValueError("it ends within its header")
+        header: dict[str, dict[str, Any]] = json.loads(file.read(length))
+    header.pop(_METADATA, None)
+    return header
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a file that is to be written.
+
+    Attributes:
+        dtype: As safetensors spells it: "BF16".
+        width: Bytes of an element.
+        shape: Its sizes.
+    """
+
+    dtype: str
+    width: int
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """How many it takes."""
+        return self.width * math.prod(self.shape)
+
+
+def write_part_by_part(
+    layout: Mapping[str, Stored],
+    parts: Callable[[str], Iterable[Tensor]],
+    path: str | os.PathLike[str],
+    what: str = "tensors",
+    error: type[DepcutError] = DepcutError,
+) -> str:
+    """Write tensors of which one part is in memory at a time.
+
+    The file appears complete, and on the disk, or not at all.
+
+    Args:
+        layout: The tensors, by name.
+        parts: The elements of a tensor in order, part by part.
+        path: The file to write.
+        what: What they are, for messages.
+        error: What to raise.
+
+    Returns:
+        The file's SHA-256.
+
+    Raises:
+        DepcutError: The file cannot be written; as `error`.
+        ValueError: The parts are not of the size that was said.
+    """
+    names = sorted(layout, key=lambda name: (-layout[name].width, name))
+    header: dict[str, Any] = {_METADATA: {"format": "pt"}}
+    end = 0
+    for name in names:
+        start, end = end, end + layout[name].bytes
+        shape = list(layout[name].shape)
+        header[name] = {"dtype": layout[name].dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _LENGTH.size)
+    digest = hashlib.sha256()
+    with files.replacing(path, what, error, flush=True) as draft, draft.open("wb") as file:
+        for block in (_LENGTH.pack(len(text)), text):
+            digest.update(block)
+            file.write(block)
+        for name in names:
+            written = 0
+            for part in parts(name):
+                elements: Any = part.contiguous().reshape(-1).view(torch.uint8).numpy()
+                digest.update(elements)
+                written += file.write(elements)
+            if written != layout[name].bytes:
+                raise ValueError(f"{name} has {written} bytes instead of {layout[name].bytes}")
+    return digest.hexdigest()
 
 
 @contextmanager

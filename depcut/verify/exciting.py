@@ -69,7 +69,7 @@ def _drawn(program: Program, leaves: list[Any]) -> list[tuple[int, Tensor]]:
             continue
         if leaf.is_floating_point():
             value = torch.randn(leaf.shape, generator=generator).to(leaf.dtype)
-        elif leaf.dtype in (torch.int32, torch.int64) and (size := _table(node)):
+        elif leaf.dtype in (torch.int32, torch.int64) and (size := table_rows(node)):
             value = torch.randint(0, size, leaf.shape, generator=generator, dtype=leaf.dtype)
         else:
             continue
@@ -77,8 +77,12 @@ def _drawn(program: Program, leaves: list[Any]) -> list[tuple[int, Tensor]]:
     return out
 
 
-def _table(node: fx.Node) -> int | None:
-    """The smallest number of rows of the tables that numbers are looked up in; None for none."""
+def table_rows(node: fx.Node) -> int | None:
+    """The smallest number of rows of the tables that numbers are looked up in; None for none.
+
+    Args:
+        node: Of the numbers.
+    """
     found: list[int] = []
     seen, left = {node}, [node]
     while left:

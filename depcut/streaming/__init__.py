@@ -1,0 +1,1 @@
+"""Checkpoints that do not fit in memory: shrunk tensor by tensor, from shards to shards."""
