@@ -16,12 +16,14 @@ from depcut.capture.results import Outputs
 from depcut.options import Options, ShrinkKeywords
 from depcut.repair.after_rewrite import wants_repair
 from depcut.support.keywords import settled, takes_options
+from depcut.support.processes import together_on_data
 from depcut.support.unwrap import unwrapped
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 @takes_options(Options, ShrinkKeywords)
+@together_on_data
 def shrink(
     model: ModelT,
     ratio: float | None = None,

@@ -24,6 +24,7 @@ from depcut.graph.liveness import Gone, gone
 from depcut.plan.cost import COSTS, ITEMS, NOTHING, dense_total
 from depcut.plan.data import PlanData
 from depcut.plan.keep import Keep
+from depcut.support.processes import ALONE, Processes
 
 Names = tuple[str, ...]
 
@@ -80,7 +81,8 @@ def depth_and_width(
 
     allowed = residuals.sparing(chooser.spares)
     saved = Savings(coupling, allowed, of)
-    return plan_with_depth(coupling, chooser.model, allowed, saved, plan_for, batches)
+    everyone = data.everyone if data else ALONE
+    return plan_with_depth(coupling, chooser.model, allowed, saved, plan_for, batches, everyone)
 
 
 def plan_with_depth(
@@ -90,6 +92,7 @@ def plan_with_depth(
     saved: Callable[[Names], float],
     plan_for: Callable[[Names], PlanData | None],
     batches: Sequence[Batch] = (),
+    everyone: Processes = ALONE,
 ) -> PlanData:
     """The best of the plans that drop the first d branches, or blocks, of an order.
 
@@ -105,6 +108,7 @@ def plan_with_depth(
         plan_for: The plan that meets the budget without these branches; None where dropping them
             removes more than is asked for.
         batches: Flat calibration inputs; left out, the captured ones, which is weaker.
+        everyone: The processes that share them.
 
     Raises:
         BudgetError: None of the plans meets the budget.
@@ -123,13 +127,12 @@ def plan_with_depth(
                 plan = None
             known[names] = None
             if plan is not None:
-                change = output_change(
-                    dense, outputs_of(plan.keep(coupling, residuals), model, batches)
-                )
+                outputs = outputs_of(plan.keep(coupling, residuals), model, batches)
+                change = output_change(dense, outputs, everyone)
                 known[names] = (change, len(names), plan)
         return known[names]
 
-    for chain in _chains(coupling, model, residuals, saved, batches):
+    for chain in _chains(coupling, model, residuals, saved, batches, everyone):
         _search(chain, judge)
     results = [result for result in known.values() if result is not None]
     if not results:
@@ -167,13 +170,14 @@ def _chains(
     residuals: Residuals,
     saved: Callable[[Names], float],
     batches: Sequence[Batch],
+    everyone: Processes,
 ) -> list[_Chain]:
     """Growing sets of branches: one by one, and block by block."""
     out: list[_Chain] = []
     kinds: list[Sequence[Branch | Block]] = [residuals.branches, residuals.blocks]
     for kind in kinds:
         # Scored apart, as a block may have the name of a branch of its.
-        scores = influence(coupling, model, kind, batches) if kind else {}
+        scores = influence(coupling, model, kind, batches, everyone) if kind else {}
         gains = {c.name: saved(_branches(c)) for c in kind}
         out.append(_Chain(cheapest_first(kind, scores, gains)))
     return out

@@ -43,6 +43,7 @@ from depcut.rewrite.build import Slim, rewrite
 from depcut.rewrite.finish import finish
 from depcut.rewrite.optimizer import check_optimizer, narrow_optimizer
 from depcut.support.keywords import settled, takes_options
+from depcut.support.processes import together_on_data
 from depcut.support.unwrap import unwrapped, unwrapping_note
 from depcut.verify.calls import verify_calls
 from depcut.verify.ownership import check_own_tensors
@@ -84,6 +85,7 @@ class Plan(PlanData, Shown):
         return Plan(**given, coupling=coupling, model=model)
 
     @takes_options(Options, ApplyKeywords)
+    @together_on_data
     def apply(
         self,
         model: nn.Module,
@@ -113,6 +115,7 @@ class Plan(PlanData, Shown):
             InputError: The data does not fit the model.
             PlanError: The model has another architecture, or has changed since it was analysed.
             VerificationError: The smaller model does not compute what it should.
+            ProcessError: Another of several processes failed, or has another model or other data.
         """
         chosen = settled(Options, options, given, ApplyKeywords, "apply", one_stage=True)
         given_model, model = model, unwrapped(model)
@@ -137,6 +140,8 @@ class Plan(PlanData, Shown):
                 memory=chosen.memory,
                 progress=chosen.progress,
             )
+            made = {"plan": self.digest, **chosen.record()}
+            calibration.everyone.require_same("options", made)
         with blaming_calls(model, coupling.program, calibration):
             stock = recorded(self.settings, model, keep)
             slim = stock or rewrite(model, keep)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
+
+from depcut.support.processes import Processes
 
 FOLDS = 2
 
@@ -55,6 +57,10 @@ class Moments:
             self.yy + other.yy,
         )
 
+    def none(self) -> Moments:
+        """Those of no vectors, of the same shapes."""
+        return Moments(0, *(torch.zeros_like(v) for v in tensors_of(self)))
+
     def centred(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Covariance sums of x with itself and of y with x."""
         mean = self.x / self.count
@@ -73,3 +79,22 @@ class Moments:
             + 2 * bias * (through - self.y)
             + self.count * bias.square()
         )
+
+
+def tensors_of(moments: Moments) -> list[torch.Tensor]:
+    """The sums, in the order of the attributes."""
+    return [getattr(moments, f.name) for f in fields(moments) if f.name != "count"]
+
+
+def over_processes(moments: Moments, label: str, everyone: Processes) -> Moments:
+    """Moments of the vectors of all processes.
+
+    Args:
+        moments: Of those of this one.
+        label: What they are.
+        everyone: The processes.
+    """
+    if everyone.size == 1:
+        return moments
+    count, *sums = everyone.summed(label, [torch.tensor(moments.count), *tensors_of(moments)])
+    return Moments(int(count), *sums)

@@ -49,20 +49,27 @@ def sensitivities(
     for node in features:
         if node.users:
             readers.setdefault(min(node.users, key=lambda n: order[n]), []).append(node)
-    generator = torch.Generator().manual_seed(0)
     probe = _Probe(coupling, model, calibration, readers)
     total: dict[fx.Node, torch.Tensor] = {}
     try:
-        for batch in ticking(calibration, "sensitivity"):
+        for number, batch in zip(
+            calibration.numbers, ticking(calibration, "sensitivity"), strict=True
+        ):
+            generator = torch.Generator().manual_seed(number)
             for node, squares in probe.squares(batch, generator).items():
                 if node not in features:
                     continue
                 part = _by_feature(*squares, features[node])
                 total[node] = total[node] + part if node in total else part
+        known = True
     except RuntimeError:
         # An operator without a derivative: nothing is known, all errors count alike.
+        known = False
+    everyone = calibration.everyone
+    if any(everyone.any_of("derivatives", [not known])):
         return {}
-    return {node: value / len(calibration.batches) for node, value in total.items()}
+    sums = everyone.summed("sensitivities", list(total.values()))
+    return {node: value / calibration.total for node, value in zip(total, sums, strict=True)}
 
 
 class _Probe:

@@ -9,6 +9,7 @@ from functools import cache
 import torch
 
 from depcut.calibration.moments import Moments
+from depcut.support.processes import Processes
 
 # Of the mean square of the inputs: what rounding leaves of their variance.
 _NOISE = 1e-12
@@ -33,6 +34,21 @@ class LeastSquares:
     ridge: float
     before: float
     after: float
+
+
+def of_first_process(label: str, found: LeastSquares, everyone: Processes) -> LeastSquares:
+    """The solution of the first process, which rounding on unlike machines cannot change.
+
+    Args:
+        label: What it is of.
+        found: The solution of this one, from the same moments.
+        everyone: The processes.
+    """
+    if everyone.size == 1:
+        return found
+    told = torch.tensor([found.ridge, found.before, found.after], dtype=torch.float64)
+    weight, bias, told = everyone.of_first(f"solution of {label}", [found.weight, found.bias, told])
+    return LeastSquares(weight, bias, *map(float, told))
 
 
 def solve(folds: list[Moments], weight: torch.Tensor, bias: torch.Tensor | None) -> LeastSquares:

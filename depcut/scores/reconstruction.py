@@ -28,6 +28,7 @@ from depcut.scores.aggregate import totals
 from depcut.scores.context import Context, Score, Scores, criterion
 from depcut.scores.elimination import Reads, Terms, Weight, eliminated
 from depcut.scores.magnitude import powers
+from depcut.support.processes import Processes
 
 _DAMPING = 1e-2  # of the mean variance of the inputs
 _TINY = 1e-30
@@ -181,7 +182,20 @@ def _gather(
                     _add_inputs(gathered, item, call, valid)
                 else:
                     _add_terms(gathered, item, call)
+    _sum_over_processes(gathered, context.data.everyone)
     return gathered
+
+
+def _sum_over_processes(gathered: _Gathered, everyone: Processes) -> None:
+    """Sums over the batches of all processes in place of those of this one."""
+    if everyone.size == 1:
+        return
+    for site, (*held, count) in gathered.inputs.items():
+        sums = everyone.summed(f"second moments of {site.name}", [*held, torch.tensor(count)])
+        gathered.inputs[site] = sums[0], sums[1], int(sums[2])
+    for product, gram in gathered.products.items():
+        (summed,) = everyone.summed(f"terms of {product.node.name}", [torch.from_numpy(gram)])
+        gathered.products[product] = summed.numpy()
 
 
 def _add_inputs(gathered: _Gathered, site: Site, call: Call, valid: torch.Tensor | None) -> None:

@@ -20,3 +20,12 @@ def reset_state() -> None:
 
     kind: Any = state.AcceleratorState
     kind._reset_state()
+
+
+def shares_out(loader: Any) -> bool:
+    """Whether a loader is one of accelerate's, which gives each process batches of its own.
+
+    Args:
+        loader: A DataLoader.
+    """
+    return any(kind.__module__ == "accelerate.data_loader" for kind in type(loader).__mro__)
