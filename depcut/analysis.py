@@ -30,6 +30,7 @@ from depcut.calibration.sharing import refuse_measured
 from depcut.capture.capture import capture
 from depcut.capture.inputs import Inputs
 from depcut.capture.part import as_part
+from depcut.capture.plain import plain
 from depcut.capture.program import Program
 from depcut.capture.random_state import preserved
 from depcut.capture.results import EVERY, Outputs
@@ -52,7 +53,6 @@ from depcut.scores import Criterion, Score, score_name
 from depcut.scores import score as unit_scores
 from depcut.support.keywords import settled, takes_options
 from depcut.support.processes import together_on_data
-from depcut.support.unwrap import unwrapped
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -380,7 +380,7 @@ def analyze(
         InputError: The inputs are of the wrong kind, or cannot be inferred; or there is no such
             output.
     """
-    model = unwrapped(model)
+    model = plain(model)
     if part is not None:
         model, inputs = as_part(model, part, inputs)
         outputs = EVERY if outputs is None else outputs

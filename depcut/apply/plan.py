@@ -20,6 +20,7 @@ from depcut.calibration.data import Calibration, Data, calibrate
 from depcut.capture.capture import capture
 from depcut.capture.inputs import Inputs
 from depcut.capture.part import Part, as_part, inside, shown_part, whole_of
+from depcut.capture.plain import origin_of, plain, spread_note
 from depcut.coupling.groups import Coupling, layer_of
 from depcut.coupling.infer import infer_coupling
 from depcut.errors import PlanError
@@ -44,7 +45,7 @@ from depcut.rewrite.finish import finish
 from depcut.rewrite.optimizer import check_optimizer, narrow_optimizer
 from depcut.support.keywords import settled, takes_options
 from depcut.support.processes import together_on_data
-from depcut.support.unwrap import unwrapped, unwrapping_note
+from depcut.support.unwrap import unwrapping_note
 from depcut.verify.calls import verify_calls
 from depcut.verify.ownership import check_own_tensors
 
@@ -118,10 +119,11 @@ class Plan(PlanData, Shown):
             ProcessError: Another of several processes failed, or has another model or other data.
         """
         chosen = settled(Options, options, given, ApplyKeywords, "apply", one_stage=True)
-        given_model, model = model, unwrapped(model)
+        given_model, model = model, plain(model)
+        origin = origin_of(model)
         repairs = wants_repair(chosen.compensate, data is not None)
         if optimizer is not None:
-            check_optimizer(optimizer, model)
+            check_optimizer(optimizer, origin)
         model, inputs = self._seen(model, inputs)
         coupling = self.coupling
         if coupling is None or model is not self.model or inputs is not None:
@@ -152,8 +154,9 @@ class Plan(PlanData, Shown):
             if stock:
                 prove(stock.model, keep)
         if optimizer is not None:
-            narrow_optimizer(optimizer, model, slim.model, keep)
+            narrow_optimizer(optimizer, origin, slim.model, keep)
         slim.model, notes = whole_result(slim.model, model)
+        notes += spread_note(whole_of(model))
         notes += (*finish(slim.model, whole_of(model), keep), *unwrapping_note(given_model))
         record(slim.model, self._report(slim, model, error, compensation, notes))
         carry(slim.model, self)
@@ -236,7 +239,7 @@ class Plan(PlanData, Shown):
         Raises:
             PlanError: The model has another architecture.
         """
-        model, inputs = self._seen(unwrapped(model), inputs)
+        model, inputs = self._seen(plain(model), inputs)
         self.check(model)
         coupling = self._analysed(model, inputs)
         self.keep(coupling)

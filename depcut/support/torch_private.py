@@ -70,6 +70,7 @@ __all__ = [
     "compiled_module",
     "enter_autocast",
     "exit_autocast",
+    "hook_tables",
     "hooks_of",
     "is_packed",
     "is_wrapper",
@@ -191,6 +192,17 @@ def non_persistent_of(module: nn.Module) -> set[str]:
 def registries() -> frozenset[str]:
     """Attributes in which every module keeps tensors, children and hooks."""
     return frozenset(vars(nn.Module())) - {"training"}
+
+
+def hook_tables(module: nn.Module) -> list[dict[int, Any]]:
+    """What a module keeps by the numbers of its hooks, those on its state among them: to be changed.
+
+    Args:
+        module: The module.
+    """
+    others = ("_parameters", "_buffers", "_modules")
+    held = [vars(module).get(name) for name in sorted(registries()) if name not in others]
+    return [table for table in held if isinstance(table, dict)]
 
 
 def hooks_of(module: nn.Module) -> dict[str, list[Any]]:
