@@ -79,8 +79,9 @@ def plain(model: ModelT) -> ModelT:
         DepcutError: There is no room for the files.
     """
     model = unwrapped(model)
-    if not isinstance(model, nn.Module):
-        return model
+    given: object = model
+    if not isinstance(given, nn.Module):
+        return model  # to be refused by what takes it
     sharded.refuse_fsdp1(model)
     what = spread_by(model)
     if not what:
@@ -120,9 +121,10 @@ def spread_note(model: nn.Module) -> tuple[str, ...]:
 def _tensors(model: nn.Module) -> dict[int, torch.Tensor]:
     """A plain tensor on the CPU for every tensor of a model that is not one, by its id."""
     out: dict[int, torch.Tensor] = {}
-    known: dict[Any, torch.Tensor] = {}  # by address: tensors that share memory stay one
+    known: dict[object, torch.Tensor] = {}  # by address: tensors that share memory stay one
     elsewhere = accelerate_private.offloaded(model)
     managed = {id(p) for m in sharded.fsdp_modules(model) for p in m.parameters()}
+    key: object
     with tempfile.TemporaryDirectory(prefix="depcut-plain-") as folder:
         files = _files(Path(folder))
         for tensor in _distinct(model):
@@ -192,21 +194,22 @@ _NOTHING = _Nothing()
 def _without_hooks(model: ModelT, stand_ins: dict[int, torch.Tensor]) -> ModelT:
     """A clone with other tensors, without what gathers or moves those of the model."""
     memo: dict[int, Any] = dict(stand_ins)
-    for module in model.modules():
+    left: dict[str, list[str]] = {}
+    for path, module in model.named_modules():
         for table in hook_tables(module):
             memo.update((id(h), _NOTHING) for h in table.values() if sharded.is_own_hook(h))
         fields = vars(module)
-        left = accelerate_private.added(module)
-        memo.update((id(fields[name]), _NOTHING) for name in left)
+        left[path] = [*accelerate_private.added(module), *sharded.records(module)]
+        memo.update((id(fields[name]), _NOTHING) for name in left[path])
     out = clone(model, training=None, memo=memo)
-    for module in out.modules():
+    for path, module in out.named_modules():
         tables = hook_tables(module)
         gone = [number for table in tables for number, h in table.items() if h is _NOTHING]
         for table in tables:
             for number in gone:
                 table.pop(number, None)
         fields = vars(module)
-        for name in [name for name, value in fields.items() if value is _NOTHING]:
+        for name in left[path]:
             del fields[name]
         old = fields.pop(accelerate_private.OLD_FORWARD, None)
         if old is not None:
@@ -218,7 +221,8 @@ def _without_hooks(model: ModelT, stand_ins: dict[int, torch.Tensor]) -> ModelT:
 
 def _take_values(module: nn.Module, stand_ins: dict[int, torch.Tensor]) -> None:
     """Make sure that no tensor of a clone is one that something stands for."""
-    for held in (parameters_of(module), buffers_of(module)):
+    tables: tuple[dict[str, Any], ...] = (parameters_of(module), buffers_of(module))
+    for held in tables:
         for name, tensor in held.items():
             if tensor is not None and id(tensor) in stand_ins:
                 held[name] = stand_ins[id(tensor)]

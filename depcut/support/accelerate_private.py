@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -97,7 +97,7 @@ def _read(values: Any, name: str) -> torch.Tensor:
             found: torch.Tensor = values[name]
             return found.detach()
         dtype, shape = getattr(torch, entry["dtype"]), tuple(entry["shape"])
-        size, path = math.prod(shape), os.path.join(loader.save_folder, f"{key}.dat")
+        size, path = math.prod(shape), str(Path(loader.save_folder) / f"{key}.dat")
         return torch.from_file(path, shared=False, size=size, dtype=dtype).reshape(shape)
     except (OSError, KeyError, RuntimeError) as error:
         raise InputError(

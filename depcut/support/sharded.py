@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from depcut.errors import InputError
+from depcut.support.torch_private import composable_records
 
 # Left on the modules that `fully_shard` manages.
 _MARKS = ("_is_fsdp_managed_module", "_fsdp_use_orig_params")
@@ -73,6 +74,16 @@ def refuse_fsdp1(model: nn.Module) -> None:
         )
 
 
+def records(module: nn.Module) -> list[str]:
+    """Names of the attributes in which `fully_shard` and its like note what they did to a module.
+
+    Args:
+        module: One module of a model; it is only read.
+    """
+    fields = vars(module)
+    return [name for name in (*_MARKS, *composable_records()) if name in fields]
+
+
 def is_own_hook(hook: object) -> bool:
     """Whether a hook of a module is torch.distributed's.
 
@@ -89,8 +100,6 @@ def make_plain(module: nn.Module) -> None:
     Args:
         module: The clone, one module of the tree.
     """
-    for mark in _MARKS:
-        vars(module).pop(mark, None)
     kind = _loaded("torch.distributed.fsdp", "FSDPModule")
     if kind is not None and isinstance(module, kind):
         own: Any = next(k for k in type(module).__mro__[1:] if not issubclass(k, kind))
