@@ -56,7 +56,8 @@ def refuse_spread(model: nn.Module) -> None:
     Raises:
         InputError: Its tensors are spread.
     """
-    what = spread_by(model)
+    given: object = model
+    what = spread_by(model) if isinstance(given, nn.Module) else ""
     if what:
         raise InputError(
             f"the tensors of the model are spread by {what}",

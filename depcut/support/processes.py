@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import distributed
 
 from depcut.errors import ProcessError, listed
 from depcut.support.failures import first_line
@@ -151,8 +152,6 @@ class Processes:
         """The tensors of the first process, of the same shapes and data types in all."""
         if self.size == 1 or not tensors:
             return list(tensors)
-        from torch import distributed
-
         self._agree_on(label, tensors)
         out = []
         for tensor in tensors:
@@ -167,8 +166,6 @@ class Processes:
     ) -> list[torch.Tensor]:
         if self.size == 1 or not tensors:
             return list(tensors)
-        from torch import distributed
-
         how = distributed.ReduceOp.MAX if largest else distributed.ReduceOp.SUM
         self._agree_on(label, tensors)
         out = []
@@ -195,8 +192,6 @@ class Processes:
 
     def _gathered(self, message: dict[str, Any]) -> list[dict[str, Any]]:
         """A message of each process, by rank."""
-        from torch import distributed
-
         raw = torch.tensor(list(json.dumps(message).encode()), dtype=torch.uint8)
         lengths = [torch.zeros(1, dtype=torch.int64, device=_device()) for _ in range(self.size)]
         with _reaching(str(message.get("at", "the end"))):
@@ -223,7 +218,6 @@ ALONE = Processes()
 
 def processes() -> Processes:
     """The processes of torch.distributed, where there are several; else this one alone."""
-    distributed = torch.distributed
     if not distributed.is_available() or not distributed.is_initialized():
         return ALONE
     size = distributed.get_world_size()
@@ -299,8 +293,6 @@ def _reaching(label: str) -> Iterator[None]:
 
 def _device() -> torch.device:
     """Where tensors are that the processes exchange."""
-    from torch import distributed
-
     if "cpu:" in distributed.get_backend_config():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
