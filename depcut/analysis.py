@@ -47,6 +47,8 @@ from depcut.plan import cost
 from depcut.plan.cost import Cost
 from depcut.plan.data import PlanData
 from depcut.rebuild.choose import checked, within
+from depcut.rebuild.depth import layers_and_width
+from depcut.rebuild.layers import Droppable, droppable
 from depcut.rebuild.rebuilding import Rebuilding, rebuilding
 from depcut.rebuild.wanted import limits, unlimited
 from depcut.scores import Criterion, Score, score_name
@@ -157,7 +159,7 @@ class Analysis(ShownAnalysis):
             refuse_measured(calibration.everyone, of)
             calibration.everyone.require_same("options", {"ratio": ratio, **chosen.record()})
         score = criterion_or_default(chosen.score, has_data=data is not None)
-        rebuild, why = limits(lambda: self.rebuilding, chosen.rebuildable, depth=chosen.depth)
+        rebuild, why = limits(lambda: self.rebuilding, chosen.rebuildable)
         request = Request(
             score,
             allocation_or_default(chosen.allocation, score, of),
@@ -186,6 +188,11 @@ class Analysis(ShownAnalysis):
         """What a config can say of smaller widths; None, and why, where it cannot be built anew."""
         return rebuilding(self.coupling, self.model)
 
+    @cached_property
+    def droppable(self) -> Droppable:
+        """Whole layers that a class built from a config can lose, and why others cannot go."""
+        return droppable(self.rebuilding[0], self.model, self.residuals)
+
     def _within(
         self,
         ratio: float | None,
@@ -204,6 +211,8 @@ class Analysis(ShownAnalysis):
             )
             return checked(rebuild, plan) if rebuild else plan
         removed = float(cast(float, ratio))
+        if chosen.depth and rebuild is not None:
+            return layers_and_width(rebuild, self.droppable, self.residuals, chooser, removed, of)
         if chosen.depth:
             return depth_and_width(chooser, self.residuals, of, removed)
         quantity = self.costs[of]

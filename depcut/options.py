@@ -121,7 +121,9 @@ class Options(Common):
     )
     threads: int = option(1, "Threads that one operator may use, where time is measured.")
     depth: bool = option(
-        False, "Whether residual branches may be dropped as a whole, beside narrowing the rest."
+        False,
+        "Whether residual branches may be dropped as a whole, beside narrowing the rest; where the "
+        "class is built from a config (`rebuildable`), whole layers of them.",
     )
     generated: str = option(
         "allowed",
@@ -133,8 +135,9 @@ class Options(Common):
         "auto",
         "Whether the smaller model is to be what its class builds from a config alone, so that it "
         "is saved and loaded without depcut: widths that the config says once are cut alike in all "
-        'layers, what it cannot say is not cut; "auto": of models whose class is built from a '
-        "config (transformers); False: every width is cut for itself.",
+        "layers, with depth=True whole layers go, what it cannot say is not cut; "
+        '"auto": of models whose class is built from a config (transformers); False: every width '
+        "is cut for itself.",
     )
     optimizer_state: str = option(
         "slice",

@@ -71,6 +71,24 @@ FAULTS = [
         "tests/field/test_rebuildable.py",
     ),
     Fault(
+        "rebuild",
+        "kept = tuple(i for i in range(stack.count) if i not in going)",
+        "kept = tuple(range(stack.count - len(going)))",
+        "tests/field/test_whole_layers.py -k middle",
+    ),
+    Fault(
+        "plan",
+        'return f"{holder}.{stack.kept[number]}{rest}"',
+        "return name",
+        "tests/field/test_whole_layers.py -k drawn",
+    ),
+    Fault(
+        "capture",
+        "uses = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id == named[0]]",
+        "uses: list[ast.Name] = []",
+        "tests/field/test_shape_alone.py -k argument",
+    ),
+    Fault(
         "rewrite",
         'if hasattr(adapter, "finish"):',
         "if False:",
@@ -245,6 +263,18 @@ FAULTS = [
         "torch.from_numpy(kept).to(tensor.device))",
         "torch.from_numpy(kept[::-1].copy()).to(tensor.device))",
         "tests/test_structures.py -k residual",
+    ),
+    Fault(
+        "calibration",
+        "spans[key] = (min(known[0], begin), max(known[1], end))",
+        "spans[key] = (begin, end)",
+        "tests/test_walk.py -k what_they_share",
+    ),
+    Fault(
+        "calibration",
+        "if any(start <= at < end for at in changes.get(roots[source], ())):",
+        "if False:",
+        "tests/test_walk.py -k written_to",
     ),
     Fault(
         "calibration",

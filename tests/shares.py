@@ -9,6 +9,7 @@ default, as they do where coverage is measured.
 from __future__ import annotations
 
 import os
+import zlib
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -85,10 +86,19 @@ test_a_model_with_a_generated_module_is_exported test_a_pickle_in_another_proces
 test_branches_of_a_public_architecture test_half_of_a_public_architecture_with_branches_dropped
 """.split()
 
+# Names of tests of every net, of whose sweep every second case runs: other nets for each test.
+HALF = """
+test_every_criterion_scores_every_net test_every_net_is_untouched
+test_every_structure_has_finite_scores test_every_structure_starts_afresh_or_says_why_not
+test_contractions_of_weights_without_a_site_are_known test_outputs_come_closer
+test_sites_compute_what_their_nodes_compute test_structure_group_by_group
+test_the_masked_model_is_the_smaller_one test_two_plans_in_turn_are_one_plan
+""".split()
+
 # Modules whose sweeps are the only tests of some lines: where coverage is measured, they count.
 COVERING = """
 test_rebuildable test_transformers_call test_stored_models test_data_forms test_timm test_part
-test_yolo test_cli test_cli_models test_cli_pretrained
+test_yolo test_cli test_cli_models test_cli_pretrained test_whole_layers
 """.split()
 
 EVERY = dict.fromkeys(SIXTH, 6) | dict.fromkeys(THIRD, 3)
@@ -101,17 +111,24 @@ def share_out(items: Sequence[pytest.Item]) -> None:
         items: All tests that were collected.
     """
     whole = os.environ.get("DEPCUT_TESTS") == "whole"
-    cases: dict[tuple[str, str], list[pytest.Item]] = defaultdict(list)
+    cases = defaultdict[tuple[str, str], list[pytest.Item]](list)
+    halves = defaultdict[tuple[str, str], list[pytest.Item]](list)
     for item in items:
         name = getattr(item, "originalname", item.name)
         if whole and item.path.stem in COVERING:
             item.own_markers[:] = [mark for mark in item.own_markers if mark.name != "sweep"]
+        if item.get_closest_marker("sweep") and name in HALF:
+            halves[item.nodeid.partition("::")[0], name].append(item)
         if any(item.get_closest_marker(mark) for mark in ("sweep", "exhaustive")):
             continue
         if name in NONE and not whole:
             item.add_marker(pytest.mark.sweep)
         elif name in EVERY:
             cases[item.nodeid.partition("::")[0], name].append(item)
+    for (_, name), found in halves.items():
+        for item in found[zlib.crc32(name.encode()) % 2 :: 2]:
+            item.own_markers[:] = [mark for mark in item.own_markers if mark.name != "sweep"]
+            item.add_marker(pytest.mark.exhaustive)
     for (_, name), found in cases.items():
         for number, item in enumerate(found):
             turn = number % EVERY[name]

@@ -297,7 +297,7 @@ def test_bench_at_several_batch_sizes(folder, shrunk):
     out, _ = shrunk
     text = succeeds(
         folder, "bench", out / "model.onnx", "--rounds", 6, "--input-shape", "1,3,16,16",
-        "--batch-size", 2, "--batch-size", 5, "--memory", "--pin", "auto",
+        "--batch-size", 2, "--batch-size", 5, "--peak-memory", "--pin", "auto",
     )  # fmt: skip
     rows = [line for line in text.splitlines() if " ms (" in line]
     assert [row.split("│")[2].strip() for row in rows] == ["2", "5"]
@@ -363,8 +363,8 @@ def test_shrink_times_both(folder):
             "tensorrt is a provider of onnxruntime",
         ),
         (
-            ("shrink", "my_models:net", "--ratio", "0.5", "--out", "never", "--memory"),
-            "--memory without --time",
+            ("shrink", "my_models:net", "--ratio", "0.5", "--out", "never", "--peak-memory"),
+            "--peak-memory without --time",
         ),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,11 @@ from selection import sampled
 from torch import Tensor, nn
 
 import depcut
+from depcut.calibration.visits import visits
 from depcut.scores import Score, score
 from depcut.scores.context import Context
 from depcut.scores.elimination import Terms, Weight, _rising, eliminated
-from depcut.scores.reconstruction import (
-    _activation_products,
-    _gather,
-)
+from depcut.scores.reconstruction import _Elimination
 
 
 def explicit(h: Tensor, weight: Tensor, gone: list[int]) -> float:
@@ -86,12 +85,14 @@ def test_terms_of_a_product_have_the_energy_of_what_zeroing_them_takes(net: Net)
     analysis = depcut.analyze(model, net.inputs(2))
     coupling = analysis.coupling
     data = analysis.calibrate([net.inputs(3)], progress=False)
-    products = [p for p in _activation_products(coupling) if p.term in coupling.group_of]
-    context = Context(coupling, model, 0, Score("obs"), data)
-    grams = _gather(context, [], products, coupling.groups).products
     assert data is not None
-    for product in products:
-        gram = grams[product].sum(0)
+    work = _Elimination(Context(coupling, model, 0, Score("obs"), data))
+    with closing(visits(coupling, model, data, work.shown)) as walk:
+        for visit in walk:
+            work._gather(*visit)
+    assert work.gathered.inputs
+    for product, grams in work.gathered.products.items():
+        gram = grams.sum(0)
         terms = lost(coupling, model, data, product)
         size = len(gram)
         for units in ([0], [0, size - 1], list(range(size))):

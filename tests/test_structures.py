@@ -278,3 +278,17 @@ def test_random_keep_removes_something_everywhere() -> None:
     keep = random_keep(analysis, np.random.default_rng(0))
     assert set(keep) == {g.name for g in analysis.groups}
     assert all(0 < len(keep[g.name]) < g.size for g in analysis.groups)
+
+
+def test_the_graph_of_layers_and_groups_has_who_makes_and_who_reads_each_unit() -> None:
+    analysis = analysis_of("plain")
+    graph = analysis.graph
+    groups = {name for name, kind in graph.nodes(data="kind") if kind == "group"}
+    assert groups == {group.name for group in analysis.groups}
+    for group in analysis.groups:
+        for role, found in (
+            ("producer", graph.predecessors(group.name)),
+            ("consumer", graph.successors(group.name)),
+        ):
+            tensors = {m.tensor for m in group.members if m.role == role}
+            assert set(found) == {f"layer:{t.rpartition('.')[0]}" for t in tensors}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -197,7 +197,12 @@ class Chooser:
         """The steps under the preferences of the model's classes, and those without them."""
         taken = self.held | set(self.fixed) | self.absent
         if self.request.together is not None:
-            tied = space(self.coupling, self.request.align, taken, (), self.request.together)
+            left = (
+                replace(tie, groups=tuple(i for i in tie.groups if i not in self.absent))
+                for tie in self.request.together
+            )
+            together = [tie for tie in left if tie.groups]
+            tied = space(self.coupling, self.request.align, taken, (), together)
             return tied, tied
         liked = preferences(self.coupling)
         ties = [pair for pair in liked.ties if self.absent.isdisjoint(pair)]

@@ -82,38 +82,41 @@ def depth_and_width(
     allowed = residuals.sparing(chooser.spares)
     saved = Savings(coupling, allowed, of)
     everyone = data.everyone if data else ALONE
-    return plan_with_depth(coupling, chooser.model, allowed, saved, plan_for, batches, everyone)
+    batches = batches or examples(coupling)
+    kinds: list[Sequence[Branch | Block]] = [allowed.branches, allowed.blocks]
+    # Scored apart, as a block may have the name of a branch of its.
+    orders = [ranked(coupling, chooser.model, kind, saved, batches, everyone) for kind in kinds]
+    return plan_with_depth(coupling, chooser.model, allowed, plan_for, orders, batches, everyone)
 
 
 def plan_with_depth(
     coupling: Coupling,
     model: nn.Module,
     residuals: Residuals,
-    saved: Callable[[Names], float],
     plan_for: Callable[[Names], PlanData | None],
-    batches: Sequence[Batch] = (),
+    orders: Sequence[Sequence[Branch | Block]],
+    batches: Sequence[Batch],
     everyone: Processes = ALONE,
 ) -> PlanData:
     """The best of the plans that drop the first d branches, or blocks, of an order.
 
-    The order is by change of the stream for what is saved. Of each order a handful of lengths is
-    tried, d = 0 among them, then lengths between the best and its neighbours; the plan whose
-    outputs are closest to the dense model's (relative L2, before any training) is taken.
+    Of each order a handful of lengths is tried, d = 0 among them, then lengths between the best and
+    its neighbours; the plan whose outputs are closest to the dense model's (relative L2, before any
+    training) is taken.
 
     Args:
         coupling: The analysed model.
         model: Its weights.
         residuals: Branches and blocks.
-        saved: What dropping these branches saves of the budget.
         plan_for: The plan that meets the budget without these branches; None where dropping them
             removes more than is asked for.
-        batches: Flat calibration inputs; left out, the captured ones, which is weaker.
+        orders: Branches or blocks, in the order in which they go.
+        batches: Flat inputs.
         everyone: The processes that share them.
 
     Raises:
         BudgetError: None of the plans meets the budget.
     """
-    batches = list(batches) or examples(coupling)
     dense = outputs_of(Keep(coupling, {}), model, batches)
     known: dict[Names, tuple[float, int, PlanData] | None] = {}
     problems: list[BudgetError] = []
@@ -132,8 +135,8 @@ def plan_with_depth(
                 known[names] = (change, len(names), plan)
         return known[names]
 
-    for chain in _chains(coupling, model, residuals, saved, batches, everyone):
-        _search(chain, judge)
+    for order in orders:
+        _search(_Chain(order), judge)
     results = [result for result in known.values() if result is not None]
     if not results:
         raise problems[0]
@@ -164,23 +167,27 @@ class _Chain:
         return tuple(self.names[: self.ends[length]])
 
 
-def _chains(
+def ranked(
     coupling: Coupling,
     model: nn.Module,
-    residuals: Residuals,
+    candidates: Sequence[Branch | Block],
     saved: Callable[[Names], float],
     batches: Sequence[Batch],
-    everyone: Processes,
-) -> list[_Chain]:
-    """Growing sets of branches: one by one, and block by block."""
-    out: list[_Chain] = []
-    kinds: list[Sequence[Branch | Block]] = [residuals.branches, residuals.blocks]
-    for kind in kinds:
-        # Scored apart, as a block may have the name of a branch of its.
-        scores = influence(coupling, model, kind, batches, everyone) if kind else {}
-        gains = {c.name: saved(_branches(c)) for c in kind}
-        out.append(_Chain(cheapest_first(kind, scores, gains)))
-    return out
+    everyone: Processes = ALONE,
+) -> list[Branch | Block]:
+    """Branches, or blocks, by their change of the stream for what they save, the least first.
+
+    Args:
+        coupling: The analysed model.
+        model: Its weights.
+        candidates: What can go.
+        saved: What dropping these branches saves of the budget.
+        batches: Flat inputs.
+        everyone: The processes that share them.
+    """
+    scores = influence(coupling, model, candidates, batches, everyone) if candidates else {}
+    gains = {c.name: saved(_branches(c)) for c in candidates}
+    return cheapest_first(candidates, scores, gains)
 
 
 def _branches(candidate: Branch | Block) -> Names:

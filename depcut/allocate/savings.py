@@ -54,6 +54,10 @@ class Savings:
             return sum(_size(1, self.coupling.dims[n]) for n in own)
         return float(sum(self.coupling.groups[i].size for i in self._whole(tensors)))
 
+    def tensors(self, names: Sequence[str]) -> set[str]:
+        """Parameters and buffers that nothing uses once these branches are dropped together."""
+        return self._tensors(self.losses(bypass(self.branches[n] for n in names)))
+
     def _reads(self, name: str) -> Iterator[fx.Node]:
         """Nodes that stand for a tensor, under any of its names."""
         for alias in self.program.aliases.get(name, (name,)):

@@ -34,8 +34,10 @@ from depcut.plan.data import PlanData, make_plan
 from depcut.plan.fingerprint import example_of, outputs_of
 from depcut.plan.keep import Keep
 from depcut.plan.layers import layer_sizes
+from depcut.plan.stacks import name_then, stacks_of
 from depcut.plan.unchanged import check_unchanged
 from depcut.plan.uncounted import narrower
+from depcut.rebuild.numbering import number_anew
 from depcut.rebuild.rebuilding import recorded
 from depcut.rebuild.stock import prove
 from depcut.repair.after_rewrite import repair, wants_repair
@@ -155,6 +157,7 @@ class Plan(PlanData, Shown):
                 prove(stock.model, keep)
         if optimizer is not None:
             narrow_optimizer(optimizer, origin, slim.model, keep)
+        number_anew(slim.model)
         slim.model, notes = whole_result(slim.model, model)
         notes += spread_note(whole_of(model))
         notes += (*finish(slim.model, whole_of(model), keep), *unwrapping_note(given_model))
@@ -188,7 +191,8 @@ class Plan(PlanData, Shown):
             for of in (cost.macs, cost.params)
         )
         left = inside(slim.dense, keep.coupling.program.unused)
-        left &= set(slim.model.state_dict(keep_vars=True))
+        stacks = stacks_of(self.settings)
+        left &= {name_then(name, stacks) for name in slim.model.state_dict(keep_vars=True)}
         return Report(
             self.digest,
             dict(self.settings),

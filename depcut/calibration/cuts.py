@@ -17,6 +17,8 @@ from depcut.graph.liveness import storages, written_roots
 from depcut.graph.rereadable import rereadable
 from depcut.support.torch_private import pytree
 
+_EARLY = 8  # a stretch costs at least the limit divided by it, where it can
+
 
 def joined(
     program: Program, nodes: Sequence[fx.Node], needs: Callable[[fx.Node], Iterable[fx.Node]]
@@ -87,8 +89,8 @@ def cut(
         # A single node that costs more stands alone.
         end = max(bisect_right(total, total[start] + limit) - 1, bisect_right(total, total[start]))
         end = bisect_right(total, total[end]) - 1
-        half = bisect_left(total, total[start] + limit // 2, start + 1)
-        places = [i for i in range(max(half, start + 1), end + 1) if i < len(nodes) and able[i]]
+        early = bisect_left(total, total[start] + limit // _EARLY, start + 1)
+        places = [i for i in range(max(early, start + 1), end + 1) if i < len(nodes) and able[i]]
         places = places or [i for i in range(start + 1, end + 1) if i < len(nodes) and able[i]]
         places = places or [i for i in range(end + 1, len(nodes)) if able[i]][:1]
         if not places:

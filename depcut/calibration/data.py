@@ -211,6 +211,7 @@ def _calibrated(
     share = share.with_rows(sum(batch.rows for batch in bound))
     progress = progress and share.everyone.rank == 0
     held = budget(memory) // (share.everyone.size if memory is None else 1)
+    held = min(share.everyone.exchanged("memory", held))  # cuts are the same in all
     calibration = Calibration(program, bound, loss, device_of(model), held, progress)
     calibration = replace(calibration, unused=tuple(reader.unused), share=share)
     if loss is not None:

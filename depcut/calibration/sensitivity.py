@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import closing
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from depcut.calibration.backward import Backward
+from depcut.calibration.cuts import bytes_of, cut, weights_of
 from depcut.calibration.data import Calibration
-from depcut.calibration.progress import ticking
-from depcut.calibration.reader import Batch
+from depcut.calibration.progress import bar
+from depcut.calibration.shelf import Shelf
+from depcut.calibration.store import Store
+from depcut.calibration.visits import STRETCHES, checked_call
+from depcut.capture.held import held_tensors
 from depcut.coupling.groups import Coupling
+from depcut.graph.arguments import Call
+from depcut.graph.liveness import storages
+from depcut.graph.rereadable import rereadable
 from depcut.plan.keep import Keep
-from depcut.reference.run import Reference
+from depcut.reference.run import Reference, Tensors
 
 _TINY = 1e-30
 
 
 def sensitivities(
     coupling: Coupling,
-    model: nn.Module,
+    model: nn.Module | Tensors,
     calibration: Calibration,
     features: Mapping[fx.Node, int | None],
 ) -> dict[fx.Node, torch.Tensor]:
@@ -28,8 +37,8 @@ def sensitivities(
 
     With v of random signs and z the outputs, each scaled to unit variance, E[(d v^T z / dy)^2] is
     the sum over all outputs of (dz/dy)^2 (Hutchinson 1990), the diagonal of the Gauss-Newton matrix
-    of a squared loss between the outputs of two models. No targets are needed. Every batch is read
-    once: one forward and one backward pass.
+    of a squared loss between the outputs of two models. No targets are needed. Every batch runs
+    forward and backward once; and, where that takes several stretches, forward once before.
 
     Args:
         coupling: The analysed model.
@@ -44,99 +53,129 @@ def sensitivities(
         times that is the share of the outputs' variance that it costs, to first order. Empty if
         the graph cannot be differentiated.
     """
-    order = {node: i for i, node in enumerate(coupling.program.graph.graph.nodes)}
-    readers: dict[fx.Node, list[fx.Node]] = {}
-    for node in features:
-        if node.users:
-            readers.setdefault(min(node.users, key=lambda n: order[n]), []).append(node)
-    probe = _Probe(coupling, model, calibration, readers)
-    total: dict[fx.Node, torch.Tensor] = {}
+    felt = Sensitivity(coupling, model, calibration, features)
     try:
-        for number, batch in zip(
-            calibration.numbers, ticking(calibration, "sensitivity"), strict=True
-        ):
-            generator = torch.Generator().manual_seed(number)
-            for node, squares in probe.squares(batch, generator).items():
-                if node not in features:
-                    continue
-                part = _by_feature(*squares, features[node])
-                total[node] = total[node] + part if node in total else part
-        known = True
-    except RuntimeError:
-        # An operator without a derivative: nothing is known, all errors count alike.
-        known = False
-    everyone = calibration.everyone
-    if any(everyone.any_of("derivatives", [not known])):
+        with closing(felt.walked()) as walk:
+            for _ in walk:
+                pass
+    except NoDerivativeError:
         return {}
-    sums = everyone.summed("sensitivities", list(total.values()))
-    return {node: value / calibration.total for node, value in zip(total, sums, strict=True)}
+    felt.sum_over_processes(list(felt.found))
+    return felt.found
 
 
-class _Probe:
-    """Runs the graph once a batch and differentiates a random projection of its outputs."""
+class NoDerivativeError(Exception):
+    """The graph cannot be differentiated: nothing is known, all errors count alike."""
+
+
+class Sensitivity:
+    """Sensitivities in the making, from the last stretch of a walk back to the first.
+
+    Args:
+        coupling: The analysed model.
+        model: The model, or its tensors by name; only read.
+        calibration: The batches.
+        features: See `sensitivities`.
+
+    Attributes:
+        found: By node, of those in the stretches that are done; see `sensitivities`.
+    """
 
     def __init__(
         self,
         coupling: Coupling,
-        model: nn.Module,
+        model: nn.Module | Tensors,
         calibration: Calibration,
-        readers: dict[fx.Node, list[fx.Node]],
+        features: Mapping[fx.Node, int | None],
     ) -> None:
-        self.reference = Reference(Keep(coupling, {}), model)
-        self.program, self.calibration, self.readers = coupling.program, calibration, readers
-        held = self.reference.held
-        self.weights = {
-            name: held[name].detach().requires_grad_(True)
-            for name in self.program.parameters
-            if name in held and held[name].is_floating_point()
-        }
+        self.coupling, self.model, self.calibration = coupling, model, calibration
+        self.features = features
+        self.found: dict[fx.Node, torch.Tensor] = {}
 
-    def squares(
-        self, batch: Batch, generator: torch.Generator
-    ) -> dict[fx.Node, tuple[torch.Tensor, torch.Tensor]]:
-        """(values, squared derivatives) of what each node computes."""
-        watched: dict[fx.Node, torch.Tensor] = {}
-        steps = self.reference.steps(
-            self.calibration.leaves(batch), stops=set(self.readers), tensors=self.weights
-        )
-        outputs: list[Any] = []
-        with torch.enable_grad():
+    def walked(
+        self, shown: Mapping[fx.Node, int] | None = None
+    ) -> Generator[tuple[int, fx.Node, Call] | None]:
+        """Walk back over the data; to be closed.
+
+        Args:
+            shown: Nodes to show, with the bytes that the caller takes for each until the end of
+                its stretch.
+
+        Yields:
+            (number of the batch, node, values of its arguments) whenever a node is shown; None at
+            the end of a stretch.
+
+        Raises:
+            NoDerivativeError: An operator has no derivative.
+            InputError: The model turns the data into NaN or infinite values.
+        """
+        program, calibration, shown = self.coupling.program, self.calibration, shown or {}
+        model = self.model
+        held = Shelf(held_tensors(model) if isinstance(model, nn.Module) else model)
+        # Stretches are the same in all processes.
+        most = calibration.everyone.exchanged("rows", max(b.rows for b in calibration.batches))
+        rows = max(most) / max(program.batch, 1)
+        asked = rereadable(program)
+        cost = {n: shown.get(n, 0) for n in program.graph.graph.nodes}
+        for node, root in storages(cost).items():
+            cost[node] += int(rows * bytes_of(node)) if root is node and node not in asked else 0
+        if not isinstance(model, nn.Module):
+            for node, nbytes in weights_of(program).items():
+                cost[node] += nbytes
+        cuts = cut(program, cost, calibration.memory // STRETCHES, apart=True)
+        with Store(calibration.memory) as store, bar(calibration) as progress:
+            back = Backward(
+                calibration,
+                held,
+                Reference(Keep(self.coupling, {}), held),
+                cuts,
+                list(shown),
+                self._readers(),
+                store,
+                self._projection,
+                self._take,
+            )
             try:
-                while True:
-                    paused = next(steps)
-                    for node in self.readers[paused.node]:
-                        self._watch(node, paused.values, watched)
-            except StopIteration as end:
-                outputs = end.value
-            for node, value in zip(self.program.outputs, outputs, strict=True):
-                if isinstance(value, torch.Tensor) and value.requires_grad:
-                    watched.setdefault(node, value)
-            counted = self.program.results.of(outputs)
-            scalar = self._projection(counted, generator, batch.valid)
-        wanted = {n: v for n, v in watched.items() if v.requires_grad}
-        gradients = torch.autograd.grad(scalar, list(wanted.values()), allow_unused=True)
-        return {
-            node: (value.detach(), torch.zeros_like(value) if g is None else g.square())
-            for (node, value), g in zip(wanted.items(), gradients, strict=True)
-        }
+                for _ in progress.track(back.stretches(), len(cuts) + 1, description="sensitivity"):
+                    for number, node, run in back.batches():
+                        paused = run.paused(node)
+                        yield number, node, checked_call(paused, calibration.numbers[number])
+                    yield None
+            except RuntimeError as error:
+                raise NoDerivativeError from error
 
-    def _watch(
-        self,
-        node: fx.Node,
-        values: MutableMapping[fx.Node, Any],
-        watched: dict[fx.Node, torch.Tensor],
-    ) -> None:
-        value = values[node]
-        if isinstance(value, list | tuple):
-            watched[node] = value[0]
-        else:
-            # What follows may work in place, on the copy then.
-            watched[node] = value
-            values[node] = value.clone()
+    def sum_over_processes(self, nodes: Iterable[fx.Node]) -> None:
+        """Take in what the other processes have found of nodes, once a node.
+
+        Args:
+            nodes: The same in all processes.
+        """
+        known = [node for node in nodes if node in self.found]
+        sums = self.calibration.everyone.summed("sensitivities", [self.found[n] for n in known])
+        self.found.update(zip(known, sums, strict=True))
+
+    def _readers(self) -> dict[fx.Node, list[fx.Node]]:
+        """The nodes to know the sensitivity of, by the first that reads each."""
+        order = {node: i for i, node in enumerate(self.coupling.program.graph.graph.nodes)}
+        readers: dict[fx.Node, list[fx.Node]] = {}
+        for node in self.features:
+            if node.users:
+                readers.setdefault(min(node.users, key=lambda n: order[n]), []).append(node)
+        return readers
+
+    def _take(self, node: fx.Node, value: torch.Tensor, squares: torch.Tensor) -> None:
+        """Take in what one batch shows of one node."""
+        if node not in self.features:
+            return
+        part = _by_feature(value, squares, self.features[node]) / self.calibration.total
+        self.found[node] = self.found[node] + part if node in self.found else part
 
     def _projection(
-        self, outputs: list[Any], generator: torch.Generator, valid: torch.Tensor | None
+        self, number: int, outputs: list[Any], valid: torch.Tensor | None
     ) -> torch.Tensor:
+        """Outputs with random signs, each scaled to unit variance, summed up."""
+        # Of the batch, whichever process has it.
+        generator = torch.Generator().manual_seed(self.calibration.numbers[number])
         total = torch.zeros((), device=self.calibration.device)
         values = [v for v in outputs if isinstance(v, torch.Tensor) and v.requires_grad]
         # A loss beside the outputs has no variance; it counts where it is all there is.

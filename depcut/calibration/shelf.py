@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
 
 import torch
 
@@ -47,6 +47,11 @@ class Shelf(Mapping[str, torch.Tensor]):
         self._source[name] = self._held[name]
         self.changed.add(name)
 
-    def clear(self) -> None:
-        """Let go of everything."""
-        self._held.clear()
+    def clear(self, but: Collection[str] = ()) -> None:
+        """Let go of everything.
+
+        Args:
+            but: Names of what to hold on to.
+        """
+        for name in [name for name in self._held if name not in but]:
+            del self._held[name]

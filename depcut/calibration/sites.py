@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import fx
 
 from depcut import axes
 from depcut.calibration.padding import without_padding
 from depcut.coupling.groups import Coupling
-from depcut.graph.arguments import Call
+from depcut.graph.arguments import Call, bound
+from depcut.graph.liveness import storages, written_roots
 from depcut.ops.contraction import MatrixProduct
 from depcut.ops.normalization import is_batch_norm, shared_statistics
 from depcut.ops.site import SITES, ContractionOp, Site
@@ -46,6 +48,33 @@ def site_inputs(site: Site, call: Call, valid: torch.Tensor | None) -> torch.Ten
     if isinstance(site.family, MatrixProduct) and site.family.features == -1:
         (x,) = without_padding(valid, call[site.family.source], x)
     return x
+
+
+def with_same_inputs(coupling: Coupling, sites: list[Site]) -> dict[Site, Site]:
+    """Sites that multiply the vectors that an earlier one does, as keys do those of queries.
+
+    Args:
+        coupling: The analysed model.
+        sites: In the order of execution.
+
+    Returns:
+        The first site of the same inputs, by those after it.
+    """
+    nodes = coupling.program.graph.graph.nodes
+    roots, writes = storages(nodes), written_roots(nodes)
+    changed = {root for found in writes.values() for root in found}
+    first: dict[tuple[fx.Node, int], Site] = {}
+    out = {}
+    for site in sites:
+        family = site.family
+        if not isinstance(family, MatrixProduct):
+            continue
+        source = bound(site.node, site.node.args, site.node.kwargs)[family.source]
+        if isinstance(source, fx.Node) and roots[source] not in changed:
+            leader = first.setdefault((source, family.features), site)
+            if leader is not site:
+                out[site] = leader
+    return out
 
 
 def _absorbed(site: Site, op: ContractionOp) -> bool:

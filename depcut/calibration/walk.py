@@ -8,7 +8,7 @@ its depth.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -20,6 +20,7 @@ from depcut.calibration.data import Calibration
 from depcut.calibration.shelf import Shelf
 from depcut.calibration.store import Store
 from depcut.graph.interpreter import Pausing, finished
+from depcut.graph.rereadable import names_read
 from depcut.reference.run import Reference, ReferenceRun, Tensors
 
 
@@ -77,7 +78,9 @@ class Walk:
         stretches: The nodes to pause before, in the order of execution; after the last one of a
             stretch a batch is put into the store, and the next one follows.
         store: Where to keep what is alive between stretches.
-        shelves: Of tensors that live elsewhere; cleared after every stretch.
+        shelves: Of tensors that live elsewhere; cleared after every stretch, but for what the nodes
+            read that come next.
+        together: Further nodes that are looked at before the last one of a stretch.
     """
 
     def __init__(
@@ -87,8 +90,10 @@ class Walk:
         stretches: Sequence[Sequence[fx.Node]],
         store: Store,
         shelves: Sequence[Shelf] = (),
+        together: Mapping[fx.Node, Sequence[fx.Node]] | None = None,
     ) -> None:
         self.calibration, self.graphs, self.store = calibration, graphs, store
+        self.together = together
         self.shelves, self.stops = shelves, {node for stretch in stretches for node in stretch}
         self.pauses = [tuple(stretch) for stretch in stretches if stretch]
         self.nodes = [node for stretch in self.pauses for node in stretch]
@@ -103,8 +108,10 @@ class Walk:
             self.number = number
             yield stretch
             self._let_go()
+            following = (self.together or {}).get(stretch[-1], ())
+            names = names_read((stretch[-1], *following), self.graphs[0].reference.program)
             for shelf in self.shelves:
-                shelf.clear()
+                shelf.clear(but=names)
 
     def batches(self) -> Iterator[tuple[int, fx.Node, tuple[ReferenceRun, ...]]]:
         """(number of the batch, node, runs paused before it), batch by batch, of the stretch.
@@ -120,12 +127,17 @@ class Walk:
                 yield number, self.nodes[walker.at - 1], walker.runs
             self._let_go()
 
-    def outputs(self, number: int) -> tuple[list[Any], ...]:
-        """Flat outputs of the graphs for one batch, from where it is; it cannot be walked on."""
+    def outputs(self, number: int, graph: int) -> list[Any]:
+        """Flat outputs of one graph for one batch, from where it is; it cannot be walked on.
+
+        Args:
+            number: Of the batch.
+            graph: Its place among the graphs.
+        """
         self._entered(number)
         self.resident = None
         with torch.no_grad():
-            return tuple(finished(steps) for steps in self.walkers.pop(number).steps)
+            return finished(self.walkers.pop(number).steps[graph])
 
     def _entered(self, number: int) -> _Walker:
         """A batch with its values; those of the one before are in the store."""

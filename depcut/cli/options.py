@@ -284,5 +284,5 @@ class Command:
         self.add(
             "--pin", metavar="CPUS", help='CPUs to stay on while timing, such as 2,3, or "auto"'
         )
-        self.add("--memory", action="store_true", help="measure peak memory too")
+        self.add("--peak-memory", action="store_true", help="measure peak memory too")
         self.timing()

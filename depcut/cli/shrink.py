@@ -78,7 +78,9 @@ def _timing(options: argparse.Namespace) -> dict[str, Any]:
     """Keywords of `compare`; what only --time has a use for is refused without it."""
     timing = timing_of(options)
     if not options.time:
-        idle = [name for name in ("provider", "batch_size", "pin", "memory") if vars(options)[name]]
+        idle = [
+            name for name in ("provider", "batch_size", "pin", "peak_memory") if vars(options)[name]
+        ]
         if idle:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
             raise InputError(f"{names} without --time", remedy="add --time, or leave them out")

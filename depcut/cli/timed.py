@@ -25,13 +25,13 @@ def timing_of(options: argparse.Namespace) -> dict[str, Any]:
     check_runtime(options.runtime, options.provider)
     sizes = options.batch_size if isinstance(options.batch_size, list) else [options.batch_size]
     given = sizes if any(size is not None for size in sizes) else None
-    check_timing(options.threads, options.rounds, 0, given, options.memory)
+    check_timing(options.threads, options.rounds, 0, given, options.peak_memory)
     return {
         "runtime": options.runtime,
         "provider": options.provider,
         "threads": options.threads,
         "pin": _cpus(options.pin),
-        "memory": options.memory,
+        "memory": options.peak_memory,
         "rounds": options.rounds,
     }
 

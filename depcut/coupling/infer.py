@@ -12,6 +12,7 @@ import depcut.ops  # noqa: F401  (fills the table of rules)
 from depcut import axes
 from depcut.axes import Axis, Concat, Dims, Reason
 from depcut.capture.program import Program, layer_of, where
+from depcut.capture.shape_only import read_for_shape_alone
 from depcut.coupling.groups import Coupling, Group, Member
 from depcut.coupling.row_axes import OUTPUT, find_row_axes
 from depcut.coupling.ties import find, settle_ties
@@ -120,7 +121,7 @@ def _visit(
     function = rule_for(node.target)
     if function is None:
         return _give_up(node, env, sizes, unknown, "no rule for {}")
-    op = Op(node, env, program.sizes)
+    op = Op(node, env, program.sizes, lambda: read_for_shape_alone(node, program))
     try:
         out = function(op)
     except Exception as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Generator, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,14 +18,39 @@ from depcut.graph.rereadable import rereadable
 from depcut.graph.resized import Resized, numbers_of_run
 
 
-@dataclass(frozen=True)
 class Paused:
-    """A node about to run, with the values of its arguments and of all that is still needed."""
+    """A node about to run; what it shows is asked for when it is looked at, during the pause.
 
-    node: fx.Node
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    values: MutableMapping[fx.Node, Any]
+    Args:
+        run: The run that pauses.
+        node: The node.
+
+    Attributes:
+        node: The node.
+    """
+
+    def __init__(self, run: Interpreter, node: fx.Node) -> None:
+        self.node, self._run = node, run
+
+    @property
+    def values(self) -> MutableMapping[fx.Node, Any]:
+        """Of all that is still needed, the node's arguments among them."""
+        return self._run.with_sources(self.node)
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """Values of the positional arguments."""
+        return self._given[0]
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """Values of the keyword arguments."""
+        return self._given[1]
+
+    @cached_property
+    def _given(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self._run.with_sources(self.node)
+        return self._run.arguments(self.node)
 
 
 Pausing = Generator[Paused, None, list[Any]]  # a run that stops before some nodes: flat outputs
@@ -133,9 +158,13 @@ class Interpreter:
     # What all runs do ----------------------------------------------------------------------------
 
     def paused(self, node: fx.Node) -> Paused:
-        """A node whose arguments are known while the run pauses, with their values."""
+        """A node whose arguments are known while the run pauses."""
+        return Paused(self, node)
+
+    def with_sources(self, node: fx.Node) -> dict[fx.Node, Any]:
+        """The values, what a node reads and can be asked for again among them."""
         self._ask_for_sources(node)
-        return Paused(node, *self.arguments(node), self.values)
+        return self.values
 
     def let_go(self) -> None:
         """While the run pauses: forget the values that can be asked for again."""
@@ -204,10 +233,9 @@ class Interpreter:
         self.resized = resized
         self.values.clear()
         self.values.update(values)
-        for node, value in values.items():
-            if enters_autocast(node):
-                value.__enter__()
-                self._regions.append(value)
+        for node in sorted(filter(enters_autocast, values)):
+            self.values[node].__enter__()
+            self._regions.append(self.values[node])
         return (yield from self._from(start, stops, deque()))
 
     def _from(self, node: fx.Node, stops: Collection[fx.Node], pending: deque[Any]) -> Pausing:

@@ -6,6 +6,8 @@ reads them.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import fx
 
 from depcut.capture.program import Program
@@ -21,6 +23,24 @@ def rereadable(program: Program) -> frozenset[fx.Node]:
         program: The captured graph.
     """
     return program.once(_rereadable)
+
+
+def names_read(nodes: Iterable[fx.Node], program: Program) -> set[str]:
+    """Names of the tensors that nodes read, directly or as views.
+
+    Args:
+        nodes: Of the captured graph.
+        program: The captured graph.
+    """
+    asked, out = rereadable(program), set[str]()
+    waiting = [source for node in nodes for source in node.all_input_nodes]
+    while waiting:
+        node = waiting.pop()
+        if node in program.tensors:
+            out.add(program.tensors[node])
+        elif node in asked:
+            waiting += node.all_input_nodes
+    return out
 
 
 def _rereadable(program: Program) -> frozenset[fx.Node]:

@@ -197,7 +197,7 @@ class _Model:
         entries = getattr(given, "info", given)
         if not isinstance(entries, Sequence) or not all(isinstance(e, dict) for e in entries):
             return
-        renewed = [self._entry(dict(entry)) for entry in entries]
+        renewed = [self._entry(dict(entry), number) for number, entry in enumerate(entries)]
         if isinstance(given, list | tuple):
             vars(self.slim)["feature_info"] = type(given)(renewed)
         else:
@@ -205,12 +205,30 @@ class _Model:
             info.info = renewed
             vars(self.slim)["feature_info"] = info
 
-    def _entry(self, entry: dict[str, Any]) -> dict[str, Any]:
+    def _entry(self, entry: dict[str, Any], number: int) -> dict[str, Any]:
         width, module = entry.get("num_chs"), entry.get("module")
         if type(width) is int and isinstance(module, str):
             inputs = entry.get("hook_type") == "forward_pre"
-            entry["num_chs"] = self._renewed_by_call(module, width, inputs=inputs) or width
+            found = self._renewed_by_call(module, width, inputs=inputs)
+            entry["num_chs"] = found or self._renewed_by_map(number, width) or width
         return entry
+
+    def _renewed_by_map(self, number: int, width: int) -> int | None:
+        """The new width of a feature map, for an entry that names no module with a forward."""
+        if self._maps is None or number >= min(map(len, self._maps)):
+            return None
+        dense, slim = (maps[number] for maps in self._maps)
+        return _renewed(width, dense, slim) if width in dense and len(dense) == len(slim) else None
+
+    @cached_property
+    def _maps(self) -> tuple[Shapes, Shapes] | None:
+        """Shapes of the dense and the smaller model's feature maps, where it returns any."""
+        if not hasattr(self.dense, "forward_intermediates") or self._inputs is None:
+            return None
+        args, kwargs = self._inputs
+        both = (result_shapes(_Maps(m), args, kwargs) for m in (self.dense, self.slim))
+        dense, slim = both
+        return None if dense is None or slim is None else (dense, slim)
 
     def _renewed_by_call(self, module: str, width: int, *, inputs: bool) -> int | None:
         """The new size of what a module gets or returns; None where no example call runs it."""
@@ -243,6 +261,18 @@ class _Features(nn.Module):
         if not self.head:
             return (_sized(features),)
         return _sized(features), _sized(self.model.forward_head(features, pre_logits=True))  # type: ignore[operator]
+
+
+class _Maps(nn.Module):
+    """Returns a model's feature maps."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """One tensor a map."""
+        return self.model.forward_intermediates(*args, intermediates_only=True, **kwargs)  # type: ignore[operator]
 
 
 def _sized(tree: Any) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from depcut.rebuild.empty import empty_on_meta
-from depcut.rebuild.recipe import Number, Path, Recipe, Values
+from depcut.rebuild.recipe import NONE, Cuts, Number, Path, Recipe, Values
 
 # Read by many classes where a config has it, though few configs have it by themselves.
 _OPTIONAL = ("head_dim",)
@@ -30,12 +30,17 @@ class _Config:
         self._class: Any = type(model)
         self._config: Any = model.config
         self.fields: dict[Path, Number | None] = dict(_numbers(self._config, ()))
+        self.lists: dict[Path, tuple[Any, ...]] = dict(_lists(self._config, ()))
 
-    def build(self, values: Values) -> nn.Module:
+    def build(self, values: Values, cuts: Cuts = NONE) -> nn.Module:
         """The class, built from the config as it would be read from a file."""
         config = copy.deepcopy(self._config)
         for path, value in values.items():
             _put(config, path, value)
+        for path, kept in cuts.items():
+            entries = _at(config, path)
+            whole = isinstance(entries, list | tuple)
+            _put(config, path, type(entries)(entries[i] for i in kept) if whole else len(kept))
         with warnings.catch_warnings(), empty_on_meta():
             warnings.simplefilter("ignore")
             read = type(config).from_dict(json.loads(config.to_json_string(use_diff=False)))
@@ -72,6 +77,17 @@ def _numbers(config: Any, at: Path) -> Iterator[tuple[Path, Number | None]]:
             yield from (((*at, name, i), item) for i, item in enumerate(value))
 
 
+def _lists(config: Any, at: Path) -> Iterator[tuple[Path, tuple[Any, ...]]]:
+    """Lists of a config and of those in it, by path."""
+    for name, value in vars(config).items():
+        if name.startswith("_"):
+            continue
+        if isinstance(value, sys.modules["transformers"].PreTrainedConfig):
+            yield from _lists(value, (*at, name))
+        elif isinstance(value, list | tuple):
+            yield (*at, name), tuple(value)
+
+
 def _is_list(value: Any) -> bool:
     short = isinstance(value, list | tuple) and 0 < len(value) <= _LONGEST
     return short and all(map(_is_number, value))
@@ -81,8 +97,15 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and value > 0
 
 
-def _put(config: Any, path: Path, value: Number) -> None:
-    """Set a number of a config at a path; the config's own checks follow when it is read."""
+def _at(config: Any, path: Path) -> Any:
+    """What a config has at a path."""
+    for step in path:
+        config = config[step] if isinstance(step, int) else vars(config)[step]
+    return config
+
+
+def _put(config: Any, path: Path, value: Any) -> None:
+    """Set a value of a config at a path; the config's own checks follow when it is read."""
     *outer, last = path
     holder = config
     for step in outer:

@@ -179,8 +179,8 @@ def select(op: Op) -> Output:
     """One index of a dimension."""
     x, index = op.dims("self"), op.arg("index")
     dim = dim_of(op.arg("dim"), len(x))
-    if index in (0, -1) and not op.node.users:
-        pass  # for the shape alone, and either end is there at every width
+    if index in (0, -1) and op.for_shape():
+        pass  # either end is there at every width
     elif not isinstance(index, int):
         op.freeze(x[dim], "indexed by a value")
     else:

@@ -139,12 +139,17 @@ class Op:
         node: The graph node.
         env: Terms of the nodes before it.
         sizes: Sizes (hints) of every tensor of the graph, by node.
+        for_shape: Says whether the code reads nothing of the result but its shape.
     """
 
     def __init__(
-        self, node: fx.Node, env: dict[fx.Node, Output], sizes: dict[fx.Node, Any]
+        self,
+        node: fx.Node,
+        env: dict[fx.Node, Output],
+        sizes: dict[fx.Node, Any],
+        for_shape: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.node, self.env, self.sizes = node, env, sizes
+        self.node, self.env, self.sizes, self.for_shape = node, env, sizes, for_shape
         self.effects = Effects()
 
     def arg(self, name: str) -> Any:

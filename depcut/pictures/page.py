@@ -13,7 +13,7 @@ from depcut.pictures.drawing import drawn
 from depcut.pictures.plans import with_kept
 from depcut.pictures.reports import changes, repeated_layers, shape_text
 from depcut.pictures.summary import Summary
-from depcut.plan.data import REBUILD
+from depcut.plan.stacks import REBUILD
 from depcut.support import files
 from depcut.support.quantities import quantity
 from depcut.support.repeats import collapsed

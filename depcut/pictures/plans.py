@@ -87,7 +87,7 @@ def plan_summary(plan: PlanData, records: Record) -> Summary:
     else:
         counts = [(r["group"], str(r["units"]), str(r["kept"])) for r in plan_rows(plan)]
         table = Table(("group", "units", "kept"), counts, "groups")
-    notes = tuple(f"without {name}" for name in plan.dropped)
+    notes = tuple(plan.without)
     return Summary(f"Plan {plan.digest}", facts, (table,), notes)
 
 

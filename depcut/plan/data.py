@@ -29,6 +29,7 @@ from depcut.plan.fingerprint import (
     sizes_of,
 )
 from depcut.plan.keep import Keep
+from depcut.plan.stacks import stacks_of
 from depcut.plan.units import check_rows, check_ties, units_of
 from depcut.support import files
 from depcut.support.checks import check_names, check_path
@@ -36,7 +37,6 @@ from depcut.support.failures import first_line, shown
 from depcut.support.torch_private import pytree
 
 FORMAT = 1
-REBUILD = "rebuild"  # the entry of the settings that says what the class is built anew with
 # What a file of a plan holds.
 _ENTRIES = "format fingerprint settings inputs sizes shapes kept dropped".split()
 
@@ -197,10 +197,17 @@ class PlanData:
         return hashlib.sha256((self.fingerprint + text).encode()).hexdigest()[:16]
 
     @property
+    def without(self) -> list[str]:
+        """What goes as a whole, in words: layers where whole ones do, else branches."""
+        layers = [stack.line for stack in stacks_of(self.settings)]
+        return layers or [f"without {name}" for name in self.dropped]
+
+    @property
     def headline(self) -> str:
         """One line that says what it is."""
         made = "".join(f", {n} {self.settings[n]}" for n in ("ratio", "of") if n in self.settings)
         gone = f", {len(self.dropped)} branches dropped" if self.dropped else ""
+        gone = "".join(f", {stack.line}" for stack in stacks_of(self.settings)) or gone
         return f"Plan {self.digest}: {len(self.kept)} of {len(self.sizes)} groups{made}{gone}"
 
     def __repr__(self) -> str:
@@ -212,7 +219,7 @@ class PlanData:
             for n, k in self.kept.items()
         ]
         head = f"Plan {self.digest} ({len(rows)} of {len(self.sizes)} groups)"
-        rows += [f"without {name}" for name in self.dropped]
+        rows += self.without
         return "\n  ".join([head, *rows])
 
 
@@ -220,6 +227,7 @@ def _settings(saved: Any) -> dict[str, Any]:
     """How a plan was made, as a file says it."""
     if not isinstance(saved, dict) or not isinstance(saved.get("options", {}), dict):
         raise TypeError("the settings are no names with values")
+    stacks_of(saved)
     return saved
 
 

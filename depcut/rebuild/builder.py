@@ -5,7 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from fractions import Fraction
+from typing import Any
 
+from torch import nn
+
+from depcut.plan.stacks import Stack
+from depcut.rebuild.numbering import spread_out
 from depcut.rebuild.recipe import Number, Path, Recipe, Values
 from depcut.rebuild.twin import Twin, alike, twin_of
 from depcut.support.failures import reraise_fatal
@@ -30,7 +35,7 @@ class Builder:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self._known: dict[tuple[tuple[Path, Number], ...], Twin | None] = {}
+        self._known: dict[tuple[Any, ...], Twin | None] = {}
         self.dense = twin_of(recipe.build({}))
         self.explicit: dict[Path, Number] = {}
         self.base: dict[Path, Number] = {}
@@ -41,12 +46,18 @@ class Builder:
                 self.explicit |= self._given(path)
         self.base |= self.explicit
 
-    def twin(self, values: Values) -> Twin | None:
-        """The class with other numbers; None where it cannot be built."""
-        key = tuple(sorted(values.items(), key=lambda item: list(map(str, item[0]))))
+    def twin(self, values: Values, stacks: tuple[Stack, ...] = ()) -> Twin | None:
+        """The class with other numbers; None where it cannot be built.
+
+        Args:
+            values: The numbers.
+            stacks: Which layers stay; they have the names that they have in the dense model.
+        """
+        numbers = tuple(sorted(values.items(), key=lambda item: list(map(str, item[0]))))
+        key = (numbers, stacks)
         if key not in self._known:
             try:
-                built = twin_of(self.recipe.build({**self.explicit, **values}))
+                built = twin_of(built_with(self.recipe, {**self.explicit, **values}, stacks))
             except Exception as error:  # noqa: BLE001  (a library's own checks of its numbers)
                 reraise_fatal(error)
                 built = None
@@ -101,3 +112,19 @@ class Builder:
             if again is not None and again.shapes == self.dense.shapes:
                 return {path: int(value)}
         return {}
+
+
+def built_with(recipe: Recipe, values: Values, stacks: tuple[Stack, ...] = ()) -> nn.Module:
+    """The class with other numbers, its layers under the names that they have in the dense model.
+
+    Args:
+        recipe: Of the model.
+        values: New values by path.
+        stacks: Which layers stay.
+
+    Raises:
+        Exception: What the class or the library raises on such values.
+    """
+    built = recipe.build(values, {p: kept for stack in stacks for p, kept in stack.cuts.items()})
+    spread_out(built, stacks)
+    return built

@@ -14,15 +14,21 @@ from depcut.allocate.choose import Chooser
 from depcut.allocate.space import Counts
 from depcut.errors import BudgetError
 from depcut.plan.cost import Cost
-from depcut.plan.data import REBUILD, PlanData
+from depcut.plan.data import PlanData
 from depcut.plan.keep import Keep
+from depcut.plan.stacks import REBUILD
 from depcut.rebuild.rebuilding import Rebuilding
 
 _NEIGHBOURS = 48  # counts next to the best that are built where the class refuses these
 
 
 def within(
-    rebuilding: Rebuilding, chooser: Chooser, quantity: Cost, ratio: float, of: str
+    rebuilding: Rebuilding,
+    chooser: Chooser,
+    quantity: Cost,
+    ratio: float,
+    of: str,
+    target: float | None = None,
 ) -> PlanData:
     """The plan that comes closest to a budget of those that the class can be built with.
 
@@ -32,11 +38,12 @@ def within(
         quantity: What is budgeted.
         ratio: Fraction of it that is removed.
         of: Its name, for messages.
+        target: What is to be left of it where layers are gone already.
 
     Raises:
         BudgetError: No such counts meet the budget.
     """
-    target = quantity.total * (1 - ratio)
+    target = quantity.total * (1 - ratio) if target is None else target
     counts = _built(rebuilding, chooser, quantity, target, of)
     plan = chooser.plan(counts, {"ratio": ratio, "of": of})
     losses = {"loss": loss(chooser, counts), "free_loss": None}

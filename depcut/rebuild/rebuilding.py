@@ -15,14 +15,15 @@ from depcut.capture.random_state import preserved
 from depcut.coupling.groups import Coupling
 from depcut.errors import PlanError
 from depcut.plan.keep import Keep
-from depcut.rebuild.builder import Builder
+from depcut.plan.stacks import Stack, stacks_of
+from depcut.rebuild.builder import Builder, built_with
 from depcut.rebuild.moves import Move, candidates, combined, knobs, lists, subsets
 from depcut.rebuild.recipe import Number, Path, recipe_of
 from depcut.rebuild.record import record, values_of
 from depcut.rebuild.solve import Solver
 from depcut.rebuild.stock import rebuilt
 from depcut.rebuild.trial import trial
-from depcut.rebuild.twin import Twin, twin_of
+from depcut.rebuild.twin import Twin, twin_of, without
 from depcut.rewrite.build import Slim
 from depcut.support.failures import first_line, reraise_fatal
 
@@ -39,12 +40,16 @@ class Rebuilding:
         builder: Builds its class.
         moves: What can shrink, each tried out.
         held: Groups that must keep all their units, by number, with the reason.
+        stacks: Lists of layers that get shorter, with the layers that stay.
+        absent: Groups of layers that go, by number.
     """
 
     coupling: Coupling
     builder: Builder
     moves: tuple[Move, ...]
     held: Mapping[int, str] = field(default_factory=dict)
+    stacks: tuple[Stack, ...] = ()
+    absent: frozenset[int] = frozenset()
 
     @property
     def ties(self) -> tuple[StepTie, ...]:
@@ -58,7 +63,8 @@ class Rebuilding:
             counts: Kept count of each group, in whole steps of the moves.
         """
         groups = self.coupling.groups
-        firsts = [(move, groups[move.tie.groups[0]]) for move in self.moves]
+        left = ((m, [i for i in m.tie.groups if i not in self.absent]) for m in self.moves)
+        firsts = [(move, groups[there[0]]) for move, there in left if there]
         shares = {move: Fraction(int(counts[g.index]), g.size) for move, g in firsts}
         out = self.builder.scaled(combined(shares)) or {}
         return {**self.builder.explicit, **out} if out else {}
@@ -69,8 +75,8 @@ class Rebuilding:
         Args:
             counts: Kept count of each group, in whole steps of the moves.
         """
-        twin = self.builder.twin(self.values(counts))
-        if twin is None or twin.kinds != self.builder.dense.kinds:
+        twin = self.builder.twin(self.values(counts), self.stacks)
+        if twin is None or twin.kinds != without(self.builder.dense, self.stacks).kinds:
             return None
         shapes = _shapes(self.coupling, counts)
         return twin if all(twin.shapes.get(n, s) == s for n, s in shapes.items()) else None
@@ -82,7 +88,7 @@ class Rebuilding:
             counts: Kept count of each group.
         """
         held = ((self.coupling.groups[i].name, why) for i, why in self.held.items())
-        return record(self.builder.base, self.values(counts), held)
+        return record(self.builder.base, self.values(counts), held, self.stacks)
 
 
 def _shapes(coupling: Coupling, counts: Counts) -> dict[str, tuple[int, ...]]:
@@ -209,15 +215,17 @@ def recorded(settings: Mapping[str, Any], model: nn.Module, keep: Keep) -> Slim 
         PlanError: The class of the model cannot be built so.
         VerificationError: It has other sizes than the plan.
     """
-    values = values_of(settings)
-    if not values:
+    values, stacks = values_of(settings), stacks_of(settings)
+    if not values and not stacks:
         return None
     recipe = recipe_of(model)
     try:
         if recipe is None:
             raise ValueError("no config is known that its class is built from")
         with preserved():
-            before, after = twin_of(recipe.build({})), twin_of(recipe.build(values))
+            before, after = (
+                twin_of(built_with(recipe, v, s)) for v, s in (({}, ()), (values, stacks))
+            )
     except Exception as error:
         reraise_fatal(error)
         raise PlanError(
@@ -225,4 +233,4 @@ def recorded(settings: Mapping[str, Any], model: nn.Module, keep: Keep) -> Slim 
             where=type(model).__name__,
             remedy="apply it to a model of the class that it was made for",
         ) from error
-    return rebuilt(model, keep, before, after)
+    return rebuilt(model, keep, before, after, stacks)

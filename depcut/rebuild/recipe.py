@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
+from depcut.plan.stacks import Path
 from depcut.support.conventions import adapters
 
-Path = tuple[str | int, ...]  # of a number in nested fields and lists
+__all__ = ["NONE", "Cuts", "Number", "Path", "Recipe", "Values", "recipe_of"]
+
 Number = int | float
 Values = Mapping[Path, Number]
+Cuts = Mapping[Path, tuple[int, ...]]  # entries that stay of a list, or of what a number counts
+NONE: Cuts = {}
 
 
 class Recipe(Protocol):
@@ -22,11 +26,18 @@ class Recipe(Protocol):
         """Dense value of every number by its path; None: derived, yet it may be given."""
         ...
 
-    def build(self, values: Values) -> nn.Module:
+    @property
+    def lists(self) -> Mapping[Path, tuple[Any, ...]]:
+        """Entries of every list by its path."""
+        ...
+
+    def build(self, values: Values, cuts: Cuts = NONE) -> nn.Module:
         """The class with some numbers exchanged, as a fresh process builds it from a file.
 
         Args:
             values: New values by path.
+            cuts: Entries that stay, in their order, by the path of a list or of a number of such
+                entries, which becomes how many stay.
 
         Returns:
             A model whose large tensors are on the meta device, and whose buffers have values.

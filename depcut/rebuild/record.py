@@ -6,20 +6,27 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from depcut.errors import listed
-from depcut.plan.data import REBUILD
+from depcut.plan.stacks import LAYERS, REBUILD, Stack, stacks_of
 from depcut.rebuild.recipe import Number, Path, Values
 
 
-def record(base: Values, values: Values, held: Iterable[tuple[str, str]]) -> dict[str, Any]:
+def record(
+    base: Values,
+    values: Values,
+    held: Iterable[tuple[str, str]],
+    stacks: Iterable[Stack] = (),
+) -> dict[str, Any]:
     """What a plan keeps.
 
     Args:
         base: The dense numbers.
         values: Those to build the smaller class with.
         held: Groups that are kept whole, each with the reason.
+        stacks: Lists of layers that get shorter.
     """
     fields = [[list(path), base[path], value] for path, value in values.items()]
-    return {"fields": fields, "held": dict(held)}
+    layers = [stack.record() for stack in stacks]
+    return {"fields": fields, "held": dict(held)} | ({LAYERS: layers} if layers else {})
 
 
 def values_of(settings: Mapping[str, Any]) -> dict[Path, Number]:
@@ -42,7 +49,11 @@ def lines(settings: Mapping[str, Any]) -> list[str]:
         return [f"not rebuildable from a config: {kept['off']}"]
     if not kept:
         return []
-    out = [f"rebuilt from its config: {listed([_changed(*f) for f in kept['fields']], 99)}"]
+    changes = [stack.line for stack in stacks_of(settings)]
+    changes += [_changed(*f) for f in kept["fields"]]
+    out = [f"rebuilt from its config: {listed(changes, 99)}"]
+    if "whole_layers" in kept:
+        out.append(f"no whole layer goes: {kept['whole_layers']}")
     reasons: dict[str, list[str]] = {}
     for name, why in kept["held"].items():
         reasons.setdefault(why, []).append(name)
@@ -50,6 +61,7 @@ def lines(settings: Mapping[str, Any]) -> list[str]:
     if kept.get("loss") is not None:
         free = kept.get("free_loss")
         beside = "" if free is None else f"; cut freely, {free:.2%} would go"
+        beside += "; layers that go are not counted" if stacks_of(settings) else ""
         out.append(f"predicted loss: {kept['loss']:.2%} of the score goes{beside}")
     return out
 

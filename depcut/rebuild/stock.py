@@ -11,10 +11,11 @@ from torch import nn
 from depcut.capture.random_state import preserved
 from depcut.errors import VerificationError
 from depcut.plan.keep import Keep
+from depcut.plan.stacks import Stack
+from depcut.rebuild.numbering import leave_out, numbered_anew
 from depcut.rebuild.recipe import recipe_of
 from depcut.rebuild.twin import Twin, buffers, changes, settle, twin_of
 from depcut.rewrite.build import Slim
-from depcut.rewrite.removal import remove_dead
 from depcut.rewrite.tensors import narrowed_copy
 from depcut.support.failures import first_line, reraise_fatal
 from depcut.verify.module_results import Trial, run_plain
@@ -46,23 +47,28 @@ class Stock(Slim):
         """Nothing: in branches that did not run, too, a class that is built anew is right."""
 
 
-def rebuilt(model: nn.Module, keep: Keep, before: Twin, after: Twin) -> Stock:
+def rebuilt(
+    model: nn.Module, keep: Keep, before: Twin, after: Twin, stacks: tuple[Stack, ...] = ()
+) -> Stock:
     """The smaller model: kept slices of the tensors, attributes as the class has them.
+
+    Layers that stay have the numbers that they have in the dense model, until `number_anew`.
 
     Args:
         model: The dense model; it is not changed.
         keep: What stays.
         before: The class built as the dense model is.
         after: The class built with the new numbers.
+        stacks: Which layers stay; `after` has just these.
 
     Raises:
         VerificationError: The class has tensors of other shapes, or other values of buffers that
             are in no file.
     """
     slim = Stock(narrowed_copy(model, keep), keep, model)
+    leave_out(slim.model, stacks)
     values = changes(before, after)
     settle(slim.model, values)
-    remove_dead(slim.model, keep, set())
     check_tensors_of(slim.model, after)
     return slim
 
@@ -107,6 +113,11 @@ def prove(slim: nn.Module, keep: Keep) -> None:
     Raises:
         VerificationError: The class cannot be built, takes other weights or computes otherwise.
     """
+    with numbered_anew(slim):
+        _prove(slim, keep)
+
+
+def _prove(slim: nn.Module, keep: Keep) -> None:
     recipe = recipe_of(slim)
     if recipe is None:
         raise VerificationError("its config went", where=type(slim).__name__, remedy=_FREELY)

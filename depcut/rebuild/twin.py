@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
+
+from depcut.plan.stacks import Stack
+from depcut.rebuild.numbering import plain_kind
 
 # What each module has beside the attributes of its class; none of it is built from a config.
 _OWN = frozenset(vars(nn.Module()))
@@ -17,6 +20,7 @@ _DEEPEST = 6
 
 Place = tuple[str, tuple[Any, ...]]  # a module's name, and the path from its attributes
 MISSING = object()
+_ValueT = TypeVar("_ValueT")
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +61,7 @@ def twin_of(model: nn.Module) -> Twin:
 def _kind(module: nn.Module) -> type:
     """Its class; torch makes one anew for every parametrized module, of which it is the base."""
     kind = type(module)
-    return kind.__bases__[0] if is_parametrized(module) else kind
+    return kind.__bases__[0] if is_parametrized(module) else plain_kind(kind)
 
 
 def buffers(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -118,6 +122,23 @@ def changes(before: Twin, after: Twin) -> dict[Place, Any]:
 def same(a: Any, b: Any) -> bool:
     """Whether two plain values are equal, in type, too; NaN equals itself."""
     return type(a) is type(b) and (a == b or str(a) == str(b) == "nan")
+
+
+def without(twin: Twin, stacks: tuple[Stack, ...]) -> Twin:
+    """A twin without the layers that are gone.
+
+    Args:
+        twin: Of the dense model.
+        stacks: Which layers stay.
+    """
+    if not stacks:
+        return twin
+    gone = tuple(f"{h}.{i}." for s in stacks for h in s.holders for i in s.gone)
+
+    def left(values: Mapping[str, _ValueT]) -> dict[str, _ValueT]:
+        return {name: v for name, v in values.items() if not f"{name}.".startswith(gone)}
+
+    return Twin(twin.model, left(twin.kinds), left(twin.shapes), left(twin.attributes))
 
 
 def alike(before: Twin, after: Twin) -> bool:

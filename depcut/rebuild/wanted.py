@@ -8,22 +8,19 @@ from typing import Any
 from torch import nn
 
 from depcut.errors import InputError
-from depcut.plan.data import REBUILD
+from depcut.plan.stacks import REBUILD
 from depcut.rebuild.rebuilding import Rebuilding
 from depcut.rebuild.recipe import recipe_of
 
-BRANCHES = "a config says how many layers there are, and depth=True drops parts of layers"
-
 
 def limits(
-    found: Callable[[], tuple[Rebuilding | None, str]], wanted: bool | str, *, depth: bool
+    found: Callable[[], tuple[Rebuilding | None, str]], wanted: bool | str
 ) -> tuple[Rebuilding | None, str]:
     """What limits the widths, if anything does.
 
     Args:
         found: Finds out what the class can express; or None, and why.
         wanted: The option: True, False or "auto".
-        depth: Whether branches may be dropped.
 
     Returns:
         It; or None, and why not, "" where it is not asked for.
@@ -33,7 +30,7 @@ def limits(
     """
     if wanted is False:
         return None, ""
-    limit, why = (None, BRANCHES) if depth else found()
+    limit, why = found()
     if limit is None and wanted is True:
         raise InputError(
             f"the model cannot be rebuilt from a config: {why}",

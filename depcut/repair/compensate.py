@@ -122,27 +122,30 @@ class _Repairer:
             self.sites.setdefault(site.node, []).append(site)
         self.repairs: list[Repair] = []
         self.left: dict[str, str] = {}
+        self.together: dict[fx.Node, list[fx.Node]] = {}
 
     def run(self) -> tuple[Compensation, dict[int, list[Any]]]:
         whole = Reference(Keep(self.keep.coupling, {}), self.dense)
         narrow = Reference(self.keep, self.dense, sliced=True)
+        self.together = self._joined()
         with Store(self.calibration.memory) as store:
             walk = Walk(
                 self.calibration,
                 [Graph(whole), Graph(narrow, self.tensors)],
-                self._stretches(),
+                [[first] for first in self.together],
                 store,
                 [self.dense, self.tensors],
+                self.together,
             )
             with bar(self.calibration) as progress:
                 stretches = walk.stretches()
                 for nodes in progress.track(stretches, len(walk.pauses), description="compensate"):
                     self._stretch(nodes, walk)
-            expected = {n: walk.outputs(n)[1] for n in self._one_a_length()}
+            expected = {n: walk.outputs(n, 1) for n in self._one_a_length()}
         return Compensation(tuple(self.repairs), {**self.left, **self._unread()}), expected
 
-    def _stretches(self) -> list[list[fx.Node]]:
-        """Sites and batch norms to stop at; those that read what is there already together."""
+    def _joined(self) -> dict[fx.Node, list[fx.Node]]:
+        """Sites and batch norms to stop at; with each, those that read what is there already."""
         nodes = self.program.graph.graph.nodes
         gone = self.keep.gone.nodes
         norms = {n for n in nodes if is_batch_norm(n) and statistics(n, self.keep, self.tensors)}
@@ -152,8 +155,7 @@ class _Repairer:
             streams = [stream(s, self.program.sizes) for s in self.sites.get(node, ())]
             return [*node.all_input_nodes, *(s for s in streams if s is not None)]
 
-        self.together = {found[0]: found for found in joined(self.program, stops, needs)}
-        return [[first] for first in self.together]
+        return {found[0]: found for found in joined(self.program, stops, needs)}
 
     def _stretch(self, nodes: tuple[fx.Node, ...], walk: Walk) -> None:
         """Repair what is seen where all batches pause."""

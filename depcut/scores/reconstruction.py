@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import chain
 from string import ascii_letters
 from typing import Any
 
@@ -16,8 +16,8 @@ from torch import fx
 
 from depcut import axes
 from depcut.axes import Indices
-from depcut.calibration.sensitivity import sensitivities
-from depcut.calibration.sites import find_sites, site_inputs
+from depcut.calibration.sensitivity import NoDerivativeError, Sensitivity
+from depcut.calibration.sites import find_sites, site_inputs, with_same_inputs
 from depcut.calibration.visits import visits
 from depcut.coupling.groups import Coupling, Group
 from depcut.graph.ancestry import Weights
@@ -28,12 +28,14 @@ from depcut.scores.aggregate import totals
 from depcut.scores.context import Context, Score, Scores, criterion
 from depcut.scores.elimination import Reads, Terms, Weight, eliminated
 from depcut.scores.magnitude import powers
+from depcut.scores.pending import Pending
 from depcut.support.processes import Processes
 
 _DAMPING = 1e-2  # of the mean variance of the inputs
 _TINY = 1e-30
 _NOISE = 1e-12  # of the energy of what is read: what rounding leaves of a variance
 _MATRIX = 2
+_DOUBLE = 8  # bytes of a number
 
 
 @criterion("obs", needs="data", aggregate=None, members=None, normalize=None, additive=True)
@@ -49,45 +51,139 @@ def obs(context: Context) -> Scores:
     unit's score is the loss that its removal added. Units that neither reads have their share of
     the group's squared weights.
 
-    Reads every batch twice, at any depth: once forward for the second moments, and once forward
-    and backward for the sensitivities. With little memory, the moments of one group at a time are
-    held, and every batch is read once forward for each group.
+    Every batch runs forward and backward once, at any depth; and, where that takes several
+    stretches, forward once before. A group's units are eliminated as soon as all that reads them
+    has been seen, and its moments let go of then.
 
     Source: Kurtic et al., ZipLM, NeurIPS 2023, eq. 3-5; Hassibi & Stork, NeurIPS 1992 (second-order
     removal); Martens & Grosse, K-FAC, ICML 2015 (rows weighted by squared derivatives). Needs data.
     """
-    coupling = context.coupling
-    sites, products = find_sites(coupling), _activation_products(coupling)
-    gathered = _gather(context, sites, products, coupling.groups)
-    felt = sensitivities(
-        coupling,
-        context.model,
-        context.data,
-        {**dict.fromkeys(p.node for p in products), **{s.node: s.family.result for s in sites}},
-    )
-    plain = _shares(context)
-    reading, summing = defaultdict[axes.Axis, list[Site]](list), defaultdict(list)
-    for site in sites:
-        for leaf in dict.fromkeys(axes.leaves(site.term)):
-            reading[leaf].append(site)
-    for product in products:
-        summing[product.term].append(product)
-    out = []
-    for group in coupling.groups:
-        weights = [_reader(s, group, gathered, felt.get(s.node)) for s in reading[group.axis]]
-        readers: list[Reads] = [r for r in weights if r is not None]
-        readers += [
-            Terms.of(
-                gathered.products[p], float(felt.get(p.node, torch.ones(())).sum()), group.rows
-            )
-            for p in summing[group.axis]
-        ]
-        if not readers:
-            out.append(plain[group.index])
-            continue
-        scores = eliminated(readers, group.rows, group.size)
-        out.append(scores if group.row_axis is not None else scores[0])
-    return out
+    work = _Elimination(context)
+    felt = Sensitivity(context.coupling, context.model, context.data, work.features)
+    try:
+        with closing(felt.walked(work.shown)) as walk:
+            return work.scores(walk, felt.found, felt.sum_over_processes)
+    except NoDerivativeError:
+        # All errors count alike.
+        work = _Elimination(context)
+        with closing(visits(context.coupling, context.model, context.data, work.shown)) as seen:
+            return work.scores(seen, {}, list)
+
+
+class _Elimination:
+    """Units of all groups eliminated, each group's as soon as all that reads it has been seen.
+
+    Args:
+        context: What to score.
+
+    Attributes:
+        shown: The nodes to be shown, with the bytes of what is gathered there.
+        features: Those of which the sensitivity matters, see `sensitivities`.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self.context, coupling = context, context.coupling
+        sites, products = find_sites(coupling), _activation_products(coupling)
+        self.features = {
+            **dict.fromkeys(p.node for p in products),
+            **{s.node: s.family.result for s in sites},
+        }
+        self.readers: dict[int, list[_Item]] = {group.index: [] for group in coupling.groups}
+        every: list[_Item] = [*sites, *products]
+        for item in every:
+            for leaf in dict.fromkeys(axes.leaves(item.term)):
+                if leaf in coupling.group_of:
+                    self.readers[coupling.group_of[leaf].index].append(item)
+        items = dict.fromkeys(item for found in self.readers.values() for item in found)
+        self.at: dict[fx.Node, list[_Item]] = {}
+        for item in items:
+            self.at.setdefault(item.node, []).append(item)
+        self.leaders = with_same_inputs(coupling, [i for i in items if isinstance(i, Site)])
+        self.pending = Pending(
+            {i: [*found, *map(self._leader, found)] for i, found in self.readers.items()}
+        )
+        self.shown = {n: sum(map(self._bytes, found)) for n, found in self.at.items()}
+        self.gathered = _Gathered({}, {}, {})
+        self.out: dict[int, NDArray[np.float64]] = {}
+
+    def scores(
+        self,
+        walk: Iterator[tuple[int, fx.Node, Call] | None],
+        felt: Mapping[fx.Node, torch.Tensor],
+        complete: Callable[[Iterable[fx.Node]], object],
+    ) -> Scores:
+        """The scores of all groups.
+
+        Args:
+            walk: (number of the batch, node, values of its arguments) of the nodes to be shown;
+                None where all batches have passed what was shown.
+            felt: What `sensitivities` finds, by then of what was shown.
+            complete: Adds to it, of nodes, what other processes have found.
+        """
+        seen: dict[fx.Node, None] = {}
+        for visit in chain(walk, [None]):
+            if visit is not None:
+                seen[visit[1]] = None
+                self._gather(*visit)
+                continue
+            items = [item for node in seen for item in self.at[node]]
+            complete(seen)
+            _sum_over_processes(self.gathered, items, self.context.data.everyone)
+            for number in self.pending.ready(items):
+                self._eliminate(self.context.coupling.groups[number], felt)
+            seen.clear()
+        plain = _shares(self.context)
+        return [self.out.get(g.index, plain[g.index]) for g in self.context.coupling.groups]
+
+    def _leader(self, item: _Item) -> _Item:
+        """The item whose moments are those of an item, too."""
+        return self.leaders.get(item, item) if isinstance(item, Site) else item
+
+    def _gather(self, number: int, node: fx.Node, call: Call) -> None:
+        """Take in what a batch shows of a node."""
+        valid = self.context.data.batches[number].valid
+        for item in self.at[node]:
+            if not isinstance(item, Site):
+                _add_terms(self.gathered, item, call)
+            elif item not in self.leaders:
+                _add_inputs(self.gathered, item, call, valid)
+            elif item not in self.gathered.weights:
+                self.gathered.weights[item] = item.family.matrix(call).detach().double()
+
+    def _eliminate(self, group: Group, felt: Mapping[fx.Node, torch.Tensor]) -> None:
+        """Score a group, and let go of what nothing needs any more."""
+        readers: list[Reads] = []
+        alike: dict[tuple[Site, bool], Weight] = {}
+        for item in self.readers[group.index]:
+            sensitivity = felt.get(item.node)
+            if not isinstance(item, Site):
+                scale = 1.0 if sensitivity is None else float(sensitivity.sum())
+                readers.append(Terms.of(self.gathered.products[item], scale, group.rows))
+                continue
+            leader = self.leaders.get(item, item)
+            self.gathered.inputs.setdefault(item, self.gathered.inputs[leader])
+            reader = _reader(item, group, self.gathered, sensitivity)
+            known = alike.get((leader, item.takes_shift))
+            if reader is None:
+                continue
+            if known is not None and torch.equal(known.columns, reader.columns):
+                # The same inputs: what removing costs each of them adds up.
+                known.gram += reader.gram
+            else:
+                alike[leader, item.takes_shift] = reader
+                readers.append(reader)
+        if readers:
+            scores = eliminated(readers, group.rows, group.size)
+            self.out[group.index] = scores if group.row_axis is not None else scores[0]
+        for item in self.pending.done(group.index):
+            self.gathered.forget(item)
+
+    def _bytes(self, item: _Item) -> int:
+        """Of what is gathered of an item."""
+        if isinstance(item, Site) and item in self.leaders:
+            return 0
+        columns = axes.resolve(item.term).size
+        return _DOUBLE * columns**2
 
 
 def _shares(context: Context) -> Scores:
@@ -112,6 +208,9 @@ class _ActivationProduct:
     places: tuple[tuple[fx.Node, int], tuple[fx.Node, int]]
     term: axes.Axis
     heads: int | None
+
+
+_Item = Site | _ActivationProduct
 
 
 def _activation_products(coupling: Coupling) -> list[_ActivationProduct]:
@@ -160,42 +259,29 @@ class _Gathered:
     weights: dict[Site, torch.Tensor]
     products: dict[_ActivationProduct, NDArray[np.float64]]
 
-
-def _gather(
-    context: Context, sites: list[Site], products: list[_ActivationProduct], groups: Sequence[Group]
-) -> _Gathered:
-    """One pass over the data for what reads some groups."""
-    coupling = context.coupling
-    gathered = _Gathered({}, {}, {})
-    free = {group.axis for group in groups}
-    needed = [s for s in sites if any(leaf in free for leaf in axes.leaves(s.term))]
-    wanted = [p for p in products if p.term in free]
-    at: dict[fx.Node, list[Site | _ActivationProduct]] = {}
-    items: list[Site | _ActivationProduct] = [*needed, *wanted]
-    for item in items:
-        at.setdefault(item.node, []).append(item)
-    with closing(visits(coupling, context.model, context.data, at, "second moments")) as found:
-        for number, node, call in found:
-            valid = context.data.batches[number].valid
-            for item in at[node]:
-                if isinstance(item, Site):
-                    _add_inputs(gathered, item, call, valid)
-                else:
-                    _add_terms(gathered, item, call)
-    _sum_over_processes(gathered, context.data.everyone)
-    return gathered
+    def forget(self, item: _Item) -> None:
+        """Let go of what was collected of a site or a product."""
+        if isinstance(item, Site):
+            self.inputs.pop(item, None)
+            self.weights.pop(item, None)
+        else:
+            self.products.pop(item, None)
 
 
-def _sum_over_processes(gathered: _Gathered, everyone: Processes) -> None:
+def _sum_over_processes(gathered: _Gathered, items: Iterable[_Item], everyone: Processes) -> None:
     """Sums over the batches of all processes in place of those of this one."""
     if everyone.size == 1:
         return
-    for site, (*held, count) in gathered.inputs.items():
-        sums = everyone.summed(f"second moments of {site.name}", [*held, torch.tensor(count)])
-        gathered.inputs[site] = sums[0], sums[1], int(sums[2])
-    for product, gram in gathered.products.items():
-        (summed,) = everyone.summed(f"terms of {product.node.name}", [torch.from_numpy(gram)])
-        gathered.products[product] = summed.numpy()
+    for item in items:
+        if not isinstance(item, Site):
+            held = [torch.from_numpy(gathered.products[item])]
+            (summed,) = everyone.summed(f"terms of {item.node.name}", held)
+            gathered.products[item] = summed.numpy()
+        elif item in gathered.inputs:
+            xx, total, count = gathered.inputs[item]
+            held = [xx, total, torch.tensor(count)]
+            sums = everyone.summed(f"second moments of {item.name}", held)
+            gathered.inputs[item] = sums[0], sums[1], int(sums[2])
 
 
 def _add_inputs(gathered: _Gathered, site: Site, call: Call, valid: torch.Tensor | None) -> None:

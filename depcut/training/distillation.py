@@ -24,6 +24,7 @@ from depcut.capture.clone import clone
 from depcut.capture.inputs import device_of
 from depcut.capture.refusals import check_module
 from depcut.errors import InputError, listed
+from depcut.plan.stacks import name_now, stacks_of
 from depcut.reference.run import kept_part
 from depcut.rewrite.copying import copied
 from depcut.support.checks import check_function, check_integer, check_names, check_number
@@ -118,7 +119,7 @@ class Distillation:
                     layers.setdefault(call.module, []).append((position, dims))
                     break
         theirs = dict(self.slim.named_modules())
-        known = [name for name in layers if name and name in theirs]
+        known = [name for name in layers if name and self._name_in_slim(name) in theirs]
         chosen: dict[str, list[tuple[int, Dims]]] = {}
         for pattern in self.hidden:
             names = fnmatch.filter(known, pattern)
@@ -131,13 +132,18 @@ class Distillation:
             chosen.update((name, layers[name]) for name in names)
         return chosen
 
+    def _name_in_slim(self, name: str) -> str | None:
+        """What a layer of the teacher is called in the student; None where it is gone."""
+        return name_now(name, stacks_of(self.plan.settings))
+
     def open(self) -> None:
         """Register the hooks that record what the student's layers return."""
         if self._handles or not self._places:
             return
         self._seen.clear()
         root = self.slim.register_forward_pre_hook(lambda *_: self._seen.clear())
-        self._handles = [root, *_listen(self.slim, self._places, self._seen)]
+        names = {name: self._name_in_slim(name) or "" for name in self._places}
+        self._handles = [root, *_listen(self.slim, names, self._seen)]
 
     def close(self) -> None:
         """Remove the hooks; `open` puts them back."""
@@ -203,7 +209,7 @@ class Distillation:
         theirs: list[tuple[str, Any]] = []
         args, kwargs = moved((args, kwargs), device_of(self.dense))
         teacher = self._running()
-        handles = _listen(teacher, self._places, theirs)
+        handles = _listen(teacher, {name: name for name in self._places}, theirs)
         try:
             with torch.no_grad():
                 target = teacher(*args, **kwargs)
@@ -282,12 +288,12 @@ class Distillation:
 
 
 def _listen(
-    model: nn.Module, names: Mapping[str, Any], seen: list[tuple[str, Any]]
+    model: nn.Module, names: Mapping[str, str], seen: list[tuple[str, Any]]
 ) -> list[RemovableHandle]:
-    """Hooks that note what layers return."""
+    """Hooks that note what layers return, by what they are called in the teacher."""
 
     def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
         return lambda _module, _args, result: seen.append((name, result))
 
     modules = dict(model.named_modules())
-    return [modules[name].register_forward_hook(hook(name)) for name in names]
+    return [modules[own].register_forward_hook(hook(name)) for name, own in names.items()]

@@ -18,6 +18,7 @@ from depcut.capture.inputs import Inputs
 from depcut.capture.plain import refuse_spread
 from depcut.errors import InputError, PlanError, listed
 from depcut.plan import cost
+from depcut.plan.stacks import Stack, name_then, stacks_of
 from depcut.rewrite.generated import GeneratedModule
 from depcut.support.checks import LARGEST, check_integer, check_kind
 from depcut.support.failures import first_line, reraise_fatal, shown
@@ -80,7 +81,7 @@ def fresh(
     devices = list(range(torch.cuda.device_count()))
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         torch.manual_seed(seed)
-        left = _draw(slim, model, init)
+        left = _draw(slim, model, init, stacks_of(plan.settings))
     if left:
         raise InputError(
             f"nothing draws new values for {listed(left)}",
@@ -92,7 +93,9 @@ def fresh(
     return slim
 
 
-def _draw(slim: nn.Module, model: nn.Module, init: Init | str | None) -> list[str]:
+def _draw(
+    slim: nn.Module, model: nn.Module, init: Init | str | None, stacks: tuple[Stack, ...]
+) -> list[str]:
     """Draw all weights anew; names of the parameters that nothing draws."""
     trained = dict(slim.named_parameters())
     moments = {
@@ -106,7 +109,7 @@ def _draw(slim: nn.Module, model: nn.Module, init: Init | str | None) -> list[st
             parameter.fill_(torch.nan)
     for name, module in reversed(list(slim.named_modules())):
         try:
-            _reset(module, attribute(model, name) if name else model)
+            _reset(module, attribute(model, name_then(name, stacks)) if name else model)
         except Exception as error:
             reraise_fatal(error)
             raise InputError(

@@ -16,6 +16,7 @@ from depcut.capture.clone import clone
 from depcut.capture.process_state import as_captured
 from depcut.capture.program import ModuleCall, Program, stack_entries
 from depcut.capture.random_state import restore_python
+from depcut.capture.shape_only import read_for_shape_alone
 from depcut.graph.arguments import sources_of_storage
 from depcut.graph.operators import is_item
 from depcut.plan.keep import Keep
@@ -100,10 +101,10 @@ def top_level(program: Program) -> set[fx.Node]:
 
 
 def nested(program: Program) -> set[fx.Node]:
-    """Nodes that modules return, or that modules without children get and compute with."""
+    """Nodes that modules return, or that modules without children get, not for a shape alone."""
     leafs = _without_children(program)
     got = (leaf for c in program.calls if c.module in leafs for leaf in c.leaves)
-    nodes = {leaf for leaf in got if isinstance(leaf, fx.Node) and leaf.users}
+    nodes = {n for n in got if isinstance(n, fx.Node) and not read_for_shape_alone(n, program)}
     nodes |= {leaf for c in program.calls for leaf in c.out_leaves if isinstance(leaf, fx.Node)}
     return nodes - program.tensors.keys()
 

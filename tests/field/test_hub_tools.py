@@ -204,3 +204,18 @@ def test_a_model_with_adapters_shrinks_and_says_what_its_files_lack(
     after = logits(slim, ids)
     merged = slim.merge_and_unload()
     torch.testing.assert_close(logits(merged, ids), after, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_that_the_library_attached(ids: dict[str, Tensor], tmp_path: Path) -> None:
+    """The class is that of the library, its layers are not."""
+    peft = pytest.importorskip("peft")
+    model: Any = LLAMA.build(use_cache=False)
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    for depth in (False, True):
+        slim: Any = depcut.shrink(model.eval(), 0.3, ids, depth=depth)
+        assert "not rebuildable from a config" in str(depcut.report(slim))
+        with pytest.raises(DepcutError, match=r"adapters are attached(.|\n)*merge the adapters"):
+            slim.save_pretrained(tmp_path / "slim")
+        with pytest.raises(DepcutError, match="cannot be rebuilt from a config"):
+            depcut.shrink(model, 0.3, ids, depth=depth, rebuildable=True)
+    assert not (tmp_path / "slim").exists()

@@ -118,3 +118,15 @@ def test_a_reset_that_cannot_follow_is_told() -> None:
     assert slim.num_features == 8
     (note,) = depcut.report(slim).notes
     assert "reset_classifier does not work on the model" in note
+
+
+@pytest.mark.sweep
+def test_features_that_no_module_returns() -> None:
+    """Twins names `block.0`, a list of modules: its maps are those of forward_intermediates."""
+    widths = {"embed_dims": (16, 32, 48, 64), "depths": (1, 1, 1, 1)}
+    dense = made("twins_svt_small", **widths)
+    slim = depcut.shrink(dense, 0.5, X, align=4)
+    told = [entry["num_chs"] for entry in slim.feature_info]
+    maps = slim.forward_intermediates(X, intermediates_only=True)
+    assert told == [m.shape[1] for m in maps]
+    assert told != [entry["num_chs"] for entry in dense.feature_info]

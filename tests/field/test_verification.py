@@ -250,6 +250,38 @@ def test_one_coarse_tensor_does_not_set_the_tolerance(
     assert_refused(plan)
 
 
+class Gate(nn.Module):
+    """Takes a factor that it uses on demand alone."""
+
+    strong = False
+
+    def forward(self, x: Tensor, factor: Tensor) -> Tensor:
+        if self.strong:
+            return x * factor
+        return x * 2
+
+
+class Gated(nn.Module):
+    """Computes a factor for a later call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.gate, self.down = nn.Linear(6, 12), Gate(), nn.Linear(12, 5)
+        self.factor = nn.Parameter(torch.rand(1) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.gate(self.up(x).relu(), self.factor * 3))
+
+
+def test_arguments_that_nothing_computes_with_are_compared(
+    tamper: Callable[[Change], None],
+) -> None:
+    plan = plan_of(seeded(Gated, 0), normal(2, 6))
+    plan.apply(plan.model)
+    tamper(scaled("factor", 1.5))
+    assert_refused(plan)
+
+
 class Rounds(nn.Module):
     """Everything passes through half precision, and is rounded there."""
 
