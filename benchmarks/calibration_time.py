@@ -40,7 +40,7 @@ PARTS = {
     "depcut.calibration.backward": {"Backward._differentiate": "sensitivities"},
     "depcut.calibration.sensitivity": {"Sensitivity._take": "sensitivities"},
     "depcut.scores.reconstruction": {
-        "_add_inputs": "moments",
+        "Inputs.add": "moments",
         "_add_terms": "moments",
         "readers": "inverses",
         "eliminated": "elimination",

@@ -26,9 +26,11 @@ from depcut.branches.branch import Branch, Residuals
 from depcut.branches.find import residuals
 from depcut.calibration.calls import blaming_calls, refuse_lone_loss
 from depcut.calibration.data import Calibration, Data, Loss, calibrate
+from depcut.calibration.sharing import refuse_measured
 from depcut.capture.capture import capture
 from depcut.capture.inputs import Inputs
 from depcut.capture.part import as_part
+from depcut.capture.plain import plain
 from depcut.capture.program import Program
 from depcut.capture.random_state import preserved
 from depcut.capture.results import EVERY, Outputs
@@ -52,7 +54,7 @@ from depcut.rebuild.wanted import limits, unlimited
 from depcut.scores import Criterion, Score, score_name
 from depcut.scores import score as unit_scores
 from depcut.support.keywords import settled, takes_options
-from depcut.support.unwrap import unwrapped
+from depcut.support.processes import together_on_data
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -120,6 +122,7 @@ class Analysis(ShownAnalysis):
 
     @takes_options(Options, PlanKeywords)
     @preserved()
+    @together_on_data
     def plan(
         self,
         ratio: float | None = None,
@@ -145,12 +148,16 @@ class Analysis(ShownAnalysis):
             InputError: An option has a wrong value, or a name matches nothing.
             BudgetError: The ratio or time cannot be reached, or nothing can be removed.
             LatencyError: The time cannot be measured.
+            ProcessError: Another of several processes failed, or has another model or other data.
         """
         chosen = settled(Options, options, given, PlanKeywords, "plan", one_stage=True)
         of = check_budget(ratio, chosen.of, chosen.latency_ms, chosen.depth)
         if not self.groups:
             refuse_frozen(self.frozen, type(self.model).__name__)
         calibration = self.calibrate(data, loss=loss, options=chosen)
+        if calibration is not None:
+            refuse_measured(calibration.everyone, of)
+            calibration.everyone.require_same("options", {"ratio": ratio, **chosen.record()})
         score = criterion_or_default(chosen.score, has_data=data is not None)
         rebuild, why = limits(lambda: self.rebuilding, chosen.rebuildable)
         request = Request(
@@ -320,6 +327,7 @@ class Analysis(ShownAnalysis):
         return explanation(self.coupling, name)
 
     @preserved()
+    @together_on_data
     def plot_scores(
         self,
         score: str | Score | Criterion | None = None,
@@ -381,7 +389,7 @@ def analyze(
         InputError: The inputs are of the wrong kind, or cannot be inferred; or there is no such
             output.
     """
-    model = unwrapped(model)
+    model = plain(model)
     if part is not None:
         model, inputs = as_part(model, part, inputs)
         outputs = EVERY if outputs is None else outputs

@@ -12,16 +12,19 @@ from depcut.allocate.choose import check_budget
 from depcut.analysis import analyze
 from depcut.calibration.data import Data, Loss, read_with_inputs
 from depcut.capture.inputs import Inputs
+from depcut.capture.plain import plain
 from depcut.capture.results import Outputs
 from depcut.options import Options, ShrinkKeywords
 from depcut.repair.after_rewrite import wants_repair
 from depcut.support.keywords import settled, takes_options
+from depcut.support.processes import together_on_data
 from depcut.support.unwrap import unwrapped
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 @takes_options(Options, ShrinkKeywords)
+@together_on_data
 def shrink(
     model: ModelT,
     ratio: float | None = None,
@@ -61,10 +64,12 @@ def shrink(
     chosen = settled(Options, options, given, ShrinkKeywords, "shrink")
     check_budget(ratio, chosen.of, chosen.latency_ms, chosen.depth)
     wants_repair(chosen.compensate, data is not None)
-    plain = unwrapped(model)
-    items, inputs = read_with_inputs(data, chosen.batches, inputs, plain, loss is not None)
-    analysis = analyze(model, inputs, outputs, part=part)
+    own = plain(model)
+    items, inputs = read_with_inputs(data, chosen.batches, inputs, own, loss is not None)
+    analysis = analyze(own, inputs, outputs, part=part)
     calibration = analysis.calibrate(items, loss=loss, options=chosen)
     plan = analysis.plan(ratio, data=calibration, options=chosen)
-    slim = plan.apply(model, optimizer=optimizer, data=calibration, options=chosen)
+    # What was put together for this call is not put together once more.
+    dense = model if own is unwrapped(model) else own
+    slim = plan.apply(dense, optimizer=optimizer, data=calibration, options=chosen)
     return cast(ModelT, slim)

@@ -15,6 +15,7 @@ from depcut.apply.plan import Plan, planned
 from depcut.apply.report import amend
 from depcut.capture.inputs import Inputs
 from depcut.capture.part import shown_part, whole_of
+from depcut.capture.plain import refuse_spread
 from depcut.capture.random_state import preserved
 from depcut.capture.results import EVERY, Outputs
 from depcut.errors import InputError, listed
@@ -145,6 +146,7 @@ def compaction(
         DepcutError: See `depcut.analyze`.
     """
     model = unwrapped(model)
+    refuse_spread(model)
     plain = without_masks(model) if isinstance(model, nn.Module) else model
     analysis = analyze(plain, inputs, outputs, part=part)
     coupling, plain = analysis.coupling, analysis.model

@@ -69,6 +69,10 @@ class TrainingError(DepcutError):
     """Training cannot go on: a loss that is not finite, or a checkpoint of another run."""
 
 
+class ProcessError(DepcutError):
+    """Another of several processes failed, or was given another model, data or options."""
+
+
 def listed(names: list[str], limit: int = 8) -> str:
     """The names, comma-separated, the ones past `limit` as a count."""
     shown = ", ".join(names[:limit])

@@ -19,6 +19,7 @@ from depcut.calibration.folds import Folds
 from depcut.calibration.moments import Moments
 from depcut.calibration.solve import RIDGES, solve
 from depcut.errors import InputError
+from depcut.support.processes import ALONE
 
 # Ridge of the variance at most 1e-6, thus errors of its square root.
 EXACT = 1e-3
@@ -357,8 +358,8 @@ def test_one_vector_moves_the_bias_alone() -> None:
     x, w = torch.randn(1, 1, 3).double(), torch.randn(1, 2, 3).double()
     y = torch.randn(1, 1, 2).double()
     folds = Folds(1)
-    folds.add(x, y)
-    found = solve(folds.moments(), w, torch.zeros(1, 2))
+    folds.add(0, x, y)
+    found = solve(folds.moments("", ALONE), w, torch.zeros(1, 2))
     assert torch.equal(found.weight, w)
     torch.testing.assert_close(found.bias[0], y[0, 0] - w[0] @ x[0, 0])
 

@@ -303,6 +303,8 @@ def test_a_workplace_goes_and_what_was_moved_stays(tmp_path: Path) -> None:
 # Calls that write, rename or make drafts, and the modules that may: everything else goes through
 # `support.files` and `support.weights`.
 WRITERS = {
+    "calibration/store.py",  # a temporary folder, gone with the walk
+    "capture/plain.py",  # temporary files that are mapped, and gone with what maps them
     "support/files.py",
     "support/weights.py",
     "calibration/store.py",  # activations, in a temporary folder that goes with the walk

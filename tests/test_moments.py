@@ -22,6 +22,7 @@ from depcut.scores.context import Context
 from depcut.scores.elimination import Weight, eliminated
 from depcut.scores.quadratic import FullGram, FullInverse, ThinGram, ThinInverse
 from depcut.scores.reconstruction import _Elimination
+from depcut.support.processes import ALONE
 
 
 def hard(blocks: int, vectors: int, size: int) -> Tensor:
@@ -130,9 +131,9 @@ def test_vectors_and_moments_solve_as_numpy_does(
 def test_folds_hold_every_vector_once_and_few_ones_as_they_are(counts: list[int]) -> None:
     parts = [(i, torch.randn(1, n, 12), torch.randn(1, n, 3)) for i, n in enumerate(counts)]
     seen = Folds(len(parts))
-    for _, x, y in parts:
-        seen.add(x, y)
-    folds = seen.moments()
+    for part in parts:
+        seen.add(*part)
+    folds = seen.moments("", ALONE)
     assert all(isinstance(f, Vectors if sum(counts) < 12 else Moments) for f in folds)
     assert len(folds) == 2
     for place, fold in enumerate(folds):

@@ -24,6 +24,7 @@ from depcut.graph.liveness import Gone, gone
 from depcut.plan.cost import COSTS, ITEMS, NOTHING, dense_total
 from depcut.plan.data import PlanData
 from depcut.plan.keep import Keep
+from depcut.support.processes import ALONE, Processes
 
 Names = tuple[str, ...]
 
@@ -80,11 +81,12 @@ def depth_and_width(
 
     allowed = residuals.sparing(chooser.spares)
     saved = Savings(coupling, allowed, of)
+    everyone = data.everyone if data else ALONE
     batches = batches or examples(coupling)
     kinds: list[Sequence[Branch | Block]] = [allowed.branches, allowed.blocks]
     # Scored apart, as a block may have the name of a branch of its.
-    orders = [ranked(coupling, chooser.model, kind, saved, batches) for kind in kinds]
-    return plan_with_depth(coupling, chooser.model, allowed, plan_for, orders, batches)
+    orders = [ranked(coupling, chooser.model, kind, saved, batches, everyone) for kind in kinds]
+    return plan_with_depth(coupling, chooser.model, allowed, plan_for, orders, batches, everyone)
 
 
 def plan_with_depth(
@@ -94,6 +96,7 @@ def plan_with_depth(
     plan_for: Callable[[Names], PlanData | None],
     orders: Sequence[Sequence[Branch | Block]],
     batches: Sequence[Batch],
+    everyone: Processes = ALONE,
 ) -> PlanData:
     """The best of the plans that drop the first d branches, or blocks, of an order.
 
@@ -109,6 +112,7 @@ def plan_with_depth(
             removes more than is asked for.
         orders: Branches or blocks, in the order in which they go.
         batches: Flat inputs.
+        everyone: The processes that share them.
 
     Raises:
         BudgetError: None of the plans meets the budget.
@@ -126,9 +130,8 @@ def plan_with_depth(
                 plan = None
             known[names] = None
             if plan is not None:
-                change = output_change(
-                    dense, outputs_of(plan.keep(coupling, residuals), model, batches)
-                )
+                outputs = outputs_of(plan.keep(coupling, residuals), model, batches)
+                change = output_change(dense, outputs, everyone)
                 known[names] = (change, len(names), plan)
         return known[names]
 
@@ -170,6 +173,7 @@ def ranked(
     candidates: Sequence[Branch | Block],
     saved: Callable[[Names], float],
     batches: Sequence[Batch],
+    everyone: Processes = ALONE,
 ) -> list[Branch | Block]:
     """Branches, or blocks, by their change of the stream for what they save, the least first.
 
@@ -179,8 +183,9 @@ def ranked(
         candidates: What can go.
         saved: What dropping these branches saves of the budget.
         batches: Flat inputs.
+        everyone: The processes that share them.
     """
-    scores = influence(coupling, model, candidates, batches) if candidates else {}
+    scores = influence(coupling, model, candidates, batches, everyone) if candidates else {}
     gains = {c.name: saved(_branches(c)) for c in candidates}
     return cheapest_first(candidates, scores, gains)
 

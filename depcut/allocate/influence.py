@@ -19,6 +19,7 @@ from depcut.coupling.groups import Coupling
 from depcut.graph.resized import FlatInputs, numbers_of_run
 from depcut.plan.keep import Keep
 from depcut.reference.run import Reference, example
+from depcut.support.processes import ALONE, Processes
 from depcut.support.torch_private import pytree
 
 Batch = list[Any]
@@ -44,6 +45,7 @@ def influence(
     model: nn.Module,
     candidates: Sequence[Branch | Block],
     batches: Sequence[Batch],
+    everyone: Processes = ALONE,
 ) -> dict[str, float]:
     """1 - cos(stream without it, stream with it), averaged over positions and batches.
 
@@ -54,6 +56,7 @@ def influence(
         model: Its weights.
         candidates: Branches and blocks to score.
         batches: Flat inputs, in the structure of the captured ones.
+        everyone: The processes that share them.
 
     Returns:
         One number a name, from 0 (changes nothing) to 2.
@@ -72,7 +75,8 @@ def influence(
                 cosine = _cosine(before, result, _channels(coupling, _watched(candidate)[0]))
                 sums[candidate.name] = sums.get(candidate.name, 0.0) + 1 - cosine
             count += 1
-    return {name: total / count for name, total in sums.items()}
+    *found, batch_count = everyone.total("influence", *sums.values(), count)
+    return {name: total / batch_count for name, total in zip(sums, found, strict=True)}
 
 
 def _watched(candidate: Branch | Block) -> tuple[fx.Node, fx.Node]:
@@ -110,7 +114,9 @@ def outputs_of(keep: Keep, model: nn.Module, batches: Sequence[Batch]) -> list[l
         return [results.of(reference.run(_copied(batch))[0]) for batch in batches]
 
 
-def output_change(dense: list[list[Any]], other: list[list[Any]]) -> float:
+def output_change(
+    dense: list[list[Any]], other: list[list[Any]], everyone: Processes = ALONE
+) -> float:
     """Relative L2 distance of outputs, over all outputs and batches together.
 
     A measure of quality, not of errors: it adds up what checks (`depcut.support.closeness`) take
@@ -119,6 +125,7 @@ def output_change(dense: list[list[Any]], other: list[list[Any]]) -> float:
     Args:
         dense: Outputs of the dense model, see `outputs_of`.
         other: Those of a smaller one.
+        everyone: The processes that each have some of the batches.
     """
     distance = scale = 0.0
     for want, have in zip(pytree.tree_leaves(dense), pytree.tree_leaves(other), strict=True):
@@ -127,6 +134,7 @@ def output_change(dense: list[list[Any]], other: list[list[Any]]) -> float:
             a, b = want[both].double(), have[both].double()
             distance += float((a - b).square().sum())
             scale += float(a.square().sum())
+    distance, scale = everyone.total("outputs", distance, scale)
     return math.sqrt(distance / scale) if scale else 0.0
 
 

@@ -20,6 +20,7 @@ from depcut.calibration.data import Calibration, Data, calibrate
 from depcut.capture.capture import capture
 from depcut.capture.inputs import Inputs
 from depcut.capture.part import Part, as_part, inside, shown_part, whole_of
+from depcut.capture.plain import origin_of, plain, spread_note
 from depcut.coupling.groups import Coupling, layer_of
 from depcut.coupling.infer import infer_coupling
 from depcut.errors import PlanError
@@ -45,7 +46,8 @@ from depcut.rewrite.build import Slim, rewrite
 from depcut.rewrite.finish import finish
 from depcut.rewrite.optimizer import check_optimizer, narrow_optimizer
 from depcut.support.keywords import settled, takes_options
-from depcut.support.unwrap import unwrapped, unwrapping_note
+from depcut.support.processes import together_on_data
+from depcut.support.unwrap import unwrapping_note
 from depcut.verify.calls import verify_calls
 from depcut.verify.ownership import check_own_tensors
 
@@ -86,6 +88,7 @@ class Plan(PlanData, Shown):
         return Plan(**given, coupling=coupling, model=model)
 
     @takes_options(Options, ApplyKeywords)
+    @together_on_data
     def apply(
         self,
         model: nn.Module,
@@ -115,12 +118,14 @@ class Plan(PlanData, Shown):
             InputError: The data does not fit the model.
             PlanError: The model has another architecture, or has changed since it was analysed.
             VerificationError: The smaller model does not compute what it should.
+            ProcessError: Another of several processes failed, or has another model or other data.
         """
         chosen = settled(Options, options, given, ApplyKeywords, "apply", one_stage=True)
-        given_model, model = model, unwrapped(model)
+        given_model, model = model, plain(model)
+        origin = origin_of(model)
         repairs = wants_repair(chosen.compensate, data is not None)
         if optimizer is not None:
-            check_optimizer(optimizer, model)
+            check_optimizer(optimizer, origin)
         model, inputs = self._seen(model, inputs)
         coupling = self.coupling
         if coupling is None or model is not self.model or inputs is not None:
@@ -139,6 +144,8 @@ class Plan(PlanData, Shown):
                 memory=chosen.memory,
                 progress=chosen.progress,
             )
+            made = {"plan": self.digest, **chosen.record()}
+            calibration.everyone.require_same("options", made)
         with blaming_calls(model, coupling.program, calibration):
             stock = recorded(self.settings, model, keep)
             slim = stock or rewrite(model, keep)
@@ -149,9 +156,10 @@ class Plan(PlanData, Shown):
             if stock:
                 prove(stock.model, keep)
         if optimizer is not None:
-            narrow_optimizer(optimizer, model, slim.model, keep)
+            narrow_optimizer(optimizer, origin, slim.model, keep)
         number_anew(slim.model)
         slim.model, notes = whole_result(slim.model, model)
+        notes += spread_note(whole_of(model))
         notes += (*finish(slim.model, whole_of(model), keep), *unwrapping_note(given_model))
         record(slim.model, self.report_on(slim, model, error, compensation, notes))
         carry(slim.model, self)
@@ -243,7 +251,7 @@ class Plan(PlanData, Shown):
         Raises:
             PlanError: The model has another architecture.
         """
-        model, inputs = self._seen(unwrapped(model), inputs)
+        model, inputs = self._seen(plain(model), inputs)
         self.check(model)
         coupling = self._analysed(model, inputs)
         self.keep(coupling)

@@ -23,7 +23,7 @@ from depcut.graph.liveness import storages, written_roots
 from depcut.reference.run import Reference, ReferenceRun
 from depcut.support.torch_private import pytree
 
-Project = Callable[[list[Any], torch.Tensor | None], torch.Tensor]
+Project = Callable[[int, list[Any], torch.Tensor | None], torch.Tensor]
 
 
 class Backward:
@@ -44,8 +44,8 @@ class Backward:
         readers: Nodes whose results to differentiate with respect to, by the first that reads
             them; of those that only the outputs are, none.
         store: Where to keep what is alive at the cuts.
-        project: The number to differentiate, of the flat outputs and the flags of what is no
-            padding; called batch by batch.
+        project: The number to differentiate, of the number of the batch, the flat outputs and the
+            flags of what is no padding.
         take: Gets (node, value, squared derivatives) of every batch.
     """
 
@@ -208,7 +208,7 @@ class Backward:
                     watched.setdefault(node, value)
             valid = self.calibration.batches[number].valid
             with torch.enable_grad():
-                ends = [self.project(self.program.results.of(outputs), valid)]
+                ends = [self.project(number, self.program.results.of(outputs), valid)]
             cotangents: list[torch.Tensor] | None = None
         else:
             ends, cotangents = self._ends(number, run)

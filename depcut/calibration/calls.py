@@ -28,7 +28,9 @@ def blaming_calls(
 
 def _calls(program: Program, calibration: Calibration | None) -> Iterator[Call]:
     yield "inputs=,", program.args, program.kwargs
-    for number, batch in enumerate(calibration.batches if calibration is not None else ()):
+    if calibration is None:
+        return
+    for number, batch in zip(calibration.numbers, calibration.batches, strict=True):
         yield f"data, item {number},", batch.args, batch.kwargs
 
 

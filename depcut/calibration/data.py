@@ -6,19 +6,27 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import islice
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from depcut.calibration.identity import check_same_loss, check_same_model
+from depcut.calibration.identity import bound_to, check_same_loss, check_same_model
 from depcut.calibration.items import Items
 from depcut.calibration.lengths import with_numbers
 from depcut.calibration.own_loss import MODEL, OWN_LOSS
 from depcut.calibration.reader import PAIRS, Batch, Reader
 from depcut.calibration.rows import batched, holds_rows
+from depcut.calibration.sharing import (
+    ALL_HERE,
+    OwnItems,
+    Share,
+    described,
+    most_to_read,
+    own_items,
+    shared_out,
+)
 from depcut.capture.clone import clone
 from depcut.capture.eager import refuse_failing_call
 from depcut.capture.inputs import Inputs, arguments, device_of
@@ -30,6 +38,7 @@ from depcut.graph.resized import FlatInputs
 from depcut.support.checks import check_integer
 from depcut.support.failures import first_line, reraise_fatal
 from depcut.support.memory import budget, check_memory
+from depcut.support.processes import Processes, processes, together
 from depcut.support.torch_private import pytree
 
 Data = Iterable[Any]
@@ -44,12 +53,13 @@ class Calibration:
 
     Attributes:
         program: The captured model.
-        batches: At least one.
+        batches: At least one; of several processes, those of this one.
         loss: A function of (output, target) that returns a scalar, or None.
         device: The model's.
         memory: Bytes that passes over the data may hold between two stretches of them.
         progress: Whether to show a progress bar on standard error.
         unused: Keys of the items that the model does not take.
+        share: Which of all batches these are.
     """
 
     program: Program
@@ -59,14 +69,18 @@ class Calibration:
     memory: int
     progress: bool = True
     unused: tuple[str, ...] = ()
+    share: Share = ALL_HERE
 
     def __str__(self) -> str:
         """What was read: batches, examples, sizes, and what was left aside."""
         lengths = len({id(b.resized) for b in self.batches})
         lines = [
-            f"{len(self.batches)} batches of {self.rows} examples in all"
+            f"{self.total} batches of {self.rows} examples in all"
             + (f", of {lengths} sizes" if lengths > 1 else "")
         ]
+        if self.everyone.size > 1:
+            here = 0 if self.everyone.idle else len(self.batches)
+            lines.append(f"  {here} of them in process {self.everyone.rank}")
         padded = sum(int((~b.valid).sum()) for b in self.batches if b.valid is not None)
         if padded:
             lines.append(f"  {padded} padded positions are no data")
@@ -79,10 +93,25 @@ class Calibration:
             lines.append(f"  the model takes no {listed(list(self.unused))}")
         return "\n".join(lines)
 
-    @cached_property
+    @property
     def rows(self) -> int:
-        """Examples in all batches."""
-        return sum(batch.rows for batch in self.batches)
+        """Examples in all batches, of all processes."""
+        return self.share.rows
+
+    @property
+    def total(self) -> int:
+        """Batches of all processes."""
+        return self.share.total
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Of the batches here, among those of all processes."""
+        return self.share.numbers
+
+    @property
+    def everyone(self) -> Processes:
+        """The processes that share the batches; they do the same calls in the same order."""
+        return self.share.everyone
 
     def arguments(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Copies of a batch's (args, kwargs) on the model's device."""
@@ -121,6 +150,8 @@ def calibrate(
 ) -> Calibration:
     """Read and check calibration data; the model is run once on the first batch if there is a loss.
 
+    Several processes of torch.distributed share the batches out.
+
     Args:
         program: The captured model.
         model: The model itself.
@@ -139,7 +170,22 @@ def calibrate(
         InputError: The data is empty, has other shapes or types than the captured inputs, holds
             NaN, or the loss fails or returns no scalar; or what was calibrated is another model, or
             with another loss.
+        ProcessError: Another process failed, or they were given unlike models or data.
     """
+    with together():
+        return _calibrated(program, model, data, loss, batches, memory, progress)
+
+
+def _calibrated(
+    program: Program,
+    model: nn.Module,
+    data: Data | Calibration,
+    loss: Loss | None,
+    batches: int,
+    memory: int | str | None,
+    progress: bool,
+) -> Calibration:
+    """See `calibrate`."""
     loss, memory = loss_function(loss), check_memory(memory)
     if isinstance(data, Calibration):
         check_same_loss(data.loss, loss)
@@ -150,14 +196,24 @@ def calibrate(
         check_same_model(data.program, program)
         reader = Reader(program, model, loss is not None)
         return replace(moved_on, batches=with_numbers(reader, model, data.batches))
+    if processes().size > 1:
+        given = {"loss": loss is not None, **bound_to(program), **described(model)}
+        processes().require_same("models", given)
     reader = Reader(program, model, loss is not None and loss is not OWN_LOSS)
     items = read_items(data, batches)
     if isinstance(model, Part):
         items = _of_part(model, program, items, loss)
-    bound = tuple(reader.batch(item, f"data, item {i}") for i, item in enumerate(items))
+    items, share = shared_out(items, batches)
+    bound = tuple(
+        reader.batch(item, f"data, item {i}") for i, item in zip(share.numbers, items, strict=True)
+    )
     bound = with_numbers(reader, model, bound)
-    calibration = Calibration(program, bound, loss, device_of(model), budget(memory), progress)
-    calibration = replace(calibration, unused=tuple(reader.unused))
+    share = share.with_rows(sum(batch.rows for batch in bound))
+    progress = progress and share.everyone.rank == 0
+    held = budget(memory) // (share.everyone.size if memory is None else 1)
+    held = min(share.everyone.exchanged("memory", held))  # cuts are the same in all
+    calibration = Calibration(program, bound, loss, device_of(model), held, progress)
+    calibration = replace(calibration, unused=tuple(reader.unused), share=share)
     if loss is not None:
         _check_loss(calibration, model)
     return calibration
@@ -193,7 +249,7 @@ def _of_part(model: Part, program: Program, items: list[Any], loss: Loss | None)
             remedy="leave loss out, and choose a criterion that needs none",
         )
     whole, captured = whole_of(model), sizes_of_call((program.args, program.kwargs))
-    found: list[Any] = []
+    found: list[Any] = type(items)()
     for number, item in enumerate(items):
         call = arguments(inputs_of(item, whole, pairs=False), f"data, item {number}")
         calls = part_calls(whole, part_of(model), moved(call, device_of(whole)))
@@ -218,13 +274,14 @@ def read_items(data: Data, batches: int = BATCHES) -> list[Any]:
         InputError: It is no iterable of items, or empty.
     """
     batches = check_integer(batches, "batches", 1)
+    own = own_items(data)
     rows = holds_rows(data)
     whole = isinstance(data, torch.Tensor | str | Mapping)
     if whole or not (rows or isinstance(data, Iterable)):
         kind = type(data).__name__
         raise InputError(f"data is a {kind}", where="data=", remedy=f"pass {PAIRS}: [x], not x")
     try:
-        most = min(batches, sys.maxsize)
+        most = most_to_read(min(batches, sys.maxsize), own)
         items = batched(data, most) if rows else list(islice(data, most))
     except DepcutError:
         raise
@@ -235,7 +292,7 @@ def read_items(data: Data, batches: int = BATCHES) -> list[Any]:
         ) from error
     if not items:
         raise InputError("the data is empty", where="data=", remedy=f"pass {PAIRS}")
-    return items
+    return OwnItems(items) if own else items
 
 
 def inputs_of(item: Any, model: nn.Module, pairs: bool) -> Inputs:

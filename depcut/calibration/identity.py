@@ -41,7 +41,7 @@ def check_same_model(theirs: Program, ours: Program) -> None:
     Raises:
         InputError: Names the first difference.
     """
-    was, now = _bound_to(theirs), _bound_to(ours)
+    was, now = bound_to(theirs), bound_to(ours)
     for name in {**was, **now}:
         if was.get(name) != now.get(name):
             raise InputError(
@@ -52,8 +52,12 @@ def check_same_model(theirs: Program, ours: Program) -> None:
             )
 
 
-def _bound_to(program: Program) -> dict[str, str]:
-    """What of a program tells models apart: shapes of tensors, and what it takes."""
+def bound_to(program: Program) -> dict[str, str]:
+    """What of a program tells models apart: shapes of tensors, and what it takes.
+
+    Args:
+        program: The captured model.
+    """
     out = {name: str(program.sizes[node]) for node, name in program.tensors.items()}
     leaves, spec = pytree.tree_flatten((program.args, program.kwargs))
     for number, leaf in enumerate(leaves):

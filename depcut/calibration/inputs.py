@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from depcut.calibration.products import Runs
+from depcut.support.processes import Processes
 
 
 class Inputs:
@@ -13,13 +14,16 @@ class Inputs:
     While they are fewer than they are long, they are kept as they are, which takes less memory than
     sums of x x^T and loses nothing; then the sums are, in double precision (see `Runs`).
 
+    Args:
+        few: Whether few vectors are kept as they are; sums alone can be added over processes.
+
     Attributes:
         count: Number of vectors.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, few: bool = True) -> None:
         self.count = 0
-        self._few: list[torch.Tensor] | None = []
+        self._few: list[torch.Tensor] | None = [] if few else None
         self._xx: torch.Tensor | None = None
         self._x: torch.Tensor | None = None
 
@@ -37,6 +41,19 @@ class Inputs:
             xx, total = runs.gram(), runs.total()
             self._xx = xx if self._xx is None else self._xx.add_(xx)
             self._x = total if self._x is None else self._x.add_(total)
+
+    def sum_over_processes(self, label: str, everyone: Processes) -> None:
+        """Take the vectors of all processes in place of those of this one.
+
+        Args:
+            label: What reads them.
+            everyone: The processes; few vectors are not kept as they are.
+        """
+        assert self._xx is not None
+        assert self._x is not None
+        held = [self._xx, self._x, torch.tensor(self.count)]
+        self._xx, self._x, count = everyone.summed(f"second moments of {label}", held)
+        self.count = int(count)
 
     def vectors(self, centred: bool) -> torch.Tensor | None:
         """(blocks, vectors, length) in double precision, less their mean if asked for; None: many.

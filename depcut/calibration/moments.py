@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 
 from depcut.calibration.products import Runs
+from depcut.support.processes import Processes
 
 FOLDS = 2
 # Of the mean square of the inputs: what rounding leaves of their variance.
@@ -119,6 +120,10 @@ class Moments:
             self.y + other.y,
             self.yy + other.yy,
         )
+
+    def none(self) -> Moments:
+        """Those of no vectors, of the same shapes."""
+        return Moments(0, *(torch.zeros_like(v) for v in tensors_of(self)))
 
     @cached_property
     def _centred(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -232,3 +237,22 @@ class Vectors:
             # The inputs are centred, so that a constant makes no difference.
             missing = missing - missing.mean(1, keepdim=True)
         return start + torch.cholesky_solve(missing, factor).transpose(1, 2) @ inputs
+
+
+def tensors_of(moments: Moments) -> list[torch.Tensor]:
+    """The sums, in the order of the attributes."""
+    return [getattr(moments, f.name) for f in fields(moments) if f.name != "count"]
+
+
+def over_processes(moments: Moments, label: str, everyone: Processes) -> Moments:
+    """Moments of the vectors of all processes.
+
+    Args:
+        moments: Of those of this one.
+        label: What they are.
+        everyone: The processes.
+    """
+    if everyone.size == 1:
+        return moments
+    count, *sums = everyone.summed(label, [torch.tensor(moments.count), *tensors_of(moments)])
+    return Moments(int(count), *sums)

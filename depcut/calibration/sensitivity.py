@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import closing
 from typing import Any
 
@@ -60,6 +60,7 @@ def sensitivities(
                 pass
     except NoDerivativeError:
         return {}
+    felt.sum_over_processes(list(felt.found))
     return felt.found
 
 
@@ -90,7 +91,6 @@ class Sensitivity:
         self.coupling, self.model, self.calibration = coupling, model, calibration
         self.features = features
         self.found: dict[fx.Node, torch.Tensor] = {}
-        self._generator = torch.Generator().manual_seed(0)
 
     def walked(
         self, shown: Mapping[fx.Node, int] | None = None
@@ -112,7 +112,9 @@ class Sensitivity:
         program, calibration, shown = self.coupling.program, self.calibration, shown or {}
         model = self.model
         held = Shelf(held_tensors(model) if isinstance(model, nn.Module) else model)
-        rows = max(b.rows for b in calibration.batches) / max(program.batch, 1)
+        # Stretches are the same in all processes.
+        most = calibration.everyone.exchanged("rows", max(b.rows for b in calibration.batches))
+        rows = max(most) / max(program.batch, 1)
         asked = rereadable(program)
         cost = {n: shown.get(n, 0) for n in program.graph.graph.nodes}
         for node, root in storages(cost).items():
@@ -136,10 +138,21 @@ class Sensitivity:
             try:
                 for _ in progress.track(back.stretches(), len(cuts) + 1, description="sensitivity"):
                     for number, node, run in back.batches():
-                        yield number, node, checked_call(run.paused(node), number)
+                        paused = run.paused(node)
+                        yield number, node, checked_call(paused, calibration.numbers[number])
                     yield None
             except RuntimeError as error:
                 raise NoDerivativeError from error
+
+    def sum_over_processes(self, nodes: Iterable[fx.Node]) -> None:
+        """Take in what the other processes have found of nodes, once a node.
+
+        Args:
+            nodes: The same in all processes.
+        """
+        known = [node for node in nodes if node in self.found]
+        sums = self.calibration.everyone.summed("sensitivities", [self.found[n] for n in known])
+        self.found.update(zip(known, sums, strict=True))
 
     def _readers(self) -> dict[fx.Node, list[fx.Node]]:
         """The nodes to know the sensitivity of, by the first that reads each."""
@@ -154,16 +167,20 @@ class Sensitivity:
         """Take in what one batch shows of one node."""
         if node not in self.features:
             return
-        part = _by_feature(value, squares, self.features[node]) / len(self.calibration.batches)
+        part = _by_feature(value, squares, self.features[node]) / self.calibration.total
         self.found[node] = self.found[node] + part if node in self.found else part
 
-    def _projection(self, outputs: list[Any], valid: torch.Tensor | None) -> torch.Tensor:
+    def _projection(
+        self, number: int, outputs: list[Any], valid: torch.Tensor | None
+    ) -> torch.Tensor:
         """Outputs with random signs, each scaled to unit variance, summed up."""
+        # Of the batch, whichever process has it.
+        generator = torch.Generator().manual_seed(self.calibration.numbers[number])
         total = torch.zeros((), device=self.calibration.device)
         values = [v for v in outputs if isinstance(v, torch.Tensor) and v.requires_grad]
         # A loss beside the outputs has no variance; it counts where it is all there is.
         for value in [v for v in values if v.numel() > 1] or values:
-            signs = torch.randint(0, 2, value.shape, generator=self._generator) * 2 - 1
+            signs = torch.randint(0, 2, value.shape, generator=generator) * 2 - 1
             if valid is not None and value.shape[:2] == valid.shape:
                 signs = signs * valid.cpu().reshape(*valid.shape, *[1] * (value.ndim - 2))
             scale = float(value.detach().double().var(unbiased=False)) * value.numel() + _TINY

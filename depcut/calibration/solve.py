@@ -9,6 +9,7 @@ from functools import cache
 import torch
 
 from depcut.calibration.moments import Fold
+from depcut.support.processes import Processes
 
 # Of the mean variance of the inputs; infinite: the weights stay, the bias alone moves.
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, float("inf"))
@@ -31,6 +32,21 @@ class LeastSquares:
     ridge: float
     before: float
     after: float
+
+
+def of_first_process(label: str, found: LeastSquares, everyone: Processes) -> LeastSquares:
+    """The solution of the first process, which rounding on unlike machines cannot change.
+
+    Args:
+        label: What it is of.
+        found: The solution of this one, from the same moments.
+        everyone: The processes.
+    """
+    if everyone.size == 1:
+        return found
+    told = torch.tensor([found.ridge, found.before, found.after], dtype=torch.float64)
+    weight, bias, told = everyone.of_first(f"solution of {label}", [found.weight, found.bias, told])
+    return LeastSquares(weight, bias, *map(float, told))
 
 
 def solve(folds: Sequence[Fold], weight: torch.Tensor, bias: torch.Tensor | None) -> LeastSquares:

@@ -65,7 +65,8 @@ def visits(
                 progress.advance(task, number != last)
                 last = number
                 if node in wanted:
-                    yield number, node, checked_call(run.paused(node), number)
+                    paused = run.paused(node)
+                    yield number, node, checked_call(paused, calibration.numbers[number])
 
 
 def _stretches(

@@ -25,6 +25,7 @@ from depcut.capture.eager import refuse_failing_call, user_line
 from depcut.capture.held import aliases, attribute, held_tensors, memory
 from depcut.capture.inputs import Call, Inputs, example_calls, infer_inputs, made_note
 from depcut.capture.part import inside
+from depcut.capture.plain import refuse_spread
 from depcut.capture.process_state import capturing
 from depcut.capture.program import ModuleCall, Program
 from depcut.capture.proposal import with_proposal
@@ -65,6 +66,7 @@ def capture(model: nn.Module, inputs: Inputs = None, outputs: Outputs = None) ->
         InputError: The inputs are of the wrong kind, or the model does not take them.
     """
     check_model(model)
+    refuse_spread(model)
     names, made = settled_outputs(outputs), ""
     if inputs is None:
         inputs = infer_inputs(model)

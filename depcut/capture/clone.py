@@ -22,8 +22,14 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 class _Clones(Copier):
     """Copies a module tree and shares its tensors; buffers are copied by value if asked for."""
 
-    def __init__(self, *, buffers: bool = False, requires_grad: bool | None = None) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        *,
+        buffers: bool = False,
+        requires_grad: bool | None = None,
+        memo: dict[int, Any] | None = None,
+    ) -> None:
+        super().__init__(memo)
         self._buffers, self._requires_grad = buffers, requires_grad
 
     def tensor(self, value: torch.Tensor) -> torch.Tensor:
@@ -60,6 +66,7 @@ def clone(
     buffers: bool = False,
     requires_grad: bool | None = None,
     training: Collection[str] | None = (),
+    memo: dict[int, Any] | None = None,
 ) -> ModuleT:
     """A module tree with its plain Python state copied and its tensors shared.
 
@@ -71,8 +78,9 @@ def clone(
             are to be differentiated (where they are floating-point); None: the model's own.
         training: Names of the modules that are in training mode, all others in eval mode; None:
             as they are.
+        memo: What stands for some objects of the model, by their id; grows.
     """
-    cloned: ModuleT = _Clones(buffers=buffers, requires_grad=requires_grad)(model)
+    cloned: ModuleT = _Clones(buffers=buffers, requires_grad=requires_grad, memo=memo)(model)
     if training is not None:
         chosen = {id(m) for name, m in cloned.named_modules() if name in training}
         for module in cloned.modules():

@@ -20,6 +20,7 @@ from depcut.plan.stacks import REBUILD
 from depcut.rebuild.choose import within
 from depcut.rebuild.layers import Droppable, fits
 from depcut.rebuild.rebuilding import Rebuilding
+from depcut.support.processes import ALONE
 
 _MISS = 0.03  # share of the dense quantity by which fewer layers may miss a budget widths meet
 
@@ -50,6 +51,7 @@ def layers_and_width(
     """
     coupling = chooser.coupling
     data = chooser.request.calibration
+    everyone = data.everyone if data else ALONE
     batches = [data.leaves(b) for b in data.batches] if data else examples(coupling)
     dense = dense_total(ITEMS[of](coupling, NOTHING))
     target = dense * (1 - ratio)
@@ -85,9 +87,9 @@ def layers_and_width(
         if known.issuperset(block.branches)
     ]
     saved = Savings(coupling, allowed, of)
-    order = ranked(coupling, chooser.model, blocks, saved, batches)
+    order = ranked(coupling, chooser.model, blocks, saved, batches, everyone)
     orders = [_last_first(layers, _one_of_each(rebuilding, layers, order))]
-    return plan_with_depth(coupling, chooser.model, residuals, plan_for, orders, batches)
+    return plan_with_depth(coupling, chooser.model, residuals, plan_for, orders, batches, everyone)
 
 
 def _one_of_each(

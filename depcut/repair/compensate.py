@@ -36,7 +36,7 @@ from depcut.ops.site import Site
 from depcut.plan.keep import Keep
 from depcut.reference.run import Reference
 from depcut.repair.norms import NormRepair, statistics
-from depcut.repair.sites import Repair, SiteRepair, stream
+from depcut.repair.sites import Repair, SiteRepair, stream, touched_anywhere
 from depcut.support.closeness import relative_error
 from depcut.support.failures import first_line, reraise_fatal
 
@@ -168,6 +168,8 @@ class _Repairer:
                 for number, _, (dense, slim) in walk.batches():
                     for repair in waiting:
                         repair.see(number, dense.paused(repair.node), slim.paused(repair.node))
+                if waiting is repairs:
+                    touched_anywhere(repairs, self.calibration.everyone)
                 waiting = [repair for repair in waiting if repair.again]
             for repair in repairs:
                 done = repair.finish(slim.paused(repair.node))
@@ -178,7 +180,7 @@ class _Repairer:
 
     def _repairs(self, node: fx.Node) -> list[SiteRepair | NormRepair]:
         if node not in self.sites:
-            return [NormRepair(node, self.keep, self.tensors)]
+            return [NormRepair(node, self.keep, self.tensors, self.calibration.everyone)]
         return [
             SiteRepair(site, self.keep, self.dense, self.tensors, self.calibration)
             for site in self.sites[node]
@@ -227,7 +229,8 @@ def _verify(slim: nn.Module, calibration: Calibration, number: int, expected: li
     except Exception as error:
         reraise_fatal(error)
         raise VerificationError(
-            f"the smaller model raises {first_line(error)} on item {number} of the data",
+            f"the smaller model raises {first_line(error)} on item "
+            f"{calibration.numbers[number]} of the data",
             where=user_line(error, slim),
             remedy="pass data of the shapes of inputs=, or hold the layers with ignore=",
         ) from error

@@ -12,6 +12,7 @@ from depcut.graph.arguments import bound
 from depcut.graph.interpreter import Paused
 from depcut.ops.normalization import shared_statistics
 from depcut.plan.keep import Keep
+from depcut.support.processes import ALONE, Processes
 
 
 @dataclass
@@ -42,6 +43,17 @@ class _Spread:
         between = apart.square() * (self.count * other.count / count)
         return _Spread(count, mean, self.squares + other.squares + between)
 
+    def over_processes(self, label: str, everyone: Processes) -> _Spread:
+        """Of the values of all processes."""
+        if everyone.size == 1:
+            return self
+        numbers = torch.tensor(self.count, dtype=torch.float64)
+        count, total = everyone.summed(label, [numbers, self.mean * self.count])
+        mean = total / count.to(total.device)
+        between = (self.mean - mean).square() * self.count
+        (squares,) = everyone.summed(label, [self.squares + between])
+        return _Spread(int(count), mean, squares)
+
     @property
     def variance(self) -> torch.Tensor:
         return self.squares / self.count
@@ -71,11 +83,15 @@ class NormRepair:
         norm: Its node; it has statistics that can be changed.
         keep: What stays.
         tensors: The narrowed tensors, which are changed.
+        everyone: The processes that see batches.
     """
 
     again = False
 
-    def __init__(self, norm: fx.Node, keep: Keep, tensors: Shelf) -> None:
+    def __init__(
+        self, norm: fx.Node, keep: Keep, tensors: Shelf, everyone: Processes = ALONE
+    ) -> None:
+        self.everyone = everyone
         self.node, self.keep, self.tensors = norm, keep, tensors
         self.spreads: list[_Spread] = []
 
@@ -90,7 +106,8 @@ class NormRepair:
         """Change the statistics."""
         dims = self.keep.coupling.env[self.node]
         assert isinstance(dims, tuple)
-        before, after = self.spreads
+        label = f"statistics of {self.node.name}"
+        before, after = (s.over_processes(label, self.everyone) for s in self.spreads)
         kept = self.keep.indices(dims[1])
         old = [before.mean, before.variance]
         if kept is not None:

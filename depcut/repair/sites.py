@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from depcut.calibration.data import Calibration
 from depcut.calibration.folds import Folds
 from depcut.calibration.padding import without_padding
 from depcut.calibration.shelf import Shelf
-from depcut.calibration.solve import solve
+from depcut.calibration.solve import of_first_process, solve
 from depcut.calibration.visits import check_finite
 from depcut.graph.ancestry import is_shared
 from depcut.graph.arguments import Call, bound
@@ -25,6 +25,7 @@ from depcut.ops.contraction import MatrixProduct
 from depcut.ops.site import Site
 from depcut.plan.keep import Keep
 from depcut.reference.run import kept_part
+from depcut.support.processes import Processes
 from depcut.support.torch_private import pytree
 
 _SAME = 1e-6  # relative difference of inputs that counts as rounding
@@ -92,10 +93,17 @@ class SiteRepair:
             return
         call = bound(slim.node, slim.args, slim.kwargs)
         if self.folds is None:
-            self.folds, self.again = Folds(len(self.calibration.batches)), False
+            alone = self.calibration.everyone.size == 1
+            self.folds, self.again = Folds(self.calibration.total, few=alone), False
             self.left = self._obstacle(call)
         if not self.left:
-            self.folds.add(*self._pair(number, dense, slim, self.site.family.matrix(call)))
+            pair = self._pair(number, dense, slim, self.site.family.matrix(call))
+            self.folds.add(self.calibration.numbers[number], *pair)
+
+    def touched_elsewhere(self) -> None:
+        """Another process has a batch that leaves something to repair."""
+        if not self.touched:
+            self.touched = self.again = True
 
     def finish(self, slim: Paused) -> Repair | None:
         """Change the weights; None where there is nothing to repair, or an obstacle.
@@ -110,7 +118,9 @@ class SiteRepair:
         added = [self.tensors[name].reshape(weight.shape[:2]) for name in site.biases]
         start = weight.new_zeros(weight.shape[:2])
         bias = sum(added, start) if site.takes_shift else None
-        solution = solve(self.folds.moments(), weight, bias)
+        everyone = self.calibration.everyone
+        solution = solve(self.folds.moments(site.name, everyone), weight, bias)
+        solution = of_first_process(site.name, solution, everyone)
         site.family.write(call, solution.weight.to(weight.dtype))
         if site.biases:
             for name in site.biases:
@@ -149,7 +159,7 @@ class SiteRepair:
         target = flat.unflatten(1, weight.shape[:2]).transpose(0, 1)
         given = self._read(narrow, x)
         for value in (given, target):
-            check_finite(value, number, site.node)
+            check_finite(value, self.calibration.numbers[number], site.node)
         if isinstance(family, MatrixProduct) and family.features == -1:
             valid = self.calibration.batches[number].valid
             given, target = without_padding(valid, wide[family.source], given, target)
@@ -231,6 +241,20 @@ class SiteRepair:
             if _address(self.tensors[name]) not in read:
                 return f"{name} is converted before it is used"
         return ""
+
+
+def touched_anywhere(repairs: Sequence[object], everyone: Processes) -> None:
+    """Tell the repairs of sites where another process has something to repair.
+
+    Args:
+        repairs: The same in all processes; each has seen every batch of this one.
+        everyone: The processes.
+    """
+    sites = [r for r in repairs if isinstance(r, SiteRepair)]
+    found = everyone.any_of("what to repair", [r.touched for r in sites])
+    for repair, touched in zip(sites, found, strict=True):
+        if touched:
+            repair.touched_elsewhere()
 
 
 def stream(site: Site, sizes: Mapping[fx.Node, Any]) -> fx.Node | None:

@@ -10,6 +10,7 @@ from torch import nn
 from depcut.errors import InputError
 from depcut.plan.keep import Keep
 from depcut.reference.slices import take
+from depcut.support.sharded import is_sharded, whole
 
 
 def check_optimizer(optimizer: object, model: nn.Module) -> None:
@@ -76,7 +77,8 @@ def narrow_optimizer(
 def _sliced(state: dict[str, Any], parameter: torch.Tensor, name: str, keep: Keep) -> Any:
     picked = keep.tensors.get(name)
     out = {}
-    for key, value in state.items():
+    for key, held in state.items():
+        value = whole(held).cpu() if is_sharded(held) else held
         if not isinstance(value, torch.Tensor):
             out[key] = value
         elif value.shape == parameter.shape:

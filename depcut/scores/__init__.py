@@ -8,6 +8,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 import numpy as np
+import torch
 from torch import nn
 
 from depcut.calibration.data import Calibration
@@ -76,6 +77,7 @@ def score(
     except Exception as error:  # noqa: BLE001  (whatever it is: no vectors)
         reraise_fatal(error)
         scores = []
+    scores = _of_first_process(scores, calibration)
     shapes = [((g.size,), (g.rows, g.size) if g.row_axis else None) for g in coupling.groups]
     if len(scores) != len(shapes) or not all(
         s.shape in known for s, known in zip(scores, shapes, strict=True)
@@ -94,6 +96,14 @@ def score(
                 remedy="look for NaN or infinite weights in its layers, or use another criterion",
             )
     return scores
+
+
+def _of_first_process(scores: Scores, calibration: Calibration | None) -> Scores:
+    """The scores of the first process, which rounding on unlike machines cannot change."""
+    if calibration is None or calibration.everyone.size == 1:
+        return scores
+    held = [torch.from_numpy(s.copy()) for s in scores]
+    return [s.numpy() for s in calibration.everyone.of_first("scores", held)]
 
 
 def _or_norms(scores: Scores, context: Context) -> Scores:

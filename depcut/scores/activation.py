@@ -84,12 +84,22 @@ def _by_columns(
                     norms[site] = norm(site.family.matrix(call).double())
                 one, two, count = sums.get(site, (0.0, 0.0, 0))
                 sums[site] = (one + x.sum(1), two + x.square().sum(1), count + x.shape[1])
+    sums = {site: _summed(context, site, *found) for site, found in sums.items()}
     parts: list[list[Values]] = [[] for _ in coupling.groups]
     for site, (one, two, count) in sums.items():
         values = columns(norms[site], one, two, count).cpu().numpy()
         for number, part in _onto_groups(context, site, values).items():
             parts[number].append(part)
     return _or_norm(context, parts)
+
+
+def _summed(
+    context: Context, site: Site, one: torch.Tensor, two: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Sums over the batches of all processes."""
+    numbers = torch.tensor(count)
+    one, two, numbers = context.data.everyone.summed(f"inputs of {site.name}", [one, two, numbers])
+    return one, two, int(numbers)
 
 
 def _onto_groups(context: Context, site: Site, values: Values) -> dict[int, Values]:
@@ -203,6 +213,8 @@ def _by_activations(
                 key = (activation, number)
                 sums[key] = sums[key] + part if key in sums else part
     parts: list[list[Values]] = [[] for _ in coupling.groups]
-    for (_, number), total in sums.items():
-        parts[number].append(total / len(context.data.batches))
+    totals = [torch.from_numpy(np.asarray(total)) for total in sums.values()]
+    totals = context.data.everyone.summed("activations", totals)
+    for (_, number), total in zip(sums, totals, strict=True):
+        parts[number].append(total.numpy() / context.data.total)
     return _or_norm(context, parts)

@@ -14,13 +14,14 @@ from depcut.scores.context import Context, Scores, criterion
 Elements = Mapping[str, torch.Tensor]
 
 
-def _mean(batches: Iterator[Scores]) -> Scores:
-    """Mean over the batches, in double precision."""
+def _mean(context: Context, batches: Iterator[Scores]) -> Scores:
+    """Mean over the batches of all processes, in double precision."""
     total: Scores = []
-    count = 0
-    for count, scores in enumerate(batches, 1):  # noqa: B007  the last one is how many there are
+    for scores in batches:
         total = [t + s for t, s in zip(total, scores, strict=True)] if total else scores
-    return [t / count for t in total]
+    held = [torch.from_numpy(np.ascontiguousarray(t)) for t in total]
+    sums = context.data.everyone.summed("saliencies", held)
+    return [s.numpy() / context.data.total for s in sums]
 
 
 def _products(context: Context, gradient: Elements) -> dict[str, torch.Tensor]:
@@ -35,7 +36,9 @@ def _averaged(context: Context, saliency: Callable[[dict[str, torch.Tensor]], Sc
     """Mean over the batches of a saliency computed from g * w, element by element."""
     with trainable(context.model) as model:
         batch_gradients = gradients(model, context.data)
-        return _mean(saliency(_products(context, gradient)) for gradient in batch_gradients)
+        return _mean(
+            context, (saliency(_products(context, gradient)) for gradient in batch_gradients)
+        )
 
 
 @criterion("taylor", needs="loss")
@@ -99,7 +102,8 @@ def snip(context: Context) -> Scores:
         for gradient in gradients(model, context.data):
             for name, product in _products(context, gradient).items():
                 summed[name] = summed[name].add_(product) if name in summed else product
-    count = len(context.data.batches)
+    found = context.data.everyone.summed("connections", list(summed.values()))
+    summed, count = dict(zip(summed, found, strict=True)), context.data.total
     elements = by_element({n: p.abs() / count for n, p in summed.items()})
     return compared(context, totals(context, elements, rows=True))
 
@@ -112,7 +116,11 @@ def _curved(context: Context, of_gradient: bool) -> Scores:
     with trainable(context.model) as model:
         hessian_products = curvatures(model, context.data, of_gradient=of_gradient)
         return _mean(
-            totals(context, by_element(_products(context, c)), rows=True) for c in hessian_products
+            context,
+            (
+                totals(context, by_element(_products(context, curved)), rows=True)
+                for curved in hessian_products
+            ),
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -30,6 +30,7 @@ from depcut.scores.elimination import Terms, eliminated
 from depcut.scores.magnitude import powers
 from depcut.scores.pending import Pending
 from depcut.scores.readers import Gathered, readers
+from depcut.support.processes import Processes
 
 _DAMPING = 1e-2  # of the mean variance of the inputs
 _TINY = 1e-30
@@ -62,12 +63,12 @@ def obs(context: Context) -> Scores:
     felt = Sensitivity(context.coupling, context.model, context.data, work.features)
     try:
         with closing(felt.walked(work.shown)) as walk:
-            return work.scores(walk, felt.found)
+            return work.scores(walk, felt.found, felt.sum_over_processes)
     except NoDerivativeError:
         # All errors count alike.
         work = _Elimination(context)
         with closing(visits(context.coupling, context.model, context.data, work.shown)) as seen:
-            return work.scores(seen, {})
+            return work.scores(seen, {}, list)
 
 
 class _Elimination:
@@ -110,6 +111,7 @@ class _Elimination:
         self,
         walk: Iterator[tuple[int, fx.Node, Call] | None],
         felt: Mapping[fx.Node, torch.Tensor],
+        complete: Callable[[Iterable[fx.Node]], object],
     ) -> Scores:
         """The scores of all groups.
 
@@ -117,6 +119,7 @@ class _Elimination:
             walk: (number of the batch, node, values of its arguments) of the nodes to be shown;
                 None where all batches have passed what was shown.
             felt: What `sensitivities` finds, by then of what was shown.
+            complete: Adds to it, of nodes, what other processes have found.
         """
         seen: dict[fx.Node, None] = {}
         for visit in chain(walk, [None]):
@@ -124,7 +127,10 @@ class _Elimination:
                 seen[visit[1]] = None
                 self._gather(*visit)
                 continue
-            for number in self.pending.ready([item for node in seen for item in self.at[node]]):
+            items = [item for node in seen for item in self.at[node]]
+            complete(seen)
+            _sum_over_processes(self.gathered, items, self.context.data.everyone)
+            for number in self.pending.ready(items):
                 self._eliminate(self.context.coupling.groups[number], felt)
             seen.clear()
         plain = _shares(self.context)
@@ -136,14 +142,17 @@ class _Elimination:
 
     def _gather(self, number: int, node: fx.Node, call: Call) -> None:
         """Take in what a batch shows of a node."""
-        valid = self.context.data.batches[number].valid
+        data, gathered = self.context.data, self.gathered
         for item in self.at[node]:
             if not isinstance(item, Site):
-                _add_terms(self.gathered, item, call)
-            elif item not in self.leaders:
-                _add_inputs(self.gathered, item, call, valid)
-            elif item not in self.gathered.weights:
-                self.gathered.weights[item] = item.family.matrix(call).detach().double()
+                _add_terms(gathered, item, call)
+                continue
+            if item not in gathered.weights:
+                gathered.weights[item] = item.family.matrix(call).detach().double()
+            if item not in self.leaders:
+                few = data.everyone.size == 1
+                inputs = gathered.inputs.setdefault(item, Inputs(few=few))
+                inputs.add(site_inputs(item, call, data.batches[number].valid))
 
     def _eliminate(self, group: Group, felt: Mapping[fx.Node, torch.Tensor]) -> None:
         """Score a group, and let go of what nothing needs any more."""
@@ -251,11 +260,17 @@ class _Gathered(Gathered):
             self.products.pop(item, None)
 
 
-def _add_inputs(gathered: _Gathered, site: Site, call: Call, valid: torch.Tensor | None) -> None:
-    if site not in gathered.inputs:
-        gathered.weights[site] = site.family.matrix(call).detach().double()
-        gathered.inputs[site] = Inputs()
-    gathered.inputs[site].add(site_inputs(site, call, valid))
+def _sum_over_processes(gathered: _Gathered, items: Iterable[_Item], everyone: Processes) -> None:
+    """Sums over the batches of all processes in place of those of this one."""
+    if everyone.size == 1:
+        return
+    for item in items:
+        if not isinstance(item, Site):
+            held = [torch.from_numpy(gathered.products[item])]
+            (summed,) = everyone.summed(f"terms of {item.node.name}", held)
+            gathered.products[item] = summed.numpy()
+        elif item in gathered.inputs:
+            gathered.inputs[item].sum_over_processes(item.name, everyone)
 
 
 def _add_terms(gathered: _Gathered, product: _ActivationProduct, call: Call) -> None:

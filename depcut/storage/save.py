@@ -12,6 +12,7 @@ from torch import nn
 
 from depcut.apply.carried import PLANS, carried
 from depcut.apply.report import REPORT, report, report_record
+from depcut.capture.plain import refuse_spread
 from depcut.capture.refusals import check_module
 from depcut.deploy.program import write_program
 from depcut.errors import InputError
@@ -71,6 +72,7 @@ def save(
         DepcutError: The folder cannot be written; what was there is there still.
     """
     model = unwrapped(check_module(model))
+    refuse_spread(model)
     report(model)
     wanted = _checked(standalone)
     if comparison is not None:

@@ -26,6 +26,7 @@ one that goes or changes. No other module spells a private name of a library; th
 | `torch._dynamo.config` | to make torch.compile raise where it would fall back |
 | `torch._dynamo.eval_frame.OptimizedModule._orig_mod` | the model that torch.compile wraps |
 | `nn.Module._compiled_call_impl` | the compiled call of one module, which is no copy's |
+| `torch.distributed._composable.contract`, `STATE_KEY`, `REGISTRY_KEY` | no plain copy has them |
 | `LRScheduler._update_lr`, `_is_initial`, `_step_count` | to set the rates of a restored schedule |
 """
 
@@ -68,8 +69,10 @@ __all__ = [
     "children_of",
     "compile_settings",
     "compiled_module",
+    "composable_records",
     "enter_autocast",
     "exit_autocast",
+    "hook_tables",
     "hooks_of",
     "is_packed",
     "is_wrapper",
@@ -191,6 +194,24 @@ def non_persistent_of(module: nn.Module) -> set[str]:
 def registries() -> frozenset[str]:
     """Attributes in which every module keeps tensors, children and hooks."""
     return frozenset(vars(nn.Module())) - {"training"}
+
+
+def composable_records() -> tuple[str, ...]:
+    """Attributes in which `fully_shard`, `replicate` and `checkpoint` note what they did."""
+    contract = sys.modules.get("torch.distributed._composable.contract")
+    names = (getattr(contract, name, None) for name in ("STATE_KEY", "REGISTRY_KEY"))
+    return tuple(name for name in names if name is not None)
+
+
+def hook_tables(module: nn.Module) -> list[dict[int, Any]]:
+    """What a module keeps by the numbers of hooks, those on its state among them, to be changed.
+
+    Args:
+        module: The module.
+    """
+    others = ("_parameters", "_buffers", "_modules")
+    held = [vars(module).get(name) for name in sorted(registries()) if name not in others]
+    return [table for table in held if isinstance(table, dict)]
 
 
 def hooks_of(module: nn.Module) -> dict[str, list[Any]]:

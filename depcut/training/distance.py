@@ -7,6 +7,7 @@ import math
 from torch import nn
 
 from depcut.apply.plan import Plan
+from depcut.capture.plain import refuse_spread
 from depcut.reference.slices import index_tensors
 from depcut.support.checks import check_kind
 from depcut.support.unwrap import unwrapped
@@ -30,6 +31,7 @@ def relative_distance(model: nn.Module, plan: Plan) -> float:
         PlanError: The model has another architecture.
     """
     model = unwrapped(model)
+    refuse_spread(model)
     keep = bound(plan, model).keep()
     energy = removed = 0.0
     elements = gone = 0

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from depcut.apply.plan import Plan
 from depcut.capture.held import attribute
 from depcut.capture.inputs import Inputs
+from depcut.capture.plain import refuse_spread
 from depcut.errors import InputError, PlanError, listed
 from depcut.plan import cost
 from depcut.plan.stacks import Stack, name_then, stacks_of
@@ -65,6 +66,7 @@ def fresh(
     """
     check_kind(plan, Plan, "plan", "pass what analysis.plan(...) returned")
     seed, model = check_integer(seed, "seed", 0, LARGEST), unwrapped(model)
+    refuse_spread(model)
     if (
         init is not None
         and not callable(init)

@@ -25,6 +25,7 @@ from depcut.apply.plan import Plan, planned
 from depcut.axes import Indices
 from depcut.calibration.data import Calibration, Data, Loss
 from depcut.capture.inputs import Inputs
+from depcut.capture.plain import refuse_spread
 from depcut.errors import BudgetError, InputError, PlanError, listed
 from depcut.options import GradualKeywords, Options
 from depcut.plan.cost import COSTS
@@ -118,6 +119,7 @@ class Gradual:
         start, end, every = _check(ratio, start, end, every, chosen.of, initial)
         self.model, self.of = unwrapped(model), chosen.of
         model = self.model
+        refuse_spread(model)
         self.ratio, self.initial = float(ratio), float(initial)
         self.start, self.every = start, every
         self.end = start + (end - start) // every * every

@@ -23,6 +23,7 @@ from depcut.apply.plan import Plan
 from depcut.apply.report import Report, report
 from depcut.calibration.data import Calibration, Data, Loss, loss_function, read_with_inputs
 from depcut.capture.inputs import Inputs
+from depcut.capture.plain import refuse_spread
 from depcut.errors import InputError, PlanError
 from depcut.options import IterateKeywords, Options
 from depcut.plan.cost import COSTS
@@ -153,6 +154,7 @@ def iterate(
     """
     chosen = settled(Options, options, given, IterateKeywords, "iterate")
     model = unwrapped(model)
+    refuse_spread(model)
     targets = _targets(ratio, steps)
     _check(retrain, chosen.of, optimizer)
     wants_repair(chosen.compensate, data is not None)

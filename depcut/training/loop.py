@@ -14,6 +14,7 @@ from typing_extensions import Unpack
 
 from depcut.apply.plan import Plan
 from depcut.capture.inputs import device_of
+from depcut.capture.plain import refuse_spread
 from depcut.capture.process_state import importing
 from depcut.capture.random_state import preserved
 from depcut.capture.refusals import check_module
@@ -115,6 +116,7 @@ def retrain(
     """
     chosen = settled(TrainingOptions, options, given, RetrainKeywords, "retrain")
     course, model = _course(epochs, loss, metric, chosen), unwrapped(model)
+    refuse_spread(model)
     _check(model, course, valid is not None, chosen.distillation, plan)
     peak = peak_rate(chosen.lr, chosen.original, optimizer)
     teaching = chosen.distillation
