@@ -307,7 +307,6 @@ WRITERS = {
     "capture/plain.py",  # temporary files that are mapped, and gone with what maps them
     "support/files.py",
     "support/weights.py",
-    "calibration/store.py",  # activations, in a temporary folder that goes with the walk
     "timing/footprint.py",  # tells the kernel to reset a peak
 }
 CALLS = {

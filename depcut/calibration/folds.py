@@ -18,12 +18,11 @@ class Folds:
 
     Args:
         batches: How many there are, in all processes.
-        few: Whether few vectors are kept as they are; moments alone can be summed over processes.
     """
 
-    def __init__(self, batches: int, *, few: bool = True) -> None:
+    def __init__(self, batches: int) -> None:
         self.batches, self.count = batches, 0
-        self._few: list[Part] | None = [] if few else None
+        self._few: list[Part] | None = []
         self._folds: dict[int, Moments] = {}
 
     def add(self, number: int, x: torch.Tensor, y: torch.Tensor) -> None:
@@ -39,14 +38,22 @@ class Folds:
         if self.batches == 1 and half:
             parts = [(0, x[:, :half], y[:, :half]), (1, x[:, half:], y[:, half:])]
         self.count += x.shape[1]
-        if self._few is not None:
+        if self._few is None:
+            self._sum(parts)
+        else:
             self._few += parts
-            if self.count < x.shape[2]:
-                return
-            parts, self._few = self._few, None
-        for fold, given, wanted in parts:
-            moments = Moments.of(given, wanted)
+            if self.count >= x.shape[2]:
+                self._sum_few()
+
+    def _sum(self, parts: list[Part]) -> None:
+        for fold, x, y in parts:
+            moments = Moments.of(x, y)
             self._folds[fold] = self._folds[fold] + moments if fold in self._folds else moments
+
+    def _sum_few(self) -> None:
+        """Keep the moments of what was kept as it is."""
+        parts, self._few = self._few or [], None
+        self._sum(parts)
 
     def moments(self, label: str, everyone: Processes) -> list[Fold]:
         """Each fold, over all processes; a single one where the only batch has one vector.
@@ -55,15 +62,23 @@ class Folds:
             label: What they are of.
             everyone: The processes.
         """
+        count = FOLDS if self.batches > 1 else len(self._folds) or len(self._few or ())
+        (total,) = everyone.total(f"vectors of {label}", self.count)
         if self._few is not None:
-            return [
-                Vectors(
-                    torch.cat([x for fold, x, _ in self._few if fold == number], 1),
-                    torch.cat([y for fold, _, y in self._few if fold == number], 1),
-                )
-                for number in sorted({fold for fold, _, _ in self._few})
-            ]
+            if total < self._few[0][1].shape[2]:
+                return [self._vectors(fold, label, everyone) for fold in range(count)]
+            self._sum_few()
         known = next(iter(self._folds.values()))
-        count = FOLDS if self.batches > 1 else len(self._folds)
         folds = [self._folds.get(fold) or known.none() for fold in range(count)]
         return [over_processes(fold, f"moments of {label}", everyone) for fold in folds]
+
+    def _vectors(self, number: int, label: str, everyone: Processes) -> Vectors:
+        """Few vectors of a fold, those of all processes."""
+        assert self._few is not None
+        none = [(x[:, :0], y[:, :0]) for _, x, y in self._few[:1]]
+        mine = [(x, y) for fold, x, y in self._few if fold == number] or none
+        x, y = (torch.cat(parts, 1) for parts in zip(*mine, strict=True))
+        return Vectors(
+            everyone.concatenated(f"inputs of {label}", x, 1),
+            everyone.concatenated(f"targets of {label}", y, 1),
+        )

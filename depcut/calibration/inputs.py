@@ -14,46 +14,58 @@ class Inputs:
     While they are fewer than they are long, they are kept as they are, which takes less memory than
     sums of x x^T and loses nothing; then the sums are, in double precision (see `Runs`).
 
-    Args:
-        few: Whether few vectors are kept as they are; sums alone can be added over processes.
-
     Attributes:
         count: Number of vectors.
     """
 
-    def __init__(self, *, few: bool = True) -> None:
+    def __init__(self) -> None:
         self.count = 0
-        self._few: list[torch.Tensor] | None = [] if few else None
+        self._few: list[torch.Tensor] | None = []
         self._xx: torch.Tensor | None = None
         self._x: torch.Tensor | None = None
 
     def add(self, x: torch.Tensor) -> None:
         """Take vectors (blocks, vectors, length)."""
         self.count += x.shape[1]
-        pending = [x]
-        if self._few is not None:
+        if self._few is None:
+            self._sum(x)
+        else:
             self._few.append(x.clone())
-            if self.count < x.shape[2]:
-                return
-            pending, self._few = self._few, None
-        for vectors in pending:
-            runs = Runs(vectors)
-            xx, total = runs.gram(), runs.total()
-            self._xx = xx if self._xx is None else self._xx.add_(xx)
-            self._x = total if self._x is None else self._x.add_(total)
+            if self.count >= x.shape[2]:
+                self._sum_few()
 
-    def sum_over_processes(self, label: str, everyone: Processes) -> None:
+    def _sum(self, x: torch.Tensor) -> None:
+        runs = Runs(x)
+        xx, total = runs.gram(), runs.total()
+        self._xx = xx if self._xx is None else self._xx.add_(xx)
+        self._x = total if self._x is None else self._x.add_(total)
+
+    def _sum_few(self) -> None:
+        """Keep the sums of what was kept as it is."""
+        few, self._few = self._few or [], None
+        for x in few:
+            self._sum(x)
+
+    def join_processes(self, label: str, everyone: Processes) -> None:
         """Take the vectors of all processes in place of those of this one.
 
         Args:
             label: What reads them.
-            everyone: The processes; few vectors are not kept as they are.
+            everyone: The processes.
         """
+        (total,) = everyone.total(f"vectors of {label}", self.count)
+        if self._few is not None:
+            if total < self._few[0].shape[2]:
+                mine = torch.cat(self._few, 1)
+                self._few = [everyone.concatenated(f"inputs of {label}", mine, 1)]
+                self.count = round(total)
+                return
+            self._sum_few()
         assert self._xx is not None
         assert self._x is not None
-        held = [self._xx, self._x, torch.tensor(self.count)]
-        self._xx, self._x, count = everyone.summed(f"second moments of {label}", held)
-        self.count = int(count)
+        held = [self._xx, self._x]
+        self._xx, self._x = everyone.summed(f"second moments of {label}", held)
+        self.count = round(total)
 
     def vectors(self, centred: bool) -> torch.Tensor | None:
         """(blocks, vectors, length) in double precision, less their mean if asked for; None: many.

@@ -93,8 +93,7 @@ class SiteRepair:
             return
         call = bound(slim.node, slim.args, slim.kwargs)
         if self.folds is None:
-            alone = self.calibration.everyone.size == 1
-            self.folds, self.again = Folds(self.calibration.total, few=alone), False
+            self.folds, self.again = Folds(self.calibration.total), False
             self.left = self._obstacle(call)
         if not self.left:
             pair = self._pair(number, dense, slim, self.site.family.matrix(call))

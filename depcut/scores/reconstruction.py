@@ -150,8 +150,7 @@ class _Elimination:
             if item not in gathered.weights:
                 gathered.weights[item] = item.family.matrix(call).detach().double()
             if item not in self.leaders:
-                few = data.everyone.size == 1
-                inputs = gathered.inputs.setdefault(item, Inputs(few=few))
+                inputs = gathered.inputs.setdefault(item, Inputs())
                 inputs.add(site_inputs(item, call, data.batches[number].valid))
 
     def _eliminate(self, group: Group, felt: Mapping[fx.Node, torch.Tensor]) -> None:
@@ -270,7 +269,7 @@ def _sum_over_processes(gathered: _Gathered, items: Iterable[_Item], everyone: P
             (summed,) = everyone.summed(f"terms of {item.node.name}", held)
             gathered.products[item] = summed.numpy()
         elif item in gathered.inputs:
-            gathered.inputs[item].sum_over_processes(item.name, everyone)
+            gathered.inputs[item].join_processes(item.name, everyone)
 
 
 def _add_terms(gathered: _Gathered, product: _ActivationProduct, call: Call) -> None:

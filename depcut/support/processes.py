@@ -148,6 +148,29 @@ class Processes:
         said = self.exchanged(label, None if self.idle else list(flags))
         return [any(each) for each in zip(*(s for s in said if s is not None), strict=True)]
 
+    def concatenated(self, label: str, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        """The tensors of all processes one after the other, by rank, along a dimension.
+
+        Args:
+            label: What they are.
+            tensor: Of the same shape in all processes but for that dimension.
+            dim: The dimension.
+
+        Raises:
+            ProcessError: See `exchanged`.
+        """
+        if self.size == 1:
+            return tensor
+        counts = self.exchanged(f"{label}, how many", 0 if self.idle else tensor.shape[dim])
+        shape = list(tensor.shape)
+        shape[dim] = sum(counts)
+        out = tensor.new_zeros(shape)
+        if not self.idle:
+            start = sum(counts[: self.rank])
+            out.narrow(dim, start, counts[self.rank]).copy_(tensor)
+        (found,) = self.summed(label, [out])
+        return found
+
     def of_first(self, label: str, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The tensors of the first process, of the same shapes and data types in all."""
         if self.size == 1 or not tensors:
