@@ -115,12 +115,16 @@ def test_a_compiled_part_stays_compiled_and_runs_the_smaller_weights() -> None:
 
 
 @pytest.mark.usefixtures("process_group")
-def test_a_sharded_model_is_refused_by_name() -> None:
+def test_a_sharded_model_is_shrunk_as_the_plain_one() -> None:
     from torch.distributed.tensor import DTensor, init_device_mesh
 
-    net = Net().eval()
+    plain = Net().eval()
+    net = copy.deepcopy(plain)
     mesh = init_device_mesh("cpu", (1,))
     weight = DTensor.from_local(net.head.weight.detach(), mesh)
     net.head.weight = nn.Parameter(weight)
-    with pytest.raises(depcut.CaptureError, match="the model is distributed"):
-        depcut.analyze(net, X)
+    slim, expected = (depcut.shrink(m, 0.5, X, align=1) for m in (net, plain))
+    assert isinstance(net.head.weight, DTensor)
+    assert type(slim.head.weight) is nn.Parameter
+    assert slim.head.weight.shape != plain.head.weight.shape
+    assert torch.equal(slim(X), expected(X))
