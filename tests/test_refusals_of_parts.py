@@ -194,3 +194,11 @@ def test_the_memory_of_a_file_is_that_of_its_weights(tmp_path: Path) -> None:
         sizes[width] = footprint(str(tmp_path / "n"), str(tmp_path / "x.npz"), 1)
     assert sizes[2048] > 2048**2 * 4
     assert sizes[2048] > sizes[8]
+
+
+@pytest.mark.parametrize("model", [1.5, None, "model", 10**30])
+def test_a_plan_is_applied_to_a_module(model: Any) -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
+    plan = depcut.analyze(net, X).plan(0.3, align=1)
+    with pytest.raises(PlanError, match="applies to a torch.nn.Module, not to a"):
+        plan.apply(model)

@@ -103,7 +103,7 @@ def origin_of(model: nn.Module) -> nn.Module:
     Args:
         model: A module.
     """
-    known = _ORIGINS.get(model)
+    known = _ORIGINS.get(model) if isinstance(model, nn.Module) else None
     return (known and known[0]()) or model
 
 
@@ -113,7 +113,7 @@ def spread_note(model: nn.Module) -> tuple[str, ...]:
     Args:
         model: The dense model, as it was rewritten.
     """
-    known = _ORIGINS.get(model)
+    known = _ORIGINS.get(model) if isinstance(model, nn.Module) else None
     if known is None:
         return ()
     return (f"the model was spread by {known[1]}; the result is a plain module on the CPU",)
