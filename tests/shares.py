@@ -86,8 +86,8 @@ test_a_model_with_a_generated_module_is_exported test_a_pickle_in_another_proces
 test_branches_of_a_public_architecture test_half_of_a_public_architecture_with_branches_dropped
 """.split()
 
-# Names of tests of every net, of whose sweep every second case runs: other nets for each test.
-HALF = """
+# Names of tests of every net, of whose sweep every third case runs: other nets for each test.
+THINNED = """
 test_every_criterion_scores_every_net test_every_net_is_untouched
 test_every_structure_has_finite_scores test_every_structure_starts_afresh_or_says_why_not
 test_contractions_of_weights_without_a_site_are_known test_outputs_come_closer
@@ -113,21 +113,22 @@ def share_out(items: Sequence[pytest.Item]) -> None:
     """
     whole = os.environ.get("DEPCUT_TESTS") == "whole"
     cases = defaultdict[tuple[str, str], list[pytest.Item]](list)
-    halves = defaultdict[tuple[str, str], list[pytest.Item]](list)
+    thinned = defaultdict[tuple[str, str], list[pytest.Item]](list)
     for item in items:
         name = getattr(item, "originalname", item.name)
         if whole and item.path.stem in COVERING:
             item.own_markers[:] = [mark for mark in item.own_markers if mark.name != "sweep"]
-        if item.get_closest_marker("sweep") and name in HALF:
-            halves[item.nodeid.partition("::")[0], name].append(item)
+        if item.get_closest_marker("sweep") and name in THINNED:
+            thinned[item.nodeid.partition("::")[0], name].append(item)
         if any(item.get_closest_marker(mark) for mark in ("sweep", "exhaustive")):
             continue
         if name in NONE and not whole:
             item.add_marker(pytest.mark.sweep)
         elif name in EVERY:
             cases[item.nodeid.partition("::")[0], name].append(item)
-    for (_, name), found in halves.items():
-        for item in found[zlib.crc32(name.encode()) % 2 :: 2]:
+    for (_, name), found in thinned.items():
+        first = zlib.crc32(name.encode()) % 3
+        for item in (item for number, item in enumerate(found) if number % 3 != first):
             item.own_markers[:] = [mark for mark in item.own_markers if mark.name != "sweep"]
             item.add_marker(pytest.mark.exhaustive)
     for (_, name), found in cases.items():
