@@ -31,7 +31,7 @@ USUAL = settings(
     suppress_health_check=list(HealthCheck),
 )
 SWEEP = settings(
-    max_examples=100,
+    max_examples=50,
     deadline=None,
     print_blob=True,
     verbosity=Verbosity.normal,

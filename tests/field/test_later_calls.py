@@ -89,7 +89,7 @@ def test_later_calls(nets: Nets, counts: Counter[str]) -> None:
     assert counts["refused"] <= 0.05 * counts.total()
 
 
-@pytest.mark.sweep
+@pytest.mark.exhaustive
 @pytest.mark.timeout(3600)
 def test_many_later_calls(nets: Nets, counts: Counter[str]) -> None:
     @SWEEP
