@@ -1,9 +1,9 @@
 """Which share of a test's cases runs by default: the others run with `-m sweep`.
 
-The default set has five minutes, the sweep a quarter of an hour. What is shown of many nets or options
-alike is shown of some of them by default, evenly spread, of as many again or twice as many in the
-sweep, and of all of them with `-m exhaustive`. With DEPCUT_TESTS=whole the sweep's cases run by
-default, as they do where coverage is measured.
+The default set has five minutes, the sweep a quarter of an hour. What is shown of many nets or
+options alike is shown of some of them by default, evenly spread, of as many again or twice as many
+in the sweep, and of all of them with `-m exhaustive`. With DEPCUT_TESTS=whole the sweep's cases run
+by default, as they do where coverage is measured.
 """
 
 from __future__ import annotations
