@@ -31,7 +31,7 @@ USUAL = settings(
     suppress_health_check=list(HealthCheck),
 )
 SWEEP = settings(
-    max_examples=50,
+    max_examples=30,
     deadline=None,
     print_blob=True,
     verbosity=Verbosity.normal,
