@@ -254,7 +254,7 @@ def test_export_with_masks_at_another_batch() -> None:
         )
 
 
-@pytest.mark.parametrize("name", swept(KINDS, 3))
+@pytest.mark.parametrize("name", swept(KINDS, 5))
 def test_torch_compile(name: str) -> None:
     both, same = pair(name), KINDS[name]["same"] == "qkv"
     for called, make in CALLS.items():
