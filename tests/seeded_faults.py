@@ -55,6 +55,24 @@ FAULTS = [
         "inside = None if first is None else first[(first >= start) & (first < end)]",
         "tests/test_checkpoints.py -k blocks",
     ),
+    Fault(
+        "calibration",
+        "half = torch.addmm(self.ex, matrix, self.xx, alpha=-0.5)",
+        "half = torch.addmm(self.ex, matrix, self.xx, alpha=-1)",
+        "tests/test_gaps.py",
+    ),
+    Fault(
+        "repair",
+        "gap[..., self.kept] -= narrow",
+        "gap[..., self.kept] = 0",
+        "tests/test_compensate.py",
+    ),
+    Fault(
+        "scores",
+        "            self._losses = self._reader.losses()\n            self._put_away()",
+        "            self._put_away()",
+        "tests/test_reconstruction.py -k wait",
+    ),
     # Later calls.
     Fault("coupling", "for leaf in tables - read:", "for leaf in ():", f"{LATER} rows"),
     Fault(
