@@ -12,6 +12,7 @@ from torch import fx
 
 from depcut.axes import Indices
 from depcut.calibration.inputs import Inputs
+from depcut.calibration.products import single_is_kept
 from depcut.coupling.groups import Group
 from depcut.ops.site import Site
 from depcut.scores.elimination import Reads, Weight
@@ -27,6 +28,7 @@ from depcut.scores.quadratic import (
 _DAMPING = 1e-2  # of the mean variance of the inputs
 _TINY = 1e-30
 _NOISE = 1e-12  # of the energy of what is read: what rounding leaves of a variance
+_WIDE = 1024  # columns from which on units are eliminated in single precision, see `quadratic`
 
 
 @dataclass(frozen=True)
@@ -89,20 +91,35 @@ def _reader(
         for w, p in ((w, w.square().sum(1)) for w in scaled)
     ]
     blocks, _, size = scaled[0].shape
+    scale: torch.Tensor | None = None
+    if size >= _WIDE and single_is_kept():
+        # Of the weights, the largest column's energy; of the inverse, the inverse of the damping.
+        energy = torch.stack([w.square().sum(1) for w in scaled]).sum(0).amax(1) + _TINY
+        scaled = [(w / energy.sqrt()[:, None, None]).float() for w in scaled]
+        scale = (energy * damping)[:, None].cpu()
     gram: Gram
     if sum(w.shape[1] for w in scaled) < size:
         gram = ThinGram(torch.cat(scaled, 1).cpu())
     else:
         gram = FullGram(torch.stack([w.transpose(1, 2) @ w for w in scaled]).sum(0).cpu())
+    inverse = _inverse(inputs, centred, damping, lowered=scale is not None)
+    return Weight(inverse, gram, size, torch.from_numpy(columns), blocks, blockwise, scale)
+
+
+def _inverse(inputs: Inputs, centred: bool, damping: torch.Tensor, lowered: bool) -> Inverse:
+    """Inverse of the damped second moments; times the damping, in single precision, if lowered."""
     few = inputs.vectors(centred)
-    inverse: Inverse
     if few is not None:
-        inverse = ThinInverse(few.cpu(), damping.cpu())
-    else:
-        damped = inputs.products(centred).clone()
-        damped.diagonal(dim1=1, dim2=2).add_(damping[:, None])
-        inverse = FullInverse(torch.cholesky_inverse(torch.linalg.cholesky(damped)).cpu())
-    return Weight(inverse, gram, size, torch.from_numpy(columns), blocks, blockwise)
+        thin = ThinInverse(few.cpu(), damping.cpu())
+        if lowered:
+            thin.lower()
+        return thin
+    damped = inputs.products(centred).clone()
+    damped.diagonal(dim1=1, dim2=2).add_(damping[:, None])
+    full = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    if lowered:
+        full = full.mul_(damping[:, None, None]).float()
+    return FullInverse(full.cpu())
 
 
 def _scaled(
