@@ -54,9 +54,10 @@ def solve(folds: Sequence[Fold], weight: torch.Tensor, bias: torch.Tensor | None
     """Minimise |y - W x - b|^2 + ridge |W - W0|^2.
 
     The ridge is the one of `RIDGES` whose solution on one fold has the least error on the other,
-    both ways, found by descent from the middle one, to larger ones if the next one is no worse and
-    else to smaller ones, since every other one costs two factorisations; ties go to the larger one. Where there is only one fold, nothing tells a fit from chance, and
-    the weights stay.
+    both ways, found by descent from the middle one (towards larger ones if the next one is no
+    worse, else towards smaller ones), since every other one costs two factorisations; ties go to
+    the larger one. Where there is only one fold, nothing tells a fit from chance, and the weights
+    stay.
 
     Args:
         folds: Disjoint data, one or two of a kind.

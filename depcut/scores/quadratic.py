@@ -7,11 +7,11 @@ nothing of use until they are dropped. Thin factors are held turned, one row an 
 picked fast.
 
 Either may be in single precision (u = 6e-8), made from what was computed in double precision and in
-units in which nothing leaves its range. H^-1 is at most 1 / c, c being the damping, and only shrinks,
-so that each update adds an error of about u / c; a block (H^-1)_SS is at least 1 / e, e being the
-largest eigenvalue of H_SS. The error of what removing S costs is hence about u e / c of it times
-the number of updates, at most 64; with rounding errors of random signs, its square root. Measured
-on patches of 3 x 3 of images, 2304 and 4608 columns, c a hundredth of the mean variance: below 3e-5.
+units in which nothing leaves its range. H^-1 is at most 1 / c, c being the damping, and only
+shrinks, so that each update adds an error of about u / c; a block (H^-1)_SS is at least 1 / e, e
+being the largest eigenvalue of H_SS. The error of what removing S costs is hence about u e / c of
+it times the number of updates, at most 64; with errors of random signs, its square root. Measured
+on 3 x 3 patches of images, 2304 and 4608 columns, c a hundredth of the mean variance: below 3e-5.
 """
 
 from __future__ import annotations
