@@ -23,6 +23,8 @@ from depcut.graph.interpreter import Pausing, finished
 from depcut.graph.rereadable import names_read
 from depcut.reference.run import Reference, ReferenceRun, Tensors
 
+_AHEAD = 8  # what is computed ahead of all batches takes at most the budget divided by it
+
 
 @dataclass(frozen=True)
 class Graph:
@@ -154,6 +156,8 @@ class Walk:
             batch = self.calibration.batches[number]
             started = [g.started(self.calibration.leaves(batch), self.stops) for g in self.graphs]
             runs, steps = zip(*started, strict=True)
+            for run in runs:
+                run.room = self.store.budget // (_AHEAD * len(self.calibration.batches))
             self.walkers[number] = _Walker(runs, steps)
         elif number in self.store:
             walker = self.walkers[number]
