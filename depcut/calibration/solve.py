@@ -72,7 +72,7 @@ def solve(folds: Sequence[Fold], weight: torch.Tensor, bias: torch.Tensor | None
     if len(folds) > 1:
         ridges = ridges_of(folds, start, free)
         missed = cache(ridges.missed)
-        best, before = _descended(missed), ridges.given(fixed)
+        best, before = descended(missed), ridges.given(fixed)
         after, solved = missed(best), ridges.fitted(best)
     else:
         best, solved = RIDGES[-1], start
@@ -85,7 +85,7 @@ def solve(folds: Sequence[Fold], weight: torch.Tensor, bias: torch.Tensor | None
     return LeastSquares(solved, shift, best, before / scale, after / scale)
 
 
-def _descended(missed: Callable[[float], float]) -> float:
+def descended(missed: Callable[[float], float]) -> float:
     """The ridge at which the error stops falling: larger ones are tried first, then smaller."""
     at = len(RIDGES) // 2
     step = 1 if missed(RIDGES[at + 1]) <= missed(RIDGES[at]) else -1
