@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from depcut.calibration.products import Runs
-from depcut.calibration.windows import Windows, WindowSums
+from depcut.calibration.windows import Windows, WindowSums, kept
 from depcut.support.processes import Processes
 
 
@@ -33,7 +33,7 @@ class Inputs:
         if self._few is None:
             self._sum(x)
         else:
-            self._few.append(x.kept() if isinstance(x, Windows) else x.clone())
+            self._few.append(kept(x))
             if self.count >= length:
                 self._sum_few()
 

@@ -87,14 +87,15 @@ class Windows:
         """Of a patch: channels times taps, the taps of a channel side by side."""
         return self.images.shape[1] * len(self.taps)
 
-    def kept(self) -> Windows:
-        """The same of a copy of the images."""
-        return replace(self, images=self.images.clone())
-
     def vectors(self) -> torch.Tensor:
         """The patches, (1, count, length)."""
         found = functional.unfold(self.images, self.kernel, self.dilation, self.padding)
         return found.transpose(1, 2).reshape(1, self.count, self.length)
+
+
+def kept(x: torch.Tensor | Windows) -> torch.Tensor | Windows:
+    """The same vectors or patches, in memory of their own."""
+    return replace(x, images=x.images.clone()) if isinstance(x, Windows) else x.clone()
 
 
 def _two(value: int | Sequence[int]) -> Offset:
@@ -147,27 +148,38 @@ class WindowSums:
     _pairs: dict[tuple[Offset, Box], _Shifted] = field(default_factory=dict)
     _keys: dict[tuple[Offset, Offset], tuple[Offset, Box]] = field(default_factory=dict)
 
-    def add(self, windows: Windows) -> None:
-        """Take in patches of as many taps and channels."""
+    def add(self, windows: Windows) -> torch.Tensor:
+        """Take in patches of as many taps and channels; d, (batch, height, width, channels)."""
         images = windows.images if single_is_kept() else windows.images.double()
         if self._mean is None:
             self._mean = images.double().mean((0, 2, 3)).to(images.dtype)
         self.count += windows.count
         spread = images.permute(0, 2, 3, 1) - self._mean
         steps = {offset(a, b) for a, b in self._all_pairs()}
-        for step, product in _correlations(spread, steps):
+        for step, found in _correlations(spread, steps):
             known = self._whole.get(step)
-            self._whole[step] = product if known is None else known.add_(product)
-        totals = functional.pad(spread.sum(0, dtype=torch.float64), (0, 0, 1, 0, 1, 0))
-        totals = totals.cumsum(0).cumsum(1)
+            self._whole[step] = found if known is None else known.add_(found)
+        totals = totals_of(spread)
         seen: set[tuple[Offset, Box]] = set()
         for a, b in self._all_pairs():
-            lack, box = _placed(windows, a, b)
+            lack, box = placed(windows, a, b)
             key = offset(a, b), lack
             self._keys[a, b] = key
             if key not in seen:
                 seen.add(key)
                 self._add_pair(key, box, spread, totals)
+        return spread
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """c, (channels,) in double precision."""
+        assert self._mean is not None
+        return self._mean.double()
+
+    def of_tap(self, tap: Offset) -> tuple[torch.Tensor, int]:
+        """Sum of d over the positions where a tap is in an image, and how many there are."""
+        pair = self._pairs[self._keys[tap, tap]]
+        return pair.first, pair.count
 
     def _all_pairs(self) -> Iterator[tuple[Offset, Offset]]:
         """Pairs of taps, the second one not before the first."""
@@ -197,13 +209,13 @@ class WindowSums:
         lacking: torch.Tensor | None = None
         for strip in strips:
             if strip[0] < strip[1] and strip[2] < strip[3]:
-                part = _product(_cut(spread, strip), _cut(spread, _moved(strip, step)))
+                part = product(_cut(spread, strip), _cut(spread, moved(strip, step)))
                 lacking = part if lacking is None else lacking.add_(part)
         found = _Shifted(
             len(spread) * (bottom - top) * (end - start),
             lacking,
-            _total(totals, box),
-            _total(totals, _moved(box, step)),
+            total_of(totals, box),
+            total_of(totals, moved(box, step)),
         )
         known = self._pairs.get(key)
         if known is not None:
@@ -216,8 +228,7 @@ class WindowSums:
 
     def products(self) -> torch.Tensor:
         """Sum of x x^T, (1, length, length)."""
-        assert self._mean is not None
-        mean, taps = self._mean.double(), len(self.taps)
+        mean, taps = self.mean, len(self.taps)
         out = mean.new_empty(len(mean), taps, len(mean), taps)
         for i, a in enumerate(self.taps):
             for j, b in enumerate(self.taps[i:], i):
@@ -232,13 +243,12 @@ class WindowSums:
 
     def total(self) -> torch.Tensor:
         """Sum of x, (1, length)."""
-        assert self._mean is not None
         pairs = [self._pairs[self._keys[a, a]] for a in self.taps]
-        sums = [pair.first + pair.count * self._mean.double() for pair in pairs]
+        sums = [pair.first + pair.count * self.mean for pair in pairs]
         return torch.stack(sums, 1).reshape(1, -1)
 
 
-def _placed(windows: Windows, a: Offset, b: Offset) -> tuple[Box, Box]:
+def placed(windows: Windows, a: Offset, b: Offset) -> tuple[Box, Box]:
     """Where the first of two taps is while a patch has both in an image, and what that lacks.
 
     Args:
@@ -262,7 +272,8 @@ def _placed(windows: Windows, a: Offset, b: Offset) -> tuple[Box, Box]:
     return (lack[0], lack[1], lack[2], lack[3]), (box[0], box[1], box[2], box[3])
 
 
-def _moved(box: Box, step: Offset) -> Box:
+def moved(box: Box, step: Offset) -> Box:
+    """A box some rows down and columns right."""
     top, bottom, left, right = box
     return top + step[0], bottom + step[0], left + step[1], right + step[1]
 
@@ -273,13 +284,23 @@ def _cut(images: torch.Tensor, box: Box) -> torch.Tensor:
     return images[:, top:bottom, left:right].reshape(-1, images.shape[3])
 
 
-def _total(totals: torch.Tensor, box: Box) -> torch.Tensor:
+def totals_of(images: torch.Tensor) -> torch.Tensor:
+    """Sums over all images (batch, height, width, channels) of what is above and left.
+
+    Returns:
+        (height + 1, width + 1, channels), in double precision.
+    """
+    sums = functional.pad(images.sum(0, dtype=torch.float64), (0, 0, 1, 0, 1, 0))
+    return sums.cumsum(0).cumsum(1)
+
+
+def total_of(totals: torch.Tensor, box: Box) -> torch.Tensor:
     """Sum over a box, from the sums over all that is above and left."""
     top, bottom, left, right = box
     return totals[bottom, right] - totals[top, right] - totals[bottom, left] + totals[top, left]
 
 
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """A^T B in double precision, of runs in that of A and B."""
     out = a.new_zeros(a.shape[1], b.shape[1], dtype=torch.float64)
     for first, second in zip(a.split(_RUN), b.split(_RUN), strict=True):
@@ -303,4 +324,4 @@ def _correlations(
     wide, pixels = padded.shape[2], padded.reshape(-1, images.shape[3])
     for step in steps:
         shift = step[0] * wide + step[1]
-        yield step, _product(pixels[: len(pixels) - shift], pixels[shift:])
+        yield step, product(pixels[: len(pixels) - shift], pixels[shift:])

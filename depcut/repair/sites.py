@@ -18,6 +18,7 @@ from depcut.calibration.padding import without_padding
 from depcut.calibration.shelf import Shelf
 from depcut.calibration.solve import of_first_process, solve
 from depcut.calibration.visits import check_finite
+from depcut.calibration.windows import Windows
 from depcut.graph.ancestry import is_shared
 from depcut.graph.arguments import Call, bound
 from depcut.graph.interpreter import Paused
@@ -229,7 +230,7 @@ class SiteRepair:
 
     def _pair(
         self, number: int, dense: Paused, slim: Paused, weight: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor | Windows, torch.Tensor]:
         """Narrowed inputs [blocks, vectors, in] and the dense outputs that stay, alike."""
         site, family = self.site, self.site.family
         wide, narrow = (bound(p.node, p.args, p.kwargs) for p in (dense, slim))
@@ -244,11 +245,12 @@ class SiteRepair:
         if added_to is not None:
             flat = flat + self._drift(dense, slim, added_to).reshape(flat.shape)
         target = flat.unflatten(1, weight.shape[:2]).transpose(0, 1)
-        given = self._read(narrow, x)
-        for value in (given, target):
+        given = Windows.of(site, narrow) or self._read(narrow, x)
+        for value in (given.images if isinstance(given, Windows) else given, target):
             check_finite(value, self.calibration.numbers[number], site.node)
         if isinstance(family, MatrixProduct) and family.features == -1:
             valid = self.calibration.batches[number].valid
+            assert isinstance(given, torch.Tensor)
             given, target = without_padding(valid, wide[family.source], given, target)
         return given, target
 
