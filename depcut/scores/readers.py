@@ -29,7 +29,7 @@ from depcut.scores.quadratic import (
 _DAMPING = 1e-2  # of the mean variance of the inputs
 _TINY = 1e-30
 _NOISE = 1e-12  # of the energy of what is read: what rounding leaves of a variance
-_WIDE = 1024  # columns from which on units are eliminated in single precision, see `quadratic`
+_WIDE = 512  # columns from which on units are eliminated in single precision, see `quadratic`
 _BLOCK = 2**21  # numbers of a weight that are held in double precision at a time
 
 
@@ -124,6 +124,11 @@ def _inverse(inputs: Inputs, centred: bool, damping: torch.Tensor, lowered: bool
     damped = inputs.products(centred)
     damped = damped if centred else damped.clone()
     damped.diagonal(dim1=1, dim2=2).add_(damping[:, None])
+    if lowered:
+        single = (damped / damping[:, None, None]).float()
+        factor, failed = torch.linalg.cholesky_ex(single)
+        if not bool(failed.any()):
+            return FullInverse(torch.cholesky_inverse(factor).cpu())
     full = inverted(damped)
     if lowered:
         full = full.mul_(damping[:, None, None]).float()
