@@ -1,4 +1,4 @@
-"""Least squares from the gap between inputs: as the outputs themselves would give it."""
+"""Least squares from the gap between inputs: those of the outputs, which it never sees."""
 
 import pytest
 import torch

@@ -104,7 +104,7 @@ class Backward:
                     yield number, node, run
                 with torch.enable_grad():
                     for source in self.readers.get(node, ()):
-                        _watch(source, run, watched)
+                        _watch(source, run, watched, self.roots[source] in self.changed)
             self._differentiate(number, run, outputs, watched, leaves)
             steps.close()
 
@@ -275,14 +275,20 @@ def _trained(
     return out
 
 
-def _watch(node: fx.Node, run: ReferenceRun, watched: dict[fx.Node, torch.Tensor]) -> None:
-    """Note a value before it is first read."""
+def _watch(
+    node: fx.Node, run: ReferenceRun, watched: dict[fx.Node, torch.Tensor], changed: bool
+) -> None:
+    """Note a value before it is first read.
+
+    Args:
+        node: Whose value.
+        run: The run that has it.
+        watched: Where to note it.
+        changed: Whether what follows works on it in place; on a copy then.
+    """
     value = run.values[node]
-    if isinstance(value, list | tuple):
-        watched[node] = value[0]
-    else:
-        # What follows may work in place, on the copy then.
-        watched[node] = value
+    watched[node] = value[0] if isinstance(value, list | tuple) else value
+    if changed and not isinstance(value, list | tuple):
         run.values[node] = value.clone()
 
 

@@ -18,6 +18,7 @@ from depcut.calibration.padding import without_padding
 from depcut.calibration.shelf import Shelf
 from depcut.calibration.solve import of_first_process, solve
 from depcut.calibration.visits import check_finite
+from depcut.calibration.windows import Windows
 from depcut.graph.ancestry import is_shared
 from depcut.graph.arguments import Call, bound
 from depcut.graph.interpreter import Paused
@@ -25,8 +26,8 @@ from depcut.ops.contraction import MatrixProduct
 from depcut.ops.site import Site
 from depcut.plan.keep import Keep
 from depcut.reference.run import kept_part
-from depcut.repair.added_to import stream
 from depcut.repair.shared_inputs import SharedInputs, change, is_part
+from depcut.repair.streams import stream
 from depcut.support.processes import Processes
 from depcut.support.torch_private import pytree
 
@@ -166,7 +167,7 @@ class SiteRepair:
         if self.shared is None:
             return False
         (weight,), (matrix,) = self.site.family.matrix(call), self.site.family.matrix(_call(dense))
-        rows, kept = self._kept(self.site.rows, weight), self._kept(self.site.term, weight)
+        rows, kept = self._stay(self.site.rows, weight), self._stay(self.site.term, weight)
         columns = torch.arange(weight.shape[1], device=weight.device) if kept is None else kept
         if columns.ndim > 1 or not is_part(weight, matrix, rows, columns):
             return False
@@ -179,8 +180,7 @@ class SiteRepair:
         self.shared.targets[self.site.name] = Target.of(matrix, shift)
         return True
 
-    def _kept(self, term: axes.Term, like: torch.Tensor) -> torch.Tensor | None:
-        """Numbers of what stays, on the device of a tensor; None: all."""
+    def _stay(self, term: axes.Term, like: torch.Tensor) -> torch.Tensor | None:
         kept = self.keep.indices(term)
         return None if kept is None else torch.from_numpy(kept).to(like.device)
 
@@ -211,7 +211,7 @@ class SiteRepair:
         site = self.site
         (weight,), (matrix,) = site.family.matrix(call), site.family.matrix(_call(dense))
         found = shared.found(site.name)
-        rows = self._kept(site.rows, weight)
+        rows = self._stay(site.rows, weight)
         shift = change(weight, matrix, rows, found)
         bias = None
         if site.biases:
@@ -230,7 +230,7 @@ class SiteRepair:
 
     def _pair(
         self, number: int, dense: Paused, slim: Paused, weight: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor | Windows, torch.Tensor]:
         """Narrowed inputs [blocks, vectors, in] and the dense outputs that stay, alike."""
         site, family = self.site, self.site.family
         wide, narrow = (bound(p.node, p.args, p.kwargs) for p in (dense, slim))
@@ -245,11 +245,12 @@ class SiteRepair:
         if added_to is not None:
             flat = flat + self._drift(dense, slim, added_to).reshape(flat.shape)
         target = flat.unflatten(1, weight.shape[:2]).transpose(0, 1)
-        given = self._read(narrow, x)
-        for value in (given, target):
+        given = Windows.of(site, narrow) or self._read(narrow, x)
+        for value in (given.images if isinstance(given, Windows) else given, target):
             check_finite(value, self.calibration.numbers[number], site.node)
         if isinstance(family, MatrixProduct) and family.features == -1:
             valid = self.calibration.batches[number].valid
+            assert isinstance(given, torch.Tensor)
             given, target = without_padding(valid, wide[family.source], given, target)
         return given, target
 
@@ -260,14 +261,14 @@ class SiteRepair:
             dense: The site's node in the dense graph.
             dtype: Of its weight.
         """
-        dim = self.site.family.result
+        site, dim = self.site, self.site.family.result
         if dim is None or torch.promote_types(dtype, torch.float32) != dtype or not self._whole:
             return None
         result = dense.result()
         if not isinstance(result, torch.Tensor) or result.dtype != dtype:
             return None
         flat = result.movedim(dim, -1).reshape(-1, result.shape[dim])
-        stay = self._kept(self.site.rows, flat)
+        stay = self._stay(site.rows, flat)
         # A copy: what follows may work in place.
         return flat.clone() if stay is None else flat.index_select(1, stay)
 
@@ -277,7 +278,7 @@ class SiteRepair:
         added = [
             self.dense[name].detach().reshape(len(dense_weight), 1, -1) for name in site.biases
         ]
-        stay = self._kept(site.rows, x)
+        stay = self._stay(site.rows, x)
         if stay is not None and len(dense_weight) == 1:
             dense_weight, added = dense_weight[:, stay], [a[..., stay] for a in added]
         exact = torch.promote_types(x.dtype, torch.float32)
@@ -311,10 +312,10 @@ class SiteRepair:
 
     def _beside(self, source: fx.Node) -> tuple[axes.Term, ...] | None:
         """Terms of what the node reads, those of the weight's own axes held; None: no tensor."""
-        terms = self.keep.coupling.env[source]
+        own, terms = self._own(), self.keep.coupling.env[source]
         if not isinstance(terms, tuple):
             return None
-        own, held = self._own(), Reason("of the weight's own", source.name)
+        held = Reason("of the weight's own", source.name)
         return tuple(
             axes.axis(t.size, held) if own & {*axes.leaves(axes.resolve(t))} else t for t in terms
         )

@@ -20,6 +20,7 @@ from depcut.calibration.sensitivity import NoDerivativeError, Sensitivity
 from depcut.calibration.sites import find_sites, site_inputs, with_same_inputs
 from depcut.calibration.store import Store
 from depcut.calibration.visits import STRETCHES, visits
+from depcut.calibration.windows import Windows
 from depcut.coupling.groups import Coupling
 from depcut.graph.ancestry import Weights
 from depcut.graph.arguments import Call, bound
@@ -163,7 +164,11 @@ class _Elimination:
                 gathered.weights[item] = item.family.matrix(call).detach()
             if item not in self.leaders:
                 inputs = gathered.inputs.setdefault(item, Inputs())
-                inputs.add(site_inputs(item, call, data.batches[number].valid))
+                windows = Windows.of(item, call)
+                if windows is None:
+                    inputs.add(site_inputs(item, call, data.batches[number].valid))
+                else:
+                    inputs.add(windows)
 
     def _numbered(self) -> list[tuple[int, tuple[int, _Item, list[_Item]]]]:
         return list(enumerate(self.parts))

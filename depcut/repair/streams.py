@@ -1,4 +1,4 @@
-"""What the result of a linear layer is added to: a stream that runs beside it."""
+"""The stream of a residual network that the result of a layer is added to."""
 
 from __future__ import annotations
 
