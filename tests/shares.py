@@ -1,9 +1,9 @@
 """Which share of a test's cases runs by default: the others run with `-m sweep`.
 
-The default set has five minutes, the sweep half an hour. What is shown of many nets or options
-alike is shown of some of them by default, evenly spread, of as many again or twice as many in the
-sweep, and of all of them with `-m exhaustive`. With DEPCUT_TESTS=whole the sweep's cases run by
-default, as they do where coverage is measured.
+The default set has five minutes, the sweep a quarter of an hour. What is shown of many nets or
+options alike is shown of some of them by default, evenly spread, of as many again in the sweep, and
+of all of them with `-m exhaustive`. With DEPCUT_TESTS=covering, sweeps that alone run some lines
+run by default, as they do where coverage is measured.
 """
 
 from __future__ import annotations
@@ -111,18 +111,18 @@ def share_out(items: Sequence[pytest.Item]) -> None:
     Args:
         items: All tests that were collected.
     """
-    whole = os.environ.get("DEPCUT_TESTS") == "whole"
+    covering = os.environ.get("DEPCUT_TESTS") == "covering"
     cases = defaultdict[tuple[str, str], list[pytest.Item]](list)
     thinned = defaultdict[tuple[str, str], list[pytest.Item]](list)
     for item in items:
         name = getattr(item, "originalname", item.name)
-        if whole and item.path.stem in COVERING:
+        if covering and item.path.stem in COVERING:
             item.own_markers[:] = [mark for mark in item.own_markers if mark.name != "sweep"]
         if item.get_closest_marker("sweep") and name in THINNED:
             thinned[item.nodeid.partition("::")[0], name].append(item)
         if any(item.get_closest_marker(mark) for mark in ("sweep", "exhaustive")):
             continue
-        if name in NONE and not whole:
+        if name in NONE:
             item.add_marker(pytest.mark.sweep)
         elif name in EVERY:
             cases[item.nodeid.partition("::")[0], name].append(item)
@@ -134,7 +134,7 @@ def share_out(items: Sequence[pytest.Item]) -> None:
     for (_, name), found in cases.items():
         for number, item in enumerate(found):
             turn = number % EVERY[name]
-            if turn % 2 and name in SIXTH:
-                item.add_marker(pytest.mark.exhaustive)
-            elif turn and not whole:
+            if turn == EVERY[name] // 2:
                 item.add_marker(pytest.mark.sweep)
+            elif turn:
+                item.add_marker(pytest.mark.exhaustive)

@@ -1,6 +1,6 @@
 """Public architectures as ONNX, dense and halved: they agree, and their files are halved, too.
 
-A handful run by default, a fourth of the others with `-m sweep`, all of them with `-m exhaustive`.
+A handful run by default, a tenth of the others with `-m sweep`, all of them with `-m exhaustive`.
 `benchmarks/export.py` exports all of them, too.
 """
 
@@ -34,7 +34,7 @@ def test_a_public_architecture(name: str, tmp_path: Path) -> None:
     assert_exported(name, tmp_path)
 
 
-@pytest.mark.parametrize("name", swept((name for name in zoo.ZOO if name not in FAST), 5))
+@pytest.mark.parametrize("name", swept((name for name in zoo.ZOO if name not in FAST), 10))
 def test_every_public_architecture(name: str, tmp_path: Path) -> None:
     assert_exported(name, tmp_path)
 

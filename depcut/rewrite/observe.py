@@ -7,6 +7,7 @@ on the way, so that one run sees all of it.
 
 from __future__ import annotations
 
+import bisect
 from collections import defaultdict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -116,6 +117,11 @@ class _Observer:
         for i, call in enumerate(self.program.torch_calls):
             self.streams[call.module].append(i)
         self.at: dict[str, int] = defaultdict(int)
+        self.made: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+        for name, stream in self.streams.items():
+            for at, i in enumerate(stream):
+                call = self.program.torch_calls[i]
+                self.made[name, _place(call), _form(call)].append(at)
         names = {call.module for call in self.program.torch_calls}
         self.lost = {name for name in names if {"", name, *enclosing(name)} & {*others}}
         self.truths: dict[tuple[Any, ...], list[Comparison]] = defaultdict(list)
@@ -177,34 +183,34 @@ class _Observer:
     def _counterpart(self, call: TorchCall) -> TorchCall | None:
         """The same call of the dense model; None where the module's calls cannot be matched."""
         name = call.module
+        if name in self.lost:
+            return None
         stream, at = self.streams[name], self.at[name]
-        while at < len(stream) and not self._same(call, self.program.torch_calls[stream[at]]):
+        form = _form(call)
+        while at < len(stream) and form != _form(self.program.torch_calls[stream[at]]):
             if stream[at] not in self.removed:
-                at = self._later(call, stream, at)
+                # Where the dense model makes it after others that the smaller one leaves out.
+                others = self.made.get((name, _place(call), form), [])
+                later = bisect.bisect_right(others, at)
+                at = others[later] if later < len(others) else len(stream)
                 break
             at += 1
-        if name in self.lost or at == len(stream):
+        if at == len(stream):
             self.lost.add(name)
             return None
         self.at[name] = at + 1
         return self.program.torch_calls[stream[at]]
 
-    def _later(self, call: TorchCall, stream: list[int], at: int) -> int:
-        """Where the dense model makes a call after others that the smaller one leaves out."""
-        place = [(frame.code, frame.span) for frame in call.frames]
-        for i in range(at + 1, len(stream)):
-            dense = self.program.torch_calls[stream[i]]
-            there = [(frame.code, frame.span) for frame in dense.frames]
-            if place == there and self._same(call, dense):
-                return i
-        return len(stream)
 
-    def _same(self, call: TorchCall, dense: TorchCall) -> bool:
-        return (
-            call.function is dense.function
-            and [s for s, _ in call.numbers] == [s for s, _ in dense.numbers]
-            and [s for s, _ in call.symbols] == [s for s, _ in dense.symbols]
-        )
+def _place(call: TorchCall) -> tuple[Any, ...]:
+    """Where the call stands, all the way from the model's forward."""
+    return tuple((frame.code, frame.span) for frame in call.frames)
+
+
+def _form(call: TorchCall) -> tuple[Any, ...]:
+    """What a call of the smaller model has in common with the same call of the dense one."""
+    steps = (tuple(s for s, _ in call.numbers), tuple(s for s, _ in call.symbols))
+    return id(call.function), *steps
 
 
 def _plain(value: float) -> float:

@@ -25,7 +25,7 @@ from attention_pairs import (
     seeded_net,
     shapes,
 )
-from selection import sampled
+from selection import sampled, swept
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -254,8 +254,7 @@ def test_export_with_masks_at_another_batch() -> None:
         )
 
 
-@pytest.mark.sweep
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", swept(KINDS, 3))
 def test_torch_compile(name: str) -> None:
     both, same = pair(name), KINDS[name]["same"] == "qkv"
     for called, make in CALLS.items():

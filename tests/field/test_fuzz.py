@@ -29,6 +29,7 @@ from fuzz_calls import CALLS, net, plan
 from fuzz_models import EXCEPTIONS, INPUTS, MODELS_MODULE, RaisesWhenNarrow, holding
 from fuzz_pool import POOL
 from fuzz_takes import CALLERS_OWN, QUICK, taken
+from selection import swept
 from torch import nn
 
 import depcut
@@ -367,8 +368,7 @@ def test_wrong_calls(family: str, tmp_path: Path) -> None:
     assert counts.total() == 8
 
 
-@pytest.mark.sweep
-@pytest.mark.parametrize("start", range(0, TRIALS, 100))
+@pytest.mark.parametrize("start", swept(range(0, TRIALS, 100), 4))
 def test_a_thousand_wrong_calls(start: int, tmp_path: Path) -> None:
     with _world(tmp_path):
         counts, failures = _tried(range(start, start + 100))
