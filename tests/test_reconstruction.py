@@ -90,6 +90,24 @@ def test_readers_whose_matrices_wait_elsewhere_give_the_same_scores(taps: int, b
     np.testing.assert_array_equal(scores, eliminated(made, 1, 6))
 
 
+@pytest.mark.parametrize("rows", [4, 40])
+def test_scores_in_single_precision_are_those_in_double(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 30)).eval()
+    data = [torch.randn(rows, 5) * 1e3 for _ in range(2)]
+    analysis = depcut.analyze(model, data[0])
+    calibration = analysis.calibrate(data, progress=False)
+    found = []
+    for wide in (1, 1 << 30):
+        monkeypatch.setattr("depcut.scores.readers._WIDE", wide)
+        found.append(score("obs", analysis.coupling, model, 0, calibration))
+    for single, double in zip(*found, strict=True):
+        assert not np.array_equal(single, double)
+        np.testing.assert_allclose(single, double, rtol=1e-3)
+
+
 def test_steps_that_cost_less_than_those_before_share_with_them() -> None:
     assert _rising([1.0, 0.0, 4.0], [1, 1, 2]).tolist() == [0.5, 0.5, 2.0, 2.0]
     assert _rising([0.0, 0.0], [1, 1]).tolist() == [0.0, 0.0]

@@ -83,12 +83,12 @@ def test_few_patches_are_kept_as_they_are() -> None:
         inputs.add(found)
         folds.add(number, found, torch.zeros(1, 49, 2))
     expected = torch.cat([FAMILY.inputs(one) for one in given], 1).double()
+    moments = folds.moments("", ALONE)
     for one in given:
         one["input"].zero_()  # as what follows may do
     kept = inputs.vectors(False)
     assert kept is not None
     torch.testing.assert_close(kept, expected)
-    moments = folds.moments("", ALONE)
     assert all(isinstance(fold, Vectors) for fold in moments)
     torch.testing.assert_close(torch.cat([f.inputs for f in moments], 1), expected)  # type: ignore[attr-defined]
 

@@ -6,7 +6,7 @@ import torch
 
 from depcut.calibration.moments import FOLDS, Fold, Moments, Vectors, over_processes
 from depcut.calibration.window_moments import WindowMoments
-from depcut.calibration.windows import Windows, kept
+from depcut.calibration.windows import Windows
 from depcut.support.processes import Processes
 
 Part = tuple[int, torch.Tensor | Windows, torch.Tensor]
@@ -55,8 +55,7 @@ class Folds:
         if self._few is None:
             self._sum(parts)
         else:
-            # Copies: what was read may be written to.
-            self._few += [(fold, kept(x), y) for fold, x, y in parts]
+            self._few += parts
             if self.count >= length:
                 self._sum_few()
 

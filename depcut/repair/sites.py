@@ -269,8 +269,7 @@ class SiteRepair:
             return None
         flat = result.movedim(dim, -1).reshape(-1, result.shape[dim])
         stay = self._stay(site.rows, flat)
-        # A copy: what follows may work in place.
-        return flat.clone() if stay is None else flat.index_select(1, stay)
+        return flat if stay is None else flat.index_select(1, stay)
 
     def _multiplied(self, x: torch.Tensor, wide: Call) -> torch.Tensor:
         """Dense outputs of inputs (blocks, vectors, in), in single precision or better."""
