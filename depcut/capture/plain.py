@@ -18,6 +18,7 @@ from torch import nn
 
 from depcut.capture.clone import clone
 from depcut.capture.held import held_tensors
+from depcut.capture.refusals import check_module
 from depcut.errors import DepcutError, InputError
 from depcut.support import accelerate_private, sharded
 from depcut.support.processes import processes
@@ -47,6 +48,32 @@ def spread_by(model: nn.Module) -> str:
     return "accelerate's device_map" if offloaded or hasattr(model, "hf_device_map") else ""
 
 
+def spread_over_processes(model: nn.Module) -> bool:
+    """Whether each of several processes holds a part of a model.
+
+    Args:
+        model: What a user passed as a model; it is only read.
+    """
+    return spread_by(unwrapped(model)) in ("fully_shard", "DTensor")
+
+
+def check_whole(model: object, name: str = "model") -> nn.Module:
+    """As `check_module`, for calls that run the module: one in parts is refused, too.
+
+    Args:
+        model: What the user passed.
+        name: As what.
+
+    Raises:
+        InputError: It is no module, or each of several processes holds a part of it.
+    """
+    module = check_module(model, name)
+    if spread_over_processes(module):
+        refuse_spread(module)
+    sharded.refuse_fsdp1(module)
+    return module
+
+
 def refuse_spread(model: nn.Module) -> None:
     """Refuse a model whose tensors are not its own, where nothing puts them together.
 
@@ -54,16 +81,19 @@ def refuse_spread(model: nn.Module) -> None:
         model: The model.
 
     Raises:
-        InputError: Its tensors are spread.
+        InputError: Its tensors are spread, or wrapped by FullyShardedDataParallel.
     """
     given: object = model
-    what = spread_by(model) if isinstance(given, nn.Module) else ""
+    if not isinstance(given, nn.Module):
+        return  # to be refused by what takes it
+    sharded.refuse_fsdp1(model)
+    what = spread_by(model)
     if what:
         raise InputError(
             f"the tensors of the model are spread by {what}",
             where=type(model).__name__,
-            remedy="use depcut.analyze, depcut.shrink or Plan.apply, which put them together one "
-            "by one; here, pass a plain model",
+            remedy="depcut.analyze, depcut.shrink, Plan.apply and depcut.save put them together "
+            "one by one; train it in a loop of your own, or pass a plain model here",
         )
 
 
@@ -108,7 +138,7 @@ def origin_of(model: nn.Module) -> nn.Module:
 
 
 def spread_note(model: nn.Module) -> tuple[str, ...]:
-    """That a result is plain although the model was spread, for the report.
+    """Whether a result is spread as the model was, or plain, for the report.
 
     Args:
         model: The dense model, as it was rewritten.
@@ -116,6 +146,8 @@ def spread_note(model: nn.Module) -> tuple[str, ...]:
     known = _ORIGINS.get(model) if isinstance(model, nn.Module) else None
     if known is None:
         return ()
+    if known[1] == "fully_shard":
+        return ("the model was sharded by fully_shard, and so is the result, module by module",)
     return (f"the model was spread by {known[1]}; the result is a plain module on the CPU",)
 
 
@@ -124,6 +156,7 @@ def _tensors(model: nn.Module) -> dict[int, torch.Tensor]:
     out: dict[int, torch.Tensor] = {}
     known: dict[object, torch.Tensor] = {}  # by address: tensors that share memory stay one
     elsewhere = accelerate_private.offloaded(model)
+    shards = sharded.shards_of(model)
     managed = {id(p) for m in sharded.fsdp_modules(model) for p in m.parameters()}
     key: object
     with tempfile.TemporaryDirectory(prefix="depcut-plain-") as folder:
@@ -137,8 +170,8 @@ def _tensors(model: nn.Module) -> dict[int, torch.Tensor]:
                     continue
                 if value.device.type != "cpu":
                     value = next(files)(value)
-            elif sharded.is_sharded(tensor):
-                key, value = id(tensor), next(files)(sharded.whole(tensor))
+            elif sharded.is_sharded(held := shards.get(id(tensor), tensor)):
+                key, value = id(tensor), next(files)(sharded.whole(held))
             elif id(tensor) in managed or tensor.device.type not in ("cpu", "meta"):
                 key, value = id(tensor), next(files)(tensor.detach())
             else:
