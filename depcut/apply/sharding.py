@@ -58,10 +58,13 @@ def shard_alike(
         if (now := name_now(name, stacks)) in parameters
     }
     ignored = {
-        parameters[now]
-        for name in sharding.ignored
+        parameters[now]: device
+        for name, device in sharding.ignored.items()
         if (now := name_now(name, stacks)) in parameters
     }
+    for parameter, device in ignored.items():
+        parameter.data = parameter.data.to(device, copy=True)  # the others are copied below
+    del parameters  # what is sharded frees the whole
     done: set[int] = set()
     for unit in sharding.units:
         names = [name_now(name, stacks) for name in unit.modules]
@@ -73,7 +76,7 @@ def shard_alike(
         fully_shard(
             found if len(found) > 1 else found[0],
             shard_placement_fn=lambda p: chosen.get(id(p)),
-            ignored_params=ignored,
+            ignored_params={*ignored},
             **unit.arguments,
         )
 

@@ -6,11 +6,9 @@ that are mapped into memory: what is not being read need not be in it.
 
 from __future__ import annotations
 
-import functools
-import tempfile
 import weakref
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -19,15 +17,15 @@ from torch import nn
 from depcut.capture.clone import clone
 from depcut.capture.held import held_tensors
 from depcut.capture.refusals import check_module
-from depcut.errors import DepcutError, InputError
+from depcut.errors import InputError
 from depcut.support import accelerate_private, sharded
-from depcut.support.processes import processes
+from depcut.support.mapped import MappedTensors
+from depcut.support.processes import ALONE, Processes, processes, together
 from depcut.support.torch_private import buffers_of, hook_tables, parameters_of
 from depcut.support.unwrap import unwrapped
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
-_BLOCK = 1 << 26  # bytes that are written at once
 # Plain modules made here: the module that each stands for, and what spreads its tensors.
 _ORIGINS: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[nn.Module], str]] = (
     weakref.WeakKeyDictionary()
@@ -117,11 +115,12 @@ def plain(model: ModelT) -> ModelT:
     what = spread_by(model)
     if not what:
         return model
-    everyone = processes()
-    if what != "accelerate's device_map":
+    in_parts = what != "accelerate's device_map"
+    everyone = processes() if in_parts else ALONE
+    with together(in_parts):
         shapes = {n: list(t.shape) for n, t in held_tensors(model).items()}
         everyone.require_same("models", shapes)
-    stand_ins = _tensors(model)
+        stand_ins = _tensors(model, everyone)
     out = _without_hooks(model, stand_ins)
     _ORIGINS[out] = weakref.ref(model), what
     return out
@@ -151,7 +150,19 @@ def spread_note(model: nn.Module) -> tuple[str, ...]:
     return (f"the model was spread by {known[1]}; the result is a plain module on the CPU",)
 
 
-def _tensors(model: nn.Module) -> dict[int, torch.Tensor]:
+@contextmanager
+def _files(everyone: Processes) -> Iterator[MappedTensors]:
+    """Files to fill, without names when the block has ended."""
+    files = MappedTensors(everyone)
+    try:
+        yield files
+    except BaseException:
+        files.remove()
+        raise
+    files.close()
+
+
+def _tensors(model: nn.Module, everyone: Processes) -> dict[int, torch.Tensor]:
     """A plain tensor on the CPU for every tensor of a model that is not one, by its id."""
     out: dict[int, torch.Tensor] = {}
     known: dict[object, torch.Tensor] = {}  # by address: tensors that share memory stay one
@@ -159,8 +170,7 @@ def _tensors(model: nn.Module) -> dict[int, torch.Tensor]:
     shards = sharded.shards_of(model)
     managed = {id(p) for m in sharded.fsdp_modules(model) for p in m.parameters()}
     key: object
-    with tempfile.TemporaryDirectory(prefix="depcut-plain-") as folder:
-        files = _files(Path(folder))
+    with _files(everyone) as files:
         for tensor in _distinct(model):
             if id(tensor) in elsewhere:
                 value = elsewhere[id(tensor)]()
@@ -169,11 +179,11 @@ def _tensors(model: nn.Module) -> dict[int, torch.Tensor]:
                     out[id(tensor)] = known[key]
                     continue
                 if value.device.type != "cpu":
-                    value = next(files)(value)
+                    value = files.put(value)
             elif sharded.is_sharded(held := shards.get(id(tensor), tensor)):
-                key, value = id(tensor), next(files)(sharded.whole(held))
+                key, value = id(tensor), files.put(sharded.whole(held))
             elif id(tensor) in managed or tensor.device.type not in ("cpu", "meta"):
-                key, value = id(tensor), next(files)(tensor.detach())
+                key, value = id(tensor), files.put(tensor.detach())
             else:
                 continue
             if isinstance(tensor, nn.Parameter):
@@ -185,34 +195,6 @@ def _tensors(model: nn.Module) -> dict[int, torch.Tensor]:
 def _distinct(model: nn.Module) -> list[torch.Tensor]:
     found = {id(t): t for t in held_tensors(model).values()}
     return list(found.values())
-
-
-def _files(folder: Path) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-    """Functions that put a tensor into a new file each, which is gone when nothing maps it."""
-    number = 0
-    while True:
-        yield functools.partial(_mapped, folder / f"{number}.bin")
-        number += 1
-
-
-def _mapped(path: Path, tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor on the CPU whose values are in a file that is removed already."""
-    flat = tensor.detach().contiguous().flatten().view(torch.uint8)
-    if not len(flat):
-        return torch.empty(tensor.shape, dtype=tensor.dtype)
-    try:
-        with path.open("wb") as file:
-            for start in range(0, len(flat), _BLOCK):
-                file.write(flat[start : start + _BLOCK].cpu().numpy().data)
-        raw = torch.from_file(str(path), shared=False, size=len(flat), dtype=torch.uint8)
-        path.unlink()
-    except OSError as error:
-        raise DepcutError(
-            f"the model's tensors cannot be put together in a file: {error.strerror or error}",
-            where=str(path.parent),
-            remedy="free some space, or point TMPDIR to a folder on a larger disk",
-        ) from error
-    return raw.view(tensor.dtype).reshape(tensor.shape)
 
 
 class _Nothing:

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from depcut.errors import InputError
@@ -64,13 +65,13 @@ class Sharding:
     Attributes:
         units: The calls of `fully_shard`, inner modules first.
         placed: How each parameter is sharded, by each of its names.
-        ignored: Names of the parameters that are not: `fully_shard` was told to ignore them, or
-            was not called on what holds them.
+        ignored: Where the parameters are that are not sharded, by each of their names:
+            `fully_shard` was told to ignore them, or was not called on what holds them.
     """
 
     units: tuple[Unit, ...]
     placed: dict[str, Placed]
-    ignored: frozenset[str]
+    ignored: dict[str, torch.device]
 
 
 def sharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -115,8 +116,9 @@ def read_sharding(model: nn.Module) -> Sharding | None:
         if first is not None and not state._auto_reshard_after_forward:
             arguments["reshard_after_forward"] = _reshards(first)
         units.append(Unit(tuple(found[id(m)] for m in state._modules), arguments))
-    held = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return Sharding(tuple(units), placed, frozenset(held - placed.keys()))
+    held = model.named_parameters(remove_duplicate=False)
+    ignored = {name: p.device for name, p in held if name not in placed}
+    return Sharding(tuple(units), placed, ignored)
 
 
 def _states(model: nn.Module) -> list[Any]:
