@@ -42,7 +42,8 @@ def shrink(
     """A smaller model of the same class that computes the same on the units that stay.
 
     Args:
-        model: Any module that torch.export can capture; it is not changed.
+        model: Any module that torch.export can capture; it is not changed. Of one that
+            `fully_shard` has sharded, the result is sharded alike.
         ratio: Fraction removed of the quantity named by `of`, in (0, 1).
         inputs: A tensor, a tuple of positional or a dict of keyword arguments; or a list of several
             such example calls, all of which must run after the cut (see `depcut.analyze`); left

@@ -55,6 +55,12 @@ FAULTS = [
         "inside = None if first is None else first[(first >= start) & (first < end)]",
         "tests/test_checkpoints.py -k blocks",
     ),
+    Fault(
+        "apply",
+        "closed = {name_now(name, stacks) for name in generated}",
+        "closed: set[str] = set()",
+        "tests/test_sharding.py -k generated",
+    ),
     # Later calls.
     Fault("coupling", "for leaf in tables - read:", "for leaf in ():", f"{LATER} rows"),
     Fault(

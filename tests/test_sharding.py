@@ -5,7 +5,10 @@ All in one process, over a group of one; `test_processes.py` has the same in two
 
 from __future__ import annotations
 
+import socket
+import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,8 @@ from depcut import training
 from depcut.apply.sharding import require_even, shard_alike
 from depcut.errors import DepcutError, InputError
 from depcut.support.fsdp_private import Placed, Sharding
+from depcut.support.mapped import MappedTensors
+from depcut.support.processes import Processes
 from depcut.support.sharded import sharding_of
 
 X = torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
@@ -124,6 +129,35 @@ def test_tensor_parallelism_below_is_refused_before_the_work() -> None:
         depcut.shrink(model, 0.4, X, align=1)
     assert caught.value.where in ("0.weight", "0.bias")
     assert "before it is sharded" in caught.value.remedy
+
+
+@dataclass(frozen=True)
+class Second(Processes):
+    """The second of two processes, whose first one says what it is told to."""
+
+    folder: Any = None
+
+    def exchanged(self, label: str, value: Any = None) -> list[Any]:
+        return [self.folder if label == "folders" else value, value]
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_processes_of_a_host_share_one_copy(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seen: bool
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    first = MappedTensors(Second(0, 2, folder=["elsewhere", "", ""]))
+    (folder,) = tmp_path.iterdir()
+    token = (folder / "here").read_text() if seen else "of another container"
+    second = MappedTensors(Second(1, 2, folder=[socket.gethostname(), str(folder), token]))
+    ones, zeros = torch.ones(2, 3), torch.zeros(2, 3)
+    held = first.put(ones)
+    theirs = second.put(zeros)
+    for files in (first, second):
+        files.close()
+    assert list(tmp_path.iterdir()) == []
+    assert torch.equal(held, ones)
+    assert torch.equal(theirs, ones if seen else zeros)
 
 
 class Hollow(FullyShardedDataParallel):
