@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 import torch
 from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
     FullyShardedDataParallel,
     MixedPrecisionPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Replicate, Shard
 
 import depcut
 from depcut import training
@@ -87,10 +89,14 @@ def test_the_smaller_model_is_sharded_as_the_dense_one_and_trains_on() -> None:
         assert step(slim, optimizers[0]) == pytest.approx(step(want, optimizers[1]), rel=1e-5)
 
 
-def test_a_sharded_model_is_stored_as_a_plain_one(tmp_path: Path) -> None:
-    model = net()
-    fully_shard(model)
+def test_a_model_sharded_and_replicated_is_stored_as_a_plain_one(tmp_path: Path) -> None:
+    model, mesh = net(), init_device_mesh("cpu", (1, 1), mesh_dim_names=("copies", "shards"))
+    offload = CPUOffloadPolicy(pin_memory=False)
+    fully_shard([model[0], model[2]], mesh=mesh, offload_policy=offload)
+    fully_shard(model, mesh=mesh)
     slim = depcut.shrink(model, 0.4, X, align=1)
+    assert sharding_of(slim).units == sharding_of(model).units
+    assert slim[0].weight.placements == (Replicate(), Shard(0))
     depcut.save(slim, tmp_path / "slim")
     back = depcut.load(tmp_path / "slim", net)
     assert type(back) is nn.Sequential
@@ -119,7 +125,6 @@ def test_sizes_that_cannot_be_sharded_are_refused_with_the_multiple() -> None:
 
 
 def test_tensor_parallelism_below_is_refused_before_the_work() -> None:
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp", "tp"))

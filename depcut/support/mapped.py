@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from depcut.errors import DepcutError
+from depcut.support.failures import first_line
 from depcut.support.processes import ALONE, Processes
 
 _BLOCK = 1 << 26  # bytes that are written at once
@@ -104,9 +105,10 @@ def _named(folder: str | Path) -> Iterator[None]:
     """Say what to do where a file cannot be written."""
     try:
         yield
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the latter is torch.from_file's
+        why = getattr(error, "strerror", None) or first_line(error)
         raise DepcutError(
-            f"the model's tensors cannot be put together in a file: {error.strerror or error}",
+            f"the model's tensors cannot be put together in a file: {why}",
             where=str(folder),
             remedy="free some space, or point TMPDIR to a folder on a larger disk",
         ) from error

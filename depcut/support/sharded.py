@@ -41,6 +41,8 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
         return tensor
     with torch.no_grad():
         found: Any = tensor
+        # Shards that are offloaded to the CPU; the processes may not talk but on the device.
+        found = found.to(found.device_mesh.device_type)
         full: torch.Tensor = found.full_tensor()
     return full.detach()
 
