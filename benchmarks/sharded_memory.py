@@ -117,6 +117,8 @@ def main() -> None:
     if "RANK" in os.environ:
         worker(given.blocks, given.data)
         return
+    # glibc keeps what is freed for itself unless told not to, which is no need of ours.
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "1000000")
     for code, error in launched(2, [sys.executable, *sys.argv], timeout=1800):
         if code:
             raise SystemExit(error)
