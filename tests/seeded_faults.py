@@ -87,6 +87,12 @@ FAULTS = [
         "            self._put_away()",
         "tests/test_reconstruction.py -k wait",
     ),
+    Fault(
+        "apply",
+        "closed = {name_now(name, stacks) for name in generated}",
+        "closed: set[str] = set()",
+        "tests/test_sharding.py -k generated",
+    ),
     # Later calls.
     Fault("coupling", "for leaf in tables - read:", "for leaf in ():", f"{LATER} rows"),
     Fault(

@@ -12,7 +12,7 @@ from torch import nn
 
 from depcut.apply.carried import PLANS, carried
 from depcut.apply.report import REPORT, report, report_record
-from depcut.capture.plain import refuse_spread
+from depcut.capture.plain import plain, spread_over_processes
 from depcut.capture.refusals import check_module
 from depcut.deploy.program import write_program
 from depcut.errors import InputError
@@ -24,7 +24,7 @@ from depcut.storage.tensors import REST, STATE
 from depcut.storage.values import Description, class_name
 from depcut.support import files
 from depcut.support.checks import check_kind, check_names
-from depcut.support.unwrap import unwrapped
+from depcut.support.processes import processes, together
 from depcut.timing.comparison import Comparison
 
 STANDALONE = ("program",)
@@ -55,7 +55,8 @@ def save(
 
     Args:
         model: What `depcut.shrink`, `Plan.apply`, `depcut.compact` or a training run returned, or a
-            copy of it; it is only read. Of what torch.compile returned, the model inside.
+            copy of it; it is only read. Of what torch.compile returned, the model inside. One
+            that `fully_shard` has sharded is passed by all processes; the first one writes.
         folder: A new or empty folder, or one that an earlier call wrote, which is replaced as a
             whole.
         standalone: What else is written, for processes without depcut: "program", the file of
@@ -69,16 +70,21 @@ def save(
         InputError: The folder holds something else, or the model what cannot be stored: a tensor
             without values, a sparse one, a function of the graph without a name.
         ExportError: The program cannot be made.
+        ProcessError: Another of several processes failed.
         DepcutError: The folder cannot be written; what was there is there still.
     """
-    model = unwrapped(check_module(model))
-    refuse_spread(model)
+    given = check_module(model)
+    model = plain(given)
     report(model)
     wanted = _checked(standalone)
     if comparison is not None:
         check_kind(comparison, Comparison, "comparison", "pass what depcut.compare returned")
-    with folders.written(folder) as draft:
-        write_model(model, draft, wanted, inputs, comparison)
+    in_parts = spread_over_processes(given)
+    with together(in_parts):
+        if in_parts and processes().rank:
+            return
+        with folders.written(folder) as draft:
+            write_model(model, draft, wanted, inputs, comparison)
 
 
 def write_model(
