@@ -15,6 +15,7 @@ from depcut.calibration.data import Calibration
 from depcut.calibration.progress import bar
 from depcut.calibration.shelf import Shelf
 from depcut.calibration.store import Store
+from depcut.calibration.trail import Part
 from depcut.calibration.visits import STRETCHES, checked_call
 from depcut.capture.held import held_tensors
 from depcut.coupling.groups import Coupling
@@ -92,14 +93,24 @@ class Sensitivity:
         self.features = features
         self.found: dict[fx.Node, torch.Tensor] = {}
 
+    def state(self) -> Any:
+        """What was found so far."""
+        return dict(self.found)
+
+    def restore(self, state: Any) -> bool:
+        """Have what an earlier process has found."""
+        self.found.update(state)
+        return True
+
     def walked(
-        self, shown: Mapping[fx.Node, int] | None = None
+        self, shown: Mapping[fx.Node, int] | None = None, looking: Part | None = None
     ) -> Generator[tuple[int, fx.Node, Call] | None]:
         """Walk back over the data; to be closed.
 
         Args:
             shown: Nodes to show, with the bytes that the caller takes for each until the end of
                 its stretch.
+            looking: The caller, where a process that is killed is to be followed by another.
 
         Yields:
             (number of the batch, node, values of its arguments) whenever a node is shown; None at
@@ -123,7 +134,8 @@ class Sensitivity:
             for node, nbytes in weights_of(program).items():
                 cost[node] += nbytes
         cuts = cut(program, cost, calibration.memory // STRETCHES, apart=True)
-        with Store(calibration.memory) as store, bar(calibration) as progress:
+        trail = calibration.trail if looking is not None else None
+        with Store(calibration.memory, trail) as store, bar(calibration) as progress:
             back = Backward(
                 calibration,
                 held,
@@ -135,8 +147,13 @@ class Sensitivity:
                 self._projection,
                 self._take,
             )
+            ended = _nothing
+            if trail is not None and looking is not None:
+                parts: dict[str, Part] = {"walk": back, "found": self, "looking": looking}
+                ended = trail.following("sensitivity", program, store, parts)
             try:
-                for _ in progress.track(back.stretches(), len(cuts) + 1, description="sensitivity"):
+                stretches = back.stretches(ended)
+                for _ in progress.track(stretches, back.left, description="sensitivity"):
                     for number, node, run in back.batches():
                         paused = run.paused(node)
                         yield number, node, checked_call(paused, calibration.numbers[number])
@@ -186,6 +203,10 @@ class Sensitivity:
             scale = float(value.detach().double().var(unbiased=False)) * value.numel() + _TINY
             total = total + (value * signs.to(value)).sum() / scale**0.5
         return total
+
+
+def _nothing() -> None:
+    """At the end of a stretch."""
 
 
 def _by_feature(value: torch.Tensor, squares: torch.Tensor, dim: int | None) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from string import ascii_letters
 from typing import Any
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import fx
 
 from depcut import axes
+from depcut.calibration.gathered import given, held
 from depcut.calibration.inputs import Inputs
 from depcut.calibration.sensitivity import NoDerivativeError, Sensitivity
 from depcut.calibration.sites import find_sites, site_inputs, with_same_inputs
@@ -62,7 +63,7 @@ def obs(context: Context) -> Scores:
     work = _Elimination(context)
     felt = Sensitivity(context.coupling, context.model, context.data, work.features)
     try:
-        with closing(felt.walked(work.shown)) as walk:
+        with closing(felt.walked(work.shown, work)) as walk:
             return work.scores(walk, felt.found, felt.sum_over_processes)
     except NoDerivativeError:
         # All errors count alike.
@@ -106,6 +107,29 @@ class _Elimination:
         self.shown = {n: sum(map(self._bytes, found)) for n, found in self.at.items()}
         self.gathered = _Gathered()
         self.out: dict[int, NDArray[np.float64]] = {}
+        self.stretches: list[list[fx.Node]] = []  # what was shown in each
+
+    def state(self) -> Any:
+        """What was gathered and scored so far; items by their place among all of them."""
+        place = {item: i for i, item in enumerate(i for found in self.at.values() for i in found)}
+        found = {
+            f.name: {place[item]: held(v) for item, v in getattr(self.gathered, f.name).items()}
+            for f in fields(self.gathered)
+        }
+        scores = {number: torch.from_numpy(scores) for number, scores in self.out.items()}
+        return {"gathered": found, "scores": scores, "stretches": self.stretches}
+
+    def restore(self, state: Any) -> bool:
+        """Have what an earlier process has gathered and scored."""
+        items = [item for found in self.at.values() for item in found]
+        for name, found in state["gathered"].items():
+            getattr(self.gathered, name).update({items[i]: given(v) for i, v in found.items()})
+        self.out = {number: scores.numpy() for number, scores in state["scores"].items()}
+        self.stretches = state["stretches"]
+        for nodes in self.stretches:
+            for number in self.pending.ready([item for node in nodes for item in self.at[node]]):
+                self.pending.done(number)
+        return True
 
     def scores(
         self,
@@ -132,6 +156,7 @@ class _Elimination:
             _sum_over_processes(self.gathered, items, self.context.data.everyone)
             for number in self.pending.ready(items):
                 self._eliminate(self.context.coupling.groups[number], felt)
+            self.stretches.append(list(seen))
             seen.clear()
         plain = _shares(self.context)
         return [self.out.get(g.index, plain[g.index]) for g in self.context.coupling.groups]
