@@ -81,7 +81,9 @@ def test_a_model_beside_itself_has_no_speedup():
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
     found = compare(model, model, torch.randn(4, 64), runtime="torch")
     assert found.macs_kept == 1.0
-    assert found.speedup.verdict == "within noise"
+    # One interval in twenty leaves out the 1, but none by far.
+    assert found.speedup.low < 1.1
+    assert found.speedup.high > 1 / 1.1
 
 
 @pytest.mark.parametrize(
