@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
@@ -65,6 +65,14 @@ def sensitivities(
     return felt.found
 
 
+class Looking(Part, Protocol):
+    """Who is shown nodes, and has a state between two stretches."""
+
+    @property
+    def stores(self) -> Sequence[Store]:
+        """What it keeps values in."""
+
+
 class NoDerivativeError(Exception):
     """The graph cannot be differentiated: nothing is known, all errors count alike."""
 
@@ -103,7 +111,7 @@ class Sensitivity:
         return True
 
     def walked(
-        self, shown: Mapping[fx.Node, int] | None = None, looking: Part | None = None
+        self, shown: Mapping[fx.Node, int] | None = None, looking: Looking | None = None
     ) -> Generator[tuple[int, fx.Node, Call] | None]:
         """Walk back over the data; to be closed.
 
@@ -150,7 +158,7 @@ class Sensitivity:
             ended = _nothing
             if trail is not None and looking is not None:
                 parts: dict[str, Part] = {"walk": back, "found": self, "looking": looking}
-                ended = trail.following("sensitivity", program, store, parts)
+                ended = trail.following("sensitivity", program, [store, *looking.stores], parts)
             try:
                 stretches = back.stretches(ended)
                 for _ in progress.track(stretches, back.left, description="sensitivity"):

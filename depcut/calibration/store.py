@@ -158,7 +158,9 @@ class Store:
             self.held -= kept.nbytes
         else:
             self._release(kept)
-            if kept.file is None:  # else the trail may need it still
+            if self.trail is not None and kept.file is not None:
+                self.trail.drop(kept.file)
+            else:
                 kept.path.unlink(missing_ok=True)
 
     def read_ahead(self, key: Hashable) -> None:

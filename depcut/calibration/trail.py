@@ -12,10 +12,11 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import fx
@@ -46,28 +47,15 @@ class Part(Protocol):
 
 @dataclass(frozen=True)
 class File:
-    """Bytes that were written.
+    """Runs of bytes that were written.
 
     Attributes:
         path: Where.
-        sizes: Of each run of bytes.
-        sha256: Of all of them.
+        sizes: Of each run.
     """
 
     path: Path
     sizes: tuple[int, ...]
-    sha256: str
-
-    def is_whole(self) -> bool:
-        """Whether it is there still, as it was written."""
-        try:
-            digest = hashlib.sha256()
-            with self.path.open("rb") as file:
-                while chunk := file.read(_CHUNK):
-                    digest.update(chunk)
-        except OSError:
-            return False
-        return digest.hexdigest() == self.sha256
 
 
 class Keeping(Protocol):
@@ -87,13 +75,12 @@ class Trail:
     Attributes:
         folder: It exists, and no other process writes to it.
         parts: What has a state beside that of each pass, by name.
-        written: Manifests so far.
     """
 
     folder: Path
     parts: dict[str, Part] = field(default_factory=dict)
-    written: int = 0
     _due: float = 0.0
+    _listed: dict[str, str] = field(default_factory=dict)  # hashes of the manifest's files, by name
 
     def write(self, runs: Iterable[torch.Tensor]) -> File:
         """Write runs of bytes to a new file.
@@ -101,41 +88,34 @@ class Trail:
         Raises:
             InputError: It cannot be written.
         """
-        digest, sizes = hashlib.sha256(), []
-        path = self.folder / f"{os.urandom(8).hex()}.bin"
-        try:
-            with os.fdopen(os.open(path, _NEW, _MODE), "wb") as file:
-                for run in runs:
-                    data = run.cpu().numpy().data
-                    digest.update(data)
-                    file.write(data)
-                    sizes.append(run.numel())
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise InputError(
-                f"what the data showed cannot be kept: {error.strerror or error}",
-                where=str(self.folder),
-                remedy="free some space, and pass the same arguments again",
-            ) from error
-        return File(path, tuple(sizes), digest.hexdigest())
+        sizes, path = [], self.folder / f"{os.urandom(8).hex()}.bin"
+        with self._writing(), os.fdopen(os.open(path, _NEW, _MODE), "wb") as file:
+            for run in runs:
+                file.write(run.cpu().numpy().data)
+                sizes.append(run.numel())
+        return File(path, tuple(sizes))
+
+    def drop(self, file: File) -> None:
+        """Remove a file, unless the manifest names it: then, with that."""
+        if file.path.name not in self._listed:
+            file.path.unlink(missing_ok=True)
 
     def following(
-        self, name: str, program: Program, store: Keeping, parts: Mapping[str, Part]
+        self, name: str, program: Program, stores: Sequence[Keeping], parts: Mapping[str, Part]
     ) -> Callable[[], None]:
         """Go on with a pass where an earlier process was with it, if one was.
 
         Args:
             name: Of the pass.
             program: The graph that it runs.
-            store: Where it keeps values.
+            stores: Where it keeps values.
             parts: What has a state, by name: the one of an earlier process is restored. After
                 those of the trail, they can be restored whatever their state.
 
         Returns:
             What to call at the end of each stretch.
         """
-        steps = _Following(self, name, program, store, {**self.parts, **parts})
+        steps = _Following(self, name, program, stores, {**self.parts, **parts})
         if not steps.resume():
             self.clear()
         self._due = time.monotonic()
@@ -144,13 +124,43 @@ class Trail:
     def clear(self) -> None:
         """Remove all of it."""
         (self.folder / _MANIFEST).unlink(missing_ok=True)
-        self._remove_but(set())
+        self.keep({})
 
-    def _remove_but(self, names: set[str]) -> None:
-        """Remove files that no manifest names any more."""
+    def keep(self, listed: Mapping[str, str]) -> None:
+        """Remove files that the manifest does not name.
+
+        Args:
+            listed: Hashes of those that it does, by name.
+        """
+        self._listed = dict(listed)
         for path in self.folder.iterdir():
-            if path.name not in names and path.name != _MANIFEST:
+            if path.name not in listed and path.name != _MANIFEST:
                 path.unlink(missing_ok=True)
+
+    def hashed(self, file: File) -> str:
+        """The hash of a file, all of which is on the disk then.
+
+        Raises:
+            InputError: It cannot be written.
+        """
+        known = self._listed.get(file.path.name)
+        if known is not None:
+            return known
+        with self._writing(), file.path.open("rb+") as stream:
+            os.fsync(stream.fileno())
+            return _sha256_of(stream)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """An OSError of the block as an error that names the folder."""
+        try:
+            yield
+        except OSError as error:
+            raise InputError(
+                f"what the data showed cannot be kept: {error.strerror or error}",
+                where=str(self.folder),
+                remedy="free some space, and pass the same arguments again",
+            ) from error
 
 
 @dataclass
@@ -160,7 +170,7 @@ class _Following:
     trail: Trail
     name: str
     program: Program
-    store: Keeping
+    stores: Sequence[Keeping]
     parts: Mapping[str, Part]
 
     def write(self) -> None:
@@ -172,22 +182,28 @@ class _Following:
             self._write()
         except NotPlainError:
             return  # the manifest before stays, and what it names
-        trail.written += 1
         now = time.monotonic()
         trail._due = now + (now - start) * (1 / _SHARE - 1)
 
     def _write(self) -> None:
+        trail = self.trail
         states = packed({name: part.state() for name, part in self.parts.items()})
         form = _form(states)
-        kept = [[plain_form(k), _form(p), f] for k, p, f in self.store.kept()]
-        entries = [[None, form, self.trail.write(states.runs)], *kept]
-        held = [[key, form, [f.path.name, list(f.sizes), f.sha256]] for key, form, f in entries]
-        manifest = {"pass": self.name, "graph": _digest(self.program), "entries": held}
-        path = self.trail.folder / _MANIFEST
+        kept = [
+            [[number, plain_form(key)], _form(values), file]
+            for number, store in enumerate(self.stores)
+            for key, values, file in store.kept()
+        ]
+        entries = [[None, form, trail.write(states.runs)], *kept]
+        hashes = {f.path.name: trail.hashed(f) for _, _, f in entries}
+        held = [[k, form, [f.path.name, list(f.sizes)]] for k, form, f in entries]
+        digest = _digest(self.program)
+        manifest = {"pass": self.name, "graph": digest, "entries": held, "files": hashes}
+        path = trail.folder / _MANIFEST
         text = json.dumps({"sha256": _sha256(manifest), **manifest})
         with files.replacing(path, "progress", InputError, flush=True) as draft:
             draft.write_text(text, encoding="utf-8")
-        self.trail._remove_but({file.path.name for _, _, file in entries})
+        trail.keep(hashes)
 
     def resume(self) -> bool:
         """Restore what an earlier process was with; False: nothing of this pass is there, whole."""
@@ -199,27 +215,46 @@ class _Following:
             if manifest["graph"] != _digest(self.program):
                 return False
             nodes = {node.name: node for node in self.program.graph.graph.nodes}
-            found = [
-                (from_plain_form(key, nodes), _packed(form, nodes), self._file(*file))
+            hashes = dict(manifest["files"])
+            state_form, *others = (
+                (key, _packed(form, nodes), self._file(*file))
                 for key, form, file in manifest["entries"]
-            ]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            )
+            kept: list[list[tuple[Hashable, Packed, File]]] = [[] for _ in self.stores]
+            for (number, key), values, file in others:
+                kept[number].append((from_plain_form(key, nodes), values, file))
+            whole = all(_is_whole(self.trail.folder / n, digest) for n, digest in hashes.items())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
             return False
-        if not all(file.is_whole() for _, _, file in found):
+        _, states, file = state_form
+        if not whole or {f.path.name for _, _, f in (state_form, *others)} != hashes.keys():
             return False
-        (_, states, file), *kept = found
         state = states.unpacked(read_runs(file.path, file.sizes))
         if state.keys() != self.parts.keys():
             return False
         if not all(part.restore(state[name]) for name, part in self.parts.items()):
             return False
-        self.store.restore(kept)
+        for store, found in zip(self.stores, kept, strict=True):
+            store.restore(found)
+        self.trail.keep(hashes)
         return True
 
-    def _file(self, name: str, sizes: list[int], sha256: str) -> File:
+    def _file(self, name: str, sizes: list[int]) -> File:
         if Path(name).name != name:
             raise ValueError(name)
-        return File(self.trail.folder / name, tuple(sizes), sha256)
+        return File(self.trail.folder / name, tuple(sizes))
+
+
+def _is_whole(path: Path, digest: str) -> bool:
+    with path.open("rb") as file:
+        return _sha256_of(file) == digest
+
+
+def _sha256_of(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while chunk := file.read(_CHUNK):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _form(values: Packed) -> Any:

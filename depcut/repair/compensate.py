@@ -142,7 +142,7 @@ class _Repairer:
             ended = None
             if trail is not None:
                 parts: dict[str, Part] = {"walk": walk, "repairs": self}
-                ended = trail.following("compensate", self.program, store, parts)
+                ended = trail.following("compensate", self.program, [store], parts)
             with bar(self.calibration) as progress:
                 stretches, left = walk.stretches(), len(walk.pauses) - walk.done
                 for nodes in progress.track(stretches, left, description="compensate"):

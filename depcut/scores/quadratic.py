@@ -173,6 +173,24 @@ class ThinGram:
         self.turned = _picked(self.turned, left)
 
 
+def inverted(matrix: torch.Tensor) -> torch.Tensor:
+    """The inverse of positive definite matrices, which are overwritten on the CPU.
+
+    Args:
+        matrix: (blocks, in, in), contiguous.
+
+    Raises:
+        torch.linalg.LinAlgError: One is not positive definite.
+    """
+    if matrix.device.type != "cpu":
+        return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+    # LAPACK counts by columns; a symmetric matrix turned is the same one.
+    turned = matrix.transpose(1, 2)
+    torch.linalg.cholesky(turned, out=turned)
+    torch.cholesky_inverse(turned, out=turned)
+    return matrix
+
+
 def block(matrix: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """Rows and columns (batch, any number each) of a batch of matrices."""
     batch = torch.arange(len(matrix))[:, None, None]
