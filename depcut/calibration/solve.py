@@ -77,7 +77,7 @@ def solve(folds: Sequence[Fold], weight: torch.Tensor, bias: torch.Tensor | None
             total += float(test.error(w, _intercept(fit, w, fixed, free)).sum())
         return total
 
-    best = _descended(missed) if len(folds) > 1 else RIDGES[-1]
+    best = descended(missed) if len(folds) > 1 else RIDGES[-1]
     solved = _fitted(whole, start, best, free)
     before = sum(float(test.error(start, fixed).sum()) for _, test in pairs)
     scale = max(spread, 1e-30)
@@ -86,7 +86,7 @@ def solve(folds: Sequence[Fold], weight: torch.Tensor, bias: torch.Tensor | None
     )
 
 
-def _descended(missed: Callable[[float], float]) -> float:
+def descended(missed: Callable[[float], float]) -> float:
     """The ridge at which the error stops falling on either side."""
     at = len(RIDGES) // 2
     while True:

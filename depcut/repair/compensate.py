@@ -9,6 +9,7 @@ et al., Data-Free Quantization, ICCV 2019, section 4.2 (biases take the mean).
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from depcut import axes
 from depcut.calibration.cuts import joined
 from depcut.calibration.data import Calibration
 from depcut.calibration.progress import bar
@@ -37,6 +39,7 @@ from depcut.ops.site import Site
 from depcut.plan.keep import Keep
 from depcut.reference.run import Reference
 from depcut.repair.norms import NormRepair, statistics
+from depcut.repair.shared_inputs import SharedInputs
 from depcut.repair.sites import Repair, SiteRepair, stream, touched_anywhere
 from depcut.support.closeness import relative_error
 from depcut.support.failures import first_line, reraise_fatal
@@ -182,6 +185,7 @@ class _Repairer:
         rounds = zip_longest(*(self._repairs(node) for node in seen))
         for each in rounds:
             waiting = repairs = [repair for repair in each if repair is not None]
+            _share_inputs(repairs, self.calibration)
             while waiting:
                 for number, _, (dense, slim) in walk.batches():
                     for repair in waiting:
@@ -190,7 +194,7 @@ class _Repairer:
                     touched_anywhere(repairs, self.calibration.everyone)
                 waiting = [repair for repair in waiting if repair.again]
             for repair in repairs:
-                done = repair.finish(slim.paused(repair.node))
+                done = repair.finish(dense.paused(repair.node), slim.paused(repair.node))
                 if done is not None:
                     self.repairs.append(done)
                 if isinstance(repair, SiteRepair) and repair.left:
@@ -235,6 +239,26 @@ class _Repairer:
             b.resized is None: i for i, b in reversed([*enumerate(self.calibration.batches)])
         }
         return sorted(numbers.values())
+
+
+def _share_inputs(repairs: Sequence[object], calibration: Calibration) -> None:
+    """Have sites that multiply the same vectors see these once, where that is less to look at.
+
+    Args:
+        repairs: What is repaired in one pause.
+        calibration: The batches.
+    """
+    together: dict[Hashable, list[SiteRepair]] = {}
+    for repair in repairs:
+        key = repair.reads() if isinstance(repair, SiteRepair) else None
+        if key is not None and isinstance(repair, SiteRepair):
+            together.setdefault(key, []).append(repair)
+    for found in together.values():
+        outputs = sum(axes.resolve(repair.site.rows).size for repair in found)
+        if outputs >= axes.resolve(found[0].site.term).size:
+            shared = SharedInputs(calibration)
+            for repair in found:
+                repair.shared = shared
 
 
 def _verify(slim: nn.Module, calibration: Calibration, number: int, expected: list[Any]) -> None:

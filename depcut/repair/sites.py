@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from depcut import axes
 from depcut.axes import Reason
 from depcut.calibration.data import Calibration
 from depcut.calibration.folds import Folds
+from depcut.calibration.gaps import Target
 from depcut.calibration.padding import without_padding
 from depcut.calibration.shelf import Shelf
 from depcut.calibration.solve import of_first_process, solve
@@ -25,6 +26,7 @@ from depcut.ops.contraction import MatrixProduct
 from depcut.ops.site import Site
 from depcut.plan.keep import Keep
 from depcut.reference.run import kept_part
+from depcut.repair.shared_inputs import SharedInputs, change, is_part
 from depcut.support.processes import Processes
 from depcut.support.torch_private import pytree
 
@@ -74,6 +76,7 @@ class SiteRepair:
         self.node = site.node
         self.touched = keep.narrows(site.term)
         self.folds: Folds | None = None
+        self.shared: SharedInputs | None = None
 
     def see(self, number: int, dense: Paused, slim: Paused) -> None:
         """Take in one batch.
@@ -95,7 +98,11 @@ class SiteRepair:
         if self.folds is None:
             self.folds, self.again = Folds(self.calibration.total), False
             self.left = self._obstacle(call)
-        if not self.left:
+            if self.left or not self._joins(dense, call):
+                self.shared = None
+        if self.shared is not None:
+            self.shared.see(self.calibration.numbers[number], *self._both(number, dense, slim))
+        elif not self.left:
             pair = self._pair(number, dense, slim, self.site.family.matrix(call))
             self.folds.add(self.calibration.numbers[number], *pair)
 
@@ -104,15 +111,18 @@ class SiteRepair:
         if not self.touched:
             self.touched = self.again = True
 
-    def finish(self, slim: Paused) -> Repair | None:
+    def finish(self, dense: Paused, slim: Paused) -> Repair | None:
         """Change the weights; None where there is nothing to repair, or an obstacle.
 
         Args:
+            dense: The site's node in the dense graph, of any batch.
             slim: The site's node in the narrowed graph, of any batch.
         """
         if self.folds is None or self.left:
             return None
         site, call = self.site, bound(slim.node, slim.args, slim.kwargs)
+        if self.shared is not None:
+            return self._finish_shared(self.shared, dense, call)
         weight = site.family.matrix(call)
         added = [self.tensors[name].reshape(weight.shape[:2]) for name in site.biases]
         start = weight.new_zeros(weight.shape[:2])
@@ -121,14 +131,101 @@ class SiteRepair:
         solution = solve(self.folds.moments(site.name, everyone), weight, bias)
         solution = of_first_process(site.name, solution, everyone)
         site.family.write(call, solution.weight.to(weight.dtype))
-        if site.biases:
+        self._hand_back(solution.bias)
+        return Repair(site.name, solution.before, solution.after, solution.ridge)
+
+    def _hand_back(self, bias: torch.Tensor | None) -> None:
+        """Hand back the weights, which are changed, and biases that are to be another one."""
+        site = self.site
+        if site.biases and bias is not None:
             for name in site.biases:
                 self.tensors[name].zero_()
             first = self.tensors[site.biases[0]]
-            first.copy_(solution.bias.reshape(first.shape))
+            first.copy_(bias.reshape(first.shape))
         for name in (*site.weights, *site.biases):
             self.tensors.hand_back(name)
-        return Repair(site.name, solution.before, solution.after, solution.ridge)
+
+    # Sites that multiply the same vectors -----------------------------------------------------
+
+    def reads(self) -> Hashable | None:
+        """Equal where sites multiply the same vectors with a matrix; None: alone, or otherwise."""
+        site, family = self.site, self.site.family
+        if not isinstance(family, MatrixProduct) or family.features != -1 or site.own:
+            return None
+        if len(site.weights) > 1 or stream(site, self.program.sizes) is not None:
+            return None
+        source = bound(site.node, site.node.args, site.node.kwargs)[family.source]
+        own, terms = self._own(), self.keep.coupling.env[source]
+        if not isinstance(terms, tuple) or (site.biases and not site.takes_shift):
+            return None
+        held = (bool(own & {*axes.leaves(axes.resolve(t))}) for t in terms)
+        return source, site.takes_shift, tuple(held)
+
+    def _joins(self, dense: Paused, call: Call) -> bool:
+        """Whether the site is one of those of its shared inputs, and tell these its target."""
+        if self.shared is None:
+            return False
+        (weight,), (matrix,) = self.site.family.matrix(call), self.site.family.matrix(_call(dense))
+        rows, kept = self._stay(self.site.rows, weight), self._stay(self.site.term, weight)
+        columns = torch.arange(weight.shape[1], device=weight.device) if kept is None else kept
+        if columns.ndim > 1 or not is_part(weight, matrix, rows, columns):
+            return False
+        shift = None
+        if self.site.biases:
+            shift = self._dense_bias(rows) - self._bias(weight)
+        if rows is not None:
+            matrix = matrix[rows]
+        self.shared.kept, self.shared.free = columns, self.site.takes_shift
+        self.shared.targets[self.site.name] = Target.of(matrix, shift)
+        return True
+
+    def _stay(self, term: axes.Term, like: torch.Tensor) -> torch.Tensor | None:
+        kept = self.keep.indices(term)
+        return None if kept is None else torch.from_numpy(kept).to(like.device)
+
+    def _bias(self, weight: torch.Tensor) -> torch.Tensor:
+        """What the narrowed graph adds, (out,)."""
+        start = weight.new_zeros(len(weight))
+        return sum((self.tensors[name].reshape(-1) for name in self.site.biases), start)
+
+    def _dense_bias(self, rows: torch.Tensor | None) -> torch.Tensor:
+        """What the dense graph adds to what stays, (out,)."""
+        total = torch.stack([self.dense[n].detach().reshape(-1) for n in self.site.biases]).sum(0)
+        return total if rows is None else total[rows]
+
+    def _both(self, number: int, dense: Paused, slim: Paused) -> tuple[torch.Tensor, torch.Tensor]:
+        """Narrowed and dense inputs (1, vectors, in)."""
+        wide, narrow = _call(dense), _call(slim)
+        family = self.site.family
+        assert isinstance(family, MatrixProduct)
+        x, given = family.inputs(self._along(dense)), family.inputs(narrow)
+        for value in (given, x):
+            check_finite(value, self.calibration.numbers[number], self.site.node)
+        valid = self.calibration.batches[number].valid
+        x, given = without_padding(valid, wide[family.source], x, given)
+        return given, x.to(torch.promote_types(x.dtype, torch.float32))
+
+    def _finish_shared(self, shared: SharedInputs, dense: Paused, call: Call) -> Repair:
+        """Change the weights by what was found for all that read the same."""
+        site = self.site
+        (weight,), (matrix,) = site.family.matrix(call), site.family.matrix(_call(dense))
+        found = shared.found(site.name)
+        rows = self._stay(site.rows, weight)
+        shift = change(weight, matrix, rows, found)
+        bias = None
+        if site.biases:
+            bias = self._dense_bias(rows) + (0 if shift is None else shift)
+        self._hand_back(bias)
+        return Repair(site.name, found.before, found.after, found.ridge)
+
+    def _own(self) -> set[axes.Axis]:
+        """Axes of the weight, along which a dense activation is not sliced."""
+        site = self.site
+        own = {*axes.leaves(site.term), *axes.leaves(axes.resolve(site.rows))}
+        for source in site.node.all_input_nodes:
+            for term in self.keep.coupling.dims.get(self.program.tensors.get(source, ""), ()):
+                own |= {*axes.leaves(term)}
+        return own
 
     def _pair(
         self, number: int, dense: Paused, slim: Paused, weight: torch.Tensor
@@ -166,11 +263,7 @@ class SiteRepair:
 
     def _along(self, dense: Paused) -> Call:
         """The dense call, its activations sliced along all axes but those of the weight."""
-        site, dims = self.site, self.keep.coupling.env
-        own = {*axes.leaves(site.term), *axes.leaves(axes.resolve(site.rows))}
-        for source in site.node.all_input_nodes:
-            for term in self.keep.coupling.dims.get(self.program.tensors.get(source, ""), ()):
-                own |= {*axes.leaves(term)}
+        site, dims, own = self.site, self.keep.coupling.env, self._own()
         values = {}
         for source in site.node.all_input_nodes:
             value, terms = dense.values[source], dims[source]
@@ -254,6 +347,10 @@ def touched_anywhere(repairs: Sequence[object], everyone: Processes) -> None:
     for repair, touched in zip(sites, found, strict=True):
         if touched:
             repair.touched_elsewhere()
+
+
+def _call(paused: Paused) -> Call:
+    return bound(paused.node, paused.args, paused.kwargs)
 
 
 def stream(site: Site, sizes: Mapping[fx.Node, Any]) -> fx.Node | None:
