@@ -55,6 +55,18 @@ FAULTS = [
         "inside = None if first is None else first[(first >= start) & (first < end)]",
         "tests/test_checkpoints.py -k blocks",
     ),
+    Fault(
+        "streaming",
+        "(take(stored, kept).double() + constants)",
+        "take(stored, kept).double()",
+        "tests/test_checkpoints_biases.py -m sweep -k folded",
+    ),
+    Fault(
+        "calibration",
+        "for number in reversed(range(self.left)):",
+        "for number in reversed(range(len(self.cuts) + 1)):",
+        "tests/test_checkpoints_resumed.py -k behind",
+    ),
     # Later calls.
     Fault("coupling", "for leaf in tables - read:", "for leaf in ():", f"{LATER} rows"),
     Fault(

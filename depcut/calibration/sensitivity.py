@@ -131,17 +131,7 @@ class Sensitivity:
         program, calibration, shown = self.coupling.program, self.calibration, shown or {}
         model = self.model
         held = Shelf(held_tensors(model) if isinstance(model, nn.Module) else model)
-        # Stretches are the same in all processes.
-        most = calibration.everyone.exchanged("rows", max(b.rows for b in calibration.batches))
-        rows = max(most) / max(program.batch, 1)
-        asked = rereadable(program)
-        cost = {n: shown.get(n, 0) for n in program.graph.graph.nodes}
-        for node, root in storages(cost).items():
-            cost[node] += int(rows * bytes_of(node)) if root is node and node not in asked else 0
-        if not isinstance(model, nn.Module):
-            for node, nbytes in weights_of(program).items():
-                cost[node] += nbytes
-        cuts = cut(program, cost, calibration.memory // STRETCHES, apart=True)
+        cuts = self.cuts(shown)
         trail = calibration.trail if looking is not None else None
         with Store(calibration.memory, trail) as store, bar(calibration) as progress:
             back = Backward(
@@ -168,6 +158,25 @@ class Sensitivity:
                     yield None
             except RuntimeError as error:
                 raise NoDerivativeError from error
+
+    def cuts(self, shown: Mapping[fx.Node, int]) -> list[fx.Node]:
+        """Where the walk pauses, so that a stretch is within a part of the memory.
+
+        Args:
+            shown: See `walked`.
+        """
+        program, calibration = self.coupling.program, self.calibration
+        # Stretches are the same in all processes.
+        most = calibration.everyone.exchanged("rows", max(b.rows for b in calibration.batches))
+        rows = max(most) / max(program.batch, 1)
+        asked = rereadable(program)
+        cost = {n: shown.get(n, 0) for n in program.graph.graph.nodes}
+        for node, root in storages(cost).items():
+            cost[node] += int(rows * bytes_of(node)) if root is node and node not in asked else 0
+        if not isinstance(self.model, nn.Module):
+            for node, nbytes in weights_of(program).items():
+                cost[node] += nbytes
+        return cut(program, cost, calibration.memory // STRETCHES, apart=True)
 
     def sum_over_processes(self, nodes: Iterable[fx.Node]) -> None:
         """Take in what the other processes have found of nodes, once a node.
