@@ -168,7 +168,7 @@ def extrapolated(shape: Shape) -> tuple[float, float]:
         shape: The decoder.
     """
     shares, layers = [], []
-    for hidden in (NARROW, WIDE):
+    for hidden in (min(NARROW, shape.hidden // 4), min(WIDE, shape.hidden // 2)):
         one, two = (shape.divided(hidden, count) for count in (1, 2))
         shares.append((one.hidden / shape.hidden) ** 3)
         once, twice = calibrated(one), calibrated(two)

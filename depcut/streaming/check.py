@@ -40,6 +40,10 @@ class Constants(Protocol):
     def shifts(self) -> Mapping[fx.Node, Tensor]:
         """What the result of a node lacks, which the batch norm behind it makes up for."""
 
+    @property
+    def rounded(self) -> Mapping[fx.Node, torch.dtype]:
+        """Nodes that read a tensor that took one over, with the precision that it has."""
+
 
 class _Dense(ReferenceRun):
     """The dense graph with zeros where removed units are read; sliced, where data changed weights.
@@ -80,7 +84,7 @@ class _Smaller(Interpreter):
         program: The smaller class's graph.
         weights: What was written.
         dense: The run beside it, which is one operator ahead.
-        shifts: See `Constants`.
+        constants: Of removed units, if they were folded.
     """
 
     def __init__(
@@ -89,10 +93,12 @@ class _Smaller(Interpreter):
         program: Program,
         weights: Mapping[str, Tensor],
         dense: _Dense,
-        shifts: Mapping[fx.Node, Tensor],
+        constants: Constants | None,
     ) -> None:
         super().__init__(program)
-        self.keep, self.weights, self.dense, self.shifts = keep, weights, dense, shifts
+        self.keep, self.weights, self.dense = keep, weights, dense
+        self.shifts = constants.shifts if constants is not None else {}
+        self.rounded = constants.rounded if constants is not None else {}
         self.worst, self.compared = 0.0, 0
 
     def tensor(self, _: fx.Node, name: str) -> Any:
@@ -127,7 +133,7 @@ class _Smaller(Interpreter):
         if not message and not wanted.is_floating_point() and not torch.equal(wanted, got):
             message = "other whole numbers"
         self.worst = max(self.worst, size)
-        if message or not size <= TOLERANCE[PRECISION]:
+        if message or not size <= TOLERANCE[self.rounded.get(beside, PRECISION)]:
             raise VerificationError(
                 message or f"the smaller model differs by {size:.3g} of the scale",
                 where=where(beside),
@@ -194,7 +200,7 @@ def check_written(
     (program, pairs), (before, after) = built, weights
     spared = constants.spared if constants is not None else None
     dense = _Dense(keep, before, changed, pairs, spared)
-    small = _Smaller(keep, program, after, dense, constants.shifts if constants is not None else {})
+    small = _Smaller(keep, program, after, dense, constants)
     inputs = drawn_inputs(keep.coupling.program)
     stops = [node for node in pairs if node.op == "call_function"]
     with torch.no_grad(), preserved():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, fx, nn
 
 from depcut.capture.random_state import preserved
@@ -32,11 +33,13 @@ class Folded:
         spared: Where removed units go on to contribute, see `depcut.reference.run.Reference`.
         shifts: What the result of a node lacks, whose batch norm makes up for it: by feature that
             stays, in the second dimension.
+        rounded: Nodes that read such a tensor, with the precision that it was rounded to.
     """
 
     tensors: Mapping[str, Tensor]
     spared: Spared
     shifts: Mapping[fx.Node, Tensor]
+    rounded: Mapping[fx.Node, torch.dtype]
 
 
 def folded(keep: Keep, dense: nn.Module, weights: Mapping[str, Tensor]) -> Folded | None:
@@ -70,7 +73,7 @@ def folded(keep: Keep, dense: nn.Module, weights: Mapping[str, Tensor]) -> Folde
             return None
         contractions = lasting(coupling.program, dense, contractions, found)
     by_name = {c.absorber.tensor: c for c in contractions if c.absorber and c.fixed is not None}
-    tensors, shifts = {}, {}
+    tensors, shifts, rounded = {}, {}, {}
     for name, whole in added.items():
         if name not in by_name:
             continue
@@ -78,9 +81,13 @@ def folded(keep: Keep, dense: nn.Module, weights: Mapping[str, Tensor]) -> Folde
         stored = weights[name]
         constants = take(whole, kept)
         tensors[name] = (take(stored, kept).double() + constants).to(stored.dtype)
-        if by_name[name].absorber.sign < 0:  # type: ignore[union-attr]
-            shifts[by_name[name].node] = constants
-    return Folded(tensors, absorbed(contractions), shifts) if tensors else None
+        contraction = by_name[name]
+        node, absorber = contraction.node, contraction.absorber
+        if absorber is not None and absorber.sign < 0:  # the mean of the batch norm that follows
+            shifts[node] = -constants
+            (node,) = node.users
+        rounded[node] = stored.dtype
+    return Folded(tensors, absorbed(contractions), shifts, rounded) if tensors else None
 
 
 def _takes_constants(coupling: Coupling) -> bool:
