@@ -9,17 +9,17 @@ import depcut
 from depcut.streaming import job as jobs
 
 GONE = (5, 17)  # units whose rows are zero: what is left of them is their bias
-HELD = {"opt": "*embed*", "bert": "*embeddings*"}
+HELD = {"gpt2": "*wte*", "bert": "*embeddings*"}
 
 
 def build(name):
     """One layer, whose biases and norms are not as initialised."""
     transformers = libraries()["transformers"]
     same = {"num_hidden_layers": 1, "num_attention_heads": 4, "hidden_size": 32}
-    same |= {"vocab_size": 96, "max_position_embeddings": 64}
-    if name == "opt":
-        config = transformers.OPTConfig(ffn_dim=96, word_embed_proj_dim=32, **same)
-        return transformers.OPTForCausalLM(config)
+    same |= {"vocab_size": 100, "max_position_embeddings": 64}
+    if name == "gpt2":
+        given = {"n_layer": 1, "n_head": 4, "n_embd": 32, "n_inner": 96, "n_positions": 64}
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=100, **given))
     return transformers.BertForMaskedLM(transformers.BertConfig(intermediate_size=96, **same))
 
 
@@ -30,9 +30,10 @@ def checkpoint(request, tmp_path):
         model = build(request.param).eval()
         for parameter in model.parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
-        for layer in model.modules():
-            if isinstance(layer, torch.nn.Linear) and layer.weight.shape == (96, 32):
-                layer.weight.data[list(GONE)] = 0
+        for name, layer in model.named_modules():
+            if name.endswith(("c_fc", "intermediate.dense")):
+                turned = isinstance(layer, torch.nn.Linear)  # GPT-2 has (in, out)
+                (layer.weight.data if turned else layer.weight.data.T)[list(GONE)] = 0
                 layer.bias.data[list(GONE)] = 0.5
     model.save_pretrained(tmp_path / "dense")
     return request.param, tmp_path / "dense", type(model)
