@@ -67,6 +67,24 @@ FAULTS = [
         "for number in reversed(range(len(self.cuts) + 1)):",
         "tests/test_checkpoints_resumed.py -k behind",
     ),
+    Fault(
+        "calibration",
+        "half = torch.addmm(self.ex, matrix, self.xx, alpha=-0.5)",
+        "half = torch.addmm(self.ex, matrix, self.xx, alpha=-1)",
+        "tests/test_gaps.py",
+    ),
+    Fault(
+        "repair",
+        "gap[..., self.kept] -= narrow",
+        "gap[..., self.kept] = 0",
+        "tests/test_compensate.py",
+    ),
+    Fault(
+        "scores",
+        "            self._losses = self._reader.losses()\n            self._put_away()",
+        "            self._put_away()",
+        "tests/test_reconstruction.py -k wait",
+    ),
     # Later calls.
     Fault("coupling", "for leaf in tables - read:", "for leaf in ():", f"{LATER} rows"),
     Fault(

@@ -1,4 +1,4 @@
-"""Least squares from the gap between inputs: those of the outputs themselves, which it never sees."""
+"""Least squares from the gap between inputs: as the outputs themselves would give it."""
 
 import pytest
 import torch

@@ -26,6 +26,7 @@ from depcut.plan.keep import Keep
 from depcut.reference.run import Reference, Tensors
 
 _TINY = 1e-30
+_PART = 2**21  # numbers
 
 
 def sensitivities(
@@ -214,16 +215,25 @@ class Sensitivity:
         values = [v for v in outputs if isinstance(v, torch.Tensor) and v.requires_grad]
         # A loss beside the outputs has no variance; it counts where it is all there is.
         for value in [v for v in values if v.numel() > 1] or values:
-            signs = torch.randint(0, 2, value.shape, generator=generator) * 2 - 1
+            # Whole numbers of any size are the same draws.
+            signs = torch.randint(0, 2, value.shape, generator=generator, dtype=torch.int8)
+            signs.mul_(2).sub_(1)
             if valid is not None and value.shape[:2] == valid.shape:
                 signs = signs * valid.cpu().reshape(*valid.shape, *[1] * (value.ndim - 2))
-            scale = float(value.detach().double().var(unbiased=False)) * value.numel() + _TINY
+            scale = _spread(value.detach()) + _TINY
             total = total + (value * signs.to(value)).sum() / scale**0.5
         return total
 
 
 def _nothing() -> None:
     """At the end of a stretch."""
+
+
+def _spread(value: torch.Tensor) -> float:
+    """Sum of squares about the mean, in double precision, of which a part is held at a time."""
+    parts = value.flatten().split(_PART)
+    mean = sum(float(part.double().sum()) for part in parts) / value.numel()
+    return sum(float((part.double() - mean).square_().sum()) for part in parts)
 
 
 def _by_feature(value: torch.Tensor, squares: torch.Tensor, dim: int | None) -> torch.Tensor:

@@ -24,6 +24,8 @@ from depcut.graph.rereadable import names_read
 from depcut.graph.resized import numbers_of_run
 from depcut.reference.run import Reference, ReferenceRun, Tensors
 
+_AHEAD = 8  # what is computed ahead of all batches takes at most the budget divided by it
+
 
 @dataclass(frozen=True)
 class Graph:
@@ -186,6 +188,7 @@ class Walk:
             batch = self.calibration.batches[number]
             started = [g.started(self.calibration.leaves(batch), self.stops) for g in self.graphs]
             runs, steps = zip(*started, strict=True)
+            self._give_room(runs)
             self.walkers[number] = _Walker(runs, steps)
         elif number in self.store:
             walker = self.walkers[number]
@@ -208,7 +211,13 @@ class Walk:
         graphs = zip(self.graphs, self.store.take(number), strict=True)
         steps = [g.followed(leaves, self.nodes[at - 1], v, self.stops) for g, v in graphs]
         runs, pausing = zip(*steps, strict=True)
+        self._give_room(runs)
         return _Walker(runs, pausing, at)
+
+    def _give_room(self, runs: Sequence[ReferenceRun]) -> None:
+        """Allow the runs of a batch to keep some of what they compute ahead."""
+        for run in runs:
+            run.room = self.store.budget // (_AHEAD * len(self.calibration.batches))
 
     def _advance(self, walker: _Walker) -> None:
         with torch.no_grad():

@@ -38,9 +38,10 @@ from depcut.ops.normalization import is_batch_norm
 from depcut.ops.site import Site
 from depcut.plan.keep import Keep
 from depcut.reference.run import Reference
+from depcut.repair.added_to import stream
 from depcut.repair.norms import NormRepair, statistics
 from depcut.repair.shared_inputs import SharedInputs
-from depcut.repair.sites import Repair, SiteRepair, stream, touched_anywhere
+from depcut.repair.sites import Repair, SiteRepair, touched_anywhere
 from depcut.support.closeness import relative_error
 from depcut.support.failures import first_line, reraise_fatal
 

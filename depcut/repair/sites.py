@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 import torch
 from torch import fx
@@ -21,11 +21,11 @@ from depcut.calibration.visits import check_finite
 from depcut.graph.ancestry import is_shared
 from depcut.graph.arguments import Call, bound
 from depcut.graph.interpreter import Paused
-from depcut.graph.operators import base_name, is_aten
 from depcut.ops.contraction import MatrixProduct
 from depcut.ops.site import Site
 from depcut.plan.keep import Keep
 from depcut.reference.run import kept_part
+from depcut.repair.added_to import stream
 from depcut.repair.shared_inputs import SharedInputs, change, is_part
 from depcut.support.processes import Processes
 from depcut.support.torch_private import pytree
@@ -166,7 +166,7 @@ class SiteRepair:
         if self.shared is None:
             return False
         (weight,), (matrix,) = self.site.family.matrix(call), self.site.family.matrix(_call(dense))
-        rows, kept = self._stay(self.site.rows, weight), self._stay(self.site.term, weight)
+        rows, kept = self._kept(self.site.rows, weight), self._kept(self.site.term, weight)
         columns = torch.arange(weight.shape[1], device=weight.device) if kept is None else kept
         if columns.ndim > 1 or not is_part(weight, matrix, rows, columns):
             return False
@@ -179,7 +179,8 @@ class SiteRepair:
         self.shared.targets[self.site.name] = Target.of(matrix, shift)
         return True
 
-    def _stay(self, term: axes.Term, like: torch.Tensor) -> torch.Tensor | None:
+    def _kept(self, term: axes.Term, like: torch.Tensor) -> torch.Tensor | None:
+        """Numbers of what stays, on the device of a tensor; None: all."""
         kept = self.keep.indices(term)
         return None if kept is None else torch.from_numpy(kept).to(like.device)
 
@@ -210,7 +211,7 @@ class SiteRepair:
         site = self.site
         (weight,), (matrix,) = site.family.matrix(call), site.family.matrix(_call(dense))
         found = shared.found(site.name)
-        rows = self._stay(site.rows, weight)
+        rows = self._kept(site.rows, weight)
         shift = change(weight, matrix, rows, found)
         bias = None
         if site.biases:
@@ -233,22 +234,13 @@ class SiteRepair:
         """Narrowed inputs [blocks, vectors, in] and the dense outputs that stay, alike."""
         site, family = self.site, self.site.family
         wide, narrow = (bound(p.node, p.args, p.kwargs) for p in (dense, slim))
-        x = family.inputs(self._along(dense))
-        dense_weight = family.matrix(wide)
-        added = [
-            self.dense[name].detach().reshape(len(dense_weight), 1, -1) for name in site.biases
-        ]
-        rows = self.keep.indices(site.rows)
-        stay = None if rows is None else torch.from_numpy(rows).to(x.device)
-        if stay is not None and len(dense_weight) == 1:
-            dense_weight, added = dense_weight[:, stay], [a[..., stay] for a in added]
-        exact = torch.promote_types(x.dtype, torch.float32)
-        y = x.to(exact) @ dense_weight.to(exact).transpose(1, 2)
-        for bias in added:
-            y = y + bias
-        flat = y.transpose(0, 1).flatten(1)
-        if stay is not None and len(dense_weight) > 1:
-            flat = flat[:, stay]
+        flat = self._result(dense, family.matrix(wide).dtype)
+        x = None
+        if flat is None or site.own:
+            x = family.inputs(self._along(dense))
+        if flat is None:
+            assert x is not None
+            flat = self._multiplied(x, wide)
         added_to = stream(site, self.program.sizes)
         if added_to is not None:
             flat = flat + self._drift(dense, slim, added_to).reshape(flat.shape)
@@ -261,23 +253,71 @@ class SiteRepair:
             given, target = without_padding(valid, wide[family.source], given, target)
         return given, target
 
+    def _result(self, dense: Paused, dtype: torch.dtype) -> torch.Tensor | None:
+        """What the dense node computes, (vectors, kept outputs); None where that is another thing.
+
+        Args:
+            dense: The site's node in the dense graph.
+            dtype: Of its weight.
+        """
+        dim = self.site.family.result
+        if dim is None or torch.promote_types(dtype, torch.float32) != dtype or not self._whole:
+            return None
+        result = dense.result()
+        if not isinstance(result, torch.Tensor) or result.dtype != dtype:
+            return None
+        flat = result.movedim(dim, -1).reshape(-1, result.shape[dim])
+        stay = self._kept(self.site.rows, flat)
+        # A copy: what follows may work in place.
+        return flat.clone() if stay is None else flat.index_select(1, stay)
+
+    def _multiplied(self, x: torch.Tensor, wide: Call) -> torch.Tensor:
+        """Dense outputs of inputs (blocks, vectors, in), in single precision or better."""
+        site, dense_weight = self.site, self.site.family.matrix(wide)
+        added = [
+            self.dense[name].detach().reshape(len(dense_weight), 1, -1) for name in site.biases
+        ]
+        stay = self._kept(site.rows, x)
+        if stay is not None and len(dense_weight) == 1:
+            dense_weight, added = dense_weight[:, stay], [a[..., stay] for a in added]
+        exact = torch.promote_types(x.dtype, torch.float32)
+        y = x.to(exact) @ dense_weight.to(exact).transpose(1, 2)
+        for bias in added:
+            y = y + bias
+        flat = y.transpose(0, 1).flatten(1)
+        return flat[:, stay] if stay is not None and len(dense_weight) > 1 else flat
+
+    @cached_property
+    def _whole(self) -> bool:
+        """Whether no activation is narrowed along another axis than those of the weight."""
+        return not any(
+            self.keep.narrows(term)
+            for source in self.site.node.all_input_nodes
+            if source not in self.program.tensors
+            for term in self._beside(source) or ()
+        )
+
     def _along(self, dense: Paused) -> Call:
         """The dense call, its activations sliced along all axes but those of the weight."""
-        site, dims, own = self.site, self.keep.coupling.env, self._own()
-        values = {}
+        site, values = self.site, {}
         for source in site.node.all_input_nodes:
-            value, terms = dense.values[source], dims[source]
-            if isinstance(terms, tuple) and source not in self.program.tensors:
-                held = Reason("of the weight's own", source.name)
-                rest = [
-                    axes.axis(t.size, held) if own & {*axes.leaves(axes.resolve(t))} else t
-                    for t in terms
-                ]
-                value = kept_part(value, self.keep, tuple(rest))
+            value, rest = dense.values[source], self._beside(source)
+            if rest is not None and source not in self.program.tensors:
+                value = kept_part(value, self.keep, rest)
             values[source] = value
         args = fx.map_arg(site.node.args, values.__getitem__)
         kwargs = fx.map_arg(site.node.kwargs, values.__getitem__)
         return bound(site.node, args, kwargs)
+
+    def _beside(self, source: fx.Node) -> tuple[axes.Term, ...] | None:
+        """Terms of what the node reads, those of the weight's own axes held; None: no tensor."""
+        terms = self.keep.coupling.env[source]
+        if not isinstance(terms, tuple):
+            return None
+        own, held = self._own(), Reason("of the weight's own", source.name)
+        return tuple(
+            axes.axis(t.size, held) if own & {*axes.leaves(axes.resolve(t))} else t for t in terms
+        )
 
     def _drift(self, dense: Paused, slim: Paused, added_to: fx.Node) -> torch.Tensor:
         """Kept part of the dense stream that the result is added to, less the narrowed stream."""
@@ -285,11 +325,11 @@ class SiteRepair:
         kept = kept_part(before, self.keep, self.keep.coupling.env[added_to])
         return kept - torch.as_tensor(after)
 
-    def _read(self, narrow: Call, dense: torch.Tensor) -> torch.Tensor:
+    def _read(self, narrow: Call, dense: torch.Tensor | None) -> torch.Tensor:
         """Narrowed inputs [blocks, vectors, in]; a cell's own state is that of the dense run."""
         site = self.site
         x = site.family.inputs(narrow)
-        if site.own:
+        if dense is not None and site.own:
             kept = self.keep.indices(site.term)
             own = sum(self.keep.count(t) for c in site.columns[-site.own :] for t in c)
             picked = dense if kept is None else dense[..., torch.from_numpy(kept).to(x.device)]
@@ -351,30 +391,6 @@ def touched_anywhere(repairs: Sequence[object], everyone: Processes) -> None:
 
 def _call(paused: Paused) -> Call:
     return bound(paused.node, paused.args, paused.kwargs)
-
-
-def stream(site: Site, sizes: Mapping[fx.Node, Any]) -> fx.Node | None:
-    """The node that the result of a linear layer is added to, if it was computed before.
-
-    Args:
-        site: The site.
-        sizes: Of every node.
-    """
-    if not isinstance(site.family, MatrixProduct) or site.family.features != -1:
-        return None
-    node = site.node
-    while len(node.users) == 1:
-        (user,) = node.users
-        if "dropout" in base_name(user):
-            node = user
-            continue
-        others = [a for a in user.args if isinstance(a, fx.Node) and a is not node]
-        plain = len(user.args) == 2 and not user.kwargs
-        if is_aten(user, "add") and plain and len(others) == 1:
-            alike = others[0].op == "call_function" and sizes[others[0]] == sizes[site.node]
-            return others[0] if alike and others[0] < site.node else None
-        return None
-    return None
 
 
 def _address(tensor: torch.Tensor) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import fx
 
 from depcut.axes import Indices
 from depcut.calibration.inputs import Inputs
+from depcut.calibration.products import single_is_kept
 from depcut.coupling.groups import Group
 from depcut.ops.site import Site
 from depcut.scores.elimination import Reads, Weight
@@ -29,6 +30,7 @@ _DAMPING = 1e-2  # of the mean variance of the inputs
 _TINY = 1e-30
 _NOISE = 1e-12  # of the energy of what is read: what rounding leaves of a variance
 _BLOCK = 2**21  # numbers of a weight that are held in double precision at a time
+_WIDE = 1024  # columns from which on units are eliminated in single precision, see `quadratic`
 
 
 @dataclass(frozen=True)
@@ -86,29 +88,50 @@ def _reader(
     damping = _DAMPING * level + _NOISE * whole.mean(1)
     scaled = [_Scaled.of(gathered.weights[s], felt.get(s.node), inputs, centred) for s in sites]
     # Constant inputs carry nothing that a bias does not.
-    for weight in scaled:
-        power = weight.squares()
+    powers = [weight.squares() for weight in scaled]
+    for weight, power in zip(scaled, powers, strict=True):
         if not float((power * square).sum()) > _NOISE * float((power * whole).sum()):
             weight.factor.zero_()
+            power.zero_()
     blocks, _, size = scaled[0].weight.shape
+    scale: torch.Tensor | None = None
+    if size >= _WIDE and single_is_kept():
+        # Of the weights, the largest column's energy; of the inverse, the inverse of the damping.
+        energy = torch.stack(powers).sum(0).amax(1) + _TINY
+        scaled = [w.lowered(energy) for w in scaled]
+        scale = (energy * damping)[:, None].cpu()
     gram: Gram
     if sum(w.weight.shape[1] for w in scaled) < size:
         gram = ThinGram(torch.cat([rows for w in scaled for rows in w.rows()], 1).cpu())
     else:
-        total = square.new_zeros(blocks, size, size)
-        for rows in (rows for w in scaled for rows in w.rows()):
+        some = (rows for w in scaled for rows in w.rows())
+        total = _gram(next(some))
+        for rows in some:
             total.baddbmm_(rows.transpose(1, 2), rows)
         gram = FullGram(total.cpu())
+    inverse = _inverse(inputs, centred, damping, lowered=scale is not None)
+    return Weight(inverse, gram, size, torch.from_numpy(columns), blocks, blockwise, scale)
+
+
+def _gram(rows: torch.Tensor) -> torch.Tensor:
+    return rows.transpose(1, 2) @ rows
+
+
+def _inverse(inputs: Inputs, centred: bool, damping: torch.Tensor, lowered: bool) -> Inverse:
+    """Inverse of the damped second moments; times the damping, in single precision, if lowered."""
     few = inputs.vectors(centred)
-    inverse: Inverse
     if few is not None:
-        inverse = ThinInverse(few.cpu(), damping.cpu())
-    else:
-        damped = inputs.products(centred)
-        damped = damped if centred else damped.clone()
-        damped.diagonal(dim1=1, dim2=2).add_(damping[:, None])
-        inverse = FullInverse(inverted(damped).cpu())
-    return Weight(inverse, gram, size, torch.from_numpy(columns), blocks, blockwise)
+        thin = ThinInverse(few.cpu(), damping.cpu())
+        if lowered:
+            thin.lower()
+        return thin
+    damped = inputs.products(centred)
+    damped = damped if centred else damped.clone()
+    damped.diagonal(dim1=1, dim2=2).add_(damping[:, None])
+    full = inverted(damped)
+    if lowered:
+        full = full.mul_(damping[:, None, None]).float()
+    return FullInverse(full.cpu())
 
 
 @dataclass(frozen=True)
@@ -118,10 +141,12 @@ class _Scaled:
     Attributes:
         weight: W, (blocks, out, in).
         factor: Of its rows, (blocks, out, 1).
+        dtype: Of the products that are made.
     """
 
     weight: torch.Tensor
     factor: torch.Tensor
+    dtype: torch.dtype = torch.float64
 
     @staticmethod
     def of(
@@ -149,7 +174,12 @@ class _Scaled:
         step = max(1, _BLOCK // (blocks * size))
         for start in range(0, out, step):
             end = start + step
-            yield self.weight[:, start:end].double() * self.factor[:, start:end]
+            yield (self.weight[:, start:end].double() * self.factor[:, start:end]).to(self.dtype)
+
+    def lowered(self, energy: torch.Tensor) -> _Scaled:
+        """Divided by the root of an energy (blocks,), in single precision."""
+        factor = self.factor / energy.sqrt()[:, None, None]
+        return replace(self, factor=factor, dtype=torch.float32)
 
     def squares(self) -> torch.Tensor:
         """Sums of squares by column, (blocks, in)."""

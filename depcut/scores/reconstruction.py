@@ -180,8 +180,9 @@ class _Elimination:
                 self._go_on(self.partly.ready(items), felt, self.store)
                 self.stretches.append(list(seen))
                 seen.clear()
-        plain = _shares(self.context)
-        return [self.out.get(g.index, plain[g.index]) for g in self.context.coupling.groups]
+        groups = self.context.coupling.groups
+        plain = _shares(self.context) if any(g.index not in self.out for g in groups) else []
+        return [self.out[g.index] if g.index in self.out else plain[g.index] for g in groups]
 
     def _leader(self, item: _Item) -> _Item:
         """The item whose moments are those of an item, too."""
