@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
@@ -15,6 +15,7 @@ from depcut.calibration.data import Calibration
 from depcut.calibration.progress import bar
 from depcut.calibration.shelf import Shelf
 from depcut.calibration.store import Store
+from depcut.calibration.trail import Part
 from depcut.calibration.visits import STRETCHES, checked_call
 from depcut.capture.held import held_tensors
 from depcut.coupling.groups import Coupling
@@ -65,6 +66,14 @@ def sensitivities(
     return felt.found
 
 
+class Looking(Part, Protocol):
+    """Who is shown nodes, and has a state between two stretches."""
+
+    @property
+    def stores(self) -> Sequence[Store]:
+        """What it keeps values in."""
+
+
 class NoDerivativeError(Exception):
     """The graph cannot be differentiated: nothing is known, all errors count alike."""
 
@@ -93,14 +102,24 @@ class Sensitivity:
         self.features = features
         self.found: dict[fx.Node, torch.Tensor] = {}
 
+    def state(self) -> Any:
+        """What was found so far."""
+        return dict(self.found)
+
+    def restore(self, state: Any) -> bool:
+        """Have what an earlier process has found."""
+        self.found.update(state)
+        return True
+
     def walked(
-        self, shown: Mapping[fx.Node, int] | None = None
+        self, shown: Mapping[fx.Node, int] | None = None, looking: Looking | None = None
     ) -> Generator[tuple[int, fx.Node, Call] | None]:
         """Walk back over the data; to be closed.
 
         Args:
             shown: Nodes to show, with the bytes that the caller takes for each until the end of
                 its stretch.
+            looking: The caller, where a process that is killed is to be followed by another.
 
         Yields:
             (number of the batch, node, values of its arguments) whenever a node is shown; None at
@@ -113,18 +132,9 @@ class Sensitivity:
         program, calibration, shown = self.coupling.program, self.calibration, shown or {}
         model = self.model
         held = Shelf(held_tensors(model) if isinstance(model, nn.Module) else model)
-        # Stretches are the same in all processes.
-        most = calibration.everyone.exchanged("rows", max(b.rows for b in calibration.batches))
-        rows = max(most) / max(program.batch, 1)
-        asked = rereadable(program)
-        cost = {n: shown.get(n, 0) for n in program.graph.graph.nodes}
-        for node, root in storages(cost).items():
-            cost[node] += int(rows * bytes_of(node)) if root is node and node not in asked else 0
-        if not isinstance(model, nn.Module):
-            for node, nbytes in weights_of(program).items():
-                cost[node] += nbytes
-        cuts = cut(program, cost, calibration.memory // STRETCHES, apart=True)
-        with Store(calibration.memory) as store, bar(calibration) as progress:
+        cuts = self.cuts(shown)
+        trail = calibration.trail if looking is not None else None
+        with Store(calibration.memory, trail) as store, bar(calibration) as progress:
             back = Backward(
                 calibration,
                 held,
@@ -136,14 +146,38 @@ class Sensitivity:
                 self._projection,
                 self._take,
             )
+            ended = _nothing
+            if trail is not None and looking is not None:
+                parts: dict[str, Part] = {"walk": back, "found": self, "looking": looking}
+                ended = trail.following("sensitivity", program, [store, *looking.stores], parts)
             try:
-                for _ in progress.track(back.stretches(), len(cuts) + 1, description="sensitivity"):
+                stretches = back.stretches(ended)
+                for _ in progress.track(stretches, back.left, description="sensitivity"):
                     for number, node, run in back.batches():
                         paused = run.paused(node)
                         yield number, node, checked_call(paused, calibration.numbers[number])
                     yield None
             except RuntimeError as error:
                 raise NoDerivativeError from error
+
+    def cuts(self, shown: Mapping[fx.Node, int]) -> list[fx.Node]:
+        """Where the walk pauses, so that a stretch is within a part of the memory.
+
+        Args:
+            shown: See `walked`.
+        """
+        program, calibration = self.coupling.program, self.calibration
+        # Stretches are the same in all processes.
+        most = calibration.everyone.exchanged("rows", max(b.rows for b in calibration.batches))
+        rows = max(most) / max(program.batch, 1)
+        asked = rereadable(program)
+        cost = {n: shown.get(n, 0) for n in program.graph.graph.nodes}
+        for node, root in storages(cost).items():
+            cost[node] += int(rows * bytes_of(node)) if root is node and node not in asked else 0
+        if not isinstance(self.model, nn.Module):
+            for node, nbytes in weights_of(program).items():
+                cost[node] += nbytes
+        return cut(program, cost, calibration.memory // STRETCHES, apart=True)
 
     def sum_over_processes(self, nodes: Iterable[fx.Node]) -> None:
         """Take in what the other processes have found of nodes, once a node.
@@ -189,6 +223,10 @@ class Sensitivity:
             scale = _spread(value.detach()) + _TINY
             total = total + (value * signs.to(value)).sum() / scale**0.5
         return total
+
+
+def _nothing() -> None:
+    """At the end of a stretch."""
 
 
 def _spread(value: torch.Tensor) -> float:

@@ -10,7 +10,7 @@ et al., Data-Free Quantization, ICCV 2019, section 4.2 (biases take the mean).
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from typing import Any
 
@@ -24,6 +24,7 @@ from depcut.calibration.progress import bar
 from depcut.calibration.shelf import Shelf
 from depcut.calibration.sites import find_sites
 from depcut.calibration.store import Store
+from depcut.calibration.trail import Part
 from depcut.calibration.walk import Graph, Walk
 from depcut.capture.clone import clone
 from depcut.capture.eager import user_line
@@ -132,7 +133,8 @@ class _Repairer:
         whole = Reference(Keep(self.keep.coupling, {}), self.dense)
         narrow = Reference(self.keep, self.dense, sliced=True)
         self.together = self._joined()
-        with Store(self.calibration.memory) as store:
+        trail = self.calibration.trail
+        with Store(self.calibration.memory, trail) as store:
             walk = Walk(
                 self.calibration,
                 [Graph(whole), Graph(narrow, self.tensors)],
@@ -141,12 +143,28 @@ class _Repairer:
                 [self.dense, self.tensors],
                 self.together,
             )
+            ended = None
+            if trail is not None:
+                parts: dict[str, Part] = {"walk": walk, "repairs": self}
+                ended = trail.following("compensate", self.program, [store], parts)
             with bar(self.calibration) as progress:
-                stretches = walk.stretches()
-                for nodes in progress.track(stretches, len(walk.pauses), description="compensate"):
+                stretches, left = walk.stretches(), len(walk.pauses) - walk.done
+                for nodes in progress.track(stretches, left, description="compensate"):
                     self._stretch(nodes, walk)
+                    if ended is not None:
+                        ended()
             expected = {n: walk.outputs(n, 1) for n in self._one_a_length()}
         return Compensation(tuple(self.repairs), {**self.left, **self._unread()}), expected
+
+    def state(self) -> Any:
+        """What was done so far."""
+        return [asdict(repair) for repair in self.repairs], dict(self.left)
+
+    def restore(self, state: Any) -> bool:
+        """Have what an earlier process has done."""
+        repairs, self.left = state
+        self.repairs = [Repair(**repair) for repair in repairs]
+        return True
 
     def _joined(self) -> dict[fx.Node, list[fx.Node]]:
         """Sites and batch norms to stop at; with each, those that read what is there already."""

@@ -29,6 +29,7 @@ from depcut.ops.site import Site
 from depcut.scores.aggregate import totals
 from depcut.scores.context import Context, Score, Scores, criterion
 from depcut.scores.elimination import Reads, Terms, Weight, eliminated
+from depcut.scores.gathered import given, held
 from depcut.scores.magnitude import powers
 from depcut.scores.pending import Pending
 from depcut.scores.readers import Gathered, readers
@@ -65,7 +66,7 @@ def obs(context: Context) -> Scores:
     work = _Elimination(context)
     felt = Sensitivity(context.coupling, context.model, context.data, work.features)
     try:
-        with closing(felt.walked(work.shown)) as walk:
+        with closing(felt.walked(work.shown, work)) as walk:
             return work.scores(walk, felt.found, felt.sum_over_processes)
     except NoDerivativeError:
         # All errors count alike.
@@ -118,6 +119,40 @@ class _Elimination:
         self.shown = {n: sum(map(self._bytes, found)) for n, found in self.at.items()}
         self.gathered = _Gathered()
         self.out: dict[int, NDArray[np.float64]] = {}
+        self.stretches: list[list[fx.Node]] = []  # what was shown in each
+        self.store = Store(context.data.memory // STRETCHES, context.data.trail)
+        self.stores = [self.store]
+
+    def state(self) -> Any:
+        """What was gathered and scored so far; items by their place among all of them."""
+        place = {item: i for i, item in enumerate(i for found in self.at.values() for i in found)}
+        gathered = {
+            name: {place[item]: value for item, value in found.items()}
+            for name, found in vars(self.gathered).items()
+        }
+        return held({"gathered": gathered, "aside": self.aside, "out": self.out}), self.stretches
+
+    def restore(self, state: Any) -> bool:
+        """Have what an earlier process has gathered and scored."""
+        items = [item for found in self.at.values() for item in found]
+        found, self.stretches = given(state[0], self.store), state[1]
+        for name, gathered in found["gathered"].items():
+            vars(self.gathered)[name].update({items[i]: v for i, v in gathered.items()})
+        self.aside, self.out = found["aside"], found["out"]
+        read: set[int] = set()
+        for nodes in self.stretches:
+            parts = self.partly.ready([item for node in nodes for item in self.at[node]])
+            complete = self.pending.ready(parts)
+            away = [p for p in parts if self.parts[p][0] not in complete and self._waits(p)]
+            for part in [*(p for number in complete for p in self.of_group[number]), *away]:
+                if part not in read:
+                    self.partly.done(part)
+                    read.add(part)
+        return True
+
+    def _waits(self, part: int) -> bool:
+        """Whether a part of an incomplete group is put aside."""
+        return isinstance(self.parts[part][1], Site)
 
     def scores(
         self,
@@ -134,7 +169,7 @@ class _Elimination:
             complete: Adds to it, of nodes, what other processes have found.
         """
         seen: dict[fx.Node, None] = {}
-        with Store(self.context.data.memory // STRETCHES) as store:
+        with self.store:
             for visit in chain(walk, [None]):
                 if visit is not None:
                     seen[visit[1]] = None
@@ -143,7 +178,8 @@ class _Elimination:
                 items = [item for node in seen for item in self.at[node]]
                 complete(seen)
                 _sum_over_processes(self.gathered, items, self.context.data.everyone)
-                self._go_on(self.partly.ready(items), felt, store)
+                self._go_on(self.partly.ready(items), felt, self.store)
+                self.stretches.append(list(seen))
                 seen.clear()
         groups = self.context.coupling.groups
         plain = _shares(self.context) if any(g.index not in self.out for g in groups) else []
@@ -189,8 +225,7 @@ class _Elimination:
                 scores = eliminated(found, group.rows, group.size)
                 self.out[number] = scores if group.row_axis is not None else scores[0]
         for part in parts:
-            number, leader, _ = self.parts[part]
-            if number not in complete and isinstance(leader, Site):
+            if self.parts[part][0] not in complete and self._waits(part):
                 found = self._read(part, felt)
                 self.aside[part] = [
                     Waiting(reader, store, (part, i)) if isinstance(reader, Weight) else reader

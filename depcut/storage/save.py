@@ -38,6 +38,11 @@ _HOLDS = {
     folders.INDEX: "format, and a hash of each file",
     folders.CARD: "this text",
 }
+_PRETRAINED = {
+    **{name: _HOLDS[name] for name in (folders.REPORT, folders.INDEX, folders.CARD)},
+    "config.json": "configuration from which transformers builds the model",
+}
+_PLAN = "which units stay, as `depcut.Plan`"
 
 
 def save(
@@ -138,6 +143,40 @@ def write_record(model: nn.Module, folder: Path) -> None:
         files.write_json(folder / folders.plan_name(number, len(plans)), plan, indent=1)
 
 
+def write_pretrained_card(model: nn.Module, kind: type[nn.Module], folder: Path) -> None:
+    """Write the model card of a folder that `from_pretrained` of transformers loads.
+
+    Args:
+        model: The smaller model.
+        kind: Its class, as the library has it.
+        folder: With all other files.
+
+    Raises:
+        DepcutError: It cannot be written.
+    """
+    plans = {folders.plan_name(i, len(carried(model))) for i in range(len(carried(model)))}
+    there = {p.name for p in folder.iterdir() if not p.name.startswith(".")}
+    entries = {
+        name: _PLAN if name in plans else _PRETRAINED.get(name) or _kind_of(name)
+        for name in sorted({*there, folders.INDEX, folders.CARD})
+    }
+    architecture = {"class": f"{kind.__module__}:{kind.__name__}", "library": "transformers"}
+    version = str(torch.__version__)
+    card = model_card(report(model), architecture, version, entries, None, "transformers")
+    files.write_text(folder / folders.CARD, card, "model card")
+
+
+def _kind_of(name: str) -> str:
+    """What a file of `save_pretrained` holds that has no name of its own."""
+    if name.endswith(".safetensors"):
+        return "weights and buffers by the names of `state_dict()`"
+    return (
+        "which file holds which weights"
+        if name.endswith(".index.json")
+        else "as transformers has it"
+    )
+
+
 def _checked(standalone: str | Collection[str]) -> tuple[str, ...]:
     remedy = f"pass of {', '.join(map(repr, STANDALONE))}"
     names = check_names(standalone, "standalone", remedy)
@@ -151,4 +190,4 @@ def _entries(draft: Path, plans: int) -> dict[str, str]:
     """What is in each file, by name."""
     named = {folders.plan_name(i, plans) for i in range(plans)}
     found = sorted({*(p.name for p in draft.iterdir()), folders.INDEX, folders.CARD})
-    return {n: "which units stay, as `depcut.Plan`" if n in named else _HOLDS[n] for n in found}
+    return {n: _PLAN if n in named else _HOLDS[n] for n in found}
