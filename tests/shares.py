@@ -1,9 +1,9 @@
 """Which share of a test's cases runs by default: the others run with `-m sweep`.
 
 The default set has five minutes, the sweep a quarter of an hour. What is shown of many nets or
-options alike is shown of some of them by default, evenly spread, of as many again in the sweep, and
-of all of them with `-m exhaustive`. With DEPCUT_TESTS=covering, sweeps that alone run some lines
-run by default, as they do where coverage is measured.
+options alike is shown of some of them by default, evenly spread, of as many again or twice as many
+in the sweep, and of all of them with `-m exhaustive`. With DEPCUT_TESTS=covering, as where coverage
+is measured, those of the sweep that run lines of their own and are quick run by default.
 """
 
 from __future__ import annotations
@@ -102,6 +102,15 @@ test_yolo test_cli test_cli_models test_cli_pretrained test_whole_layers
 test_checkpoints test_processes test_walk
 """.split()
 
+# Tests that take long, or that run no lines of their own beyond their first case.
+SLOW = """
+test_half_of_a_public_architecture test_work_grows_linearly test_other_families
+test_a_run_that_is_killed_goes_on_and_ends_with_the_same_bytes
+test_families_come_back_without_depcut test_shrink_to_a_share_of_the_time
+test_shards_are_written_and_checked_within_a_part_of_their_size
+test_a_sharded_model_is_shrunk_and_trained_on
+""".split()
+
 EVERY = dict.fromkeys(SIXTH, 6) | dict.fromkeys(THIRD, 3)
 
 
@@ -116,7 +125,7 @@ def share_out(items: Sequence[pytest.Item]) -> None:
     thinned = defaultdict[tuple[str, str], list[pytest.Item]](list)
     for item in items:
         name = getattr(item, "originalname", item.name)
-        if covering and item.path.stem in COVERING:
+        if covering and item.path.stem in COVERING and name not in SLOW:
             item.own_markers[:] = [mark for mark in item.own_markers if mark.name != "sweep"]
         if item.get_closest_marker("sweep") and name in THINNED:
             thinned[item.nodeid.partition("::")[0], name].append(item)
@@ -134,7 +143,7 @@ def share_out(items: Sequence[pytest.Item]) -> None:
     for (_, name), found in cases.items():
         for number, item in enumerate(found):
             turn = number % EVERY[name]
-            if turn == EVERY[name] // 2:
-                item.add_marker(pytest.mark.sweep)
-            elif turn:
+            if turn % 2 and name in SIXTH:
                 item.add_marker(pytest.mark.exhaustive)
+            elif turn and not (covering and name not in SLOW):
+                item.add_marker(pytest.mark.sweep)
