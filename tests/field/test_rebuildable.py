@@ -148,6 +148,22 @@ def test_ratios_move_all_that_is_tied(llama: Cut) -> None:
     assert config.intermediate_size == 44
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_scale_of_attention_is_the_dense_one_in_any_precision(dtype: torch.dtype) -> None:
+    """GPT-2 makes it of the width of a head; in bfloat16 its outputs hide that it is off."""
+    transformers = zoo.libraries()["transformers"]
+    sizes = {"n_embd": 32, "n_head": 4, "n_layer": 1, "n_inner": 96, "n_positions": 64}
+    config = transformers.GPT2Config(vocab_size=100, **sizes)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        dense = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        for parameter in dense.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    slim: Any = depcut.shrink(dense, 0.3, score="random", progress=False)
+    assert slim.config.n_embd < 32
+    assert slim.transformer.h[0].attn.scaling == dense.transformer.h[0].attn.scaling
+
+
 def test_a_model_without_a_config() -> None:
     net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     depcut.shrink(net, 0.3, torch.randn(2, 8))
