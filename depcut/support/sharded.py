@@ -51,10 +51,12 @@ def fsdp_modules(model: nn.Module) -> list[nn.Module]:
     """The modules that `fully_shard` was called on.
 
     Args:
-        model: A module.
+        model: A module; what is none has none.
     """
     kind = _loaded("torch.distributed.fsdp", "FSDPModule")
-    return [] if kind is None else [m for m in model.modules() if isinstance(m, kind)]
+    if kind is None or not isinstance(model, nn.Module):
+        return []
+    return [m for m in model.modules() if isinstance(m, kind)]
 
 
 def sharding_of(model: nn.Module) -> Sharding | None:
@@ -120,7 +122,8 @@ def refuse_fsdp1(model: nn.Module) -> None:
         InputError: It is, or holds, such a wrapper.
     """
     kind = _loaded("torch.distributed.fsdp", "FullyShardedDataParallel")
-    if kind is not None and any(isinstance(m, kind) for m in model.modules()):
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    if kind is not None and any(isinstance(m, kind) for m in modules):
         raise InputError(
             "the model is wrapped by FullyShardedDataParallel, which holds its parameters as "
             "parts of one flat one",
