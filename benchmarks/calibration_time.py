@@ -47,6 +47,7 @@ PARTS = {
     },
     "depcut.calibration.folds": {"Folds.add": "moments", "Folds.moments": "moments"},
     "depcut.repair.sites": {"solve": "solves"},
+    "depcut.repair.shared_inputs": {"SharedInputs.see": "moments", "solve_gaps": "solves"},
 }
 ITEMS = ("runs", "moments", "sensitivities", "inverses", "elimination", "solves")
 

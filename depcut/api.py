@@ -18,6 +18,7 @@ from depcut.options import Options, ShrinkKeywords
 from depcut.repair.after_rewrite import wants_repair
 from depcut.support.keywords import settled, takes_options
 from depcut.support.processes import together_on_data
+from depcut.support.sharded import sharding_of
 from depcut.support.unwrap import unwrapped
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -41,7 +42,8 @@ def shrink(
     """A smaller model of the same class that computes the same on the units that stay.
 
     Args:
-        model: Any module that torch.export can capture; it is not changed.
+        model: Any module that torch.export can capture; it is not changed. Of one that
+            `fully_shard` has sharded, the result is sharded alike.
         ratio: Fraction removed of the quantity named by `of`, in (0, 1).
         inputs: A tensor, a tuple of positional or a dict of keyword arguments; or a list of several
             such example calls, all of which must run after the cut (see `depcut.analyze`); left
@@ -65,6 +67,7 @@ def shrink(
     check_budget(ratio, chosen.of, chosen.latency_ms, chosen.depth)
     wants_repair(chosen.compensate, data is not None)
     own = plain(model)
+    sharding_of(unwrapped(model))  # refused before the work, not after it
     items, inputs = read_with_inputs(data, chosen.batches, inputs, own, loss is not None)
     analysis = analyze(own, inputs, outputs, part=part)
     calibration = analysis.calibrate(items, loss=loss, options=chosen)

@@ -105,6 +105,7 @@ test_checkpoints test_processes test_walk
 # Tests in them that take long and run no lines of their own.
 LONG = """
 test_other_families test_a_run_that_is_killed_goes_on_and_ends_with_the_same_bytes
+test_a_sharded_model_is_shrunk_and_trained_on
 """.split()
 
 EVERY = dict.fromkeys(SIXTH, 6) | dict.fromkeys(THIRD, 3)

@@ -374,3 +374,31 @@ def test_shards_are_written_and_checked_within_a_part_of_their_size(tmp_path, mo
     monkeypatch.setattr(jobs.Job, "write", watched)
     depcut.shrink_checkpoint(tmp_path / "dense", tmp_path / "slim", 0.3, score="random")
     assert resident("VmHWM") - before[0] < total / 2
+
+
+@pytest.mark.sweep
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peaks of Linux")
+@pytest.mark.parametrize("score", ["obs", "random"])
+def test_a_large_vocabulary_takes_a_few_times_its_weights_in_single_precision(
+    tmp_path, monkeypatch, score
+):
+    """Beside them: neither the whole model, nor sums in double precision as wide as they are."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import checkpoints
+
+    libraries()
+    checkpoints.write_llama(tmp_path / "dense", "39M")
+    hidden, *_, words = checkpoints.SIZES["39M"]
+    table = 4 * hidden * words  # bytes
+    data = None
+    if score == "obs":
+        generator = torch.Generator().manual_seed(0)
+        data = [torch.randint(words, (1, 64), generator=generator) for _ in range(8)]
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = resident("VmRSS")
+    depcut.shrink_checkpoint(
+        tmp_path / "dense", tmp_path / "slim", 0.3, data=data, score=score, memory="64MiB"
+    )
+    # The code that runs, and the table as stored and in single precision, dense and narrowed.
+    limit = (3.75 if score == "random" else 6.5) * table
+    assert resident("VmHWM") - before < limit

@@ -55,8 +55,12 @@ def test_a_shrunk_llama_comes_back_in_a_process_without_depcut(llama, tmp_path, 
     names = {file.name for file in out.iterdir()}
     assert names == {
         *("config.json", "generation_config.json", "model.safetensors", "tokenizer_config.json"),
-        *("plan.json", "report.json", "depcut.json"),
+        *("plan.json", "report.json", "depcut.json", "README.md"),
     }
+    card = (out / "README.md").read_text()
+    assert "transformers.LlamaForCausalLM.from_pretrained(folder)" in card
+    assert "of the dense model" not in card
+    assert all(f"`{name}`" in card for name in names)
     macs = json.loads((out / "report.json").read_text())["macs"]
     assert 0.6 < macs[1] / macs[0] <= 0.71
     found = tmp_path / "found.pt"

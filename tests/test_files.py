@@ -304,8 +304,9 @@ def test_a_workplace_goes_and_what_was_moved_stays(tmp_path: Path) -> None:
 # `support.files` and `support.weights`.
 WRITERS = {
     "calibration/store.py",  # a temporary folder, gone with the walk
-    "capture/plain.py",  # temporary files that are mapped, and gone with what maps them
+    "calibration/trail.py",  # beside the shards, flushed and renamed; gone at the end
     "support/files.py",
+    "support/mapped.py",  # temporary files that are mapped, and gone with what maps them
     "support/weights.py",
     "timing/footprint.py",  # tells the kernel to reset a peak
 }

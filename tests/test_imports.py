@@ -30,6 +30,7 @@ HEAVY = {
     "onnxscript", "pandas", "platformdirs", "rich", "safetensors", "scipy", "sklearn", "sympy",
     "torch._dynamo", "torch._inductor", "torch.onnx", "transformers",
 }  # fmt: skip
+TORCH_WITHIN = {"torch_private.py", "fsdp_private.py", "sharded.py", "sharding.py"}
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml", "PIL": "pillow"}
 
 
@@ -121,8 +122,8 @@ def test_functions_import_heavy_libraries_and_nothing_else() -> None:
         functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
         local = {id(node) for function in functions for node, _ in imported(function)}
         for node, module in imported(tree):
-            if path.name == "torch_private.py" and module == "torch":
-                continue  # torch.export imports sympy and the compiler
+            if path.name in TORCH_WITHIN and module == "torch":
+                continue  # torch.export and fully_shard import sympy and the compiler
             if id(node) in local and module not in {*HEAVY, "depcut"}:
                 wrong.append(f"{path.name}:{node.lineno}: {module} in a function")
     assert wrong == []

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 import depcut
 from depcut.calibration.folds import Folds
+from depcut.calibration.held_out import ridges_of
 from depcut.calibration.inputs import Inputs
 from depcut.calibration.moments import Moments, Vectors
 from depcut.calibration.products import Runs
+from depcut.calibration.solve import RIDGES
 from depcut.calibration.visits import visits
 from depcut.repair.norms import _Spread
 from depcut.scores import Score
@@ -125,6 +127,31 @@ def test_vectors_and_moments_solve_as_numpy_does(
         nothing = torch.zeros(5, 12).double()
         expected = torch.stack([by_numpy(*b, nothing, ridge, free) for b in zip(x, y, strict=True)])
         torch.testing.assert_close(other, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("free", [True, False])
+@pytest.mark.parametrize(("kind", "size", "near"), [(0, 300, 1e-9), (1, 12, 1e-9), (1, 300, 1e-4)])
+def test_what_a_fold_misses_of_the_other_is_that_of_its_own_fit(
+    free: bool, kind: int, size: int, near: float
+) -> None:
+    torch.manual_seed(size)
+    xs = [torch.randn(1, n, size).double() @ torch.randn(size, size).double() for n in (90, 120)]
+    xs = [x * torch.logspace(-3, 3, size) + 5 * torch.randn(size).double() for x in xs]
+    ys = [x[..., :4] + torch.randn(1, x.shape[1], 4).double() for x in xs]
+    folds = [(Vectors, Moments.of)[kind](x, y) for x, y in zip(xs, ys, strict=True)]
+    start = torch.randn(1, 4, size).double()
+    ridges = ridges_of(folds, start, free)
+    at_start = sum(float(f.error(start, torch.ones(1, 4).double()).sum()) for f in folds)
+    assert ridges.given(torch.ones(1, 4).double()) == pytest.approx(at_start, rel=1e-9)
+    for ridge in RIDGES[:-1]:
+        expected = 0.0
+        for fit, test in (folds, folds[::-1]):
+            w = fit.fitted(start, ridge, free)
+            bias = (fit.y - (w @ fit.x[:, :, None])[..., 0]) / fit.count * free
+            expected += float(test.error(w, bias).sum())
+        assert ridges.missed(ridge) == pytest.approx(expected, rel=near)
+    whole = (folds[0] + folds[1]).fitted(start, 1e-2, free)
+    torch.testing.assert_close(ridges.fitted(1e-2), whole, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("counts", [[4], [4, 5], [4, 5, 2], [20, 3], [40]])

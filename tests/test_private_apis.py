@@ -17,7 +17,7 @@ import depcut
 from depcut.support import accelerate_private, torch_private
 
 PACKAGE = Path(depcut.__file__).parent
-HOMES = {"support/torch_private.py", "support/accelerate_private.py"}
+HOMES = {f"support/{name}_private.py" for name in ("torch", "accelerate", "fsdp")}
 
 # What each of them does ---------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,14 @@ from selection import sampled
 from torch import Tensor, nn
 
 import depcut
+from depcut.calibration.store import Store
 from depcut.calibration.visits import visits
 from depcut.scores import Score, score
 from depcut.scores.context import Context
 from depcut.scores.elimination import Terms, Weight, _rising, eliminated
 from depcut.scores.quadratic import FullGram, FullInverse
 from depcut.scores.reconstruction import _Elimination
+from depcut.scores.waiting import Waiting
 
 
 def explicit(h: Tensor, weight: Tensor, gone: list[int]) -> float:
@@ -70,6 +73,39 @@ def test_scores_add_up_to_the_loss_of_explicit_greedy_elimination(
     assert np.argsort(scores, kind="stable").tolist() == gone
     np.testing.assert_allclose(scores[gone], _rising(costs, [1] * 6), rtol=2e-3)
     np.testing.assert_allclose(scores.sum(), loss(list(range(6))), rtol=2e-3)
+
+
+@pytest.mark.parametrize("taps", [1, 4])
+@pytest.mark.parametrize("budget", [1, 2**20])
+def test_readers_whose_matrices_wait_elsewhere_give_the_same_scores(taps: int, budget: int) -> None:
+    torch.manual_seed(0)
+    made, _ = readers(taps, [3, 5], 2)
+    again = deepcopy(made)
+    with Store(budget) as store:
+        waiting = [Waiting(reader, store, i) for i, reader in enumerate(again)]
+        assert not vars(again[0].gram)
+        assert bool(store.spilled) == (budget == 1)
+        scores = eliminated(waiting, 1, 6)
+        assert not store.held
+    np.testing.assert_array_equal(scores, eliminated(made, 1, 6))
+
+
+@pytest.mark.parametrize("rows", [4, 40])
+def test_scores_in_single_precision_are_those_in_double(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 30)).eval()
+    data = [torch.randn(rows, 5) * 1e3 for _ in range(2)]
+    analysis = depcut.analyze(model, data[0])
+    calibration = analysis.calibrate(data, progress=False)
+    found = []
+    for wide in (1, 1 << 30):
+        monkeypatch.setattr("depcut.scores.readers._WIDE", wide)
+        found.append(score("obs", analysis.coupling, model, 0, calibration))
+    singles, doubles = (np.concatenate(each) for each in found)
+    assert not np.array_equal(singles, doubles)
+    np.testing.assert_allclose(singles, doubles, rtol=1e-3)
 
 
 def test_steps_that_cost_less_than_those_before_share_with_them() -> None:

@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 
 from depcut.apply.carried import carry
 from depcut.apply.report import Report, record
+from depcut.apply.sharding import require_even, shard_alike
 from depcut.apply.whole import whole_result
 from depcut.axes import Indices
 from depcut.branches.branch import Residuals
@@ -47,6 +48,7 @@ from depcut.rewrite.finish import finish
 from depcut.rewrite.optimizer import check_optimizer, narrow_optimizer
 from depcut.support.keywords import settled, takes_options
 from depcut.support.processes import together_on_data
+from depcut.support.sharded import sharding_of
 from depcut.support.unwrap import unwrapping_note
 from depcut.verify.calls import verify_calls
 from depcut.verify.ownership import check_own_tensors
@@ -123,6 +125,7 @@ class Plan(PlanData, Shown):
         chosen = settled(Options, options, given, ApplyKeywords, "apply", one_stage=True)
         given_model, model = model, plain(model)
         origin = origin_of(model)
+        sharding = sharding_of(origin)
         repairs = wants_repair(chosen.compensate, data is not None)
         if optimizer is not None:
             check_optimizer(optimizer, origin)
@@ -149,20 +152,25 @@ class Plan(PlanData, Shown):
         with blaming_calls(model, coupling.program, calibration):
             stock = recorded(self.settings, model, keep)
             slim = stock or rewrite(model, keep)
+            if sharding:
+                require_even(slim.model, sharding)
             error = verify_calls(slim, model)
             check_own_tensors(slim.model, model, keep)
             repaired = chosen.compensate
             compensation = repair(slim.model, model, keep, calibration) if repaired else None
             if stock:
                 prove(stock.model, keep)
-        if optimizer is not None:
-            narrow_optimizer(optimizer, origin, slim.model, keep)
         number_anew(slim.model)
         slim.model, notes = whole_result(slim.model, model)
         notes += spread_note(whole_of(model))
         notes += (*finish(slim.model, whole_of(model), keep), *unwrapping_note(given_model))
         record(slim.model, self.report_on(slim, model, error, compensation, notes))
         carry(slim.model, self)
+        stacks = stacks_of(self.settings)
+        if sharding:
+            shard_alike(slim.model, sharding, stacks, slim.generated)
+        if optimizer is not None:
+            narrow_optimizer(optimizer, origin, slim.model, keep, stacks)
         return slim.model
 
     def _seen(self, model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:

@@ -76,14 +76,31 @@ class Backward:
         self.number = 0
         # At each cut, by node that is alive there: number of the cut at which it was kept.
         self.kept: list[dict[fx.Node, int]] = []
+        self.left = len(self.cuts) + 1  # stretches that are to be walked back
 
-    def stretches(self) -> Iterator[int]:
-        """Go from the last stretch to the first; the number of each."""
-        self._forward()
-        for number in reversed(range(len(self.cuts) + 1)):
+    def state(self) -> Any:
+        """Where the walk is, at the end of a stretch forward or back."""
+        return self.cuts, self.kept, self.left
+
+    def restore(self, state: Any) -> bool:
+        """Go on where an earlier process was, with what it had stored, and with its cuts."""
+        self.cuts, self.kept, self.left = state
+        self.stops = {*self.cuts, *self.shown, *self.readers}
+        return True
+
+    def stretches(self, ended: Callable[[], None]) -> Iterator[int]:
+        """Go from the last stretch to the first; the number of each.
+
+        Args:
+            ended: Called at the end of a stretch, those of the walk forward among them.
+        """
+        self._forward(ended)
+        for number in reversed(range(self.left)):
             self.number = number
             yield number
             self.held.clear()
+            self.left = number
+            ended()
 
     def batches(self) -> Iterator[tuple[int, fx.Node, ReferenceRun]]:
         """(number of the batch, node, run paused before it) of the stretch, then differentiate."""
@@ -104,7 +121,7 @@ class Backward:
                     yield number, node, run
                 with torch.enable_grad():
                     for source in self.readers.get(node, ()):
-                        _watch(source, run, watched)
+                        _watch(source, run, watched, self.roots[source] in self.changed)
             self._differentiate(number, run, outputs, watched, leaves)
             steps.close()
 
@@ -114,10 +131,10 @@ class Backward:
 
     # Forward -------------------------------------------------------------------------------------
 
-    def _forward(self) -> None:
+    def _forward(self, ended: Callable[[], None]) -> None:
         """Keep what is alive at every cut."""
-        stored: dict[fx.Node, int] = {}
-        for number in range(len(self.cuts)):
+        stored: dict[fx.Node, int] = self.kept[-1] if self.kept else {}
+        for number in range(len(self.kept), len(self.cuts)):
             self.number = number
             for batch in range(len(self.calibration.batches)):
                 with torch.no_grad():
@@ -131,6 +148,7 @@ class Backward:
             stored = {n: stored[n] if self._is_kept(n, stored) else number for n in alive}
             self.kept.append(stored)
             self.held.clear()
+            ended()
 
     def _is_kept(self, node: fx.Node, stored: Mapping[fx.Node, int]) -> bool:
         """Whether an earlier cut has a value as it still is."""
@@ -275,14 +293,20 @@ def _trained(
     return out
 
 
-def _watch(node: fx.Node, run: ReferenceRun, watched: dict[fx.Node, torch.Tensor]) -> None:
-    """Note a value before it is first read."""
+def _watch(
+    node: fx.Node, run: ReferenceRun, watched: dict[fx.Node, torch.Tensor], changed: bool
+) -> None:
+    """Note a value before it is first read.
+
+    Args:
+        node: Whose value.
+        run: The run that has it.
+        watched: Where to note it.
+        changed: Whether what follows works on it in place; on a copy then.
+    """
     value = run.values[node]
-    if isinstance(value, list | tuple):
-        watched[node] = value[0]
-    else:
-        # What follows may work in place, on the copy then.
-        watched[node] = value
+    watched[node] = value[0] if isinstance(value, list | tuple) else value
+    if changed and not isinstance(value, list | tuple):
         run.values[node] = value.clone()
 
 

@@ -80,7 +80,7 @@ def cut(
         The cuts in the order of execution; none where everything is within the limit.
     """
     nodes = list(program.graph.graph.nodes)
-    alive, mixed = _alive(program)
+    alive, mixed = alive_before(program)
     able = [n.op == "call_function" and not (apart and mixed[i]) for i, n in enumerate(nodes)]
     total = [0, *accumulate(cost.get(n, 0) for n in nodes)]
     out: list[fx.Node] = []
@@ -110,7 +110,7 @@ def bytes_of(node: fx.Node) -> int:
     )
 
 
-def _alive(program: Program) -> tuple[list[int], list[bool]]:
+def alive_before(program: Program) -> tuple[list[int], list[bool]]:
     """Before each node: bytes that are alive, and whether values share what is written to."""
     nodes = list(program.graph.graph.nodes)
     order = {node: i for i, node in enumerate(nodes)}

@@ -27,6 +27,7 @@ from depcut.calibration.sharing import (
     own_items,
     shared_out,
 )
+from depcut.calibration.trail import Trail
 from depcut.capture.clone import clone
 from depcut.capture.eager import refuse_failing_call
 from depcut.capture.inputs import Inputs, arguments, device_of
@@ -60,6 +61,7 @@ class Calibration:
         progress: Whether to show a progress bar on standard error.
         unused: Keys of the items that the model does not take.
         share: Which of all batches these are.
+        trail: Where passes keep what they have found so far, for a process that goes on.
     """
 
     program: Program
@@ -70,6 +72,7 @@ class Calibration:
     progress: bool = True
     unused: tuple[str, ...] = ()
     share: Share = ALL_HERE
+    trail: Trail | None = None
 
     def __str__(self) -> str:
         """What was read: batches, examples, sizes, and what was left aside."""

@@ -14,8 +14,8 @@ from depcut.support.processes import Processes
 
 FOLDS = 2
 # Of the mean square of the inputs: what rounding leaves of their variance.
-_NOISE = 1e-12
-_TINY = 1e-30
+NOISE = 1e-12
+TINY = 1e-30
 
 
 class Fold(Protocol):
@@ -149,9 +149,9 @@ class Moments:
         """See `Fold`: the normal equations, by a Cholesky factorisation."""
         xx, yx = self._centred if free else (self.xx, self.yx)
         level = xx.diagonal(dim1=1, dim2=2).mean(1).clamp_min(0)
-        noise = _NOISE * self.xx.diagonal(dim1=1, dim2=2).mean(1)
+        noise = NOISE * self.xx.diagonal(dim1=1, dim2=2).mean(1)
         system = xx.clone()
-        system.diagonal(dim1=1, dim2=2).add_((ridge * level + noise + _TINY)[:, None])
+        system.diagonal(dim1=1, dim2=2).add_((ridge * level + noise + TINY)[:, None])
         factor, failed = torch.linalg.cholesky_ex(system)
         if bool(failed.any()):
             return start
@@ -224,9 +224,9 @@ class Vectors:
         """
         inputs, gram = self._centred if free else self._plain
         level = gram.diagonal(dim1=1, dim2=2).sum(1) / inputs.shape[2]
-        noise = _NOISE * self.inputs.square().sum(1).mean(1)
+        noise = NOISE * self.inputs.square().sum(1).mean(1)
         system = gram.clone()
-        system.diagonal(dim1=1, dim2=2).add_((ridge * level + noise + _TINY)[:, None])
+        system.diagonal(dim1=1, dim2=2).add_((ridge * level + noise + TINY)[:, None])
         factor, failed = torch.linalg.cholesky_ex(system)
         if bool(failed.any()):
             return start

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ _LOOSE = 2  # a storage this many times as large as what is used of it is not ke
 
 
 @dataclass(frozen=True)
-class _View:
+class View:
     """Where a tensor lies in a run of bytes."""
 
     run: int
@@ -32,7 +33,7 @@ class Packed:
     Attributes:
         runs: Tensors of bytes, wherever they are.
         device: Of each run, where the values were.
-        leaves: Values that are no tensors, or `_View`s.
+        leaves: Values that are no tensors, or `View`s.
         spec: How they are nested.
     """
 
@@ -54,7 +55,7 @@ class Packed:
         """
         given = self.runs if runs is None else runs
         there = [run.to(d) for run, d in zip(given, self.devices, strict=True)]
-        leaves = [_shown(there[v.run], v) if isinstance(v, _View) else v for v in self.leaves]
+        leaves = [_shown(there[v.run], v) if isinstance(v, View) else v for v in self.leaves]
         return pytree.tree_unflatten(leaves, self.spec)
 
 
@@ -85,7 +86,7 @@ def packed(tree: Any) -> Packed:
         if order[key] not in runs:
             runs[order[key]] = _run(leaf, begin, end)
         offset = leaf.storage_offset() - begin // leaf.element_size()
-        out.append(_View(order[key], leaf.dtype, offset, leaf.shape, leaf.stride()))
+        out.append(View(order[key], leaf.dtype, offset, leaf.shape, leaf.stride()))
     listed = tuple(runs[i] for i in range(len(runs)))
     return Packed(listed, tuple(run.device for run in listed), tuple(out), spec)
 
@@ -118,9 +119,30 @@ def _run(tensor: torch.Tensor, begin: int, end: int) -> torch.Tensor:
     return run.clone() if storage.nbytes() > _LOOSE * (end - begin) else run
 
 
-def _shown(run: torch.Tensor, view: _View) -> torch.Tensor:
+def _shown(run: torch.Tensor, view: View) -> torch.Tensor:
     """A tensor that lies in a run of bytes."""
     storage = run.untyped_storage()
     begin = run.storage_offset() // view.dtype.itemsize
     out = torch.empty(0, dtype=view.dtype, device=run.device)
     return out.set_(storage, begin + view.offset, view.size, view.stride)
+
+
+def read_runs(path: Path, sizes: Sequence[int]) -> list[torch.Tensor]:
+    """The runs of bytes in a file, each where torch puts tensors: at a multiple of 64 bytes.
+
+    Args:
+        path: The file.
+        sizes: Of each run.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is shorter than it was.
+    """
+    out = []
+    with path.open("rb") as file:
+        for size in sizes:
+            run = torch.empty(size, dtype=torch.uint8)
+            if file.readinto(run.numpy().data) != size:
+                raise ValueError(f"{path.name} is shorter than it was")
+            out.append(run)
+    return out

@@ -8,6 +8,11 @@ _RUN = 2048  # vectors whose products are summed in single precision
 _WIDE = 256  # columns of a stripe of a symmetric product, of which one triangle is computed
 
 
+def single_is_kept() -> bool:
+    """Whether products of single precision are rounded to that, not further (TF32, bfloat16)."""
+    return torch.get_float32_matmul_precision() == "highest"
+
+
 class Runs:
     """Vectors in short runs, each less its own mean.
 
@@ -24,8 +29,8 @@ class Runs:
     """
 
     def __init__(self, x: torch.Tensor) -> None:
-        exact = torch.get_float32_matmul_precision() == "highest"
-        dtype = torch.promote_types(x.dtype, torch.float32 if exact else torch.float64)
+        least = torch.float32 if single_is_kept() else torch.float64
+        dtype = torch.promote_types(x.dtype, least)
         self.count, self.length = x.shape[1:]
         runs = [run.to(dtype) for run in x.split(_RUN, 1)]
         means = [run.mean(1, keepdim=True) for run in runs]

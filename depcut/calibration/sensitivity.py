@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
@@ -15,6 +15,7 @@ from depcut.calibration.data import Calibration
 from depcut.calibration.progress import bar
 from depcut.calibration.shelf import Shelf
 from depcut.calibration.store import Store
+from depcut.calibration.trail import Part
 from depcut.calibration.visits import STRETCHES, checked_call
 from depcut.capture.held import held_tensors
 from depcut.coupling.groups import Coupling
@@ -25,6 +26,7 @@ from depcut.plan.keep import Keep
 from depcut.reference.run import Reference, Tensors
 
 _TINY = 1e-30
+_PART = 2**21  # numbers
 
 
 def sensitivities(
@@ -64,6 +66,14 @@ def sensitivities(
     return felt.found
 
 
+class Looking(Part, Protocol):
+    """Who is shown nodes, and has a state between two stretches."""
+
+    @property
+    def stores(self) -> Sequence[Store]:
+        """What it keeps values in."""
+
+
 class NoDerivativeError(Exception):
     """The graph cannot be differentiated: nothing is known, all errors count alike."""
 
@@ -92,14 +102,24 @@ class Sensitivity:
         self.features = features
         self.found: dict[fx.Node, torch.Tensor] = {}
 
+    def state(self) -> Any:
+        """What was found so far."""
+        return dict(self.found)
+
+    def restore(self, state: Any) -> bool:
+        """Have what an earlier process has found."""
+        self.found.update(state)
+        return True
+
     def walked(
-        self, shown: Mapping[fx.Node, int] | None = None
+        self, shown: Mapping[fx.Node, int] | None = None, looking: Looking | None = None
     ) -> Generator[tuple[int, fx.Node, Call] | None]:
         """Walk back over the data; to be closed.
 
         Args:
             shown: Nodes to show, with the bytes that the caller takes for each until the end of
                 its stretch.
+            looking: The caller, where a process that is killed is to be followed by another.
 
         Yields:
             (number of the batch, node, values of its arguments) whenever a node is shown; None at
@@ -112,18 +132,9 @@ class Sensitivity:
         program, calibration, shown = self.coupling.program, self.calibration, shown or {}
         model = self.model
         held = Shelf(held_tensors(model) if isinstance(model, nn.Module) else model)
-        # Stretches are the same in all processes.
-        most = calibration.everyone.exchanged("rows", max(b.rows for b in calibration.batches))
-        rows = max(most) / max(program.batch, 1)
-        asked = rereadable(program)
-        cost = {n: shown.get(n, 0) for n in program.graph.graph.nodes}
-        for node, root in storages(cost).items():
-            cost[node] += int(rows * bytes_of(node)) if root is node and node not in asked else 0
-        if not isinstance(model, nn.Module):
-            for node, nbytes in weights_of(program).items():
-                cost[node] += nbytes
-        cuts = cut(program, cost, calibration.memory // STRETCHES, apart=True)
-        with Store(calibration.memory) as store, bar(calibration) as progress:
+        cuts = self.cuts(shown)
+        trail = calibration.trail if looking is not None else None
+        with Store(calibration.memory, trail) as store, bar(calibration) as progress:
             back = Backward(
                 calibration,
                 held,
@@ -135,14 +146,38 @@ class Sensitivity:
                 self._projection,
                 self._take,
             )
+            ended = _nothing
+            if trail is not None and looking is not None:
+                parts: dict[str, Part] = {"walk": back, "found": self, "looking": looking}
+                ended = trail.following("sensitivity", program, [store, *looking.stores], parts)
             try:
-                for _ in progress.track(back.stretches(), len(cuts) + 1, description="sensitivity"):
+                stretches = back.stretches(ended)
+                for _ in progress.track(stretches, back.left, description="sensitivity"):
                     for number, node, run in back.batches():
                         paused = run.paused(node)
                         yield number, node, checked_call(paused, calibration.numbers[number])
                     yield None
             except RuntimeError as error:
                 raise NoDerivativeError from error
+
+    def cuts(self, shown: Mapping[fx.Node, int]) -> list[fx.Node]:
+        """Where the walk pauses, so that a stretch is within a part of the memory.
+
+        Args:
+            shown: See `walked`.
+        """
+        program, calibration = self.coupling.program, self.calibration
+        # Stretches are the same in all processes.
+        most = calibration.everyone.exchanged("rows", max(b.rows for b in calibration.batches))
+        rows = max(most) / max(program.batch, 1)
+        asked = rereadable(program)
+        cost = {n: shown.get(n, 0) for n in program.graph.graph.nodes}
+        for node, root in storages(cost).items():
+            cost[node] += int(rows * bytes_of(node)) if root is node and node not in asked else 0
+        if not isinstance(self.model, nn.Module):
+            for node, nbytes in weights_of(program).items():
+                cost[node] += nbytes
+        return cut(program, cost, calibration.memory // STRETCHES, apart=True)
 
     def sum_over_processes(self, nodes: Iterable[fx.Node]) -> None:
         """Take in what the other processes have found of nodes, once a node.
@@ -180,12 +215,25 @@ class Sensitivity:
         values = [v for v in outputs if isinstance(v, torch.Tensor) and v.requires_grad]
         # A loss beside the outputs has no variance; it counts where it is all there is.
         for value in [v for v in values if v.numel() > 1] or values:
-            signs = torch.randint(0, 2, value.shape, generator=generator) * 2 - 1
+            # Whole numbers of any size are the same draws.
+            signs = torch.randint(0, 2, value.shape, generator=generator, dtype=torch.int8)
+            signs.mul_(2).sub_(1)
             if valid is not None and value.shape[:2] == valid.shape:
                 signs = signs * valid.cpu().reshape(*valid.shape, *[1] * (value.ndim - 2))
-            scale = float(value.detach().double().var(unbiased=False)) * value.numel() + _TINY
+            scale = _spread(value.detach()) + _TINY
             total = total + (value * signs.to(value)).sum() / scale**0.5
         return total
+
+
+def _nothing() -> None:
+    """At the end of a stretch."""
+
+
+def _spread(value: torch.Tensor) -> float:
+    """Sum of squares about the mean, in double precision, of which a part is held at a time."""
+    parts = value.flatten().split(_PART)
+    mean = sum(float(part.double().sum()) for part in parts) / value.numel()
+    return sum(float((part.double() - mean).square_().sum()) for part in parts)
 
 
 def _by_feature(value: torch.Tensor, squares: torch.Tensor, dim: int | None) -> torch.Tensor:

@@ -48,10 +48,10 @@ class Shelf(Mapping[str, torch.Tensor]):
         self.changed.add(name)
 
     def clear(self, but: Collection[str] = ()) -> None:
-        """Let go of everything.
+        """Let go of everything; what was handed back is asked for again, as the source has it.
 
         Args:
             but: Names of what to hold on to.
         """
-        for name in [name for name in self._held if name not in but]:
+        for name in [name for name in self._held if name not in but or name in self.changed]:
             del self._held[name]

@@ -8,6 +8,7 @@ from functools import cache
 
 import torch
 
+from depcut.calibration.held_out import ridges_of
 from depcut.calibration.moments import Fold
 from depcut.support.processes import Processes
 
@@ -53,9 +54,10 @@ def solve(folds: Sequence[Fold], weight: torch.Tensor, bias: torch.Tensor | None
     """Minimise |y - W x - b|^2 + ridge |W - W0|^2.
 
     The ridge is the one of `RIDGES` whose solution on one fold has the least error on the other,
-    both ways, found by descent from the middle one, since every other one costs two factorisations;
-    ties go to the larger one. Where there is only one fold, nothing tells a fit from chance, and
-    the weights stay.
+    both ways, found by descent from the middle one (towards larger ones if the next one is no
+    worse, else towards smaller ones), since every other one costs two factorisations; ties go to
+    the larger one. Where there is only one fold, nothing tells a fit from chance, and the weights
+    stay.
 
     Args:
         folds: Disjoint data, one or two of a kind.
@@ -64,41 +66,35 @@ def solve(folds: Sequence[Fold], weight: torch.Tensor, bias: torch.Tensor | None
     """
     start = weight.double()
     fixed = torch.zeros_like(folds[0].y) if bias is None else bias.double()
-    whole = folds[0] if len(folds) == 1 else folds[0] + folds[1]
     free = bias is not None
-    pairs = [(folds[0], folds[1]), (folds[1], folds[0])] if len(folds) > 1 else [(whole, whole)]
-    spread = float((whole.yy - whole.y.square() / whole.count).sum())
-
-    @cache
-    def missed(ridge: float) -> float:
-        total = 0.0
-        for fit, test in pairs:
-            w = _fitted(fit, start, ridge, free)
-            total += float(test.error(w, _intercept(fit, w, fixed, free)).sum())
-        return total
-
-    best = _descended(missed) if len(folds) > 1 else RIDGES[-1]
-    solved = _fitted(whole, start, best, free)
-    before = sum(float(test.error(start, fixed).sum()) for _, test in pairs)
+    count, total = sum(f.count for f in folds), [sum(getattr(f, k) for f in folds) for k in "xy"]
+    spread = float((sum(f.yy for f in folds) - total[1].square() / count).sum())
+    if len(folds) > 1:
+        ridges = ridges_of(folds, start, free)
+        missed = cache(ridges.missed)
+        best, before = descended(missed), ridges.given(fixed)
+        after, solved = missed(best), ridges.fitted(best)
+    else:
+        best, solved = RIDGES[-1], start
+        before = float(folds[0].error(start, fixed).sum())
+        after = float(folds[0].error(start, _intercept(folds[0], start, fixed, free)).sum())
+    shift = fixed
+    if free:
+        shift = (total[1] - (solved @ total[0][:, :, None])[..., 0]) / count
     scale = max(spread, 1e-30)
-    return LeastSquares(
-        solved, _intercept(whole, solved, fixed, free), best, before / scale, missed(best) / scale
-    )
+    return LeastSquares(solved, shift, best, before / scale, after / scale)
 
 
-def _descended(missed: Callable[[float], float]) -> float:
-    """The ridge at which the error stops falling on either side."""
+def descended(missed: Callable[[float], float]) -> float:
+    """The ridge at which the error stops falling: larger ones are tried first, then smaller."""
     at = len(RIDGES) // 2
-    while True:
-        near = [i for i in (at + 1, at, at - 1) if 0 <= i < len(RIDGES)]
-        best = min(near, key=lambda i: missed(RIDGES[i]))
-        if best == at:
-            return RIDGES[at]
-        at = best
-
-
-def _fitted(data: Fold, start: torch.Tensor, ridge: float, free: bool) -> torch.Tensor:
-    return start if ridge == float("inf") else data.fitted(start, ridge, free)
+    step = 1 if missed(RIDGES[at + 1]) <= missed(RIDGES[at]) else -1
+    while 0 <= at + step < len(RIDGES):
+        here, there = missed(RIDGES[at]), missed(RIDGES[at + step])
+        if there > here or (there == here and step < 0):
+            break
+        at += step
+    return RIDGES[at]
 
 
 def _intercept(data: Fold, weight: torch.Tensor, fixed: torch.Tensor, free: bool) -> torch.Tensor:

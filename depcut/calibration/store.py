@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from depcut.calibration.packing import Packed, packed
+from depcut.calibration.packing import Packed, packed, read_runs
+from depcut.calibration.trail import File, Trail
 from depcut.errors import DepcutError
 
 _PREFIX = "depcut-walk-"
@@ -31,6 +31,7 @@ class _Kept:
         path: The file with the bytes of all runs; None: they are in memory.
         aside: Whether they are in the memory of another device than the CPU.
         read: The bytes that are being read ahead, if any.
+        file: Of the trail, with the same bytes.
     """
 
     packed: Packed
@@ -38,6 +39,7 @@ class _Kept:
     path: Path | None = None
     aside: bool = False
     read: Future[list[torch.Tensor]] | None = None
+    file: File | None = None
 
     @property
     def nbytes(self) -> int:
@@ -53,6 +55,7 @@ class Store:
 
     Args:
         budget: Bytes to hold in the CPU's memory.
+        trail: Where to have files, if they are to outlast the process.
 
     Attributes:
         held: Bytes in memory now.
@@ -60,7 +63,8 @@ class Store:
         spilled: Bytes written to files so far.
     """
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, trail: Trail | None = None) -> None:
+        self.trail = trail
         self.budget, self.held, self.most, self.spilled = budget, 0, 0, 0
         self._entries: dict[Hashable, _Kept] = {}
         self._aside = 0  # bytes on other devices, and how many there may be
@@ -108,9 +112,29 @@ class Store:
             self.reserve(sum(sizes))
             here = replace(found, runs=tuple(run.cpu() for run in found.runs))
             self._entries[key] = _Kept(here, sizes)
+        elif self.trail is not None:
+            self._entries[key] = _in_file(found, self.trail.write(found.runs))
         else:
             path = self._written(found.runs)
             self._entries[key] = _Kept(replace(found, runs=()), sizes, path)
+
+    def kept(self) -> list[tuple[Hashable, Packed, File]]:
+        """All entries, of which the bytes are in files of the trail.
+
+        Raises:
+            InputError: They cannot be written.
+        """
+        assert self.trail is not None
+        for kept in self._entries.values():
+            if kept.file is None:
+                kept.file = self.trail.write(kept.packed.runs)
+        entries = self._entries.items()
+        return [(key, kept.packed, kept.file) for key, kept in entries if kept.file is not None]
+
+    def restore(self, kept: Iterable[tuple[Hashable, Packed, File]]) -> None:
+        """Keep what the store of an earlier process kept."""
+        for key, found, file in kept:
+            self._entries[key] = _in_file(found, file)
 
     def look(self, key: Hashable) -> Any:
         """The values, which stay kept."""
@@ -134,7 +158,10 @@ class Store:
             self.held -= kept.nbytes
         else:
             self._release(kept)
-            kept.path.unlink(missing_ok=True)
+            if self.trail is not None and kept.file is not None:
+                self.trail.drop(kept.file)
+            else:
+                kept.path.unlink(missing_ok=True)
 
     def read_ahead(self, key: Hashable) -> None:
         """Begin to read values from their file, where there is memory for them."""
@@ -146,7 +173,7 @@ class Store:
         if self._reader is None:
             self._reader = ThreadPoolExecutor(1, thread_name_prefix="depcut-walk")
         self.reserve(kept.nbytes)
-        kept.read = self._reader.submit(_read, kept.path, kept.sizes)
+        kept.read = self._reader.submit(read_runs, kept.path, kept.sizes)
 
     def close(self) -> None:
         """Remove everything."""
@@ -176,7 +203,7 @@ class Store:
     def _bytes(self, kept: _Kept) -> list[torch.Tensor]:
         assert kept.path is not None
         try:
-            return kept.read.result() if kept.read is not None else _read(kept.path, kept.sizes)
+            return kept.read.result() if kept.read is not None else read_runs(kept.path, kept.sizes)
         except (OSError, ValueError) as error:
             raise DepcutError(
                 f"what was kept of the data's activations cannot be read again: {error}",
@@ -208,13 +235,6 @@ class Store:
         return path
 
 
-def _read(path: Path, sizes: tuple[int, ...]) -> list[torch.Tensor]:
-    """The runs of bytes in a file."""
-    out = []
-    with path.open("rb") as file:
-        for size in sizes:
-            run = np.empty(size, dtype=np.uint8)
-            if file.readinto(run.data) != size:
-                raise ValueError(f"{path.name} is shorter than it was")
-            out.append(torch.from_numpy(run))
-    return out
+def _in_file(found: Packed, file: File) -> _Kept:
+    """An entry whose bytes are in a file of the trail."""
+    return _Kept(replace(found, runs=()), file.sizes, file.path, file=file)

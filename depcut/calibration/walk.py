@@ -21,7 +21,10 @@ from depcut.calibration.shelf import Shelf
 from depcut.calibration.store import Store
 from depcut.graph.interpreter import Pausing, finished
 from depcut.graph.rereadable import names_read
+from depcut.graph.resized import numbers_of_run
 from depcut.reference.run import Reference, ReferenceRun, Tensors
+
+_AHEAD = 8  # what is computed ahead of all batches takes at most the budget divided by it
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,21 @@ class Graph:
         self.reference.check(leaves)
         run = ReferenceRun(self.reference, tensors=self.tensors)
         return run, run.steps(leaves, stops)
+
+    def followed(
+        self,
+        leaves: list[Any],
+        node: fx.Node,
+        values: Mapping[fx.Node, Any],
+        stops: Collection[fx.Node],
+    ) -> tuple[ReferenceRun, Pausing]:
+        """A run that pauses before a node with the values that another one had there."""
+        self.reference.check(leaves)
+        run = ReferenceRun(self.reference, tensors=self.tensors)
+        run.shapes = [v.shape if isinstance(v, torch.Tensor) else None for v in leaves]
+        steps = run.resumed(node, values, stops, numbers_of_run(leaves))
+        next(steps)
+        return run, steps
 
 
 @dataclass
@@ -100,11 +118,14 @@ class Walk:
         self.ends = list(accumulate(map(len, self.pauses)))
         self.walkers: dict[int, _Walker] = {}
         self.number = 0  # of the stretch
+        self.done = 0  # stretches that an earlier process has walked
         self.resident: int | None = None  # the batch whose values are not in the store
 
     def stretches(self) -> Iterator[tuple[fx.Node, ...]]:
         """Go from stretch to stretch; each one's nodes."""
         for number, stretch in enumerate(self.pauses):
+            if number < self.done:
+                continue
             self.number = number
             yield stretch
             self._let_go()
@@ -127,6 +148,20 @@ class Walk:
                 yield number, self.nodes[walker.at - 1], walker.runs
             self._let_go()
 
+    def state(self) -> int:
+        """How many stretches are walked, at the end of one; all batches are in the store then."""
+        if self.resident is not None:
+            self._let_go()
+            self._leave(self.resident)
+            self.resident = None
+        return self.number + 1
+
+    def restore(self, state: Any) -> bool:
+        """Go on behind stretches that an earlier process has walked, with what it had stored."""
+        self.done = int(state)
+        self.number = self.done - 1
+        return True
+
     def outputs(self, number: int, graph: int) -> list[Any]:
         """Flat outputs of one graph for one batch, from where it is; it cannot be walked on.
 
@@ -145,15 +180,15 @@ class Walk:
             return self.walkers[number]
         if self.resident is not None:
             self._let_go()
-            runs = self.walkers[self.resident].runs
-            self.store.put(self.resident, [dict(run.values) for run in runs])
-            for run in runs:
-                run.values.clear()
+            self._leave(self.resident)
         self.resident = number
-        if number not in self.walkers:
+        if number not in self.walkers and number in self.store:
+            self.walkers[number] = self._followed(number)
+        elif number not in self.walkers:
             batch = self.calibration.batches[number]
             started = [g.started(self.calibration.leaves(batch), self.stops) for g in self.graphs]
             runs, steps = zip(*started, strict=True)
+            self._give_room(runs)
             self.walkers[number] = _Walker(runs, steps)
         elif number in self.store:
             walker = self.walkers[number]
@@ -161,6 +196,28 @@ class Walk:
                 run.values.update(values)
         self.store.read_ahead(number + 1)
         return self.walkers[number]
+
+    def _leave(self, number: int) -> None:
+        """Put the values of a batch into the store."""
+        runs = self.walkers[number].runs
+        self.store.put(number, [dict(run.values) for run in runs])
+        for run in runs:
+            run.values.clear()
+
+    def _followed(self, number: int) -> _Walker:
+        """A batch where an earlier process has left it."""
+        at, batch = self.ends[self.done - 1], self.calibration.batches[number]
+        leaves = self.calibration.leaves(batch)
+        graphs = zip(self.graphs, self.store.take(number), strict=True)
+        steps = [g.followed(leaves, self.nodes[at - 1], v, self.stops) for g, v in graphs]
+        runs, pausing = zip(*steps, strict=True)
+        self._give_room(runs)
+        return _Walker(runs, pausing, at)
+
+    def _give_room(self, runs: Sequence[ReferenceRun]) -> None:
+        """Allow the runs of a batch to keep some of what they compute ahead."""
+        for run in runs:
+            run.room = self.store.budget // (_AHEAD * len(self.calibration.batches))
 
     def _advance(self, walker: _Walker) -> None:
         with torch.no_grad():

@@ -6,11 +6,9 @@ that are mapped into memory: what is not being read need not be in it.
 
 from __future__ import annotations
 
-import functools
-import tempfile
 import weakref
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -18,15 +16,16 @@ from torch import nn
 
 from depcut.capture.clone import clone
 from depcut.capture.held import held_tensors
-from depcut.errors import DepcutError, InputError
+from depcut.capture.refusals import check_module
+from depcut.errors import InputError
 from depcut.support import accelerate_private, sharded
-from depcut.support.processes import processes
+from depcut.support.mapped import MappedTensors
+from depcut.support.processes import ALONE, Processes, processes, together
 from depcut.support.torch_private import buffers_of, hook_tables, parameters_of
 from depcut.support.unwrap import unwrapped
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
-_BLOCK = 1 << 26  # bytes that are written at once
 # Plain modules made here: the module that each stands for, and what spreads its tensors.
 _ORIGINS: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[nn.Module], str]] = (
     weakref.WeakKeyDictionary()
@@ -47,6 +46,32 @@ def spread_by(model: nn.Module) -> str:
     return "accelerate's device_map" if offloaded or hasattr(model, "hf_device_map") else ""
 
 
+def spread_over_processes(model: nn.Module) -> bool:
+    """Whether each of several processes holds a part of a model.
+
+    Args:
+        model: What a user passed as a model; it is only read.
+    """
+    return spread_by(unwrapped(model)) in ("fully_shard", "DTensor")
+
+
+def check_whole(model: object, name: str = "model") -> nn.Module:
+    """As `check_module`, for calls that run the module: one in parts is refused, too.
+
+    Args:
+        model: What the user passed.
+        name: As what.
+
+    Raises:
+        InputError: It is no module, or each of several processes holds a part of it.
+    """
+    module = check_module(model, name)
+    if spread_over_processes(module):
+        refuse_spread(module)
+    sharded.refuse_fsdp1(module)
+    return module
+
+
 def refuse_spread(model: nn.Module) -> None:
     """Refuse a model whose tensors are not its own, where nothing puts them together.
 
@@ -54,16 +79,19 @@ def refuse_spread(model: nn.Module) -> None:
         model: The model.
 
     Raises:
-        InputError: Its tensors are spread.
+        InputError: Its tensors are spread, or wrapped by FullyShardedDataParallel.
     """
     given: object = model
-    what = spread_by(model) if isinstance(given, nn.Module) else ""
+    if not isinstance(given, nn.Module):
+        return  # to be refused by what takes it
+    sharded.refuse_fsdp1(model)
+    what = spread_by(model)
     if what:
         raise InputError(
             f"the tensors of the model are spread by {what}",
             where=type(model).__name__,
-            remedy="use depcut.analyze, depcut.shrink or Plan.apply, which put them together one "
-            "by one; here, pass a plain model",
+            remedy="depcut.analyze, depcut.shrink, Plan.apply and depcut.save put them together "
+            "one by one; train it in a loop of your own, or pass a plain model here",
         )
 
 
@@ -87,11 +115,12 @@ def plain(model: ModelT) -> ModelT:
     what = spread_by(model)
     if not what:
         return model
-    everyone = processes()
-    if what != "accelerate's device_map":
+    in_parts = what != "accelerate's device_map"
+    everyone = processes() if in_parts else ALONE
+    with together(in_parts):
         shapes = {n: list(t.shape) for n, t in held_tensors(model).items()}
         everyone.require_same("models", shapes)
-    stand_ins = _tensors(model)
+        stand_ins = _tensors(model, everyone)
     out = _without_hooks(model, stand_ins)
     _ORIGINS[out] = weakref.ref(model), what
     return out
@@ -108,7 +137,7 @@ def origin_of(model: nn.Module) -> nn.Module:
 
 
 def spread_note(model: nn.Module) -> tuple[str, ...]:
-    """That a result is plain although the model was spread, for the report.
+    """Whether a result is spread as the model was, or plain, for the report.
 
     Args:
         model: The dense model, as it was rewritten.
@@ -116,18 +145,32 @@ def spread_note(model: nn.Module) -> tuple[str, ...]:
     known = _ORIGINS.get(model) if isinstance(model, nn.Module) else None
     if known is None:
         return ()
+    if known[1] == "fully_shard":
+        return ("the model was sharded by fully_shard, and so is the result, module by module",)
     return (f"the model was spread by {known[1]}; the result is a plain module on the CPU",)
 
 
-def _tensors(model: nn.Module) -> dict[int, torch.Tensor]:
+@contextmanager
+def _files(everyone: Processes) -> Iterator[MappedTensors]:
+    """Files to fill, without names when the block has ended."""
+    files = MappedTensors(everyone)
+    try:
+        yield files
+    except BaseException:
+        files.remove()
+        raise
+    files.close()
+
+
+def _tensors(model: nn.Module, everyone: Processes) -> dict[int, torch.Tensor]:
     """A plain tensor on the CPU for every tensor of a model that is not one, by its id."""
     out: dict[int, torch.Tensor] = {}
     known: dict[object, torch.Tensor] = {}  # by address: tensors that share memory stay one
     elsewhere = accelerate_private.offloaded(model)
+    shards = sharded.shards_of(model)
     managed = {id(p) for m in sharded.fsdp_modules(model) for p in m.parameters()}
     key: object
-    with tempfile.TemporaryDirectory(prefix="depcut-plain-") as folder:
-        files = _files(Path(folder))
+    with _files(everyone) as files:
         for tensor in _distinct(model):
             if id(tensor) in elsewhere:
                 value = elsewhere[id(tensor)]()
@@ -136,11 +179,11 @@ def _tensors(model: nn.Module) -> dict[int, torch.Tensor]:
                     out[id(tensor)] = known[key]
                     continue
                 if value.device.type != "cpu":
-                    value = next(files)(value)
-            elif sharded.is_sharded(tensor):
-                key, value = id(tensor), next(files)(sharded.whole(tensor))
+                    value = files.put(value)
+            elif sharded.is_sharded(held := shards.get(id(tensor), tensor)):
+                key, value = id(tensor), files.put(sharded.whole(held))
             elif id(tensor) in managed or tensor.device.type not in ("cpu", "meta"):
-                key, value = id(tensor), next(files)(tensor.detach())
+                key, value = id(tensor), files.put(tensor.detach())
             else:
                 continue
             if isinstance(tensor, nn.Parameter):
@@ -152,34 +195,6 @@ def _tensors(model: nn.Module) -> dict[int, torch.Tensor]:
 def _distinct(model: nn.Module) -> list[torch.Tensor]:
     found = {id(t): t for t in held_tensors(model).values()}
     return list(found.values())
-
-
-def _files(folder: Path) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-    """Functions that put a tensor into a new file each, which is gone when nothing maps it."""
-    number = 0
-    while True:
-        yield functools.partial(_mapped, folder / f"{number}.bin")
-        number += 1
-
-
-def _mapped(path: Path, tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor on the CPU whose values are in a file that is removed already."""
-    flat = tensor.detach().contiguous().flatten().view(torch.uint8)
-    if not len(flat):
-        return torch.empty(tensor.shape, dtype=tensor.dtype)
-    try:
-        with path.open("wb") as file:
-            for start in range(0, len(flat), _BLOCK):
-                file.write(flat[start : start + _BLOCK].cpu().numpy().data)
-        raw = torch.from_file(str(path), shared=False, size=len(flat), dtype=torch.uint8)
-        path.unlink()
-    except OSError as error:
-        raise DepcutError(
-            f"the model's tensors cannot be put together in a file: {error.strerror or error}",
-            where=str(path.parent),
-            remedy="free some space, or point TMPDIR to a folder on a larger disk",
-        ) from error
-    return raw.view(tensor.dtype).reshape(tensor.shape)
 
 
 class _Nothing:

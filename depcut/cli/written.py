@@ -15,9 +15,10 @@ from depcut.cli.output import Output
 from depcut.deploy.export import export
 from depcut.errors import InputError
 from depcut.integrations.pretrained import comes_back
+from depcut.integrations.reload import stock_class
 from depcut.storage import folder as folders
 from depcut.storage.companions import carry_over
-from depcut.storage.save import write_model, write_record
+from depcut.storage.save import write_model, write_pretrained_card, write_record
 from depcut.support import files
 from depcut.support.checks import check_path
 
@@ -93,6 +94,7 @@ def write_slim(slim: nn.Module, options: argparse.Namespace, inputs: Inputs) -> 
             model.save_pretrained(draft)
             write_record(slim, draft)
             left = carry_over(hub_folder(options.model), draft)
+            write_pretrained_card(slim, stock_class(slim), draft)
             loading = f"transformers.{type(slim).__name__}.from_pretrained({str(out)!r})"
         else:
             write_model(slim, draft)

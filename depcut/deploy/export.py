@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from depcut.capture.plain import check_whole
 from depcut.capture.random_state import preserved
-from depcut.capture.refusals import check_module
 from depcut.deploy.convert import OLDER_OPSET, draft
 from depcut.deploy.output_check import TOLERANCES, compare_outputs
 from depcut.deploy.publish import publish
@@ -109,7 +109,7 @@ def export(
             with PyTorch. Nothing has been written then.
         InputError: `inputs` does not fit the model's forward, or an option is wrong.
     """
-    model = check_module(model)
+    model = check_whole(model)
     for name, value in (("rtol", rtol), ("atol", atol)):
         if value is not None:
             check_number(value, name, "pass a number that is not negative", least=0)

@@ -47,6 +47,10 @@ class Paused:
         """Values of the keyword arguments."""
         return self._given[1]
 
+    def result(self) -> Any:
+        """The node's value, computed ahead; None in an autocast region."""
+        return self._run.ahead(self.node)
+
     @cached_property
     def _given(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self._run.with_sources(self.node)
@@ -96,6 +100,7 @@ class Interpreter:
         values: Of the nodes that ran and are still needed.
         resized: The numbers of a run on inputs of other sizes than the captured ones.
         rereadable: Nodes whose values can be asked for again.
+        room: Bytes of values computed ahead that are kept, so that they are not computed again.
     """
 
     def __init__(self, program: Program) -> None:
@@ -103,7 +108,10 @@ class Interpreter:
         self.values: dict[fx.Node, Any] = {}
         self.resized: Resized | None = None
         self.rereadable = rereadable(program)
+        self.room = 0
+        self._ahead: dict[fx.Node, int] = {}
         self._regions: list[torch.autocast] = []
+        self._paused_in = False  # an autocast region
 
     # What a subclass says ------------------------------------------------------------------------
 
@@ -170,6 +178,20 @@ class Interpreter:
         """While the run pauses: forget the values that can be asked for again."""
         for node in self.rereadable.intersection(self.values):
             del self.values[node]
+
+    def ahead(self, node: fx.Node) -> Any:
+        """While the run pauses: the value of a node whose arguments are known, None in autocast."""
+        if self._paused_in:
+            return None
+        if node in self._ahead:
+            return self.values[node]
+        self._ask_for_sources(node)
+        with torch.no_grad():
+            value = self.call(node)
+        nbytes = value.nbytes if isinstance(value, torch.Tensor) else self.room + 1
+        if sum(self._ahead.values()) + nbytes <= self.room:
+            self._ahead[node], self.values[node] = nbytes, value
+        return value
 
     def _ask_for_sources(self, node: fx.Node) -> None:
         """Have the values that a node reads and that can be asked for again."""
@@ -258,8 +280,9 @@ class Interpreter:
                     if node in stops:
                         with self._outside():
                             yield self.paused(node)
-                    self._ask_for_sources(node)
-                    self.values[node] = self.call(node)
+                    if self._ahead.pop(node, None) is None:
+                        self._ask_for_sources(node)
+                        self.values[node] = self.call(node)
                     self._follow(node)
                 self.made(node)
                 for done in last.get(node, ()):
@@ -290,6 +313,7 @@ class Interpreter:
     def _outside(self) -> Iterator[None]:
         """Outside of all autocast regions for the time of the context; for good if given up."""
         regions, self._regions = self._regions, []
+        self._paused_in = bool(regions)
         for region in reversed(regions):
             region.__exit__(None, None, None)
         yield

@@ -7,7 +7,7 @@ of values, so that writes in place reach all who read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -21,26 +21,33 @@ from depcut.graph.interpreter import Interpreter
 from depcut.graph.operators import is_item
 from depcut.ops.taint import TaintedOp, derived, is_moved, tainted
 from depcut.plan.keep import Keep
-from depcut.reference.run import example
+from depcut.reference.run import Tensors, example
 from depcut.support.torch_private import pytree
 
 
 def interpret(
-    coupling: Coupling, model: nn.Module, look: Callable[[TaintedOp], None]
+    coupling: Coupling,
+    model: nn.Module | Tensors,
+    look: Callable[[TaintedOp], None],
+    leaves: Sequence[Any] | None = None,
 ) -> tuple[list[Any], list[Any]]:
     """Run the captured graph on its example inputs, with the taint of every value.
 
     Args:
         coupling: The analysed architecture.
-        model: The model whose tensors are read; none is changed.
+        model: The model whose tensors are read, or these by name; none is changed.
         look: Is shown every operator before it is executed.
+        leaves: Flat inputs to run on; left out, the captured example.
 
     Returns:
         Flat outputs, and their taints.
     """
-    run = _Run(coupling.program, held_tensors(model), look)
+    held = held_tensors(model) if isinstance(model, nn.Module) else model
+    run = _Run(coupling.program, held, look)
+    if leaves is None:
+        leaves = pytree.tree_leaves(example(Keep(coupling, {})))
     with torch.no_grad():
-        outputs = run.run(pytree.tree_leaves(example(Keep(coupling, {}))))
+        outputs = run.run(leaves)
     return outputs, run.marks
 
 

@@ -270,7 +270,9 @@ class ReferenceRun(Interpreter):
             source, dim = place
             spared = self.spared.get(node)
             other = effects.counterparts.get(place)
-            if spared is not None and spared[:2] in (place, other):
+            if spared is not None and (
+                spared[:2] in (place, other) or self._axes(*place) == self._axes(*spared[:2])
+            ):
                 masked[spared[0]] = self._spared(*spared)
                 continue
             if other is not None and self.values[other[0]].numel() < self.values[source].numel():
@@ -291,6 +293,12 @@ class ReferenceRun(Interpreter):
         zeroed = _zeroed(dense, self.keep, self.keep.coupling.env[source], dim)
         shape = [-1 if d == dim else 1 for d in range(dense.ndim)]
         return torch.where(flags.to(dense.device).reshape(shape), dense, zeroed)
+
+    def _axes(self, node: fx.Node, dim: int) -> list[axes.Axis]:
+        """Of a dimension; both operands that are summed over have the same."""
+        dims = self.keep.coupling.env[node]
+        assert isinstance(dims, tuple)
+        return list(axes.leaves(axes.resolve(dims[dim])))
 
     def _narrows(self, node: fx.Node, dim: int) -> bool:
         dims = self.keep.coupling.env[node]

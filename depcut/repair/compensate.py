@@ -9,19 +9,22 @@ et al., Data-Free Quantization, ICCV 2019, section 4.2 (biases take the mean).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from depcut import axes
 from depcut.calibration.cuts import joined
 from depcut.calibration.data import Calibration
 from depcut.calibration.progress import bar
 from depcut.calibration.shelf import Shelf
 from depcut.calibration.sites import find_sites
 from depcut.calibration.store import Store
+from depcut.calibration.trail import Part
 from depcut.calibration.walk import Graph, Walk
 from depcut.capture.clone import clone
 from depcut.capture.eager import user_line
@@ -36,7 +39,9 @@ from depcut.ops.site import Site
 from depcut.plan.keep import Keep
 from depcut.reference.run import Reference
 from depcut.repair.norms import NormRepair, statistics
-from depcut.repair.sites import Repair, SiteRepair, stream, touched_anywhere
+from depcut.repair.shared_inputs import SharedInputs
+from depcut.repair.sites import Repair, SiteRepair, touched_anywhere
+from depcut.repair.streams import stream
 from depcut.support.closeness import relative_error
 from depcut.support.failures import first_line, reraise_fatal
 
@@ -128,7 +133,8 @@ class _Repairer:
         whole = Reference(Keep(self.keep.coupling, {}), self.dense)
         narrow = Reference(self.keep, self.dense, sliced=True)
         self.together = self._joined()
-        with Store(self.calibration.memory) as store:
+        trail = self.calibration.trail
+        with Store(self.calibration.memory, trail) as store:
             walk = Walk(
                 self.calibration,
                 [Graph(whole), Graph(narrow, self.tensors)],
@@ -137,12 +143,28 @@ class _Repairer:
                 [self.dense, self.tensors],
                 self.together,
             )
+            ended = None
+            if trail is not None:
+                parts: dict[str, Part] = {"walk": walk, "repairs": self}
+                ended = trail.following("compensate", self.program, [store], parts)
             with bar(self.calibration) as progress:
-                stretches = walk.stretches()
-                for nodes in progress.track(stretches, len(walk.pauses), description="compensate"):
+                stretches, left = walk.stretches(), len(walk.pauses) - walk.done
+                for nodes in progress.track(stretches, left, description="compensate"):
                     self._stretch(nodes, walk)
+                    if ended is not None:
+                        ended()
             expected = {n: walk.outputs(n, 1) for n in self._one_a_length()}
         return Compensation(tuple(self.repairs), {**self.left, **self._unread()}), expected
+
+    def state(self) -> Any:
+        """What was done so far."""
+        return [asdict(repair) for repair in self.repairs], dict(self.left)
+
+    def restore(self, state: Any) -> bool:
+        """Have what an earlier process has done."""
+        repairs, self.left = state
+        self.repairs = [Repair(**repair) for repair in repairs]
+        return True
 
     def _joined(self) -> dict[fx.Node, list[fx.Node]]:
         """Sites and batch norms to stop at; with each, those that read what is there already."""
@@ -164,6 +186,7 @@ class _Repairer:
         rounds = zip_longest(*(self._repairs(node) for node in seen))
         for each in rounds:
             waiting = repairs = [repair for repair in each if repair is not None]
+            _share_inputs(repairs, self.calibration)
             while waiting:
                 for number, _, (dense, slim) in walk.batches():
                     for repair in waiting:
@@ -172,7 +195,7 @@ class _Repairer:
                     touched_anywhere(repairs, self.calibration.everyone)
                 waiting = [repair for repair in waiting if repair.again]
             for repair in repairs:
-                done = repair.finish(slim.paused(repair.node))
+                done = repair.finish(dense.paused(repair.node), slim.paused(repair.node))
                 if done is not None:
                     self.repairs.append(done)
                 if isinstance(repair, SiteRepair) and repair.left:
@@ -217,6 +240,26 @@ class _Repairer:
             b.resized is None: i for i, b in reversed([*enumerate(self.calibration.batches)])
         }
         return sorted(numbers.values())
+
+
+def _share_inputs(repairs: Sequence[object], calibration: Calibration) -> None:
+    """Have sites that multiply the same vectors see these once, where that is less to look at.
+
+    Args:
+        repairs: What is repaired in one pause.
+        calibration: The batches.
+    """
+    together: dict[Hashable, list[SiteRepair]] = {}
+    for repair in repairs:
+        key = repair.reads() if isinstance(repair, SiteRepair) else None
+        if key is not None and isinstance(repair, SiteRepair):
+            together.setdefault(key, []).append(repair)
+    for found in together.values():
+        outputs = sum(axes.resolve(repair.site.rows).size for repair in found)
+        if outputs >= axes.resolve(found[0].site.term).size:
+            shared = SharedInputs(calibration)
+            for repair in found:
+                repair.shared = shared
 
 
 def _verify(slim: nn.Module, calibration: Calibration, number: int, expected: list[Any]) -> None:

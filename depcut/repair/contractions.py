@@ -8,7 +8,9 @@ that an index whose count is zero contributes nothing to any index that stays.
 from __future__ import annotations
 
 import string
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,6 +24,7 @@ from depcut.ops.form import FORMS, Form
 from depcut.ops.normalization import is_batch_norm
 from depcut.ops.taint import TaintedOp, resolution, tainted
 from depcut.reference.constants import interpret
+from depcut.reference.run import Tensors
 
 
 @dataclass(frozen=True)
@@ -74,10 +77,11 @@ class _Collector:
 
     Args:
         coupling: The analysed architecture.
+        noted: What is collected of a contraction.
     """
 
-    def __init__(self, coupling: Coupling) -> None:
-        self.coupling = coupling
+    def __init__(self, coupling: Coupling, noted: Callable[[Contraction], Contraction]) -> None:
+        self.coupling, self.noted = coupling, noted
         self.contractions: list[Contraction] = []
 
     def __call__(self, op: TaintedOp) -> None:
@@ -91,11 +95,11 @@ class _Collector:
         rule = FORMS.find(op.node.target)
         form = rule(op) if rule is not None else None
         if form is not None and {node for node, _ in places} <= set(form.operands):
-            self.contractions.append(self._contraction(op, form, places))
+            self.contractions.append(self.noted(self._contraction(op, form, places)))
             return
         for node, dim in places:
             alone = Form((node,), (tuple(string.ascii_letters[: op.value(node).ndim]),))
-            self.contractions.append(self._contraction(op, alone, [(node, dim)]))
+            self.contractions.append(self.noted(self._contraction(op, alone, [(node, dim)])))
 
     def _term(self, place: tuple[fx.Node, int]) -> axes.Term:
         dims = self.coupling.env[place[0]]
@@ -177,17 +181,28 @@ class _Collector:
         return Absorber(name, sign), ""
 
 
-def find_contractions(coupling: Coupling, model: nn.Module) -> tuple[Contraction, ...]:
+def _whole(contraction: Contraction) -> Contraction:
+    return contraction
+
+
+def find_contractions(
+    coupling: Coupling,
+    model: nn.Module | Tensors,
+    leaves: Sequence[Any] | None = None,
+    noted: Callable[[Contraction], Contraction] = _whole,
+) -> tuple[Contraction, ...]:
     """Everything that reads the groups of a model, in the order of execution, call by call.
 
     Args:
         coupling: The analysed architecture.
-        model: The model whose tensors count.
+        model: The model whose tensors count, or these by name.
+        leaves: Flat inputs to run on; left out, the captured examples.
+        noted: What to return of each, where all of them take too much memory.
     """
     calls = []
     for call in coupling.calls:
-        collector = _Collector(call)
-        interpret(call, model, collector)
+        collector = _Collector(call, noted)
+        interpret(call, model, collector, leaves)
         calls.append(collector.contractions)
     every = [c for contractions in calls for c in contractions]
     return tuple(every if len(calls) == 1 else _agreed(every, coupling.program))

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from depcut.capture.held import held_tensors
 from depcut.plan.keep import Keep
+from depcut.reference.run import Tensors
 from depcut.repair.contractions import Contraction, find_contractions
 from depcut.repair.other_sizes import lasting
 
@@ -62,14 +63,14 @@ def absorbed(contractions: Sequence[Contraction]) -> dict[fx.Node, tuple[fx.Node
     }
 
 
-def may_fold(keep: Keep, model: nn.Module) -> bool:
+def may_fold(keep: Keep, model: nn.Module | Tensors) -> bool:
     """Whether a removed unit may be a constant: whether a parameter that makes one is zero there.
 
     Args:
         keep: What stays of the dense model.
-        model: The dense model.
+        model: The dense model, or its tensors by name.
     """
-    held = held_tensors(model)
+    held = held_tensors(model) if isinstance(model, nn.Module) else model
     for group in keep.coupling.groups:
         if group.index not in keep.units:
             continue

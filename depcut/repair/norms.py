@@ -102,7 +102,7 @@ class NormRepair:
         before = self.spreads
         self.spreads = [a + b for a, b in zip(before, found, strict=True)] if before else found
 
-    def finish(self, slim: Paused) -> None:
+    def finish(self, dense: Paused, slim: Paused) -> None:  # noqa: ARG002  (as a site)
         """Change the statistics."""
         dims = self.keep.coupling.env[self.node]
         assert isinstance(dims, tuple)

@@ -8,8 +8,9 @@ number there is not taken to be a constant.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import fx, nn
 from depcut.capture.capture import capture, is_symbolic
 from depcut.capture.dry_run import result_shapes
 from depcut.capture.program import Program
+from depcut.coupling.groups import Coupling
 from depcut.coupling.infer import infer_coupling
 from depcut.errors import CaptureError, InputError
 from depcut.graph.operators import base_name, is_item, is_operator, is_size
@@ -43,7 +45,10 @@ _CHANGES = "that changes with the size of the inputs"
 
 
 def lasting(
-    program: Program, model: nn.Module, contractions: Sequence[Contraction]
+    program: Program,
+    model: nn.Module,
+    contractions: Sequence[Contraction],
+    find: Callable[[Coupling], tuple[Contraction, ...]] | None = None,
 ) -> tuple[Contraction, ...]:
     """Contractions without the zeros and constants that inputs of other sizes change.
 
@@ -51,8 +56,12 @@ def lasting(
         program: The captured model.
         model: The model whose tensors count; it is captured anew.
         contractions: What reads its groups, at the sizes of the example.
+        find: What reads the groups of the model as captured at other sizes, where its tensors are
+            not in it.
     """
     out = tuple(contractions)
+    if find is None:
+        find = partial(find_contractions, model=model)
     if _is_uniform(program):
         return out
     for args, kwargs in _examples(program, model):
@@ -61,7 +70,7 @@ def lasting(
         except (CaptureError, InputError):
             out = tuple(_unknown(c) for c in out)
             continue
-        out = _merged(out, find_contractions(other, model))
+        out = _merged(out, find(other))
     return out
 
 

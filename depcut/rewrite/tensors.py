@@ -8,27 +8,37 @@ import torch
 from torch import nn
 
 from depcut.capture.held import attribute, held_tensors
+from depcut.capture.part import whole_of
+from depcut.capture.plain import origin_of, spread_by
 from depcut.plan.keep import Keep
 from depcut.reference.norms import estimate, estimates, kept_alone
 from depcut.reference.slices import take
 from depcut.rewrite.copying import copied, like
+from depcut.support.mapped import in_file
 
 
 def narrowed_copy(model: nn.Module, keep: Keep) -> nn.Module:
     """A deep copy of the model in which only the kept indices of every tensor exist.
 
     Tied tensors stay tied, hooks and attributes are copied, no dense tensor is copied on the way.
+    Of a model that is sharded, the parameters go into files one after the other.
 
     Args:
         model: The dense model.
         keep: What stays.
     """
+    in_files = spread_by(origin_of(whole_of(model))) == "fully_shard"
     memo: dict[int, Any] = {}
     held = held_tensors(model)
     for name, picked in keep.tensors.items():
         old = held.get(name)
         if old is not None and id(old) not in memo:
-            memo[id(old)] = like(old, take(old, picked))
+            new = take(old, picked)
+            placed = in_file(new) if in_files and isinstance(old, nn.Parameter) else new
+            memo[id(old)] = like(old, placed)
+    for old in held.values() if in_files else ():
+        if id(old) not in memo and isinstance(old, nn.Parameter):
+            memo[id(old)] = like(old, in_file(old))
     slim: nn.Module = copied(model, memo)
     _rescale(model, slim, keep)
     _restore_norms(held, slim, keep)

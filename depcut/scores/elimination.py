@@ -84,6 +84,7 @@ class Weight:
         columns: Columns of each unit, (rows, units, columns of a unit).
         blocks: Blocks of either matrix.
         blockwise: Whether each row is a block of its own; else all blocks lose the same columns.
+        scale: What the costs have to be multiplied with, by block (blocks, 1); None: nothing.
     """
 
     inverse: Inverse
@@ -92,6 +93,7 @@ class Weight:
     columns: torch.Tensor
     blocks: int = 1
     blockwise: bool = False
+    scale: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         # Columns that went and have not been dropped yet, by block.
@@ -106,7 +108,7 @@ class Weight:
 
     def losses(self) -> torch.Tensor:
         """What removing each unit alone costs, (rows, units)."""
-        cost = _trace(self.own, self.gram.own(self._at()))
+        cost = self._scaled(_trace(self.own, self.gram.own(self._at())))
         return cost if self.blockwise else cost.sum(0).reshape(self.columns.shape[:2])
 
     def remove(self, units: torch.Tensor) -> float:
@@ -128,7 +130,11 @@ class Weight:
         self.own -= lost.permute(0, 2, 3, 1) @ by.transpose(1, 2)
         if self.gone.shape[1] >= _SPARSE * self.size:
             self._compact()
-        return float(_trace(within, square).sum())
+        return float(self._scaled(_trace(within, square)[:, None]).sum())
+
+    def _scaled(self, cost: torch.Tensor) -> torch.Tensor:
+        """Costs (blocks, any number) in double precision, in their own unit."""
+        return cost.double() if self.scale is None else cost.double() * self.scale
 
     def _keep(self, stay: torch.Tensor) -> None:
         """Go on with units (rows, any number) alone."""

@@ -5,6 +5,15 @@ H^-1, the inverse of a damped covariance of inputs, and G = W^T W over the outpu
 loses (H^-1)_S^T T and G becomes (I - E T)^T G (I - E T). Rows and columns of what is gone hold
 nothing of use until they are dropped. Thin factors are held turned, one row an input: rows can be
 picked fast.
+
+Either may be in single precision (u = 6e-8), in units in which nothing leaves its range. H^-1 is at
+most 1 / c, c being the damping, and only shrinks, so that each update adds an error of about u / c;
+a block (H^-1)_SS is at least 1 / e, e being the largest eigenvalue of H_SS. The error of what
+removing S costs is hence about u e / c of it times the number of updates, at most 64; with errors
+of random signs, its square root. The factorisation adds u sqrt(in) times the mean variance over c.
+Measured on 3 x 3 patches of images, 1152 to 4608 columns, c a hundredth of the mean variance: costs
+differ by less than 1e-4, by 6e-4 where means are ten times the deviations and count, and units go
+in the same order.
 """
 
 from __future__ import annotations
@@ -90,6 +99,11 @@ class ThinInverse:
         self.turned = thin.transpose(1, 2).contiguous()
         self.damping = damping[:, None, None]
 
+    def lower(self) -> None:
+        """Go on with c H^-1, in single precision."""
+        self.turned = self.turned.float()
+        self.damping = torch.ones_like(self.damping, dtype=torch.float32)
+
     def own(self, at: torch.Tensor) -> torch.Tensor:
         """See `Inverse`."""
         product = _own_product(self.turned, at)
@@ -171,6 +185,24 @@ class ThinGram:
     def compact(self, left: torch.Tensor) -> None:
         """See `Gram`."""
         self.turned = _picked(self.turned, left)
+
+
+def inverted(matrix: torch.Tensor) -> torch.Tensor:
+    """The inverse of positive definite matrices, which are overwritten on the CPU.
+
+    Args:
+        matrix: (blocks, in, in), contiguous.
+
+    Raises:
+        torch.linalg.LinAlgError: One is not positive definite.
+    """
+    if matrix.device.type != "cpu":
+        return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+    # LAPACK counts by columns; a symmetric matrix turned is the same one.
+    turned = matrix.transpose(1, 2)
+    torch.linalg.cholesky(turned, out=turned)
+    torch.cholesky_inverse(turned, out=turned)
+    return matrix
 
 
 def block(matrix: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

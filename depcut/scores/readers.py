@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import fx
 
 from depcut.axes import Indices
 from depcut.calibration.inputs import Inputs
+from depcut.calibration.products import single_is_kept
 from depcut.coupling.groups import Group
 from depcut.ops.site import Site
 from depcut.scores.elimination import Reads, Weight
@@ -22,11 +23,14 @@ from depcut.scores.quadratic import (
     Inverse,
     ThinGram,
     ThinInverse,
+    inverted,
 )
 
 _DAMPING = 1e-2  # of the mean variance of the inputs
 _TINY = 1e-30
 _NOISE = 1e-12  # of the energy of what is read: what rounding leaves of a variance
+_WIDE = 512  # columns from which on units are eliminated in single precision, see `quadratic`
+_BLOCK = 2**21  # numbers of a weight that are held in double precision at a time
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Gathered:
 
     Attributes:
         inputs: By site, what it reads; the same object where others read the same.
-        weights: By site, W (blocks, out, in).
+        weights: By site, W (blocks, out, in), in the model's precision.
     """
 
     inputs: dict[Site, Inputs] = field(default_factory=dict)
@@ -82,41 +86,102 @@ def _reader(
     level = square.mean(1)
     level = level.clamp_min(1e-6 * float(level.max()) + _TINY)
     damping = _DAMPING * level + _NOISE * whole.mean(1)
-    scaled = [_scaled(gathered.weights[s], felt.get(s.node), inputs, centred) for s in sites]
+    scaled = [_Scaled.of(gathered.weights[s], felt.get(s.node), inputs, centred) for s in sites]
     # Constant inputs carry nothing that a bias does not.
-    scaled = [
-        w if float((p * square).sum()) > _NOISE * float((p * whole).sum()) else torch.zeros_like(w)
-        for w, p in ((w, w.square().sum(1)) for w in scaled)
-    ]
-    blocks, _, size = scaled[0].shape
+    for weight in scaled:
+        power = weight.squares()
+        if not float((power * square).sum()) > _NOISE * float((power * whole).sum()):
+            weight.factor.zero_()
+    blocks, _, size = scaled[0].weight.shape
+    scale: torch.Tensor | None = None
+    if size >= _WIDE and single_is_kept():
+        # Of the weights, the largest column's energy; of the inverse, the inverse of the damping.
+        energy = torch.stack([w.squares() for w in scaled]).sum(0).amax(1) + _TINY
+        for weight in scaled:
+            weight.factor.div_(energy.sqrt()[:, None, None])
+        scale = (energy * damping)[:, None].cpu()
+    kind = torch.float64 if scale is None else torch.float32
     gram: Gram
-    if sum(w.shape[1] for w in scaled) < size:
-        gram = ThinGram(torch.cat(scaled, 1).cpu())
+    if sum(w.weight.shape[1] for w in scaled) < size:
+        gram = ThinGram(torch.cat([rows.to(kind) for w in scaled for rows in w.rows()], 1).cpu())
     else:
-        gram = FullGram(torch.stack([w.transpose(1, 2) @ w for w in scaled]).sum(0).cpu())
+        total = square.new_zeros(blocks, size, size)
+        for rows in (rows for w in scaled for rows in w.rows()):
+            total.baddbmm_(rows.transpose(1, 2), rows)
+        gram = FullGram(total.to(kind).cpu())
+    inverse = _inverse(inputs, centred, damping, lowered=scale is not None)
+    return Weight(inverse, gram, size, torch.from_numpy(columns), blocks, blockwise, scale)
+
+
+def _inverse(inputs: Inputs, centred: bool, damping: torch.Tensor, lowered: bool) -> Inverse:
+    """Inverse of the damped second moments; times the damping, in single precision, if lowered."""
     few = inputs.vectors(centred)
-    inverse: Inverse
     if few is not None:
-        inverse = ThinInverse(few.cpu(), damping.cpu())
-    else:
-        damped = inputs.products(centred).clone()
-        damped.diagonal(dim1=1, dim2=2).add_(damping[:, None])
-        inverse = FullInverse(torch.cholesky_inverse(torch.linalg.cholesky(damped)).cpu())
-    return Weight(inverse, gram, size, torch.from_numpy(columns), blocks, blockwise)
+        thin = ThinInverse(few.cpu(), damping.cpu())
+        if lowered:
+            thin.lower()
+        return thin
+    damped = inputs.products(centred)
+    damped = damped if centred else damped.clone()
+    damped.diagonal(dim1=1, dim2=2).add_(damping[:, None])
+    if lowered:
+        single = (damped / damping[:, None, None]).float()
+        factor, failed = torch.linalg.cholesky_ex(single)
+        if not bool(failed.any()):
+            return FullInverse(torch.cholesky_inverse(factor).cpu())
+    full = inverted(damped)
+    if lowered:
+        full = full.mul_(damping[:, None, None]).float()
+    return FullInverse(full.cpu())
 
 
-def _scaled(
-    weight: torch.Tensor, felt: torch.Tensor | None, inputs: Inputs, centred: bool
-) -> torch.Tensor:
-    """Rows of a weight such that the squared error of its outputs is a share of the loss."""
-    if felt is not None and felt.ndim:
-        rows: torch.Tensor = felt.reshape(*weight.shape[:2], 1).to(weight) / inputs.count
-        scaled: torch.Tensor = weight * rows.sqrt()
-        return scaled
-    energy = max(inputs.energy(weight, centred), _TINY)
-    share: float = max(1.0 if felt is None else float(felt), _TINY)
-    factor: float = (share / energy) ** 0.5
-    return weight * factor
+@dataclass(frozen=True)
+class _Scaled:
+    """A weight whose squared error of the outputs is a share of the loss, in double precision.
+
+    Attributes:
+        weight: W, (blocks, out, in).
+        factor: Of its rows, (blocks, out, 1).
+    """
+
+    weight: torch.Tensor
+    factor: torch.Tensor
+
+    @staticmethod
+    def of(
+        weight: torch.Tensor, felt: torch.Tensor | None, inputs: Inputs, centred: bool
+    ) -> _Scaled:
+        """By what is felt of its outputs; else, by their energy.
+
+        Args:
+            weight: W, (blocks, out, in).
+            felt: See `sensitivities`.
+            inputs: What it reads.
+            centred: Whether a constant can be taken elsewhere.
+        """
+        one = torch.ones((*weight.shape[:2], 1), dtype=torch.float64, device=weight.device)
+        if felt is not None and felt.ndim:
+            return _Scaled(weight, (felt.to(one).reshape(one.shape) / inputs.count).sqrt())
+        plain = _Scaled(weight, one)
+        energy = max(sum(inputs.energy(rows, centred) for rows in plain.rows()), _TINY)
+        share: float = max(1.0 if felt is None else float(felt), _TINY)
+        return _Scaled(weight, one * (share / energy) ** 0.5)
+
+    def rows(self) -> Iterator[torch.Tensor]:
+        """Some rows at a time, (blocks, rows, in)."""
+        blocks, out, size = self.weight.shape
+        step = max(1, _BLOCK // (blocks * size))
+        for start in range(0, out, step):
+            end = start + step
+            yield self.weight[:, start:end].double() * self.factor[:, start:end]
+
+    def squares(self) -> torch.Tensor:
+        """Sums of squares by column, (blocks, in)."""
+        blocks, _, size = self.weight.shape
+        total = self.factor.new_zeros(blocks, size)
+        for rows in self.rows():
+            total += rows.square().sum(1)
+        return total
 
 
 def _columns(

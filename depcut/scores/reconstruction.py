@@ -18,18 +18,22 @@ from depcut import axes
 from depcut.calibration.inputs import Inputs
 from depcut.calibration.sensitivity import NoDerivativeError, Sensitivity
 from depcut.calibration.sites import find_sites, site_inputs, with_same_inputs
-from depcut.calibration.visits import visits
-from depcut.coupling.groups import Coupling, Group
+from depcut.calibration.store import Store
+from depcut.calibration.visits import STRETCHES, visits
+from depcut.calibration.windows import Windows
+from depcut.coupling.groups import Coupling
 from depcut.graph.ancestry import Weights
 from depcut.graph.arguments import Call, bound
 from depcut.ops.kinds import MATRIX_PRODUCTS
 from depcut.ops.site import Site
 from depcut.scores.aggregate import totals
 from depcut.scores.context import Context, Score, Scores, criterion
-from depcut.scores.elimination import Terms, eliminated
+from depcut.scores.elimination import Reads, Terms, Weight, eliminated
+from depcut.scores.gathered import given, held
 from depcut.scores.magnitude import powers
 from depcut.scores.pending import Pending
 from depcut.scores.readers import Gathered, readers
+from depcut.scores.waiting import Waiting
 from depcut.support.processes import Processes
 
 _DAMPING = 1e-2  # of the mean variance of the inputs
@@ -62,7 +66,7 @@ def obs(context: Context) -> Scores:
     work = _Elimination(context)
     felt = Sensitivity(context.coupling, context.model, context.data, work.features)
     try:
-        with closing(felt.walked(work.shown)) as walk:
+        with closing(felt.walked(work.shown, work)) as walk:
             return work.scores(walk, felt.found, felt.sum_over_processes)
     except NoDerivativeError:
         # All errors count alike.
@@ -100,12 +104,55 @@ class _Elimination:
         for item in items:
             self.at.setdefault(item.node, []).append(item)
         self.leaders = with_same_inputs(coupling, [i for i in items if isinstance(i, Site)])
-        self.pending = Pending(
-            {i: [*found, *map(self._leader, found)] for i, found in self.readers.items()}
-        )
+        # What reads a group, those that read the same inputs together: (group, items).
+        together: dict[tuple[int, _Item], list[_Item]] = {}
+        for number, found in self.readers.items():
+            for item in found:
+                together.setdefault((number, self._leader(item)), []).append(item)
+        self.parts = [(number, leader, found) for (number, leader), found in together.items()]
+        self.partly = Pending({i: [*found, leader] for i, (_, leader, found) in self._numbered()})
+        self.of_group: dict[int, list[int]] = {number: [] for number in self.readers}
+        for i, (number, _, _) in self._numbered():
+            self.of_group[number].append(i)
+        self.pending = Pending(self.of_group)
+        self.aside: dict[int, list[Reads]] = {}
         self.shown = {n: sum(map(self._bytes, found)) for n, found in self.at.items()}
         self.gathered = _Gathered()
         self.out: dict[int, NDArray[np.float64]] = {}
+        self.stretches: list[list[fx.Node]] = []  # what was shown in each
+        self.store = Store(context.data.memory // STRETCHES, context.data.trail)
+        self.stores = [self.store]
+
+    def state(self) -> Any:
+        """What was gathered and scored so far; items by their place among all of them."""
+        place = {item: i for i, item in enumerate(i for found in self.at.values() for i in found)}
+        gathered = {
+            name: {place[item]: value for item, value in found.items()}
+            for name, found in vars(self.gathered).items()
+        }
+        return held({"gathered": gathered, "aside": self.aside, "out": self.out}), self.stretches
+
+    def restore(self, state: Any) -> bool:
+        """Have what an earlier process has gathered and scored."""
+        items = [item for found in self.at.values() for item in found]
+        found, self.stretches = given(state[0], self.store), state[1]
+        for name, gathered in found["gathered"].items():
+            vars(self.gathered)[name].update({items[i]: v for i, v in gathered.items()})
+        self.aside, self.out = found["aside"], found["out"]
+        read: set[int] = set()
+        for nodes in self.stretches:
+            parts = self.partly.ready([item for node in nodes for item in self.at[node]])
+            complete = self.pending.ready(parts)
+            away = [p for p in parts if self.parts[p][0] not in complete and self._waits(p)]
+            for part in [*(p for number in complete for p in self.of_group[number]), *away]:
+                if part not in read:
+                    self.partly.done(part)
+                    read.add(part)
+        return True
+
+    def _waits(self, part: int) -> bool:
+        """Whether a part of an incomplete group is put aside."""
+        return isinstance(self.parts[part][1], Site)
 
     def scores(
         self,
@@ -122,19 +169,21 @@ class _Elimination:
             complete: Adds to it, of nodes, what other processes have found.
         """
         seen: dict[fx.Node, None] = {}
-        for visit in chain(walk, [None]):
-            if visit is not None:
-                seen[visit[1]] = None
-                self._gather(*visit)
-                continue
-            items = [item for node in seen for item in self.at[node]]
-            complete(seen)
-            _sum_over_processes(self.gathered, items, self.context.data.everyone)
-            for number in self.pending.ready(items):
-                self._eliminate(self.context.coupling.groups[number], felt)
-            seen.clear()
-        plain = _shares(self.context)
-        return [self.out.get(g.index, plain[g.index]) for g in self.context.coupling.groups]
+        with self.store:
+            for visit in chain(walk, [None]):
+                if visit is not None:
+                    seen[visit[1]] = None
+                    self._gather(*visit)
+                    continue
+                items = [item for node in seen for item in self.at[node]]
+                complete(seen)
+                _sum_over_processes(self.gathered, items, self.context.data.everyone)
+                self._go_on(self.partly.ready(items), felt, self.store)
+                self.stretches.append(list(seen))
+                seen.clear()
+        groups = self.context.coupling.groups
+        plain = _shares(self.context) if any(g.index not in self.out for g in groups) else []
+        return [self.out[g.index] if g.index in self.out else plain[g.index] for g in groups]
 
     def _leader(self, item: _Item) -> _Item:
         """The item whose moments are those of an item, too."""
@@ -148,30 +197,59 @@ class _Elimination:
                 _add_terms(gathered, item, call)
                 continue
             if item not in gathered.weights:
-                gathered.weights[item] = item.family.matrix(call).detach().double()
+                gathered.weights[item] = item.family.matrix(call).detach()
             if item not in self.leaders:
                 inputs = gathered.inputs.setdefault(item, Inputs())
-                inputs.add(site_inputs(item, call, data.batches[number].valid))
+                windows = Windows.of(item, call)
+                if windows is None:
+                    inputs.add(site_inputs(item, call, data.batches[number].valid))
+                else:
+                    inputs.add(windows)
 
-    def _eliminate(self, group: Group, felt: Mapping[fx.Node, torch.Tensor]) -> None:
-        """Score a group, and let go of what nothing needs any more."""
-        items = self.readers[group.index]
-        sites = [item for item in items if isinstance(item, Site)]
-        for site in sites:
-            self.gathered.inputs.setdefault(
-                site, self.gathered.inputs[self.leaders.get(site, site)]
-            )
-        found = readers(sites, group, self.gathered, felt)
-        for item in items:
-            if not isinstance(item, Site):
-                sensitivity = felt.get(item.node)
-                scale = 1.0 if sensitivity is None else float(sensitivity.sum())
-                found.append(Terms.of(self.gathered.products[item], scale, group.rows))
-        if found:
-            scores = eliminated(found, group.rows, group.size)
-            self.out[group.index] = scores if group.row_axis is not None else scores[0]
-        for item in self.pending.done(group.index):
+    def _numbered(self) -> list[tuple[int, tuple[int, _Item, list[_Item]]]]:
+        return list(enumerate(self.parts))
+
+    def _go_on(self, parts: list[int], felt: Mapping[fx.Node, torch.Tensor], store: Store) -> None:
+        """Score the groups of which all readers have been seen; put aside those of the others.
+
+        Args:
+            parts: Of the readers, by number, those that have just been seen.
+            felt: See `scores`.
+            store: Where the others wait.
+        """
+        complete = self.pending.ready(parts)
+        for number in complete:
+            found = [reader for part in self.of_group[number] for reader in self._read(part, felt)]
+            group = self.context.coupling.groups[number]
+            if found:
+                scores = eliminated(found, group.rows, group.size)
+                self.out[number] = scores if group.row_axis is not None else scores[0]
+        for part in parts:
+            if self.parts[part][0] not in complete and self._waits(part):
+                found = self._read(part, felt)
+                self.aside[part] = [
+                    Waiting(reader, store, (part, i)) if isinstance(reader, Weight) else reader
+                    for i, reader in enumerate(found)
+                ]
+
+    def _read(self, part: int, felt: Mapping[fx.Node, torch.Tensor]) -> list[Reads]:
+        """The readers of a part; what nothing else needs of what they were made of is let go of."""
+        if part in self.aside:
+            return self.aside.pop(part)
+        number, leader, items = self.parts[part]
+        group = self.context.coupling.groups[number]
+        if isinstance(leader, Site):
+            sites = [item for item in items if isinstance(item, Site)]
+            for site in sites:
+                self.gathered.inputs.setdefault(site, self.gathered.inputs[leader])
+            found = readers(sites, group, self.gathered, felt)
+        else:
+            sensitivity = felt.get(leader.node)
+            scale = 1.0 if sensitivity is None else float(sensitivity.sum())
+            found = [Terms.of(self.gathered.products[leader], scale, group.rows)]
+        for item in self.partly.done(part):
             self.gathered.forget(item)
+        return found
 
     def _bytes(self, item: _Item) -> int:
         """Of what is gathered of an item."""

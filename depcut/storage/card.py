@@ -19,6 +19,7 @@ def model_card(
     torch_version: str,
     entries: Mapping[str, str],
     comparison: Comparison | None,
+    library: str = "depcut",
 ) -> str:
     """The text of README.md.
 
@@ -28,16 +29,19 @@ def model_card(
         torch_version: Of the process that saves it.
         entries: What is in each file, by name.
         comparison: What was measured, if anything.
+        library: What loads the model.
     """
     module, _, name = architecture["class"].rpartition(":")
     parts = [
-        "---\nlibrary_name: depcut\ntags:\n- pruned\n---",
+        f"---\nlibrary_name: {library}\ntags:\n- pruned\n---",
         f"# {name}, made smaller",
         f"A `{name}` of `{module or '(no module)'}`, pruned by depcut {__version__} with torch "
         f"{torch_version}. It is the same class with smaller layers; plan `{done.digest}`.",
         _sizes(done),
         "## How to load it",
-        _loading(name, module, architecture, entries),
+        _loading(name, module, architecture, entries)
+        if library == "depcut"
+        else _code(f"import {library}", f"model = {library}.{name}.from_pretrained(folder)"),
         "## How it was made",
         _making(done),
     ]
@@ -68,7 +72,7 @@ def _loading(
 ) -> str:
     known = architecture["library"] is not None
     call = "depcut.load(folder)" if known else f"depcut.load(folder, {name})"
-    lines = ["```python", "import depcut", f"model = {call}", "```"]
+    lines = [_code("import depcut", f"model = {call}")]
     if not known:
         lines += [
             "",
@@ -82,12 +86,13 @@ def _loading(
             "",
             "Without depcut and without the class, for inference:",
             "",
-            "```python",
-            "import torch",
-            'model = torch.export.load("program.pt2").module()',
-            "```",
+            _code("import torch", 'model = torch.export.load("program.pt2").module()'),
         ]
     return "\n".join(lines)
+
+
+def _code(*lines: str) -> str:
+    return "\n".join(("```python", *lines, "```"))
 
 
 def _making(done: Report) -> str:

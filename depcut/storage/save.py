@@ -12,7 +12,7 @@ from torch import nn
 
 from depcut.apply.carried import PLANS, carried
 from depcut.apply.report import REPORT, report, report_record
-from depcut.capture.plain import refuse_spread
+from depcut.capture.plain import plain, spread_over_processes
 from depcut.capture.refusals import check_module
 from depcut.deploy.program import write_program
 from depcut.errors import InputError
@@ -24,7 +24,7 @@ from depcut.storage.tensors import REST, STATE
 from depcut.storage.values import Description, class_name
 from depcut.support import files
 from depcut.support.checks import check_kind, check_names
-from depcut.support.unwrap import unwrapped
+from depcut.support.processes import processes, together
 from depcut.timing.comparison import Comparison
 
 STANDALONE = ("program",)
@@ -38,6 +38,11 @@ _HOLDS = {
     folders.INDEX: "format, and a hash of each file",
     folders.CARD: "this text",
 }
+_PRETRAINED = {
+    **{name: _HOLDS[name] for name in (folders.REPORT, folders.INDEX, folders.CARD)},
+    "config.json": "configuration from which transformers builds the model",
+}
+_PLAN = "which units stay, as `depcut.Plan`"
 
 
 def save(
@@ -55,7 +60,8 @@ def save(
 
     Args:
         model: What `depcut.shrink`, `Plan.apply`, `depcut.compact` or a training run returned, or a
-            copy of it; it is only read. Of what torch.compile returned, the model inside.
+            copy of it; it is only read. Of what torch.compile returned, the model inside. One
+            that `fully_shard` has sharded is passed by all processes; the first one writes.
         folder: A new or empty folder, or one that an earlier call wrote, which is replaced as a
             whole.
         standalone: What else is written, for processes without depcut: "program", the file of
@@ -69,16 +75,21 @@ def save(
         InputError: The folder holds something else, or the model what cannot be stored: a tensor
             without values, a sparse one, a function of the graph without a name.
         ExportError: The program cannot be made.
+        ProcessError: Another of several processes failed.
         DepcutError: The folder cannot be written; what was there is there still.
     """
-    model = unwrapped(check_module(model))
-    refuse_spread(model)
+    given = check_module(model)
+    model = plain(given)
     report(model)
     wanted = _checked(standalone)
     if comparison is not None:
         check_kind(comparison, Comparison, "comparison", "pass what depcut.compare returned")
-    with folders.written(folder) as draft:
-        write_model(model, draft, wanted, inputs, comparison)
+    in_parts = spread_over_processes(given)
+    with together(in_parts):
+        if in_parts and processes().rank:
+            return
+        with folders.written(folder) as draft:
+            write_model(model, draft, wanted, inputs, comparison)
 
 
 def write_model(
@@ -132,6 +143,40 @@ def write_record(model: nn.Module, folder: Path) -> None:
         files.write_json(folder / folders.plan_name(number, len(plans)), plan, indent=1)
 
 
+def write_pretrained_card(model: nn.Module, kind: type[nn.Module], folder: Path) -> None:
+    """Write the model card of a folder that `from_pretrained` of transformers loads.
+
+    Args:
+        model: The smaller model.
+        kind: Its class, as the library has it.
+        folder: With all other files.
+
+    Raises:
+        DepcutError: It cannot be written.
+    """
+    plans = {folders.plan_name(i, len(carried(model))) for i in range(len(carried(model)))}
+    there = {p.name for p in folder.iterdir() if not p.name.startswith(".")}
+    entries = {
+        name: _PLAN if name in plans else _PRETRAINED.get(name) or _kind_of(name)
+        for name in sorted({*there, folders.INDEX, folders.CARD})
+    }
+    architecture = {"class": f"{kind.__module__}:{kind.__name__}", "library": "transformers"}
+    version = str(torch.__version__)
+    card = model_card(report(model), architecture, version, entries, None, "transformers")
+    files.write_text(folder / folders.CARD, card, "model card")
+
+
+def _kind_of(name: str) -> str:
+    """What a file of `save_pretrained` holds that has no name of its own."""
+    if name.endswith(".safetensors"):
+        return "weights and buffers by the names of `state_dict()`"
+    return (
+        "which file holds which weights"
+        if name.endswith(".index.json")
+        else "as transformers has it"
+    )
+
+
 def _checked(standalone: str | Collection[str]) -> tuple[str, ...]:
     remedy = f"pass of {', '.join(map(repr, STANDALONE))}"
     names = check_names(standalone, "standalone", remedy)
@@ -145,4 +190,4 @@ def _entries(draft: Path, plans: int) -> dict[str, str]:
     """What is in each file, by name."""
     named = {folders.plan_name(i, plans) for i in range(plans)}
     found = sorted({*(p.name for p in draft.iterdir()), folders.INDEX, folders.CARD})
-    return {n: "which units stay, as `depcut.Plan`" if n in named else _HOLDS[n] for n in found}
+    return {n: _PLAN if n in named else _HOLDS[n] for n in found}

@@ -9,7 +9,7 @@ read when an operator needs them and forgotten behind it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -21,12 +21,28 @@ from depcut.graph.interpreter import Interpreter, Pausing
 from depcut.graph.operators import is_aten
 from depcut.plan.keep import Keep
 from depcut.rebuild.same_graph import Pairs
-from depcut.reference.run import Reference, ReferenceRun, cast, kept_part
+from depcut.reference.run import Reference, ReferenceRun, Spared, cast, kept_part
 from depcut.streaming.weights import PRECISION
 from depcut.support.closeness import relative_error
 from depcut.support.torch_private import pytree
 from depcut.verify.exciting import table_rows
 from depcut.verify.verify import TOLERANCE
+
+
+class Constants(Protocol):
+    """Constants of removed units that biases and running means took over."""
+
+    @property
+    def spared(self) -> Spared:
+        """Where these units go on to contribute, see `depcut.reference.run.Reference`."""
+
+    @property
+    def shifts(self) -> Mapping[fx.Node, Tensor]:
+        """What the result of a node lacks, which the batch norm behind it makes up for."""
+
+    @property
+    def rounded(self) -> Mapping[fx.Node, torch.dtype]:
+        """Nodes that read a tensor that took one over, with the precision that it has."""
 
 
 class _Dense(ReferenceRun):
@@ -37,6 +53,7 @@ class _Dense(ReferenceRun):
         weights: The dense tensors.
         changed: Narrowed tensors that data changed, and all others, if it changed any.
         pairs: Nodes of the smaller class's graph by those of this one.
+        spared: Where removed units go on to contribute, see `Reference`.
     """
 
     def __init__(
@@ -45,8 +62,9 @@ class _Dense(ReferenceRun):
         weights: Mapping[str, Tensor],
         changed: Mapping[str, Tensor] | None,
         pairs: Pairs,
+        spared: Spared | None,
     ) -> None:
-        reference = Reference(keep, weights, sliced=changed is not None)
+        reference = Reference(keep, weights, changed is not None, spared)
         super().__init__(reference, PRECISION, changed)
         self.pairs = pairs
         self.last: tuple[fx.Node, fx.Node, Any] | None = None
@@ -66,6 +84,7 @@ class _Smaller(Interpreter):
         program: The smaller class's graph.
         weights: What was written.
         dense: The run beside it, which is one operator ahead.
+        constants: Of removed units, if they were folded.
     """
 
     def __init__(
@@ -74,9 +93,12 @@ class _Smaller(Interpreter):
         program: Program,
         weights: Mapping[str, Tensor],
         dense: _Dense,
+        constants: Constants | None,
     ) -> None:
         super().__init__(program)
         self.keep, self.weights, self.dense = keep, weights, dense
+        self.shifts = constants.shifts if constants is not None else {}
+        self.rounded = constants.rounded if constants is not None else {}
         self.worst, self.compared = 0.0, 0
 
     def tensor(self, _: fx.Node, name: str) -> Any:
@@ -99,6 +121,9 @@ class _Smaller(Interpreter):
             if isinstance(wanted, Tensor):
                 sliced = self.dense.sliced
                 kept = wanted if sliced else kept_part(wanted, self.keep, terms)
+                if beside in self.shifts:
+                    shift = self.shifts[beside].to(kept.dtype)
+                    kept = kept - shift.reshape(-1, *[1] * (kept.ndim - 2))
                 self._compare(node, beside, kept)
         self.let_go()
 
@@ -108,7 +133,7 @@ class _Smaller(Interpreter):
         if not message and not wanted.is_floating_point() and not torch.equal(wanted, got):
             message = "other whole numbers"
         self.worst = max(self.worst, size)
-        if message or not size <= TOLERANCE[PRECISION]:
+        if message or not size <= TOLERANCE[self.rounded.get(beside, PRECISION)]:
             raise VerificationError(
                 message or f"the smaller model differs by {size:.3g} of the scale",
                 where=where(beside),
@@ -153,6 +178,7 @@ def check_written(
     weights: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
     tick: Callable[[int, int], None],
     changed: Mapping[str, Tensor] | None = None,
+    constants: Constants | None = None,
 ) -> float:
     """Compare a written checkpoint with the dense one by value, operator by operator.
 
@@ -163,6 +189,7 @@ def check_written(
         tick: Is told how many operators have run, and of how many.
         changed: Narrowed tensors of which data changed some, if there is data: the dense graph
             runs on these then.
+        constants: Of removed units, if they were folded.
 
     Returns:
         The largest difference, relative to the scale.
@@ -171,8 +198,9 @@ def check_written(
         VerificationError: They differ.
     """
     (program, pairs), (before, after) = built, weights
-    dense = _Dense(keep, before, changed, pairs)
-    small = _Smaller(keep, program, after, dense)
+    spared = constants.spared if constants is not None else None
+    dense = _Dense(keep, before, changed, pairs, spared)
+    small = _Smaller(keep, program, after, dense, constants)
     inputs = drawn_inputs(keep.coupling.program)
     stops = [node for node in pairs if node.op == "call_function"]
     with torch.no_grad(), preserved():

@@ -29,9 +29,10 @@ from depcut.rebuild.stock import prove
 from depcut.rewrite.build import Slim
 from depcut.storage import folder as folders
 from depcut.storage.companions import carry_over
-from depcut.storage.save import write_record
+from depcut.storage.save import write_pretrained_card, write_record
 from depcut.streaming.check import check_written
 from depcut.streaming.criteria import streamed
+from depcut.streaming.folding import Folded, folded
 from depcut.streaming.journal import PLAN, Journal
 from depcut.streaming.narrowing import Picked, parts, picks, stored
 from depcut.streaming.progress import Progress
@@ -72,6 +73,7 @@ class Job:
         built: The class as the new config builds it.
         picked: Kept indices by tensor, of those that narrow.
         solved: What data changed, if there is any.
+        folded: What took over constants of removed units, if there is no data.
     """
 
     source: Source
@@ -83,6 +85,7 @@ class Job:
     built: Built
     picked: Mapping[str, Picked]
     solved: Solution | None = None
+    folded: Folded | None = None
 
     @property
     def shards(self) -> dict[str, dict[str, Stored]]:
@@ -106,8 +109,20 @@ class Job:
         weights = Weights(self.source, self.analysis.model)
         return replace(self, solved=solution(self.keep, weights, calibration, begun))
 
+    def fold(self, dense: nn.Module) -> Job:
+        """The same with the constants that removed units leave in biases.
+
+        Args:
+            dense: The dense model, on the meta device.
+        """
+        weights = Weights(self.source, self.analysis.model)
+        return replace(self, folded=folded(self.keep, dense, weights))
+
     def _parts(self, name: str) -> Iterator[Tensor]:
         """What is written of a tensor, part by part."""
+        if self.folded is not None and name in self.folded.tensors:
+            yield self.folded.tensors[name]
+            return
         if self.solved is not None:
             tensors = self.solved.tensors
             same = (name, *self.keep.coupling.program.aliases.get(name, ()))
@@ -156,7 +171,7 @@ class Job:
         shown = partial(progress.show, "checking")
         built = self.built.program, self.built.pairs
         changed = self.solved.tensors if self.solved is not None else None
-        return check_written(self.keep, built, (before, after), shown, changed)
+        return check_written(self.keep, built, (before, after), shown, changed, self.folded)
 
     def close(self, begun: Journal, dense: nn.Module, error: float) -> Report:
         """Write what makes the shards a checkpoint: index, records, and the config at last.
@@ -183,6 +198,7 @@ class Job:
         if self.source.shards.metadata is not None:
             _write_index(begun.folder, self.shards, self.source.shards.metadata)
         write_config(model, dense, begun.folder)
+        write_pretrained_card(model, type(dense), begun.folder)
         begun.close()
         return report(model)
 

@@ -19,6 +19,7 @@ from depcut.support.failures import first_line
 
 NAME = ".depcut-progress.json"
 PLAN = ".depcut-plan.json"  # until all is written
+TRAIL = ".depcut-trail"  # of what passes over the data have found so far
 _FORMAT = 1
 _ANEW = "pass the same arguments again, or choose a new folder"
 
@@ -128,8 +129,9 @@ def journal(path: Path, request: str, source: str) -> Iterator[Journal]:
         opened = _opened(folder, request, source)
         try:
             yield opened
-        except DepcutError:
-            _forget(folder, opened)
+        except DepcutError as error:
+            if not isinstance(error.__cause__, OSError):  # a full disk is no refusal
+                _forget(folder, opened)
             raise
 
 

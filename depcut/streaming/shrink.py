@@ -15,17 +15,19 @@ from depcut.allocate.choose import check_budget
 from depcut.analysis import Analysis
 from depcut.apply.report import Report
 from depcut.calibration.data import Calibration, Data, calibrate, read_with_inputs
+from depcut.calibration.trail import Trail
 from depcut.capture.inputs import Inputs
 from depcut.errors import InputError
 from depcut.integrations.pretrained_folder import model_of
 from depcut.options import CheckpointKeywords, Options
 from depcut.repair.after_rewrite import wants_repair
 from depcut.streaming.job import planned, report_of
-from depcut.streaming.journal import digest, journal
+from depcut.streaming.journal import TRAIL, Journal, digest, journal
 from depcut.streaming.progress import Progress
 from depcut.streaming.source import Source
 from depcut.streaming.structure import structure
 from depcut.streaming.weights import check_fits
+from depcut.support import files
 from depcut.support.checks import check_path
 from depcut.support.keywords import settled, takes_options
 from depcut.support.torch_private import pytree
@@ -58,7 +60,7 @@ def shrink_checkpoint(
         inputs: Example inputs, see `depcut.analyze`; left out, made as transformers has them.
         data: Calibration data: any iterable of what the model takes. The weights that read what
             goes are re-solved on it, layer by layer, and criteria that need data alone are taken.
-            Without data, constants are not folded into biases.
+            Without data, constants that removed units leave are folded into biases.
         options: What else is chosen, as one object; the keywords that follow go before it.
         **given: The fields of `depcut.Options`.
 
@@ -89,17 +91,21 @@ def shrink_checkpoint(
         if begun.complete:
             return report_of(begun.folder)
         analysis = structure(dense, inputs)
-        calibration = _read(items, dense, analysis, chosen)
+        calibration = _read(items, dense, analysis, chosen, begun)
         job = planned(source, names, analysis, (ratio, recorded), calibration, begun)
         if repairs and calibration is not None:
             job = job.solve(calibration, begun)
+        elif chosen.compensate:
+            job = job.fold(dense)
         with Progress(chosen.progress) as progress:
             job.write(begun, progress)
             error = job.check(begun, progress)
         return job.close(begun, dense, error)
 
 
-def _read(items: Any, dense: nn.Module, analysis: Analysis, chosen: Options) -> Calibration | None:
+def _read(
+    items: Any, dense: nn.Module, analysis: Analysis, chosen: Options, begun: Journal
+) -> Calibration | None:
     """Data bound to the structure of a model; None where there is none."""
     if items is None:
         return None
@@ -112,7 +118,10 @@ def _read(items: Any, dense: nn.Module, analysis: Analysis, chosen: Options) -> 
         memory=chosen.memory,
         progress=chosen.progress,
     )
-    return replace(bound, device=torch.device("cpu"))
+    folder = begun.folder / TRAIL
+    files.make_folder(folder, "dst=", InputError)
+    trail = Trail(folder) if bound.everyone.size == 1 else None
+    return replace(bound, device=torch.device("cpu"), trail=trail)
 
 
 def _check_apart(src: Path, dst: Path) -> None:

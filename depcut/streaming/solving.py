@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from depcut.plan.keep import Keep
 from depcut.reference.run import cast
 from depcut.reference.slices import take
 from depcut.repair.compensate import Compensation, Repair, re_solve
+from depcut.storage.folder import entry
 from depcut.streaming.journal import Journal
 from depcut.streaming.weights import PRECISION, Single
 from depcut.support import files
@@ -41,6 +42,7 @@ class Solved(MutableMapping[str, Tensor]):
     ) -> None:
         self.folder, self.keep, self.weights, self.changed = folder, keep, weights, changed
         self._numbers = {name: i for i, name in enumerate(weights)}
+        self._hashes: dict[str, dict[str, Any]] = {}
 
     def stored(self, name: str) -> Tensor:
         """A tensor that was changed, in the precision of the checkpoint.
@@ -61,8 +63,23 @@ class Solved(MutableMapping[str, Tensor]):
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
         stored = tensor.detach().to(self.weights[name].dtype).contiguous()
-        write_tensors({"tensor": stored}, self._file(name), "re-solved weights", InputError)
+        path = self._file(name)
+        write_tensors({"tensor": stored}, path, "re-solved weights", InputError, flush=True)
+        self._hashes[name] = entry(path)
         self.changed.add(name)
+
+    def state(self) -> Any:
+        """Hashes of the files that there are, by the name of the tensor."""
+        return {name: self._hashes[name] for name in sorted(self.changed)}
+
+    def restore(self, state: Any) -> bool:
+        """Have the files that an earlier process wrote; False: they are not what it wrote."""
+        paths = {name: self._file(name) for name in state}
+        if not all(p.is_file() and entry(p) == state[name] for name, p in paths.items()):
+            return False
+        self._hashes.update(state)
+        self.changed.update(state)
+        return True
 
     def __delitem__(self, name: str) -> None:
         raise KeyError(name)
@@ -96,7 +113,7 @@ class Solution:
 def solution(
     keep: Keep, weights: Mapping[str, Tensor], calibration: Calibration, begun: Journal
 ) -> Solution:
-    """Re-solve the weights that read what goes, unless an earlier run has.
+    """Re-solve the weights that read what goes, from where an earlier run was with it.
 
     Args:
         keep: What stays.
@@ -113,10 +130,14 @@ def solution(
         repairs = tuple(Repair(**repair) for repair in known["repairs"])
         tensors = Solved(folder, keep, weights, set(known["changed"]))
         return Solution(tensors, Compensation(repairs, dict(known["left"])))
-    shutil.rmtree(folder, ignore_errors=True)
     files.make_folder(folder, "dst=", InputError)
-    tensors = Solved(folder, keep, weights, set())
+    files.remove_drafts(folder)
+    tensors, trail = Solved(folder, keep, weights, set()), calibration.trail
+    if trail is not None:
+        trail.parts["solved"] = tensors
     with torch.no_grad(), preserved():
         done, _ = re_solve(Shelf(Single(weights)), Shelf(tensors), keep, calibration)
     begun.finish(FOLDER, {**asdict(done), "changed": sorted(tensors.changed)})
+    if trail is not None:
+        trail.clear()
     return Solution(tensors, done)

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import distributed
+from torch import distributed, nn
 
 from depcut.errors import ProcessError, listed
 from depcut.support.failures import first_line
+from depcut.support.sharded import fsdp_modules
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -279,7 +280,7 @@ def together(wanted: bool = True) -> Iterator[None]:
 
 
 def together_on_data(call: Callable[P, R]) -> Callable[P, R]:
-    """A function that is such a region where it is passed data=.
+    """A function that is such a region where it is passed data=, or a model in shards.
 
     Args:
         call: The function; data is a keyword.
@@ -287,7 +288,9 @@ def together_on_data(call: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(call)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        with together(kwargs.get("data") is not None):
+        given = (*args, *kwargs.values())
+        in_shards = any(fsdp_modules(each) for each in given if isinstance(each, nn.Module))
+        with together(in_shards or kwargs.get("data") is not None):
             return call(*args, **kwargs)
 
     return wrapped

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from depcut.capture.plain import check_whole
 from depcut.capture.random_state import preserved
-from depcut.capture.refusals import check_module
 from depcut.errors import InputError
 from depcut.support.checks import (
     THREADS,
@@ -157,7 +157,7 @@ def _check_candidates(candidates: Mapping[str, Candidate]) -> None:
     for name, candidate in candidates.items():
         check_kind(name, str, "the name of a candidate", remedy)
         if isinstance(candidate, nn.Module):
-            check_module(candidate, f"candidate {name!r}")
+            check_whole(candidate, f"candidate {name!r}")
         else:
             check_path(candidate, f"candidate {name!r}")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from depcut.capture.refusals import check_module
+from depcut.capture.plain import check_whole
 from depcut.errors import InputError
 from depcut.pictures.shown import Shown
 from depcut.pictures.summary import Summary, Table
@@ -203,7 +203,7 @@ def compare(
         InputError: The inputs do not fit, an argument is out of its range, or the provider is
             absent.
     """
-    dense, slim = check_module(dense, "dense"), check_module(slim, "slim")
+    dense, slim = check_whole(dense, "dense"), check_whole(slim, "slim")
     if runtime is None:
         check_timing(threads, rounds, warmup, None, memory)
         idle: dict[str, tuple[Any, bool | None]] = {

@@ -22,7 +22,7 @@ from depcut.axes import Dims
 from depcut.calibration.data import moved
 from depcut.capture.clone import clone
 from depcut.capture.inputs import device_of
-from depcut.capture.refusals import check_module
+from depcut.capture.plain import check_whole
 from depcut.errors import InputError, listed
 from depcut.plan.stacks import name_now, stacks_of
 from depcut.reference.run import kept_part
@@ -83,7 +83,7 @@ class Distillation:
     ) -> None:
         for name, weight in (("output_weight", output_weight), ("hidden_weight", hidden_weight)):
             check_number(weight, name, "pass a number that is not negative", least=0)
-        dense, slim = check_module(dense, "dense"), check_module(slim, "slim")
+        dense, slim = check_whole(dense, "dense"), check_whole(slim, "slim")
         dim = check_integer(dim, "dim", -_DIMENSIONS, _DIMENSIONS)
         if logits is not None:
             check_function(logits, "logits", "pass a function of what a model returns")

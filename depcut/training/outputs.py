@@ -15,8 +15,8 @@ from depcut.calibration.data import moved
 from depcut.calibration.reader import Batch
 from depcut.capture.clone import clone
 from depcut.capture.inputs import device_of
+from depcut.capture.plain import check_whole
 from depcut.capture.random_state import preserved
-from depcut.capture.refusals import check_module
 from depcut.errors import InputError
 from depcut.support.checks import check_integer
 from depcut.support.failures import first_line, reraise_fatal
@@ -46,7 +46,7 @@ def output_distance(
     Raises:
         InputError: The data is no such iterable, or empty, or does not fit the models.
     """
-    dense, slim = check_module(dense, "dense"), check_module(slim, "slim")
+    dense, slim = check_whole(dense, "dense"), check_whole(slim, "slim")
     batches = check_integer(batches, "batches", 1, sys.maxsize)
     loader = open_loader(data, "data=", slim, pairs=False)
     return distance_over(dense, slim, islice(loader.read(0, DATA, 0), batches))

@@ -18,8 +18,8 @@ from torch import nn
 
 from depcut.apply.plan import Plan
 from depcut.capture.inputs import Inputs
+from depcut.capture.plain import check_whole
 from depcut.capture.random_state import preserved
-from depcut.capture.refusals import check_module
 from depcut.errors import InputError, listed
 from depcut.rewrite.copying import copied
 from depcut.support import files
@@ -81,7 +81,7 @@ class Snapshots:
         Raises:
             DepcutError: The file cannot be written.
         """
-        model, step = check_module(model), check_integer(step, "step", 0, LARGEST)
+        model, step = check_whole(model), check_integer(step, "step", 0, LARGEST)
         if self.folder is not None:
             save_weights(model, self._path(step))
         else:
@@ -106,7 +106,7 @@ class Snapshots:
         Raises:
             InputError: There is no such snapshot, or it is of another architecture.
         """
-        model, step = check_module(model), check_integer(step, "step", 0, LARGEST)
+        model, step = check_whole(model), check_integer(step, "step", 0, LARGEST)
         if step not in self.taken:
             raise InputError(
                 f"there is no snapshot of step {step}",

@@ -13,6 +13,7 @@ from depcut import axes
 from depcut.allocate.named import matching
 from depcut.analysis import Analysis
 from depcut.apply.plan import Plan
+from depcut.capture.plain import origin_of, refuse_spread
 from depcut.errors import InputError, PlanError
 from depcut.plan.keep import Keep
 from depcut.support.checks import check_integer, check_kind, check_names, check_number
@@ -116,6 +117,7 @@ class GroupLasso:
 
     def __init__(self, analysis: Analysis, strength: float, *, ignore: Iterable[str] = ()) -> None:
         check_kind(analysis, Analysis, "analysis", _ANALYSIS)
+        refuse_spread(origin_of(analysis.model))  # a plain model stands for it in the analysis
         strength = check_number(strength, "strength", _POSITIVE, above=0)
         self.analysis, self.strength = analysis, strength
         patterns = check_names(ignore, "ignore", "pass globs over module or parameter names")
@@ -176,6 +178,7 @@ class GrowingRegularization:
         ceiling: float = 1.0,
     ) -> None:
         check_kind(analysis, Analysis, "analysis", _ANALYSIS)
+        refuse_spread(origin_of(analysis.model))  # a plain model stands for it in the analysis
         check_kind(plan, Plan, "plan", "pass what analysis.plan(...) returned")
         increment = check_number(increment, "increment", _POSITIVE, above=0)
         ceiling = check_number(ceiling, "ceiling", _POSITIVE, above=0)
