@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from deep_nets import Subject, subject
-from field.patch_nets import Regions, Straight
 from nets import NETS, Net, normal, seeded
 from selection import swept
 from torch import Tensor, nn
@@ -28,13 +27,13 @@ from depcut.calibration.gradients import gradients, trainable
 from depcut.calibration.saved import Saved
 from depcut.calibration.store import Store
 from depcut.errors import DepcutError, InputError
-from depcut.scores import score
+from depcut.scores import Score, score
 
 GENEROUS = 1 << 40
 CRITERIA = ("taylor", "taylor_gate", "fisher", "snip", "hessian", "grasp")
 QUICK = ("attention_gqa_expand", "tied_embedding")
 SOME: list[Any] = [pytest.param(NETS[name], id=name) for name in QUICK]
-SOME += swept((net for name, net in NETS.items() if name not in QUICK), 6)
+SOME += swept((net for name, net in NETS.items() if name not in QUICK), 12)
 
 
 def loss_of(output: Any, target: Tensor) -> Tensor:
@@ -87,14 +86,45 @@ def test_what_is_kept_in_files_changes_no_score(net: Net, put: list[int]) -> Non
     assert put
 
 
-@pytest.mark.parametrize("kind", [Regions, Straight])
-def test_derivatives_are_those_of_the_model_and_not_of_its_operators(
-    kind: type[nn.Module], put: list[int]
-) -> None:
-    analysis = depcut.analyze(seeded(kind, 0).eval(), normal(2, 8))
-    data = calibrated(analysis, [normal(4, 8), normal(3, 8)], GENEROUS)
+class Sign(torch.autograd.Function):
+    """The sign, whose gradient passes straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class Own(nn.Module):
+    """Has a region without gradients, and a derivative that its operators do not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.a(x))
+        with torch.no_grad():
+            gate = hidden.exp()
+        return self.b(Sign.apply(hidden) * gate)
+
+
+def test_derivatives_are_those_of_the_model_and_not_of_its_operators(put: list[int]) -> None:
+    model, x = seeded(Own, 0).eval(), normal(4, 8)
+    analysis = depcut.analyze(model, x)
+    data = calibrated(analysis, [x], GENEROUS)
     assert_same_scores(analysis, data, ("taylor", "snip"))
     assert put
+    loss_of(model(x), data.batches[0].target).backward()
+    parts = [model.a.weight, model.a.bias[:, None], model.b.weight.t()]
+    given = [model.a.weight.grad, model.a.bias.grad[:, None], model.b.weight.grad.t()]
+    summed = sum((g * p).double().sum(1) for g, p in zip(given, parts, strict=True))
+    wanted = summed.detach().square().numpy()
+    [found] = score(Score("taylor", normalize="none"), analysis.coupling, model, 0, data)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)
 
 
 def test_batches_of_other_lengths_take_the_room_that_they_take(put: list[int]) -> None:
@@ -107,6 +137,30 @@ def test_batches_of_other_lengths_take_the_room_that_they_take(put: list[int]) -
     assert saved._largest(data) == saved._largest(alone)
     assert_same_scores(analysis, data, ("taylor",))
     assert put
+
+
+def test_gradients_that_are_sparse_count_like_others() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Embedding(9, 8, sparse=True), nn.Linear(8, 3)), 0)
+    words = torch.arange(12).reshape(3, 4) % 9
+    analysis = depcut.analyze(model, words)
+    data = calibrated(analysis, [words, words[:2]], GENEROUS)
+    found = [score(name, analysis.coupling, model, 0, data) for name in ("snip", "taylor")]
+    model[0].sparse = False
+    wanted = [score(name, analysis.coupling, model, 0, data) for name in ("snip", "taylor")]
+    np.testing.assert_allclose(found, wanted)
+
+
+def test_where_torch_keeps_nothing_apart_the_memory_that_it_takes_is_named() -> None:
+    it = subject("mlp", 2)
+
+    def penalty(output: Tensor, _target: Tensor) -> Tensor:
+        return output.sum() + torch.func.grad(lambda z: (z**3).sum())(output).mean()
+
+    data = calibrated(it.analysis, [it.inputs(3)], 1)
+    data = replace(data, loss=penalty)
+    with pytest.raises(InputError, match=r'(?s)torch\.func.*memory="1MiB" or more'):
+        score("taylor", it.analysis.coupling, it.model, 0, data)
+    score("taylor", it.analysis.coupling, it.model, 0, replace(data, memory=1 << 20))
 
 
 # Memory -------------------------------------------------------------------------------------------
@@ -157,7 +211,9 @@ def test_what_is_held_does_not_grow_with_depth(put: list[int], one_thread: None)
 
 def test_one_gradient_is_held_at_a_time() -> None:
     it = subject("mlp", 3)
+    own = torch.ones(4, requires_grad=True)
     data = calibrated(it.analysis, [it.inputs(3), it.inputs(2)], GENEROUS)
+    data = replace(data, loss=lambda output, target: loss_of(output * own, target))
     seen: list[weakref.ref[Tensor]] = []
 
     def reduced(_name: str, gradient: Tensor) -> float:
@@ -168,6 +224,7 @@ def test_one_gradient_is_held_at_a_time() -> None:
     with trainable(it.model) as model:
         found = list(gradients(model, data, reduced))
         wanted = list(gradients(model, data))
+    assert own.grad is None
     assert len(seen) == 2 * len(found[0])
     for a, b in zip(found, wanted, strict=True):
         assert a == {name: float(g.sum()) for name, g in b.items()}
@@ -200,7 +257,7 @@ def test_no_file_is_left(put: list[int], tmp_path: Path, monkeypatch: pytest.Mon
     assert put
 
 
-def test_a_full_disk_is_named(monkeypatch: pytest.MonkeyPatch, put: list[int]) -> None:
+def test_what_cannot_be_kept_is_named(monkeypatch: pytest.MonkeyPatch, put: list[int]) -> None:
     it = subject("mlp", 2)
     data = calibrated(it.analysis, [it.inputs(3)], 1)
     monkeypatch.setattr(tempfile, "tempdir", "/nowhere/at/all")

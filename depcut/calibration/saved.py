@@ -22,12 +22,14 @@ from depcut.calibration.data import Calibration
 from depcut.calibration.store import Store
 from depcut.capture.held import held_tensors
 from depcut.capture.program import Program
+from depcut.errors import InputError
 from depcut.graph.liveness import storages
 from depcut.graph.rereadable import rereadable
 from depcut.graph.resized import Resized
 from depcut.support.torch_private import is_wrapper, version_of
 
 _SMALL = 2**12  # bytes of a storage that is no file's worth
+_REFUSED = "saved tensor hooks"  # in what torch.func says where it finds them
 _PART = 2  # what is saved may take the memory divided by it
 
 Storage = tuple[torch.device, int]
@@ -43,13 +45,33 @@ def saving(model: nn.Module, calibration: Calibration) -> Iterator[Saving]:
     Args:
         model: What runs; its tensors stay where they are.
         calibration: The batches, and the memory.
+
+    Raises:
+        InputError: In such a context: torch cannot keep values of this model, or this loss, apart.
     """
-    budget = calibration.memory // _PART
-    if _largest(calibration) <= budget:
+    budget, needed = calibration.memory // _PART, _largest(calibration)
+    if needed <= budget:
         yield nullcontext
         return
     with Store(budget) as host, Store(0) as files:
-        yield Saved(host, files, held_tensors(model).values()).hooks
+        kept = Saved(host, files, held_tensors(model).values())
+
+        @contextmanager
+        def kept_apart() -> Iterator[None]:
+            try:
+                with kept.hooks():
+                    yield
+            except Exception as error:
+                if _REFUSED not in str(error):
+                    raise
+                raise InputError(
+                    "what the gradients of the loss need takes more than the memory, and cannot be "
+                    "kept in files: model or loss have derivatives by torch.func",
+                    where="memory=",
+                    remedy=f'pass memory="{math.ceil(_PART * needed / 2**20)}MiB" or more',
+                ) from error
+
+        yield kept_apart
 
 
 class _Group:

@@ -1,4 +1,10 @@
-"""Criteria from gradients of a user's loss: what removing a unit would do to it."""
+"""Criteria from gradients of a user's loss: what removing a unit would do to it.
+
+The model itself is differentiated, a batch at a time, and each gradient summed up as soon as it is
+known. What a batch's way back needs beyond the calibration's memory is kept in files, whatever the
+criterion. `hessian` and `grasp`, which differentiate gradients again, hold those of the whole model
+for one batch; the others hold one parameter's.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +35,7 @@ def _mean(context: Context, batches: Iterator[Scores]) -> Scores:
 
 def _product(context: Context, name: str, gradient: torch.Tensor) -> torch.Tensor:
     """Element by element, a gradient times the weight."""
-    return gradient.detach().double() * context.weights[name].double()
+    return gradient.detach().to_dense().double() * context.weights[name].double()
 
 
 def _asked(context: Context) -> dict[str, list[Kept]]:
