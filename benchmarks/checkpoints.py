@@ -28,8 +28,8 @@ RESULTS = Path(__file__).parent / "results" / "checkpoints.json"
 # Hidden size, intermediate size, layers, heads, heads of keys and values, vocabulary.
 SIZES = {
     "5M": (192, 512, 4, 6, 3, 8000),
-    "39M": (512, 1408, 2, 8, 4, 32000),  # most of it are the words
     "50M": (512, 1408, 8, 8, 4, 32000),
+    "50M-wide": (640, 1760, 2, 8, 4, 32000),  # most of it are the words
     "80M": (1024, 2816, 6, 16, 8, 1000),  # no tensor is large
     "300M": (1024, 2816, 20, 16, 8, 32000),
     "1.1B": (2048, 5632, 22, 32, 4, 32000),
@@ -38,8 +38,8 @@ SIZES = {
 }
 _SHARD = {
     "5M": 4 * 2**20,
-    "39M": 40 * 2**20,
     "50M": 40 * 2**20,
+    "50M-wide": 40 * 2**20,
     "80M": 40 * 2**20,
     "300M": 200 * 2**20,
 }  # bytes of a shard, at most

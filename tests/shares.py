@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import pytest
+from untraced import untraced
 
 # Names of tests of which every sixth case, every third, or none runs by default.
 SIXTH = """
@@ -99,7 +100,7 @@ test_the_masked_model_is_the_smaller_one test_two_plans_in_turn_are_one_plan
 COVERING = """
 test_rebuildable test_transformers_call test_stored_models test_data_forms test_timm test_part
 test_yolo test_cli test_cli_models test_cli_pretrained test_whole_layers
-test_checkpoints test_processes test_walk
+test_checkpoints test_checkpoints_biases test_processes test_walk
 """.split()
 
 # Tests in them that take long and run no lines of their own.
@@ -120,8 +121,11 @@ def share_out(items: Sequence[pytest.Item]) -> None:
     whole = os.environ.get("DEPCUT_TESTS") == "whole"
     cases = defaultdict[tuple[str, str], list[pytest.Item]](list)
     thinned = defaultdict[tuple[str, str], list[pytest.Item]](list)
+    without = untraced()
     for item in items:
         name = getattr(item, "originalname", item.name)
+        if f"{item.path.name}::{name}" in without:
+            item.add_marker(pytest.mark.no_cover)
         if whole and item.path.stem in COVERING and name not in LONG:
             item.own_markers[:] = [mark for mark in item.own_markers if mark.name != "sweep"]
         if item.get_closest_marker("sweep") and name in THINNED:

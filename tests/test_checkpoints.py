@@ -387,8 +387,10 @@ def test_a_large_vocabulary_takes_a_few_times_its_weights_in_single_precision(
     import checkpoints
 
     libraries()
-    checkpoints.write_llama(tmp_path / "dense", "39M")
-    hidden, *_, words = checkpoints.SIZES["39M"]
+    import transformers
+
+    checkpoints.write_llama(tmp_path / "dense", "50M-wide")
+    hidden, *_, words = checkpoints.SIZES["50M-wide"]
     table = 4 * hidden * words  # bytes
     data = None
     if score == "obs":
@@ -402,3 +404,6 @@ def test_a_large_vocabulary_takes_a_few_times_its_weights_in_single_precision(
     # The code that runs, and the table as stored and in single precision, dense and narrowed.
     limit = (3.75 if score == "random" else 6.5) * table
     assert resident("VmHWM") - before < limit
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "slim", dtype="auto")
+    assert loaded.dtype == torch.bfloat16
+    assert loaded.config.hidden_size < hidden

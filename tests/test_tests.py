@@ -6,6 +6,7 @@ import ast
 from pathlib import Path
 
 import pytest
+import untraced
 
 HERE = Path(__file__).parent
 HELPERS = ("oracle.py", "selection.py", "depth_nets.py", "random_nets.py")
@@ -114,3 +115,18 @@ def test_what_may_assert_nothing_is_found(body: str) -> None:
 def test_what_asserts_is_not(body: str) -> None:
     code = f"def helper(x):\n  assert x\ndef test_a():\n  {body}\n"
     assert silent(ast.parse(code)) == []
+
+
+def test_names_of_untraced_tests_are_those_of_tests() -> None:
+    places = [name.split("::") for name in sorted(untraced.untraced())]
+    files = {path.name: path.read_text(encoding="utf-8") for path in HERE.rglob("test_*.py")}
+    assert len(places) > 100
+    assert [p for p in places if f"def {p[1]}(" not in files.get(p[0], "")] == []
+
+
+def test_what_no_other_test_runs_stays_traced() -> None:
+    lines = {"a": {("f", 1, 2)}, "b": {("f", 1, 2), ("f", 2, 3)}, "c": {("f", 1, 2)}, "": set()}
+    assert untraced.needless(lines, {"a": 3.0, "b": 9.0, "c": 2.0}) == ["a", "c"]
+    assert untraced.needless(lines, {"a": 3.0, "c": 0.5}) == ["a"]
+    without = {"a": {("f", 1, 2)}, "c": {("f", 1, 2)}}
+    assert untraced.needless(without, {"a": 3.0, "c": 4.0}) == ["c"]
