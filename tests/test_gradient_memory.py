@@ -203,7 +203,7 @@ def peak(it: Subject, memory: int) -> int:
 
 
 def test_what_is_held_does_not_grow_with_depth(put: list[int], one_thread: None) -> None:
-    few, many = subject("mlp", 2), subject("mlp", 8)
+    few, many = subject("mlp", 1), subject("mlp", 4)
     assert peak(many, 1) <= 1.01 * peak(few, 1)
     assert peak(many, 1) < peak(many, GENEROUS) / 3
 
