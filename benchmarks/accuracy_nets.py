@@ -99,3 +99,27 @@ class CharLSTM(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.head(self.lstm(self.embed(tokens))[0])
+
+
+class CharLlama(nn.Module):
+    """Transformers' Llama with grouped queries, of which the logits alone come out."""
+
+    def __init__(self, symbols: int, context: int, width: int = 128, depth: int = 4) -> None:
+        super().__init__()
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        self.model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=symbols,
+                hidden_size=width,
+                intermediate_size=3 * width,
+                num_hidden_layers=depth,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=context,
+                use_cache=False,
+            )
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model(input_ids=tokens).logits

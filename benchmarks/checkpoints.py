@@ -46,25 +46,30 @@ _SHARD = {
 _LARGE_SHARD = 2 * 2**30
 
 # A torch for the CPU alone does not take every torchvision, which no language model needs.
-_WITHOUT = """
+WITHOUT = """
 import sys
 sys.modules["torchvision"] = None
 """
-SHRINK = f"""{_WITHOUT}
-import json, os, re, time, zlib
+# Real text, and the peak resident size.
+MEASURE = r"""
+import os, re, zlib
 from pathlib import Path
-import torch, transformers, depcut
 def tokens(count, words):
     # Words and signs of the standard library's source, numbered by a checksum.
     found = []
     for file in sorted(Path(os.__file__).parent.glob("*.py")):
-        text = re.findall(r"\\w+|[^\\w\\s]", file.read_text(encoding="utf-8"))
+        text = re.findall(r"\w+|[^\w\s]", file.read_text(encoding="utf-8"))
         found += [zlib.crc32(word.encode()) % words for word in text]
         if len(found) >= count:
             return torch.tensor(found[:count])
 def peak():
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+"""
+SHRINK = f"""{WITHOUT}
+import json, time
+import torch, transformers, depcut
+{MEASURE}
 given = json.loads(sys.argv[1])
 if given.get("data"):
     batches, length, words = given["data"]
@@ -76,7 +81,7 @@ print(json.dumps({{
     "macs": report.macs, "params": report.params, "error": report.error,
 }}))
 """
-LOAD = f"""{_WITHOUT}
+LOAD = f"""{WITHOUT}
 import json
 import torch, transformers
 model, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -250,7 +255,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     """
     lines = [
         "| parameters | score | data | file bytes | seconds | peak | imports | MACs | killed |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
         left = row["macs"][1] / row["macs"][0]

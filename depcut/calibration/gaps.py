@@ -136,7 +136,7 @@ def of_first_process(label: str, found: Found, everyone: Processes) -> Found:
 
 
 def _traced(gram: torch.Tensor, moments: torch.Tensor) -> float:
-    """tr(A^T A Q)."""
+    """tr(A^T A Q), of which the symmetric part of Q alone matters."""
     return float(torch.dot(gram.flatten(), moments.flatten()))
 
 
@@ -176,7 +176,7 @@ class _Part:
         raise NotImplementedError
 
     def left(self, matrix: torch.Tensor | None, mean: torch.Tensor | None) -> torch.Tensor:
-        """Second moments (dense, dense) of e - K x less a mean.
+        """A matrix (dense, dense) with the symmetric part of the moments of e - K x less a mean.
 
         Args:
             matrix: K; None: zeros.
@@ -217,8 +217,7 @@ class _Summed(_Part):
         out, sums = self.ee.clone(), self.sums[self.size :]
         if matrix is not None:
             half = torch.addmm(self.ex, matrix, self.xx, alpha=-0.5)
-            out.addmm_(half, matrix.T, alpha=-1)
-            out.addmm_(matrix, half.T, alpha=-1)
+            out.addmm_(half, matrix.T, alpha=-2)  # and half of it transposed has the same part
             sums = sums - matrix @ self.sums[: self.size]
         if mean is not None:
             out.addr_(sums - self.count * mean, mean, alpha=-1)

@@ -89,20 +89,22 @@ class ThinInverse:
         vectors: X, (blocks, vectors, in).
         damping: c by block, positive; about 1e-16 of the largest eigenvalue over c is lost of
             what differs from I.
+        lowered: Whether to go on with c H^-1, in single precision.
     """
 
-    def __init__(self, vectors: torch.Tensor, damping: torch.Tensor) -> None:
+    def __init__(
+        self, vectors: torch.Tensor, damping: torch.Tensor, *, lowered: bool = False
+    ) -> None:
         system = vectors @ vectors.transpose(1, 2)
         system.diagonal(dim1=1, dim2=2).add_(damping[:, None])
-        factor = torch.linalg.cholesky(system)
-        thin = torch.linalg.solve_triangular(factor, vectors, upper=False)
-        self.turned = thin.transpose(1, 2).contiguous()
-        self.damping = damping[:, None, None]
-
-    def lower(self) -> None:
-        """Go on with c H^-1, in single precision."""
-        self.turned = self.turned.float()
-        self.damping = torch.ones_like(self.damping, dtype=torch.float32)
+        torch.linalg.cholesky(system, out=system)
+        thin = torch.linalg.solve_triangular(system, vectors, upper=False)
+        kind, self.damping = thin.dtype, damping[:, None, None]
+        if lowered:
+            kind = torch.float32
+            self.damping = torch.ones_like(self.damping, dtype=kind)
+        turned = thin.transpose(1, 2)
+        self.turned = turned.to(kind, memory_format=torch.contiguous_format).contiguous()
 
     def own(self, at: torch.Tensor) -> torch.Tensor:
         """See `Inverse`."""

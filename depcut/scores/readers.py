@@ -117,10 +117,7 @@ def _inverse(inputs: Inputs, centred: bool, damping: torch.Tensor, lowered: bool
     """Inverse of the damped second moments; times the damping, in single precision, if lowered."""
     few = inputs.vectors(centred)
     if few is not None:
-        thin = ThinInverse(few.cpu(), damping.cpu())
-        if lowered:
-            thin.lower()
-        return thin
+        return ThinInverse(few.cpu(), damping.cpu(), lowered=lowered)
     damped = inputs.products(centred)
     damped = damped if centred else damped.clone()
     damped.diagonal(dim1=1, dim2=2).add_(damping[:, None])
