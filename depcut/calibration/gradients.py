@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -73,6 +74,7 @@ def gradients(
     """
     held = {n: p for n, p in model.named_parameters() if p.requires_grad}
     found: dict[str, Any] = {}
+    lock = threading.Lock()  # each device has a thread for its derivatives
 
     def take(name: str, gradient: torch.Tensor) -> None:
         found[name] = gradient if reduced is None else reduced(name, gradient)
@@ -80,7 +82,8 @@ def gradients(
     def accumulated(name: str, parameter: torch.Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
-        take(name, gradient)
+        with lock:
+            take(name, gradient)
 
     hooks = [p.register_post_accumulate_grad_hook(partial(accumulated, n)) for n, p in held.items()]
     try:

@@ -174,7 +174,8 @@ def hessian(context: Context) -> Scores:
     without random probes, and, unlike the diagonal, with the unit's share in its interactions with
     all other weights.
     Source: the quadratic term of Hassibi and Stork, Optimal Brain Surgeon, NeurIPS 1992, eq. 1,
-    shared out element by element as in Wang et al., ICLR 2020. Needs data and a loss.
+    shared out element by element as in Wang et al., ICLR 2020. Needs data and a loss, and memory
+    for the gradients of the whole model.
     """
     return compared(context, [np.abs(t) / 2 for t in _curved(context, of_gradient=False)])
 
@@ -189,6 +190,7 @@ def grasp(context: Context) -> Scores:
     It keeps what lets an untrained net learn; in a trained one these are the units whose removal
     would lower the gradient, not those that the function needs.
     Source: Wang et al., Picking Winning Tickets Before Training by Preserving Gradient Flow,
-    ICLR 2020, eq. 8 and algorithm 1. Needs data and a loss.
+    ICLR 2020, eq. 8 and algorithm 1. Needs data and a loss, and memory for the gradients of the
+    whole model.
     """
     return compared(context, _curved(context, of_gradient=True))
