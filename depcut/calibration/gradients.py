@@ -77,28 +77,44 @@ def gradients(
     lock = threading.Lock()  # each device has a thread for its derivatives
 
     def take(name: str, gradient: torch.Tensor) -> None:
-        found[name] = gradient if reduced is None else reduced(name, gradient)
+        with lock:
+            found[name] = gradient if reduced is None else reduced(name, gradient)
 
-    def accumulated(name: str, parameter: torch.Tensor) -> None:
+    with saving(model, calibration) as saved:
+        for batch in ticking(calibration, "gradients"):
+            with _explained(model):
+                loss = _loss(model, calibration, batch, saved)
+                if loss.requires_grad and held:
+                    with _handed_on(held, take):
+                        loss.backward(inputs=list(held.values()))
+                del loss
+            _check_reached(found)
+            with torch.no_grad():
+                for name in [name for name in held if name not in found]:
+                    take(name, torch.zeros_like(held[name]))
+            yield {name: found.pop(name) for name in held}
+
+
+@contextmanager
+def _handed_on(
+    held: Mapping[str, nn.Parameter], take: Callable[[str, torch.Tensor], None]
+) -> Iterator[None]:
+    """Hand on each parameter's gradient when it is complete, and let go of it.
+
+    Args:
+        held: The parameters by name.
+        take: Gets the name and the gradient.
+    """
+
+    def complete(name: str, parameter: torch.Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
-        with lock:
-            take(name, gradient)
+        take(name, gradient)
 
-    hooks = [p.register_post_accumulate_grad_hook(partial(accumulated, n)) for n, p in held.items()]
+    # Within one way back alone: who goes through other batches in turn has hooks of their own.
+    hooks = [p.register_post_accumulate_grad_hook(partial(complete, n)) for n, p in held.items()]
     try:
-        with saving(model, calibration) as saved:
-            for batch in ticking(calibration, "gradients"):
-                with _explained(model):
-                    loss = _loss(model, calibration, batch, saved)
-                    if loss.requires_grad and held:
-                        loss.backward(inputs=list(held.values()))
-                    del loss
-                _check_reached(found)
-                with torch.no_grad():
-                    for name in [name for name in held if name not in found]:
-                        take(name, torch.zeros_like(held[name]))
-                yield {name: found.pop(name) for name in held}
+        yield
     finally:
         for hook in hooks:
             hook.remove()
