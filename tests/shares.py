@@ -2,7 +2,8 @@
 
 The default set has five minutes, the sweep a quarter of an hour. What is shown of many nets or
 options alike is shown of some of them by default, evenly spread, of as many again or twice as many
-in the sweep, and of all of them with `-m exhaustive`. With DEPCUT_TESTS=whole the sweep's cases run
+in the sweep (none more where other tests run the same lines of depcut, see untraced.py), and of all
+of them with `-m exhaustive`. With DEPCUT_TESTS=whole the sweep's cases run
 by default, as they do where coverage is measured.
 """
 
@@ -107,6 +108,7 @@ test_checkpoints test_checkpoints_biases test_processes test_walk
 LONG = """
 test_other_families test_a_run_that_is_killed_goes_on_and_ends_with_the_same_bytes
 test_a_sharded_model_is_shrunk_and_trained_on
+test_a_large_vocabulary_takes_a_few_times_its_weights_in_single_precision
 """.split()
 
 EVERY = dict.fromkeys(SIXTH, 6) | dict.fromkeys(THIRD, 3)
@@ -144,7 +146,8 @@ def share_out(items: Sequence[pytest.Item]) -> None:
     for (_, name), found in cases.items():
         for number, item in enumerate(found):
             turn = number % EVERY[name]
-            if turn % 2 and name in SIXTH:
+            others_run_it = f"{item.path.name}::{name}" in without
+            if turn and (others_run_it or (turn % 2 and name in SIXTH)):
                 item.add_marker(pytest.mark.exhaustive)
             elif turn and not whole:
                 item.add_marker(pytest.mark.sweep)

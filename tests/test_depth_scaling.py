@@ -126,7 +126,7 @@ def test_work_grows_linearly(entry: str, one_thread: None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("entry", "net"), swept(((entry, net) for net in NETS for entry in ENTRIES), 50)
+    ("entry", "net"), swept(((entry, net) for net in NETS for entry in ENTRIES), 100)
 )
 def test_work_grows_linearly_to_100_blocks(entry: str, net: str, one_thread: None) -> None:
     check(entry, net, DEEP)

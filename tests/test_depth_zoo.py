@@ -46,7 +46,7 @@ def test_branches_of_a_public_architecture(name: str) -> None:
     assert (len(residuals.branches), len(residuals.blocks)) == KNOWN[name]
 
 
-@pytest.mark.parametrize("name", swept((name for name in zoo.ZOO if name not in KNOWN), 3))
+@pytest.mark.parametrize("name", swept((name for name in zoo.ZOO if name not in KNOWN), 9))
 def test_branches_of_every_public_architecture(name: str) -> None:
     residuals = dropped(name)
     assert len({b.name for b in residuals.branches}) == len(residuals.branches)

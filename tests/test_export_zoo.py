@@ -34,7 +34,7 @@ def test_a_public_architecture(name: str, tmp_path: Path) -> None:
     assert_exported(name, tmp_path)
 
 
-@pytest.mark.parametrize("name", swept((name for name in zoo.ZOO if name not in FAST), 30))
+@pytest.mark.parametrize("name", swept((name for name in zoo.ZOO if name not in FAST), 50))
 def test_every_public_architecture(name: str, tmp_path: Path) -> None:
     assert_exported(name, tmp_path)
 

@@ -33,7 +33,7 @@ GENEROUS = 1 << 40
 CRITERIA = ("taylor", "taylor_gate", "fisher", "snip", "hessian", "grasp")
 QUICK = ("attention_gqa_expand", "tied_embedding")
 SOME: list[Any] = [pytest.param(NETS[name], id=name) for name in QUICK]
-SOME += swept((net for name, net in NETS.items() if name not in QUICK), 12)
+SOME += swept((net for name, net in NETS.items() if name not in QUICK), 24)
 
 
 def loss_of(output: Any, target: Tensor) -> Tensor:

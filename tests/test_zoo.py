@@ -39,7 +39,7 @@ def test_half_of_a_public_architecture(name: str) -> None:
     assert_halved(name)
 
 
-@pytest.mark.parametrize("name", swept((name for name in zoo.ZOO if name not in FAST), 12))
+@pytest.mark.parametrize("name", swept((name for name in zoo.ZOO if name not in FAST), 18))
 def test_half_of_every_public_architecture(name: str) -> None:
     assert_halved(name)
 
