@@ -111,6 +111,8 @@ test_a_sharded_model_is_shrunk_and_trained_on
 test_a_large_vocabulary_takes_a_few_times_its_weights_in_single_precision
 """.split()
 
+_LONG = 80  # of those that run no line of their own, left to the sweep by default
+
 EVERY = dict.fromkeys(SIXTH, 6) | dict.fromkeys(THIRD, 3)
 
 
@@ -123,7 +125,8 @@ def share_out(items: Sequence[pytest.Item]) -> None:
     whole = os.environ.get("DEPCUT_TESTS") == "whole"
     cases = defaultdict[tuple[str, str], list[pytest.Item]](list)
     thinned = defaultdict[tuple[str, str], list[pytest.Item]](list)
-    without = untraced()
+    longest_first = untraced()
+    without, long = {*longest_first}, {*longest_first[:_LONG]}
     for item in items:
         name = getattr(item, "originalname", item.name)
         if f"{item.path.name}::{name}" in without:
@@ -134,7 +137,7 @@ def share_out(items: Sequence[pytest.Item]) -> None:
             thinned[item.nodeid.partition("::")[0], name].append(item)
         if any(item.get_closest_marker(mark) for mark in ("sweep", "exhaustive")):
             continue
-        if name in NONE and not whole:
+        if not whole and (name in NONE or f"{item.path.name}::{name}" in long):
             item.add_marker(pytest.mark.sweep)
         elif name in EVERY:
             cases[item.nodeid.partition("::")[0], name].append(item)
