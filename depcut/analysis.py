@@ -16,9 +16,9 @@ from depcut.allocate.choose import (
     allocation_or_default,
     check_budget,
     criterion_or_default,
-    refuse_frozen,
 )
 from depcut.allocate.depth import depth_and_width
+from depcut.allocate.refusals import refuse_frozen
 from depcut.apply.own_code import with_own_code
 from depcut.apply.plan import Plan, planned
 from depcut.axes import Indices

@@ -12,6 +12,7 @@ import numpy as np
 
 from depcut.allocate.choose import Chooser
 from depcut.allocate.space import Counts
+from depcut.allocate.spend import is_met
 from depcut.errors import BudgetError
 from depcut.plan.cost import Cost
 from depcut.plan.data import PlanData
@@ -79,7 +80,32 @@ def _built(
 ) -> Counts:
     """The best counts, or those next to them, that the class can be built with."""
     with saying_why():
-        first = counts = chooser.meet(quantity, target, of)
+        first = chooser.meet(quantity, target, of)
+    built = _settled_counts(rebuilding, chooser, quantity, first, target, of)
+    if built is not None and is_met(quantity(built), target):
+        return built
+    for start in [first] if built is None else [first, built]:
+        near = chooser.nearby(quantity, start, target, of)
+        for other in itertools.islice(near, _NEIGHBOURS):
+            if rebuilding.twin(other) is not None:
+                return other
+    if built is not None:
+        return built
+    tried = [first]
+    while len(tried) <= _NEIGHBOURS:
+        other = chooser.nudged(quantity, first, target, tried)
+        if other is None:
+            break
+        if rebuilding.twin(other) is not None:
+            return other
+        tried.append(other)
+    raise refused(rebuilding)
+
+
+def _settled_counts(
+    rebuilding: Rebuilding, chooser: Chooser, quantity: Cost, counts: Counts, target: float, of: str
+) -> Counts | None:
+    """Counts that the class can be built with, conflicts settled one by one; None without."""
     with suppress(BudgetError):
         for _ in rebuilding.moves:
             if rebuilding.twin(counts) is not None:
@@ -92,15 +118,7 @@ def _built(
             counts = chooser.meet(quantity, target, of)
         if rebuilding.twin(counts) is not None:
             return counts
-    tried = [first]
-    while len(tried) <= _NEIGHBOURS:
-        other = chooser.nudged(quantity, first, target, tried)
-        if other is None:
-            break
-        if rebuilding.twin(other) is not None:
-            return other
-        tried.append(other)
-    raise refused(rebuilding)
+    return None
 
 
 def _settled(rebuilding: Rebuilding, counts: Counts) -> dict[int, int]:
