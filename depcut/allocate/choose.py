@@ -13,8 +13,8 @@ from torch import nn
 from depcut.allocate.lagrange import closest, least_loss, nudged
 from depcut.allocate.named import is_named, matching
 from depcut.allocate.order import along, meet, order, step_losses
-from depcut.allocate.space import Counts, Scores, Space, StepTie, space
-from depcut.allocate.spend import is_met, nearby, spent
+from depcut.allocate.space import Counts, Space, StepTie, space
+from depcut.allocate.spend import nearby, spent
 from depcut.axes import Indices
 from depcut.calibration.data import Calibration
 from depcut.coupling.groups import Coupling
@@ -256,7 +256,8 @@ class Chooser:
         else:
             sequence = order(self._allocation(of), where, self.scores, cost, self.additive)
             counts = meet(where, sequence, cost, target, of)
-        if of != "latency" and not is_met(cost(counts), target):
+        # An alignment is worth more than the rest of a budget.
+        if of != "latency" and self.request.align == 1:
             counts = spent(where, counts, self._losses(where, cost, of), cost, target)
         return along(where, counts, cost) if self.coupling.program.others else counts
 

@@ -84,7 +84,8 @@ def _built(
     built = _settled_counts(rebuilding, chooser, quantity, first, target, of)
     if built is not None and is_met(quantity(built), target):
         return built
-    for start in [first] if built is None else [first, built]:
+    starts = [first] if built is None else [first, built]
+    for start in starts if chooser.request.align == 1 else ():
         near = chooser.nearby(quantity, start, target, of)
         for other in itertools.islice(near, _NEIGHBOURS):
             if rebuilding.twin(other) is not None:
