@@ -17,9 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from depcut.allocate.space import Counts, Scores, Space
+from depcut.plan.budget import NEAR, is_met
 from depcut.plan.cost import Cost
-
-NEAR = 0.005  # of the budget; what is so close to it meets it
 
 _ROUNDS = 6
 _ALL = 2**16  # combinations of steps that are looked at one by one
@@ -30,16 +29,6 @@ _FINEST = 6  # classes that take up what a move leaves
 _LAST_SHARE = 0.1  # of a class; it is given up only where the budget cannot be met otherwise
 
 _Errors = NDArray[np.float64]
-
-
-def is_met(value: float, target: float) -> bool:
-    """Whether a quantity is as close to its budget as one asks for.
-
-    Args:
-        value: The quantity.
-        target: The budget.
-    """
-    return abs(value - target) <= NEAR * target
 
 
 def spent(where: Space, counts: Counts, losses: Scores, cost: Cost, target: float) -> Counts:
@@ -54,7 +43,7 @@ def spent(where: Space, counts: Counts, losses: Scores, cost: Cost, target: floa
 
     Returns:
         `counts` themselves where they meet it, or where nothing comes closer. Else others,
-        [groups], that cost no more than the budget, or a little (`NEAR`) more where only those meet it.
+        [groups], that cost no more than the budget; or up to `NEAR` more, where only those meet it.
     """
     value = cost(counts)
     if is_met(value, target):
