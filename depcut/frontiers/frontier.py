@@ -234,10 +234,8 @@ def _draw(axes: Axes, path: str | os.PathLike[str]) -> None:
     """Write the figure of a plot; the file appears complete or not at all."""
     target = check_path(path, "path")
     kind = target.suffix[1:] or _FORMAT
-    figure = axes.get_figure(root=True)
-    if figure is None:
-        raise InputError("the axes have no figure", where="ax=", remedy="pass axes of a figure")
-    known = sorted(figure.canvas.get_supported_filetypes())
+    canvas = axes.figure.canvas
+    known = sorted(canvas.get_supported_filetypes())
     if kind not in known:
         raise InputError(
             f"matplotlib writes no {kind!r}",
@@ -245,4 +243,4 @@ def _draw(axes: Axes, path: str | os.PathLike[str]) -> None:
             remedy=f"use {listed(known)}",
         )
     with replacing(target, "plot") as draft:
-        figure.savefig(draft, format=kind)
+        canvas.print_figure(draft, format=kind)
