@@ -75,7 +75,8 @@ def test_the_predicted_loss_is_the_share_of_the_score_that_goes(
 
     for additive in (False, True):
         ones.additive = additive  # type: ignore[attr-defined]
-        for row in analysis.frontier(RATIOS, score=ones, align=1):
+        found = analysis.frontier(RATIOS, score=ones, align=1)
+        for row in (found[0], found[1], found[2]):
             sizes = np.array([g.size for g in analysis.groups])
             kept = np.array(
                 [len(row.plan.kept.get(g.name, range(g.size))) for g in analysis.groups]
@@ -149,8 +150,8 @@ def test_what_is_refused(analysis: depcut.Analysis, given: dict[str, Any], words
 
 def test_ratios_by_glob_come_in_the_options(analysis: depcut.Analysis) -> None:
     options = depcut.Options(ratios={"0": 0.25}, align=1)
-    for row in analysis.frontier((0.3, 0.5), options=options):
-        assert len(row.plan.kept["0"]) == 18
+    found = analysis.frontier((0.3, 0.5), options=options)
+    assert [len(row.plan.kept["0"]) for row in found] == [18, 18]
 
 
 def test_dropped_branches_are_lost_as_a_whole() -> None:
@@ -158,9 +159,16 @@ def test_dropped_branches_are_lost_as_a_whole() -> None:
     found = depcut.analyze(member.build(), member.inputs(2)).frontier(
         (0.3, 0.6), depth=True, align=1
     )
-    for row in found:
+    for row in (found[0], found[1]):
         assert (row.macs, row.params) == (round(row.plan.macs), round(row.plan.params))
         assert 0 < row.loss < 1
+
+
+def test_the_docstring_has_the_options_that_a_frontier_takes() -> None:
+    text = depcut.Analysis.frontier.__doc__ or ""
+    assert "align: Kept widths" in text
+    assert "latency_ms:" not in text
+    assert "**given" not in text
 
 
 def test_a_plot_is_written(found: Frontier, tmp_path: Path) -> None:

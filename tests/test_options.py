@@ -29,7 +29,6 @@ KEYWORDS = [getattr(module, name) for name in vars(module) if name.endswith("Key
 FUNCTIONS: list[tuple[Any, type]] = [
     (depcut.shrink, Options),
     (depcut.Analysis.plan, Options),
-    (depcut.Analysis.frontier, Options),
     (depcut.Analysis.calibrate, Options),
     (depcut.Plan.apply, Options),
     (depcut.training.iterate, Options),
