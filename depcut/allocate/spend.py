@@ -23,7 +23,8 @@ from depcut.plan.cost import Cost
 _ROUNDS = 6
 _ALL = 2**16  # combinations of steps that are looked at one by one
 _TOGETHER = 2**21  # numbers that are held for costs of several rows at once
-_REACH = 128  # steps of a class that are looked at on either side
+_CLASSES = 256  # that are moved, the finest
+_REACH = 4096  # steps on either side that are looked at, all classes together
 _MOVES = 256  # of all classes, the finest
 _FINEST = 6  # classes that take up what a move leaves
 _LAST_SHARE = 0.1  # of a class; it is given up only where the budget cannot be met otherwise
@@ -107,7 +108,7 @@ class _Exchange:
         prices = where.per_class(cost.gradient(cost.dense)) * where.steps
         free = np.flatnonzero((where.available > 0) & (prices > 0))
         # The finest first; of equals, in the order of the model.
-        self.free = [int(c) for c in free[np.argsort(prices[free], kind="stable")]]
+        self.free = [int(c) for c in free[np.argsort(prices[free], kind="stable")][:_CLASSES]]
         members = {c: np.flatnonzero(where.class_of == c) for c in self.free}
         self.parts = {c: cost.within(groups) for c, groups in members.items()}
         share = np.floor((1 - _LAST_SHARE) * where.sizes / where.steps).astype(np.int64)
@@ -163,9 +164,10 @@ class _Exchange:
         The first is none at all; of moves of about the same cost, the one of least loss is there.
         """
         rows, errors, losses = [taken[None]], [np.array([error])], [np.zeros(1)]
+        reach = _REACH // len(self.free)
         for number in self.free:
             now, part = int(taken[number]), self.parts[number]
-            choices = np.arange(max(0, now - _REACH), min(int(most[number]), now + _REACH) + 1)
+            choices = np.arange(max(0, now - reach), min(int(most[number]), now + reach) + 1)
             choices = choices[choices != now]
             moved = np.repeat(taken[None], len(choices), axis=0)
             moved[:, number] = choices
