@@ -33,18 +33,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--batches", type=int, help="of the data; all when left out")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     zoo.libraries()
-    rows = [measured(name, options.repeat) for name in options.nets]
+    rows = [measured(name, options.repeat, options.batches) for name in options.nets]
     measure.write("frontier", rows, {row["name"]: row["times"] for row in rows})
     measure.console().print(measure.table("ten ratios against one", COLUMNS, rows))
     return 0
 
 
-def measured(name: str, repeat: int) -> Row:
+def measured(name: str, repeat: int, batches: int | None) -> Row:
     model, data = NETS[name]()
+    data = data[:batches]
     analysis = depcut.analyze(model, data[0])
     rest: dict[str, Any] = {"data": data, "batches": len(data), "progress": False}
     plans: list[int] = []
@@ -63,6 +65,7 @@ def measured(name: str, repeat: int) -> Row:
     return {
         "name": name,
         "plans": min(plans),
+        "batches": len(data),
         "one_s": median(alone),
         "ten_s": median(family),
         "times": times,
@@ -84,6 +87,7 @@ def seconds(function: Callable[[], None]) -> Callable[[], float]:
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "net": lambda row: row["name"],
+    "batches": lambda row: str(row["batches"]),
     "plans": lambda row: str(row["plans"]),
     "one, s": lambda row: f"{row['one_s']:.2f}",
     "ten, s": lambda row: f"{row['ten_s']:.2f}",
