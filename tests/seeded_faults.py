@@ -341,6 +341,12 @@ FAULTS = [
     ),
     Fault(
         "calibration",
+        "if group.is_changed(number):",
+        "if False:",
+        "tests/test_gradient_memory.py -k written_to",
+    ),
+    Fault(
+        "calibration",
         "if any(start <= at < end for at in changes.get(roots[source], ())):",
         "if False:",
         "tests/test_walk.py -k written_to",

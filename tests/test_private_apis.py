@@ -203,6 +203,15 @@ def test_masks_and_refusals_of_attention() -> None:
         torch_private.check_attention_shapes(x, x[0], x[0], None, None, 2)
 
 
+def test_writes_to_a_tensor_are_counted() -> None:
+    tensor = torch.zeros(4)
+    seen, before = tensor.detach(), torch_private.version_of(tensor)
+    seen.data = torch.empty(0)
+    assert torch_private.version_of(seen) == before
+    tensor[1:].add_(1)
+    assert torch_private.version_of(seen) == torch_private.version_of(tensor) == before + 1
+
+
 def test_parameters_of_a_class_of_their_own() -> None:
     class Own(nn.Parameter):
         pass

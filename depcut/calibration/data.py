@@ -386,6 +386,8 @@ def checked_loss(calibration: Calibration, output: Any, batch: Batch) -> torch.T
         )
     if not bool(torch.isfinite(value)):
         raise InputError(
-            f"it returned {float(value)}", where=place, remedy="look for NaN in model and targets"
+            f"it returned {float(value.detach())}",
+            where=place,
+            remedy="look for NaN in model and targets",
         )
     return value.reshape(())

@@ -1,4 +1,10 @@
-"""Criteria from gradients of a user's loss: what removing a unit would do to it."""
+"""Criteria from gradients of a user's loss: what removing a unit would do to it.
+
+The model itself is differentiated, a batch at a time, and each gradient summed up as soon as it is
+known. What a batch's way back needs beyond the calibration's memory is kept in files, whatever the
+criterion. `hessian` and `grasp`, which differentiate gradients again, hold those of the whole model
+for one batch; the others hold one parameter's.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +14,13 @@ import numpy as np
 import torch
 
 from depcut.calibration.gradients import curvatures, gradients, trainable
+from depcut.calibration.store import Store
 from depcut.scores.aggregate import by_element, compared, totals
 from depcut.scores.context import Context, Scores, criterion
 
-Elements = Mapping[str, torch.Tensor]
+Kept = tuple[int, ...]
+Parts = dict[str, dict[Kept, torch.Tensor]]
+"""Sums over the elements of parameters, by their names and the dimensions that are left."""
 
 
 def _mean(context: Context, batches: Iterator[Scores]) -> Scores:
@@ -24,21 +33,50 @@ def _mean(context: Context, batches: Iterator[Scores]) -> Scores:
     return [s.numpy() / context.data.total for s in sums]
 
 
-def _products(context: Context, gradient: Elements) -> dict[str, torch.Tensor]:
+def _product(context: Context, name: str, gradient: torch.Tensor) -> torch.Tensor:
     """Element by element, a gradient times the weight."""
-    return {
-        name: gradient[name].detach().double() * weight.double()
-        for name, weight in context.weights.items()
-    }
+    return gradient.detach().to_dense().double() * context.weights[name].double()
 
 
-def _averaged(context: Context, saliency: Callable[[dict[str, torch.Tensor]], Scores]) -> Scores:
-    """Mean over the batches of a saliency computed from g * w, element by element."""
+def _asked(context: Context) -> dict[str, list[Kept]]:
+    """What `totals` asks for: the dimensions to leave in sums over each parameter's elements."""
+    asked: dict[str, dict[Kept, None]] = {name: {} for name in context.weights}
+
+    def note(name: str, kept: Kept) -> torch.Tensor:
+        asked[name][kept] = None
+        return torch.zeros([context.weights[name].shape[d] for d in kept], dtype=torch.float64)
+
+    totals(context, note, rows=True)
+    return {name: list(found) for name, found in asked.items()}
+
+
+def _summed(name: str, elements: torch.Tensor, asked: list[Kept]) -> dict[Kept, torch.Tensor]:
+    """The sums over one parameter's elements that are asked for."""
+    sums = by_element({name: elements})
+    return {kept: sums(name, kept) for kept in asked}
+
+
+def _totals(context: Context, parts: Parts) -> Scores:
+    """Scores from the sums that are asked for."""
+    return totals(context, lambda name, kept: parts[name][kept], rows=True)
+
+
+def _averaged(
+    context: Context,
+    element: Callable[[torch.Tensor], torch.Tensor],
+    saliency: Callable[[Scores], Scores],
+) -> Scores:
+    """Mean over the batches of a saliency, of the totals of what is computed from g * w."""
+    asked = _asked(context)
+
+    def reduced(name: str, gradient: torch.Tensor) -> dict[Kept, torch.Tensor]:
+        if name not in asked:
+            return {}
+        return _summed(name, element(_product(context, name, gradient)), asked[name])
+
     with trainable(context.model) as model:
-        batch_gradients = gradients(model, context.data)
-        return _mean(
-            context, (saliency(_products(context, gradient)) for gradient in batch_gradients)
-        )
+        batches = gradients(model, context.data, reduced)
+        return _mean(context, (saliency(_totals(context, parts)) for parts in batches))
 
 
 @criterion("taylor", needs="loss")
@@ -50,11 +88,8 @@ def taylor(context: Context) -> Scores:
     Source: Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019,
     eq. 8 and 9. Needs data and a loss.
     """
-
-    def squared(products: dict[str, torch.Tensor]) -> Scores:
-        return [np.square(t) for t in totals(context, by_element(products), rows=True)]
-
-    return compared(context, _averaged(context, squared))
+    found = _averaged(context, lambda product: product, lambda sums: list(map(np.square, sums)))
+    return compared(context, found)
 
 
 @criterion("taylor_gate", needs="loss", members="consumers")
@@ -81,12 +116,8 @@ def fisher(context: Context) -> Scores:
     2.2; Theis et al., Faster gaze prediction with dense networks and Fisher pruning, 2018.
     Needs data and a loss.
     """
-
-    def halved(products: dict[str, torch.Tensor]) -> Scores:
-        squares = {name: p.square() / 2 for name, p in products.items()}
-        return totals(context, by_element(squares), rows=True)
-
-    return compared(context, _averaged(context, halved))
+    found = _averaged(context, lambda product: product.square() / 2, lambda sums: sums)
+    return compared(context, found)
 
 
 @criterion("snip", needs="loss")
@@ -97,15 +128,22 @@ def snip(context: Context) -> Scores:
     Source: Lee et al., SNIP: Single-shot Network Pruning based on Connection Sensitivity,
     ICLR 2019, eq. 5. Needs data and a loss.
     """
-    summed: dict[str, torch.Tensor] = {}
-    with trainable(context.model) as model:
-        for gradient in gradients(model, context.data):
-            for name, product in _products(context, gradient).items():
-                summed[name] = summed[name].add_(product) if name in summed else product
-    found = context.data.everyone.summed("connections", list(summed.values()))
-    summed, count = dict(zip(summed, found, strict=True)), context.data.total
-    elements = by_element({n: p.abs() / count for n, p in summed.items()})
-    return compared(context, totals(context, elements, rows=True))
+    everyone, count = context.data.everyone, context.data.total
+    with Store(context.data.memory // 2) as store:
+
+        def added(name: str, gradient: torch.Tensor) -> None:
+            if name in context.weights:
+                product = _product(context, name, gradient)
+                store.put(name, product.add_(store.take(name)) if name in store else product)
+
+        with trainable(context.model) as model:
+            for _ in gradients(model, context.data, added):
+                pass
+        parts: Parts = {}
+        for name, asked in _asked(context).items():
+            (total,) = everyone.summed("connections", [store.take(name)])
+            parts[name] = _summed(name, total.abs_().div_(count), asked)
+    return compared(context, _totals(context, parts))
 
 
 def _curved(context: Context, of_gradient: bool) -> Scores:
@@ -113,12 +151,16 @@ def _curved(context: Context, of_gradient: bool) -> Scores:
 
     H g is not linear in the loss, so GraSP's mean is one over batches.
     """
+
+    def products(curved: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: _product(context, name, curved[name]) for name in context.weights}
+
     with trainable(context.model) as model:
         hessian_products = curvatures(model, context.data, of_gradient=of_gradient)
         return _mean(
             context,
             (
-                totals(context, by_element(_products(context, curved)), rows=True)
+                totals(context, by_element(products(curved)), rows=True)
                 for curved in hessian_products
             ),
         )
@@ -132,7 +174,8 @@ def hessian(context: Context) -> Scores:
     without random probes, and, unlike the diagonal, with the unit's share in its interactions with
     all other weights.
     Source: the quadratic term of Hassibi and Stork, Optimal Brain Surgeon, NeurIPS 1992, eq. 1,
-    shared out element by element as in Wang et al., ICLR 2020. Needs data and a loss.
+    shared out element by element as in Wang et al., ICLR 2020. Needs data and a loss, and memory
+    for the gradients of the whole model.
     """
     return compared(context, [np.abs(t) / 2 for t in _curved(context, of_gradient=False)])
 
@@ -147,6 +190,7 @@ def grasp(context: Context) -> Scores:
     It keeps what lets an untrained net learn; in a trained one these are the units whose removal
     would lower the gradient, not those that the function needs.
     Source: Wang et al., Picking Winning Tickets Before Training by Preserving Gradient Flow,
-    ICLR 2020, eq. 8 and algorithm 1. Needs data and a loss.
+    ICLR 2020, eq. 8 and algorithm 1. Needs data and a loss, and memory for the gradients of the
+    whole model.
     """
     return compared(context, _curved(context, of_gradient=True))

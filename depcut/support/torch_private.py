@@ -20,6 +20,7 @@ one that goes or changes. No other module spells a private name of a library; th
 | `nn.MultiheadAttention._reset_parameters` | its initialisation has no public name |
 | `functional._canonical_mask`, `_mha_shape_check` | attention's masks and refusals, slim as stock |
 | `Tensor._make_subclass` | a parameter of the user's own class |
+| `Tensor._version` | how often a tensor was written to |
 | `torch.export._trace`, `torch.fx._symbolic_trace` | what torch.export changes for all threads |
 | `torch.compiler._is_compiling_flag`, `_is_exporting_flag` | they are to be on in one thread |
 | `_packed_params` | quantized layers have it |
@@ -87,6 +88,7 @@ __all__ = [
     "schema_of",
     "set_epoch",
     "size_expression",
+    "version_of",
 ]
 
 # Attribute of a module that `Module.compile()` was called on.
@@ -112,6 +114,15 @@ def is_wrapper(tensor: Tensor) -> bool:
         tensor: The tensor.
     """
     return bool(_is_wrapper(tensor))
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor, or what shares its memory, was written to in place.
+
+    Args:
+        tensor: The tensor.
+    """
+    return tensor._version
 
 
 def replaced_by_export() -> dict[str, tuple[Any, str]]:
