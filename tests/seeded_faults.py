@@ -367,7 +367,7 @@ FAULTS = [
         "allocate",
         "change < 2 * abs(excess)",
         "change < 0",
-        "tests/test_allocate.py tests/test_latency.py",
+        "tests/test_budgets.py -k aligned",
     ),
     Fault(
         "rewrite",

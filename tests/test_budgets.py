@@ -137,3 +137,9 @@ def test_an_alignment_goes_before_the_rest_of_a_budget() -> None:
     for ratio in (0.3, 0.6):
         plan = analysis.plan(ratio, align=8)
         assert all(len(kept) % 8 == 0 for kept in plan.kept.values())
+
+
+def test_an_aligned_budget_is_passed_where_that_comes_closer() -> None:
+    analysis = model_of("chain")
+    missed = [analysis.plan(ratio, align=8).missed or 0.0 for ratio in np.linspace(0.1, 0.8, 15)]
+    assert min(missed) < 0 < max(missed)
