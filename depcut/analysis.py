@@ -16,9 +16,9 @@ from depcut.allocate.choose import (
     allocation_or_default,
     check_budget,
     criterion_or_default,
-    refuse_frozen,
 )
 from depcut.allocate.depth import depth_and_width
+from depcut.allocate.refusals import refuse_frozen
 from depcut.apply.own_code import with_own_code
 from depcut.apply.plan import Plan, planned
 from depcut.axes import Indices
@@ -38,6 +38,7 @@ from depcut.coupling.explanation import explanation
 from depcut.coupling.groups import Coupling, Frozen, Group
 from depcut.coupling.infer import infer_coupling
 from depcut.deploy.runtime import single
+from depcut.frontiers.scan import Scanned
 from depcut.latency.model import SAMPLES, LatencyModel, latency_model
 from depcut.latency.target import Goal, plan_for_latency
 from depcut.options import CalibrateKeywords, Options, PlanKeywords
@@ -62,7 +63,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Analysis(ShownAnalysis):
+class Analysis(ShownAnalysis, Scanned):
     """Groups of coupled dimensions of one model.
 
     Attributes:

@@ -304,15 +304,20 @@ class IterateKeywords(GradualKeywords, total=False):
     resume: bool
 
 
-class PlanKeywords(GradualKeywords, total=False):
-    """Flat keywords of `Analysis.plan`."""
+class FrontierKeywords(GradualKeywords, total=False):
+    """Flat keywords of `Analysis.frontier`."""
 
-    latency_ms: float | None
-    ratios: Mapping[str, float] | None
     threads: int
     depth: bool
     generated: str
     rebuildable: bool | str
+
+
+class PlanKeywords(FrontierKeywords, total=False):
+    """Flat keywords of `Analysis.plan`."""
+
+    latency_ms: float | None
+    ratios: Mapping[str, float] | None
 
 
 class ShrinkKeywords(PlanKeywords, total=False):

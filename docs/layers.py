@@ -32,6 +32,7 @@ options
 apply
 deploy
 timing latency
+frontiers
 analysis dead_units api
 training integrations storage streaming
 depcut cli __main__

@@ -49,6 +49,19 @@ CALLS = "tests/field/test_example_calls.py"
 ATTENTION = "tests/field/test_attention"
 SOURCE = "tests/field/test_patched_source.py"
 FAULTS = [
+    # Budgets and frontiers.
+    Fault(
+        "allocate",
+        "far = np.abs(errors) > NEAR * self.target",
+        "far = np.abs(errors) > self.target",
+        "tests/test_budgets.py",
+    ),
+    Fault(
+        "frontiers",
+        "data = self.calibration if data is None else data",
+        "pass",
+        "tests/test_frontier.py",
+    ),
     # Fewer passes.
     Fault("calibration", "entry -= pair.lacking", "pass", "tests/test_windows.py"),
     Fault(
@@ -354,7 +367,7 @@ FAULTS = [
         "allocate",
         "change < 2 * abs(excess)",
         "change < 0",
-        "tests/test_allocate.py tests/test_latency.py",
+        "tests/test_budgets.py -k aligned",
     ),
     Fault(
         "rewrite",

@@ -21,7 +21,7 @@ from depcut.errors import InputError, VerificationError
 from depcut.support.weights import load_weights
 
 SHAPE = ("--input-shape", "2,3,16,16")
-COMMANDS = ("demo", "analyze", "shrink", "compact", "export", "bench", "report")
+COMMANDS = ("demo", "analyze", "frontier", "shrink", "compact", "export", "bench", "report")
 
 MODELS = """
 import torch
@@ -177,6 +177,16 @@ def test_analyze(folder):
     one = succeeds(folder, "analyze", "my_models:net", "--explain", "conv1")
     assert "conv1" in one
     assert one != text
+
+
+def test_frontier(folder):
+    text = succeeds(
+        folder, "frontier", "my_models:net", *SHAPE, "--at", 0.25, 0.5, "--align", 1, "--plot",
+        folder / "frontier.svg",
+    )  # fmt: skip
+    rows = [line.split()[1] for line in text.splitlines() if line.startswith("│")]
+    assert rows == ["0.25", "0.5"]
+    assert "<svg" in (folder / "frontier.svg").read_text()
 
 
 def test_shrink_writes_plan_weights_and_graph(shrunk):
@@ -351,6 +361,7 @@ def test_shrink_times_both(folder):
         (("analyze", "my_models:net", "--input-shape", "2,x"), "cannot read the input shape"),
         (("analyze", "my_models:net", "--input-shape", "2,3:f8"), "cannot read the input shape"),
         (("shrink", "my_models:net", "--ratio", "1.5", "--out", "never"), "ratio"),
+        (("frontier", "my_models:net", "--at", "0.5", "1.5"), "the ratio is 1.5"),
         (("export", "my_models:net", "--out", "no/folder/x.onnx"), "does not exist"),
         (("export", "my_models:net", "--slim-weights", "w", "--out", "x.onnx"), "without --plan"),
         (("export", "my_models:net", "--plan", "none.json", "--out", "x.onnx"), "none.json"),
@@ -433,6 +444,7 @@ def test_json_of_every_command(folder, shrunk, command):
     arguments = {
         "demo": ("--epochs", 1, "--retrain-epochs", 1, "--rounds", 6),
         "analyze": ("my_models:net", *SHAPE, "--explain", "conv1"),
+        "frontier": ("my_models:net", *SHAPE, "--at", 0.25, 0.5),
         "shrink": ("my_models:net", *SHAPE, "--ratio", 0.5, "--out", "json", "--onnx"),
         "compact": ("my_models:half_dead", *SHAPE, "--out", "json"),
         "export": ("my_models:net", *SHAPE, "--out", "json.onnx"),

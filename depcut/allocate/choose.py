@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,10 +14,11 @@ from depcut.allocate.lagrange import closest, least_loss, nudged
 from depcut.allocate.named import is_named, matching
 from depcut.allocate.order import along, meet, order, step_losses
 from depcut.allocate.space import Counts, Space, StepTie, space
+from depcut.allocate.spend import nearby, spent
 from depcut.axes import Indices
 from depcut.calibration.data import Calibration
-from depcut.coupling.groups import Coupling, Frozen
-from depcut.errors import BudgetError, InputError, listed
+from depcut.coupling.groups import Coupling
+from depcut.errors import BudgetError, InputError
 from depcut.plan.cost import Cost
 from depcut.plan.data import PlanData, make_plan
 from depcut.plan.preferences import preferences
@@ -147,8 +148,7 @@ class Chooser:
         Raises:
             BudgetError: It cannot be reached.
         """
-        numbers = np.array(list(self.fixed), dtype=np.int64)
-        remaining = quantity.at(numbers, np.array(list(self.fixed.values())))
+        remaining = self._remaining(quantity)
         preferred, free = self._spaces()
         try:
             counts = self._allocated(preferred, remaining, target, of)
@@ -173,6 +173,24 @@ class Chooser:
         where, _ = self._spaces()
         closest = nudged(where, counts, quantity, target, tried)
         return None if closest is None else self._with_fixed(closest)
+
+    def nearby(self, quantity: Cost, counts: Counts, target: float, of: str) -> Iterator[Counts]:
+        """Other counts that meet a budget by a few steps more or less; of little loss first.
+
+        Args:
+            quantity: What is budgeted.
+            counts: Kept count of each group.
+            target: Its value to come to.
+            of: Its name.
+
+        Returns:
+            Kept counts of each group, [groups] each.
+        """
+        where, _ = self._spaces()
+        remaining = self._remaining(quantity)
+        losses = self._losses(where, remaining, of)
+        for other in nearby(where, counts, losses, remaining, target):
+            yield self._with_fixed(other)
 
     def smallest(self) -> Counts:
         """The least counts that the request allows."""
@@ -212,6 +230,11 @@ class Chooser:
             space(self.coupling, align, taken),
         )
 
+    def _remaining(self, quantity: Cost) -> Cost:
+        """The quantity where what is fixed has its counts."""
+        numbers = np.array(list(self.fixed), dtype=np.int64)
+        return quantity.at(numbers, np.array(list(self.fixed.values())))
+
     def _with_fixed(self, counts: Counts) -> Counts:
         out = counts.copy()
         for index, count in self.fixed.items():
@@ -221,16 +244,21 @@ class Chooser:
     def _allocation(self, of: str) -> str:
         return "uniform" if of == "channels" else self.request.allocation
 
+    def _losses(self, where: Space, cost: Cost, of: str) -> Scores:
+        return step_losses(self._allocation(of), where, self.scores, cost, self.additive)
+
     def _allocated(self, where: Space, cost: Cost, target: float, of: str) -> Counts:
         if of == "latency" and self.request.allocation == "global":
             counts = least_loss(where, self.scores, cost, target, of, self.additive)
         elif self.request.together is not None:
             # Few classes, some of large steps: of a mere order, most lengths miss the budget.
-            losses = step_losses(self._allocation(of), where, self.scores, cost, self.additive)
-            counts = closest(where, losses, cost, target, of)
+            counts = closest(where, self._losses(where, cost, of), cost, target, of)
         else:
             sequence = order(self._allocation(of), where, self.scores, cost, self.additive)
             counts = meet(where, sequence, cost, target, of)
+        # An alignment is worth more than the rest of a budget.
+        if of != "latency" and self.request.align == 1:
+            counts = spent(where, counts, self._losses(where, cost, of), cost, target)
         return along(where, counts, cost) if self.coupling.program.others else counts
 
 
@@ -352,25 +380,3 @@ def _fixed(coupling: Coupling, request: Request, held: set[int]) -> dict[int, in
         if steps:
             fixed |= {i: size * max(1, min(steps)) // each.steps for i, size in sizes.items()}
     return {i: n for i, n in fixed.items() if i not in held}
-
-
-def refuse_frozen(frozen: Sequence[Frozen], model: str) -> None:
-    """Refuse to choose where no group is free.
-
-    Args:
-        frozen: The dimensions, with the reasons.
-        model: The name of its class.
-
-    Raises:
-        BudgetError: Always.
-    """
-    reasons: dict[str, list[str]] = {}
-    for dimension in frozen:
-        if dimension.size > 1:
-            reasons.setdefault(dimension.reason, []).append(dimension.tensor)
-    text = "; ".join(f"{why} ({listed(names, 2)})" for why, names in reasons.items())
-    raise BudgetError(
-        f"nothing can be removed: {text or 'the model has no parameters of two dimensions'}",
-        where=model,
-        remedy="see print(depcut.analyze(model, inputs)); a hidden layer is needed",
-    )

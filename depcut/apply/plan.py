@@ -31,6 +31,7 @@ from depcut.pictures.plots import plot_widths
 from depcut.pictures.shown import Shown
 from depcut.pictures.summary import Summary
 from depcut.plan import cost
+from depcut.plan.budget import missed
 from depcut.plan.data import PlanData, make_plan
 from depcut.plan.fingerprint import example_of, outputs_of
 from depcut.plan.keep import Keep
@@ -296,6 +297,21 @@ class Plan(PlanData, Shown):
         """Predicted number of parameters after the plan."""
         keep = self.keep()
         return cost.params(keep.coupling, keep.gone)(keep.counts)
+
+    @property
+    def missed(self) -> float | None:
+        """By which share of the budget more is left than that, less if negative.
+
+        Within 0.005 of it unless no combination of widths that may be kept was found to come so
+        near: alignment, ties and coarse units stand in the way. None where no ratio of a count was
+        asked for.
+        """
+        of = self.settings.get("of")
+        if of not in cost.COSTS or "ratio" not in self.settings:
+            return None
+        keep = self.keep()
+        now, dense = cost.COSTS[of](keep.coupling, keep.gone), cost.COSTS[of](keep.coupling)
+        return missed(self.settings, dense.total, now(keep.counts))
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for each group of the architecture."""

@@ -15,6 +15,7 @@ from depcut.pictures.record import layer_of_record, layer_record, plain
 from depcut.pictures.reports import report_summary
 from depcut.pictures.shown import Shown
 from depcut.pictures.summary import Summary
+from depcut.plan.budget import NEAR, missed
 from depcut.plan.layers import LayerSizes
 from depcut.rebuild.record import lines as rebuild_lines
 from depcut.repair.compensate import Compensation, Repair
@@ -65,6 +66,17 @@ class Report(Shown):
         request = {n: str(self.settings[n]) for n in ("ratio", "of") if n in self.settings}
         return {"plan_digest": self.digest, **request}
 
+    @property
+    def missed(self) -> float | None:
+        """By which share of the budget more is left than that, less if negative.
+
+        None where no ratio of MACs or parameters was asked for.
+        """
+        pair = {"macs": self.macs, "params": self.params}.get(str(self.settings.get("of")))
+        if pair is None or not pair[0] or "ratio" not in self.settings:
+            return None
+        return missed(self.settings, *pair)
+
     def _patches(self) -> dict[str, list[str]]:
         """Modules by what was changed in them."""
         out: dict[str, list[str]] = {}
@@ -104,6 +116,11 @@ class Report(Shown):
         for name, (dense, now) in (("MACs", self.macs), ("parameters", self.params)):
             share = f" ({now / dense:.1%})" if dense else ""
             lines.append(f"  {name}: {dense:,} -> {now:,}{share}")
+        if self.missed is not None and abs(self.missed) > NEAR:
+            lines.append(
+                f"  {self.missed:+.1%} of the {self.settings['of']} that were to be left: widths "
+                "move in whole units and heads, ties and steps of align"
+            )
         lines.append(f"  largest difference seen by verification: {self.error:.2g} of the scale")
         lines += [
             f"  generated in place of {name or 'the whole model'}: {why}"

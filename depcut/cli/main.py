@@ -20,6 +20,7 @@ from depcut.cli.bench import BENCH
 from depcut.cli.compact import COMPACT
 from depcut.cli.demo import DEMO
 from depcut.cli.export import EXPORT
+from depcut.cli.frontier import FRONTIER
 from depcut.cli.options import Command
 from depcut.cli.output import Output
 from depcut.cli.report import REPORT_COMMAND
@@ -28,7 +29,9 @@ from depcut.errors import DepcutError, InputError, LatencyError, RuleError, Veri
 from depcut.support.failures import first_line
 from depcut.version import __version__
 
-_COMMANDS = {c.name: c for c in (DEMO, ANALYZE, SHRINK, COMPACT, EXPORT, BENCH, REPORT_COMMAND)}
+_COMMANDS = {
+    c.name: c for c in (DEMO, ANALYZE, FRONTIER, SHRINK, COMPACT, EXPORT, BENCH, REPORT_COMMAND)
+}
 
 DONE, FAILED, MISTAKE, INTERRUPTED, NO_READER = 0, 1, 2, 130, 141
 # Nothing that the user gave is wrong; depcut's other errors say what is.

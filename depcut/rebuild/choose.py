@@ -11,8 +11,9 @@ from dataclasses import replace
 import numpy as np
 
 from depcut.allocate.choose import Chooser
-from depcut.allocate.space import Counts
+from depcut.allocate.space import Counts, Scores
 from depcut.errors import BudgetError
+from depcut.plan.budget import is_met
 from depcut.plan.cost import Cost
 from depcut.plan.data import PlanData
 from depcut.plan.keep import Keep
@@ -46,30 +47,33 @@ def within(
     target = quantity.total * (1 - ratio) if target is None else target
     counts = _built(rebuilding, chooser, quantity, target, of)
     plan = chooser.plan(counts, {"ratio": ratio, "of": of})
-    losses = {"loss": loss(chooser, counts), "free_loss": None}
+    additive = chooser.additive
+    losses = {"loss": lost_share(chooser.scores, counts, additive=additive), "free_loss": None}
     free = copy.copy(chooser)
     free.request = replace(chooser.request, together=None)
     free.held = chooser.held - rebuilding.held.keys()
     with suppress(BudgetError):
-        losses["free_loss"] = loss(free, free.meet(quantity, target, of))
+        others = free.meet(quantity, target, of)
+        losses["free_loss"] = lost_share(free.scores, others, additive=additive)
     return replace(
         plan, settings={**plan.settings, REBUILD: {**rebuilding.record(counts), **losses}}
     )
 
 
-def loss(chooser: Chooser, counts: Counts) -> float:
+def lost_share(scores: Scores, counts: Counts, *, additive: bool) -> float:
     """Share of the score that goes: of all groups together where scores add up, else on average.
 
     Args:
-        chooser: Knows the scores.
+        scores: For each group [units], or [rows, units] where it chooses row by row.
         counts: Kept count of each group.
+        additive: Whether scores are losses that add up, also over groups.
     """
     gone, whole = [], []
-    for values, count in zip(chooser.scores, counts, strict=True):
+    for values, count in zip(scores, counts, strict=True):
         rows = np.sort(np.atleast_2d(values), axis=-1)
         gone.append(float(rows[:, : rows.shape[-1] - int(count)].sum()))
         whole.append(float(rows.sum()))
-    if chooser.additive:
+    if additive:
         return sum(gone) / max(sum(whole), 1e-300)
     return float(np.mean([g / max(w, 1e-300) for g, w in zip(gone, whole, strict=True)]))
 
@@ -79,7 +83,33 @@ def _built(
 ) -> Counts:
     """The best counts, or those next to them, that the class can be built with."""
     with saying_why():
-        first = counts = chooser.meet(quantity, target, of)
+        first = chooser.meet(quantity, target, of)
+    built = _settled_counts(rebuilding, chooser, quantity, first, target, of)
+    if built is not None and is_met(quantity(built), target):
+        return built
+    starts = [first] if built is None else [first, built]
+    for start in starts if chooser.request.align == 1 else ():
+        near = chooser.nearby(quantity, start, target, of)
+        for beside in itertools.islice(near, _NEIGHBOURS):
+            if rebuilding.twin(beside) is not None:
+                return beside
+    if built is not None:
+        return built
+    tried = [first]
+    while len(tried) <= _NEIGHBOURS:
+        other = chooser.nudged(quantity, first, target, tried)
+        if other is None:
+            break
+        if rebuilding.twin(other) is not None:
+            return other
+        tried.append(other)
+    raise refused(rebuilding)
+
+
+def _settled_counts(
+    rebuilding: Rebuilding, chooser: Chooser, quantity: Cost, counts: Counts, target: float, of: str
+) -> Counts | None:
+    """Counts that the class can be built with, conflicts settled one by one; None without."""
     with suppress(BudgetError):
         for _ in rebuilding.moves:
             if rebuilding.twin(counts) is not None:
@@ -92,15 +122,7 @@ def _built(
             counts = chooser.meet(quantity, target, of)
         if rebuilding.twin(counts) is not None:
             return counts
-    tried = [first]
-    while len(tried) <= _NEIGHBOURS:
-        other = chooser.nudged(quantity, first, target, tried)
-        if other is None:
-            break
-        if rebuilding.twin(other) is not None:
-            return other
-        tried.append(other)
-    raise refused(rebuilding)
+    return None
 
 
 def _settled(rebuilding: Rebuilding, counts: Counts) -> dict[int, int]:

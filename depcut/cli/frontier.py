@@ -1,0 +1,69 @@
+"""`depcut frontier`: what is lost at several ratios, from one scoring."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from depcut.allocate.choose import check_budget
+from depcut.analysis import analyze
+from depcut.calibration.data import read_with_inputs
+from depcut.cli.factories import called, import_function
+from depcut.cli.inputs import example_inputs, outputs_of, say_inputs
+from depcut.cli.models import dense_model
+from depcut.cli.options import Command, Subcommand, options_of
+from depcut.cli.output import Output
+from depcut.frontiers.scan import RATIOS
+
+
+def _declare(command: Command) -> None:
+    command.model()
+    command.selection()
+    command.add(
+        "--at",
+        nargs="+",
+        type=float,
+        metavar="RATIO",
+        help=f"shares to remove, between 0 and 1 (default: {RATIOS[0]} to {RATIOS[-1]})",
+    )
+    command.add("--data", metavar="DATA", help="calibration data, as package.module:factory")
+    command.add(
+        "--loss",
+        metavar="LOSS",
+        help='of (output, target), as package.module:function; "model": the one that it returns',
+    )
+    command.pruning()
+    command.add("--latency", action="store_true", help="predict the time of each row, on this CPU")
+    command.add("--plot", type=Path, metavar="FILE", help="image to write, such as frontier.png")
+
+
+def _run(options: argparse.Namespace, output: Output) -> None:
+    chosen, ratios = options_of(options), options.at or RATIOS
+    for ratio in ratios:
+        check_budget(ratio, chosen.of, chosen.latency_ms, chosen.depth)
+    dense = dense_model(options)
+    loss: Any = options.loss
+    if loss not in (None, "model"):
+        loss = import_function(loss)
+    data, inputs = read_with_inputs(
+        called(options.data, "the data") if options.data else None,
+        chosen.batches,
+        example_inputs(options.input_shape),
+        dense,
+        loss is not None,
+    )
+    analysis = analyze(dense, inputs, outputs_of(options), part=options.part)
+    say_inputs(output, options, analysis.program)
+    frontier = analysis.frontier(
+        ratios, data=data, loss=loss, latency=options.latency, options=chosen
+    )
+    output.say("frontier", frontier)
+    if options.plot is not None:
+        frontier.plot(options.plot)
+        output.say("plot", str(options.plot), f"plot: {options.plot}")
+
+
+FRONTIER = Subcommand(
+    "frontier", "show what is lost at several ratios, from one scoring", _declare, _run
+)
