@@ -22,6 +22,7 @@ branches
 plan
 pictures
 reference
+synthetic
 calibration scores
 allocate
 rewrite

@@ -1,0 +1,1 @@
+"""Calibration inputs made from a trained model itself, where there is no data."""

@@ -1,0 +1,28 @@
+"""Which recipe makes the inputs of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from depcut.synthetic.subject import Made, Subject
+
+# A recipe makes inputs, or says None: it does not fit the model.
+Recipe = Callable[[Subject], Made | None]
+
+RECIPES: Sequence[Recipe] = ()
+
+
+def make(subject: Subject) -> Made | None:
+    """Inputs by the first recipe that fits the model.
+
+    Args:
+        subject: The model, how many, by when.
+
+    Returns:
+        None where no recipe fits.
+    """
+    for recipe in RECIPES:
+        made = recipe(subject)
+        if made is not None:
+            return made
+    return None
