@@ -11,12 +11,13 @@ from typing_extensions import Unpack
 from depcut.allocate.choose import check_budget
 from depcut.analysis import analyze
 from depcut.calibration.data import Data, Loss, read_with_inputs
+from depcut.calibration.self_made import AUTO, Auto, given_data
 from depcut.capture.inputs import Inputs
 from depcut.capture.plain import plain
 from depcut.capture.results import Outputs
 from depcut.options import Options, ShrinkKeywords
 from depcut.repair.after_rewrite import wants_repair
-from depcut.shrinking import AUTO, Auto, given_data, smaller
+from depcut.shrinking import smaller
 from depcut.support.keywords import settled, takes_options
 from depcut.support.processes import together_on_data
 from depcut.support.sharded import sharding_of

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,40 +14,15 @@ from depcut.apply.plan import Plan
 from depcut.apply.report import amend, report
 from depcut.calibration.calls import refuse_lone_loss
 from depcut.calibration.data import Data, Loss
-from depcut.calibration.self_made import SelfMade, self_made
+from depcut.calibration.self_made import Auto, SelfMade, self_made
 from depcut.capture.clone import clone
 from depcut.capture.process_state import quiet
 from depcut.capture.program import Program
 from depcut.capture.random_state import preserved
-from depcut.errors import BudgetError, InputError
+from depcut.errors import BudgetError
 from depcut.options import Options
 from depcut.scores import is_initial, needs_of
-from depcut.support.failures import shown
 from depcut.support.torch_private import pytree
-
-AUTO = "auto"
-Auto = Literal["auto"]
-
-
-def given_data(data: Data | Auto | None) -> Data | None:
-    """The data that a user passed; None where there is none, or it is to be made.
-
-    Args:
-        data: What a user passes as data=.
-
-    Raises:
-        InputError: It is another text.
-    """
-    if isinstance(data, str):
-        if data != AUTO:
-            raise InputError(
-                f"data is {shown(data)}",
-                where="data=",
-                remedy="pass an iterable of what the model takes, None for weights alone, or "
-                '"auto" for inputs made from the model itself',
-            )
-        return None
-    return data
 
 
 def smaller(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 import time
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from depcut.calibration.data import Calibration, calibrate
+from depcut.calibration.calls import refuse_lone_loss
+from depcut.calibration.data import BATCHES, Calibration, Data, Loss, calibrate
 from depcut.calibration.progress import transient
 from depcut.capture.inputs import device_of
 from depcut.capture.part import Part
@@ -19,12 +20,15 @@ from depcut.capture.random_state import preserved
 from depcut.coupling.groups import Coupling
 from depcut.errors import DepcutError, InputError
 from depcut.plan import cost
-from depcut.support.failures import first_line, reraise_fatal
+from depcut.support.failures import first_line, reraise_fatal, shown
 from depcut.support.processes import processes
 from depcut.support.torch_private import pytree
 from depcut.synthetic.choose import make
 from depcut.synthetic.fresh import fresh
 from depcut.synthetic.subject import SECONDS, Leaves, Made, Subject
+
+AUTO = "auto"
+Auto = Literal["auto"]
 
 _EXAMPLES = (16, 256)  # that are made: at least, and at most
 # MACs that calibration may take, each example's 25 times: two minutes on a laptop's processor.
@@ -46,6 +50,71 @@ class SelfMade:
     calibration: Calibration | None
     held_out: tuple[Leaves, ...]
     note: str
+
+
+def given_data(data: Any) -> Any:
+    """The data that a user passed; None where there is none, or it is to be made.
+
+    Args:
+        data: What a user passes as data=.
+
+    Raises:
+        InputError: It is another text.
+    """
+    if isinstance(data, str):
+        if data != AUTO:
+            raise InputError(
+                f"data is {shown(data)}",
+                where="data=",
+                remedy="pass an iterable of what the model takes, None for weights alone, or "
+                '"auto" for inputs made from the model itself',
+            )
+        return None
+    return data
+
+
+def given_or_made(
+    coupling: Coupling,
+    model: nn.Module,
+    data: Data | Calibration | Auto | None,
+    *,
+    loss: Loss | None = None,
+    batches: int = BATCHES,
+    memory: int | str | None = None,
+    progress: bool = True,
+    seed: int = 0,
+) -> Calibration | None:
+    """The data that was given, read and checked; or what is made from the model.
+
+    Args:
+        coupling: The analysed model.
+        model: The model; it is only read.
+        data: See `calibrate`; "auto": it is made; None: there is none.
+        loss: See `calibrate`.
+        batches: See `calibrate`.
+        memory: See `calibrate`.
+        progress: See `calibrate`.
+        seed: Of what is made.
+
+    Raises:
+        InputError: The data or the loss does not fit the model.
+    """
+    if data is None or isinstance(data, str):
+        refuse_lone_loss(loss)
+        auto = given_data(data) is not data
+        if not auto:
+            return None
+        made = self_made(coupling, model, seed=seed, memory=memory, progress=progress)
+        return made.calibration
+    return calibrate(
+        coupling.program,
+        model,
+        data,
+        loss=loss,
+        batches=batches,
+        memory=memory,
+        progress=progress,
+    )
 
 
 @preserved()

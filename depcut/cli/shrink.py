@@ -10,6 +10,7 @@ from depcut.allocate.choose import check_budget
 from depcut.analysis import analyze
 from depcut.apply.report import report
 from depcut.calibration.data import read_with_inputs
+from depcut.calibration.self_made import AUTO
 from depcut.cli.factories import called, import_function
 from depcut.cli.inputs import example_inputs, outputs_of, say_inputs
 from depcut.cli.models import dense_model
@@ -19,7 +20,7 @@ from depcut.cli.streamed import shrink_streamed, too_large
 from depcut.cli.timed import placed, timing_of
 from depcut.cli.written import check_folder, write_slim
 from depcut.errors import InputError
-from depcut.shrinking import AUTO, smaller
+from depcut.shrinking import smaller
 from depcut.timing.comparison import compare
 
 _NONE = "none"
