@@ -28,6 +28,9 @@ class Convention(Protocol):
     def settings(self, model: nn.Module, given: Collection[str]) -> dict[str, Any]:
         """Keyword arguments that a capture adds to those that are given, by their names."""
 
+    def first_tokens(self, model: nn.Module) -> list[int]:
+        """Ids that texts may start with, those of an encoder's or only text, likeliest first."""
+
     def auxiliary(self, result: Any) -> frozenset[str]:
         """Names of the outputs, of what a forward returned, that are no results of their own."""
 

@@ -45,6 +45,11 @@ class Transformers:
         off = False in every(model, "use_cache") and True not in every(model, "use_cache")
         return {} if cached or off or "use_cache" not in taken else {"use_cache": False}
 
+    def first_tokens(self, model: nn.Module) -> list[int]:
+        """Tokens that start a text, a decoder's, or stand for a whole one, if a config has them."""
+        said = every(model, "decoder_start_token_id", "bos_token_id", "cls_token_id")
+        return [i for i in said if type(i) is int]
+
     def auxiliary(self, result: Any) -> frozenset[str]:
         """Caches, inner states and outputs of parts; features where there is a head's output."""
         if not isinstance(result, Mapping):

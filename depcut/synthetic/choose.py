@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from depcut.synthetic.sampled import sampled
 from depcut.synthetic.subject import Made, Subject
 
 # A recipe makes inputs, or says None: it does not fit the model.
 Recipe = Callable[[Subject], Made | None]
 
-RECIPES: Sequence[Recipe] = ()
+RECIPES: Sequence[Recipe] = (
+    sampled,  # decoders and recurrent nets that predict the next token
+)
 
 
 def make(subject: Subject) -> Made | None:
