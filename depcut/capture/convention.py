@@ -31,6 +31,9 @@ class Convention(Protocol):
     def first_tokens(self, model: nn.Module) -> list[int]:
         """Ids that texts may start with, those of an encoder's or only text, likeliest first."""
 
+    def mask_token(self, model: nn.Module) -> int | None:
+        """Id of the token that stands for one to be predicted, None where it is not said."""
+
     def auxiliary(self, result: Any) -> frozenset[str]:
         """Names of the outputs, of what a forward returned, that are no results of their own."""
 

@@ -50,6 +50,10 @@ class Transformers:
         said = every(model, "decoder_start_token_id", "bos_token_id", "cls_token_id")
         return [i for i in said if type(i) is int]
 
+    def mask_token(self, model: nn.Module) -> int | None:
+        """That of a config; most leave it to the tokenizer."""
+        return next((i for i in every(model, "mask_token_id") if type(i) is int), None)
+
     def auxiliary(self, result: Any) -> frozenset[str]:
         """Caches, inner states and outputs of parts; features where there is a head's output."""
         if not isinstance(result, Mapping):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from depcut.synthetic.filled import filled
 from depcut.synthetic.sampled import sampled
 from depcut.synthetic.subject import Made, Subject
 
@@ -12,6 +13,7 @@ Recipe = Callable[[Subject], Made | None]
 
 RECIPES: Sequence[Recipe] = (
     sampled,  # decoders and recurrent nets that predict the next token
+    filled,  # masked language models
 )
 
 

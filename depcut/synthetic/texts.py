@@ -27,6 +27,9 @@ _CARRIES = frozenset(
     }
 )
 
+LENGTH = 128  # tokens of a text, where the captured ones are shorter and the model takes it
+_OFFSET = 8  # rows that a table of positions may have in front of the first position
+
 
 @dataclass(frozen=True)
 class TokenInput:
@@ -71,6 +74,32 @@ class Texts:
         """Tokens of one example."""
         return int(self.example[tokens.leaf].shape[1])
 
+    def lengths(self, tokens: TokenInput) -> list[int]:
+        """Lengths that texts of an input may have, by preference; the model may take fewer.
+
+        Args:
+            tokens: The input.
+        """
+        captured = self.length(tokens)
+        longer = [n for n in (LENGTH, LENGTH // 2, LENGTH // 4) if captured <= n // 2]
+        longer = longer if captured < LENGTH // 2 else []
+        if self.device.type != "cpu":
+            # A position behind the end of a table ends all work of a device: none is tried there.
+            tables = {size for size in self._other_tables if size >= captured}
+            longer = [n for n in longer if all(size >= n + _OFFSET for size in tables)]
+        return [*longer, captured, *(n for n in (LENGTH, LENGTH // 4) if n < captured)]
+
+    @cached_property
+    def _other_tables(self) -> list[int]:
+        """Rows of the tables that ids of something else than tokens are looked up in."""
+        program, own = self.subject.program, {t.table for t in self.inputs}
+        weights = [
+            argument(node, "weight")
+            for node in program.graph.graph.nodes
+            if base_name(node) == "embedding"
+        ]
+        return [program.sizes[w][0] for w in weights if program.tensors.get(w) not in own]
+
     def rows(self, wanted: int) -> int:
         """Examples that one call may have.
 
@@ -89,9 +118,12 @@ class Texts:
             None where it is not known how an input would go on.
         """
         count = next(iter(ids.values())).shape[0]
-        lengths = {self.example[i].shape[1]: value.shape[1] for i, value in ids.items()}
-        if len(lengths) < len({self.example[i].shape[1] for i in ids}):
-            return None
+        lengths: dict[int, int] = {}
+        unclear = set()
+        for i, value in ids.items():
+            old = self.example[i].shape[1]
+            if lengths.setdefault(old, value.shape[1]) != value.shape[1]:
+                unclear.add(old)
         out: Leaves = []
         for number, leaf in enumerate(self.example):
             given = ids.get(number)
@@ -101,7 +133,7 @@ class Texts:
             if not isinstance(leaf, torch.Tensor):
                 out.append(leaf)
                 continue
-            resized = _resized(leaf, lengths)
+            resized = None if unclear & set(leaf.shape[1:]) else _resized(leaf, lengths)
             if resized is None:
                 return None
             out.append(self._repeated(number, resized, count))
@@ -146,6 +178,23 @@ def first_token(texts: Texts, tokens: TokenInput) -> int | None:
     starts = {int(i) for i in texts.example[tokens.leaf][:, 0]}
     known = named[:1] if texts.subject.program.made else [i for i in named if {i} == starts]
     return next((i for i in known if 0 <= i < tokens.size), None)
+
+
+def fixed_tokens(texts: Texts, tokens: TokenInput) -> dict[int, int]:
+    """Special tokens by their places from the start (or, below zero, from the end) of a text.
+
+    They are those that all rows of a given example begin or end with, where the rows differ.
+
+    Args:
+        texts: The model's inputs.
+        tokens: The input.
+    """
+    example = texts.example[tokens.leaf]
+    if texts.subject.program.made or bool((example == example[:1]).all()):
+        first = first_token(texts, tokens)
+        return {} if first is None else {0: first}
+    same = (example == example[:1]).all(0).tolist()
+    return {place: int(example[0, place]) for place in (0, -1) if same[place]}
 
 
 def _resized(leaf: torch.Tensor, lengths: Mapping[int, int]) -> torch.Tensor | None:
@@ -224,7 +273,7 @@ def _counts(leaf: torch.Tensor) -> bool:
 
 
 def _table(subject: Subject, node: fx.Node) -> tuple[str, int] | None:
-    """Name and rows of the table that an input chooses rows of; the largest of several."""
+    """Name and rows of the table that an input chooses rows of; the smallest of several."""
     program = subject.program
     seen, waiting = {node}, [node]
     found: list[tuple[int, str]] = []
@@ -241,5 +290,5 @@ def _table(subject: Subject, node: fx.Node) -> tuple[str, int] | None:
                 waiting.append(user)
     if not found:
         return None
-    size, table = max(found)
+    size, table = min(found)  # ids choose rows of all of them
     return table, size
