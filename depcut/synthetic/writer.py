@@ -10,11 +10,15 @@ from functools import cached_property
 
 import torch
 
+from depcut.capture.convention import convention_of
+from depcut.capture.process_state import quiet
+from depcut.support.failures import reraise_fatal
 from depcut.synthetic.prediction import Prediction, draw
 from depcut.synthetic.texts import Texts, first_token
 
 SHORT = 8  # tokens: shorter texts are not worth having
 _FEW = 8  # texts: sooner than fewer of them, shorter ones are written
+_CACHED = 8  # calls over whole texts that a text with a cache costs at most
 _BURNED = 8  # tokens that are written and dropped, to start amid a text
 
 Ids = torch.Tensor
@@ -61,7 +65,10 @@ class Writer:
             return None
         rows, length = size
         others = {leaf: ids[:rows] for leaf, ids in others.items()}
-        ids, nats = self._steps(self._start(rows, others, length), others, length, until)
+        start = self._start(rows, others, length)
+        ids, nats = self._by_library(start, length, until) or self._steps(
+            start, others, length, until
+        )
         if ids.shape[1] < min(SHORT, length):
             return None
         self._nats.append(nats)
@@ -77,7 +84,7 @@ class Writer:
                 continue
             if spent * rows / 2 < seconds / 10:
                 spent = (self._seconds(rows, others, length) or 0.0) * 2 / rows
-            steps = length / 2 if self.grows else length
+            steps = _CACHED if self._cached else length / 2 if self.grows else length
             fits = int(seconds / max(spent / 2 * steps, 1e-9))
             least = 1 if length == self._lengths[-1] else min(rows, _FEW)
             if fits >= least:
@@ -129,6 +136,37 @@ class Writer:
             drawn, others, length if not self.grows else _BURNED, math.inf, _BURNED
         )
         return burned[0][:, -1:]
+
+    def _by_library(self, start: Ids, length: int, until: float) -> tuple[Ids, float] | None:
+        """As `_steps`, by what the model's library has for it; None where that is nothing."""
+        if not self._cached:
+            return None
+        model = self.texts.model
+        convention = convention_of(model)
+        assert convention is not None
+        torch.manual_seed(int(torch.randint(2**31, (), generator=self.generator)))
+        try:
+            with torch.no_grad(), quiet():
+                ids = convention.written(model, start, length, until - time.monotonic())
+        except Exception as error:  # noqa: BLE001  what a library has for its models may not work
+            reraise_fatal(error)
+            ids = None
+        logits = None if ids is None else self._logits(ids, {})
+        if ids is None or logits is None:
+            self._cached = False
+            return None
+        likely = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])
+        return ids, -float(likely.mean())
+
+    @cached_property
+    def _cached(self) -> bool:
+        """Whether the model's library may write: where ids, and masks of ones, are all it reads."""
+        only = all(
+            number == self.found.tokens.leaf or bool((leaf == 1).all())
+            for number, leaf in enumerate(self.texts.example)
+            if isinstance(leaf, torch.Tensor)
+        )
+        return only and self.grows and convention_of(self.texts.model) is not None
 
     def _steps(
         self,
