@@ -92,7 +92,8 @@ class Options(Common):
     score: str | Score | Criterion | None = option(
         None,
         "A criterion by name (see `depcut.scores`), as `depcut.Score` with options, or as a "
-        'function of (coupling, model, seed); left out, "obs" with data and "magnitude" without.',
+        'function of (coupling, model, seed); left out, "obs" with data, given or made, and '
+        '"magnitude" without.',
     )
     batches: int = option(BATCHES, "How many items of the data to read at most.")
     compensate: bool | str = option(
