@@ -20,7 +20,7 @@ from depcut.cli.streamed import shrink_streamed, too_large
 from depcut.cli.timed import placed, timing_of
 from depcut.cli.written import check_folder, write_slim
 from depcut.errors import InputError
-from depcut.shrinking import smaller
+from depcut.shrinking.smaller import smaller
 from depcut.timing.comparison import compare
 
 _NONE = "none"
