@@ -24,6 +24,7 @@ from accuracy_tasks import (
 )
 from torch import Tensor, nn
 from torch.nn import functional
+from walk_accuracy import LLAMA
 
 WORDS = 1000  # most frequent ones
 RARE_WORD, MASK, START, END = WORDS, WORDS + 1, WORDS + 2, WORDS + 3
@@ -184,6 +185,7 @@ class CharGRU(nn.Module):
 
 
 TASKS = {
+    "char_llama": LLAMA,
     "word_bert": Task(
         "word_bert", masked_model, Passages(), Recipe(steps=1500, batch=12, rate=3e-3), masked_loss
     ),

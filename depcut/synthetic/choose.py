@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from depcut.synthetic.batch_norm import batch_norm
 from depcut.synthetic.filled import filled
 from depcut.synthetic.sampled import sampled
 from depcut.synthetic.subject import Made, Subject
@@ -12,8 +13,9 @@ from depcut.synthetic.subject import Made, Subject
 Recipe = Callable[[Subject], Made | None]
 
 RECIPES: Sequence[Recipe] = (
-    sampled,  # decoders and recurrent nets that predict the next token
-    filled,  # masked language models
+    batch_norm,
+    sampled,
+    filled,
 )
 
 
