@@ -8,6 +8,7 @@ from depcut.synthetic.batch_norm import batch_norm
 from depcut.synthetic.filled import filled
 from depcut.synthetic.sampled import sampled
 from depcut.synthetic.subject import Made, Subject
+from depcut.synthetic.tokens import tokens
 
 # A recipe makes inputs, or says None: it does not fit the model.
 Recipe = Callable[[Subject], Made | None]
@@ -16,6 +17,7 @@ RECIPES: Sequence[Recipe] = (
     batch_norm,
     sampled,
     filled,
+    tokens,
 )
 
 

@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from depcut.capture.capture import is_symbolic
 from depcut.capture.convention import convention_of
+from depcut.capture.held import held_tensors
 from depcut.graph.arguments import argument
 from depcut.graph.operators import base_name, is_item
 from depcut.support.failures import reraise_fatal
@@ -69,6 +70,28 @@ class Texts:
         """Of the token inputs."""
         device: torch.device = self.example[self.inputs[0].leaf].device
         return device
+
+    @cached_property
+    def masks(self) -> list[int]:
+        """Positions of the inputs that are ones, a whole number for each token, and no ids."""
+        own = {t.leaf for t in self.inputs}
+        shapes = {self.example[i].shape for i in own}
+        return [
+            number
+            for number, leaf in enumerate(self.example)
+            if isinstance(leaf, torch.Tensor)
+            and (number not in own and leaf.shape in shapes)
+            and leaf.dtype in (torch.int32, torch.int64, torch.bool)
+            and bool((leaf == 1).all())
+        ]
+
+    def table(self, tokens: TokenInput) -> torch.Tensor:
+        """The rows that the ids of an input choose.
+
+        Args:
+            tokens: The input.
+        """
+        return held_tensors(self.model)[tokens.table].detach()
 
     def length(self, tokens: TokenInput) -> int:
         """Tokens of one example."""
