@@ -69,7 +69,7 @@ class Writer:
         ids, nats = self._by_library(start, length, until) or self._steps(
             start, others, length, until
         )
-        if ids.shape[1] < min(SHORT, length):
+        if ids.shape[1] < min(SHORT, length) or (self._nats and ids.shape[1] < length / 2):
             return None
         self._nats.append(nats)
         return ids
@@ -86,7 +86,8 @@ class Writer:
                 spent = (self._seconds(rows, others, length) or 0.0) * 2 / rows
             steps = _CACHED if self._cached else length / 2 if self.grows else length
             fits = int(seconds / max(spent / 2 * steps, 1e-9))
-            least = 1 if length == self._lengths[-1] else min(rows, _FEW)
+            last = length == self._lengths[-1] and not self._nats
+            least = 1 if last else min(rows, _FEW)
             if fits >= least:
                 self._lengths = self._lengths[self._lengths.index(length) :]
                 return self.texts.rows(min(rows, fits)), length
