@@ -215,6 +215,12 @@ class Options(Common):
                 check_ratio(ratio, f"ratios[{glob!r}]")
         self._set("ratios", {glob: float(ratio) for glob, ratio in given.items()})
 
+    @property
+    def reading(self) -> dict[str, Any]:
+        """What reading data, or making it, takes of the options."""
+        names = ("batches", "memory", "progress", "seed")
+        return {name: getattr(self, name) for name in names}
+
     @staticmethod
     def of_record(saved: Mapping[str, Any]) -> Options:
         """Options from what `record` gave; a criterion that was a function is left out.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from depcut.synthetic.subject import Leaves
-from depcut.synthetic.texts import Texts
+from depcut.synthetic.texts import Texts, fixed_tokens
 
 _SHORTEST = 0.25  # of the length: what no text is shorter than
 
@@ -34,5 +34,9 @@ def padded(texts: Texts, leaves: Leaves, generator: torch.Generator) -> Leaves:
     ends = torch.randint(least, length, (rows,), generator=generator)
     ends[::2] = length
     inside = torch.arange(length) < ends[:, None]
+    last = fixed_tokens(texts, tokens).get(-1)
+    if last is not None:
+        out[tokens.leaf] = ids.clone()
+        out[tokens.leaf][torch.arange(rows), ends - 1] = last
     out[masks[0]] = out[masks[0]] * inside.to(ids.device)
     return out

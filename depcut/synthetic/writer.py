@@ -95,7 +95,8 @@ class Writer:
 
     def _seconds(self, rows: int, others: Mapping[int, Ids], length: int) -> float | None:
         """That one call takes; None where the model does not take the length."""
-        ids = self._any(self.texts.rows(rows)).expand(-1, length)
+        count = min([self.texts.rows(rows), *map(len, others.values())])
+        ids = torch.zeros(count, length, dtype=torch.int64, device=self.texts.device)
         began = time.monotonic()
         logits = self._logits(ids, {leaf: i[: len(ids)] for leaf, i in others.items()})
         if logits is None:
@@ -112,8 +113,8 @@ class Writer:
     @cached_property
     def grows(self) -> bool:
         """Whether the model takes texts of other lengths than the captured one."""
-        short = {self.found.tokens.leaf: self._any(self.texts.rows(2))}
         example = {t.leaf: self.texts.example[t.leaf] for t in self.texts.inputs}
+        short = {self.found.tokens.leaf: example[self.found.tokens.leaf][:, :1]}
         return self.texts.call({**example, **short}) is not None
 
     def _any(self, rows: int) -> Ids:
