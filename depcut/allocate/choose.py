@@ -276,19 +276,16 @@ def criterion_or_default(
     return score
 
 
-def allocation_or_default(
-    allocation: str | None, score: str | Score | Criterion, of: str = ""
-) -> str:
-    """The allocation asked for; left open, "global" for latency and losses, else "uniform".
+def allocation_or_default(allocation: str | None, of: str = "") -> str:
+    """The allocation asked for; left open, "global", but "uniform" for channels.
 
     Args:
         allocation: "uniform", "global" or None.
-        score: The criterion.
         of: What is budgeted.
     """
     if allocation is not None:
         return allocation
-    return "global" if of == "latency" or is_additive(score) else "uniform"
+    return "uniform" if of == "channels" else "global"
 
 
 def check_budget(

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from depcut import axes
+from depcut.allocate.shared import readers
 from depcut.axes import Axis, Term
 from depcut.coupling.groups import Coupling
 
@@ -45,6 +46,7 @@ class Space:
         floors: Least count that a class must keep.
         units: Units of each group that one of its class's count stands for; 1 where the groups of
             the class keep equal counts.
+        readers: How many layers read a class's groups, the most of them.
     """
 
     class_of: NDArray[np.int64]
@@ -53,6 +55,7 @@ class Space:
     held: NDArray[np.bool_]
     floors: Counts
     units: Counts
+    readers: Counts
 
     def kept(self, taken: Counts) -> Counts:
         """Kept count of each group, [groups], after `taken` steps of each class, [classes]."""
@@ -131,7 +134,11 @@ def space(
         uneven |= not given and (dense != size).any()
         frozen.append(bool(uneven) or any(m in held for m in members))
     held_mask = np.array(frozen, dtype=np.bool_)
-    return Space(class_of, np.array(sizes), np.array(steps), held_mask, np.array(floors), units)
+    shared = np.ones(len(classes), dtype=np.int64)
+    np.maximum.at(shared, class_of, readers(coupling))
+    return Space(
+        class_of, np.array(sizes), np.array(steps), held_mask, np.array(floors), units, shared
+    )
 
 
 def _steps(coupling: Coupling, align: int) -> Counts:
@@ -168,7 +175,9 @@ def marginals(where: Space, scores: Scores, additive: bool = False) -> Scores:
 
     Scores that only rank (norms) say nothing of how much a group may give up: their loss is
     -d/dk of R^(1 - p), where R is the share of the group's score that is left. A loss linear in R
-    would empty the most expensive group before it touches the next.
+    would empty the most expensive group before it touches the next. What n layers read, as all do
+    the residual stream, errs in all of them at once: R / n counts as left of it, so that it gives
+    up its first units when about 1 / n of the others is left.
 
     Where a group chooses row by row, the k-th cheapest of all rows go together: their mean counts.
 
@@ -194,6 +203,6 @@ def marginals(where: Space, scores: Scores, additive: bool = False) -> Scores:
         if not additive:
             whole = max(float(total.sum()), 1e-12 * members[number])
             left = np.maximum(1 - np.cumsum(gone) / whole, 1e-3)
-            gone = gone / whole / left**_CONVEXITY
+            gone = gone / whole * (where.readers[number] / left) ** _CONVEXITY
         out.append(np.maximum.accumulate(gone))
     return out

@@ -34,6 +34,11 @@ _CHANNEL = 1
 _SAME = ("clone", "contiguous", "to", "detach", "alias")
 _AVERAGES = ("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d")
 _POOLS = ("avg_pool1d", "avg_pool2d", "avg_pool3d")
+# Element-wise in effect; torch tags most of them so, and not all.
+_ACTIVATIONS = tuple(
+    """celu clip elu gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu log_sigmoid mish
+    relu6 selu silu softplus softshrink square threshold""".split()
+)
 _VIEWS = ("flatten", "view", "reshape", "squeeze")
 
 
@@ -135,7 +140,7 @@ class _Follower:
             return first if _is_squeezed(sizes[inputs[0]], sizes[node]) else None
         if _is_average(node):
             return replace(first, values=first.mean.expand_as(first.values), averaged=True)
-        if is_pointwise(node.target) and not is_random(node):
+        if (is_aten(node, *_ACTIVATIONS) or is_pointwise(node.target)) and not is_random(node):
             return self._element_wise(node, inputs)
         return None
 
