@@ -376,6 +376,18 @@ FAULTS = [
         "tests/test_structures.py -k weight_norm",
     ),
     Fault(
+        "allocate",
+        "(where.readers[number] / left) ** _CONVEXITY",
+        "(1 / left) ** _CONVEXITY",
+        "tests/test_allocations_default.py -k goes_last",
+    ),
+    Fault(
+        "allocate",
+        "key = 1 - (1 - share) ** where.nested[number] if nested else share",
+        "key = share",
+        "tests/test_allocations_default.py -k channels",
+    ),
+    Fault(
         "verify",
         "        return not self.message and self.excess <= 1",
         "        return not self.message",

@@ -254,7 +254,9 @@ class Chooser:
             # Few classes, some of large steps: of a mere order, most lengths miss the budget.
             counts = closest(where, self._losses(where, cost, of), cost, target, of)
         else:
-            sequence = order(self._allocation(of), where, self.scores, cost, self.additive)
+            sequence = order(
+                self._allocation(of), where, self.scores, cost, self.additive, of == "channels"
+            )
             counts = meet(where, sequence, cost, target, of)
         # An alignment is worth more than the rest of a budget.
         if of != "latency" and self.request.align == 1:

@@ -13,6 +13,7 @@ from depcut import axes
 from depcut.allocate.shared import readers
 from depcut.axes import Axis, Term
 from depcut.coupling.groups import Coupling
+from depcut.plan.cost import channel_families
 
 Counts = NDArray[np.int64]
 Scores = list[NDArray[np.float64]]
@@ -47,6 +48,8 @@ class Space:
         units: Units of each group that one of its class's count stands for; 1 where the groups of
             the class keep equal counts.
         readers: How many layers read a class's groups, the most of them.
+        nested: How many groups that are free to shrink number a layer's channels together, a
+            class's group among them, the most of them; 1: it is a width of its own.
     """
 
     class_of: NDArray[np.int64]
@@ -56,6 +59,7 @@ class Space:
     floors: Counts
     units: Counts
     readers: Counts
+    nested: Counts
 
     def kept(self, taken: Counts) -> Counts:
         """Kept count of each group, [groups], after `taken` steps of each class, [classes]."""
@@ -136,9 +140,20 @@ def space(
     held_mask = np.array(frozen, dtype=np.bool_)
     shared = np.ones(len(classes), dtype=np.int64)
     np.maximum.at(shared, class_of, readers(coupling))
-    return Space(
-        class_of, np.array(sizes), np.array(steps), held_mask, np.array(floors), units, shared
+    made = Space(
+        class_of,
+        np.array(sizes),
+        np.array(steps),
+        held_mask,
+        np.array(floors),
+        units,
+        shared,
+        np.ones(len(classes), dtype=np.int64),
     )
+    for family in channel_families(coupling):
+        free = [c for c in class_of[list(family)] if made.available[c]]
+        np.maximum.at(made.nested, free, len(free))
+    return made
 
 
 def _steps(coupling: Coupling, align: int) -> Counts:
