@@ -128,7 +128,7 @@ def _readers(keep: Keep, dense: Mapping[str, Tensor]) -> list[_Reader]:
         tensor = dense.get(site.weights[0])
         if source not in known or not isinstance(weight, fx.Node):
             continue
-        if program.tensors.get(weight) != site.weights[0] or tensor is None:
+        if tensor is None or tensor.is_meta or program.tensors.get(weight) != site.weights[0]:
             continue
         if any(is_shared(n, program) for n in (*site.weights, *site.biases)):
             continue
