@@ -206,9 +206,13 @@ class Analysis(ShownAnalysis, Scanned):
         if of == "latency":
             milliseconds = chosen.latency_ms
             goal = Goal(ratio, None if milliseconds is None else 1e-3 * milliseconds)
+            if chosen.depth and rebuild is not None:
+                refuse_timed_layers()
+            branches = self.residuals if chosen.depth else None
             times = self.latency(threads=chosen.threads, progress=chosen.progress)
             plan = plan_for_latency(
-                self.model, self._inputs, chooser, times, goal, progress=chosen.progress
+                self.model, self._inputs, chooser, times, goal, residuals=branches,
+                progress=chosen.progress,
             )
             return checked(rebuild, plan) if rebuild else plan
         removed = float(cast(float, ratio))

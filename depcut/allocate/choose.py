@@ -134,6 +134,11 @@ class Chooser:
         patterns = (*self.request.ignore, *self.request.ratios)
         return any(is_named(tensor, p) for p in patterns)
 
+    @property
+    def shares_of_outputs(self) -> bool:
+        """Whether scores are losses in shares of the outputs' variance on the data."""
+        return self.additive and score_name(self.request.score) == "obs"
+
     def meet(self, quantity: Cost, target: float, of: str) -> Counts:
         """Kept counts whose cost is as close to the target as steps allow.
 
@@ -308,12 +313,6 @@ def check_budget(
     Raises:
         InputError: An argument has a wrong value, or two of them exclude each other.
     """
-    if depth and (of == "latency" or latency_ms is not None):
-        raise InputError(
-            "branches cannot be dropped for a budget of time: it is modelled for widths alone",
-            where="depth=",
-            remedy="use of='macs' or of='params', and measure with depcut.compare",
-        )
     if latency_ms is not None:
         if ratio is not None or of not in ("macs", "latency"):
             raise InputError(
