@@ -64,7 +64,7 @@ def shrink(
         DepcutError: See `depcut.analyze`, `Analysis.plan` and `Plan.apply`.
     """
     chosen = settled(Options, options, given, ShrinkKeywords, "shrink")
-    check_budget(ratio, chosen.of, chosen.latency_ms, chosen.depth)
+    check_budget(ratio, chosen.of, chosen.latency_ms)
     wants_repair(chosen.compensate, data is not None)
     own = plain(model)
     sharding_of(unwrapped(model))  # refused before the work, not after it

@@ -296,16 +296,13 @@ def allocation_or_default(
     return "global" if of == "latency" or is_additive(score) else "uniform"
 
 
-def check_budget(
-    ratio: float | None, of: str, latency_ms: float | None, depth: bool = False
-) -> str:
+def check_budget(ratio: float | None, of: str, latency_ms: float | None) -> str:
     """Refuse a budget that contradicts itself.
 
     Args:
         ratio: Fraction to remove, or None.
         of: What of.
         latency_ms: Milliseconds to come to, or None.
-        depth: Whether branches may be dropped.
 
     Returns:
         The quantity that is budgeted.

@@ -44,7 +44,7 @@ def _declare(command: Command) -> None:
 def _run(options: argparse.Namespace, output: Output) -> None:
     timing = _timing(options)
     chosen = options_of(options)
-    check_budget(options.ratio, chosen.of, chosen.latency_ms, chosen.depth)
+    check_budget(options.ratio, chosen.of, chosen.latency_ms)
     streamed = too_large(options, chosen)
     if streamed is not None:
         shrink_streamed(streamed, options, chosen, output)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -103,7 +104,7 @@ class _SavedTime:
         self.seconds = cost.summands(keep.counts[None])[0]
         self.summands: dict[int, list[int]] = {}
         slots = np.append(cost.starts, len(cost.monomials))
-        in_slot = [cost.monomials[a:b].ravel() for a, b in zip(slots, slots[1:], strict=False)]
+        in_slot = [cost.monomials[a:b].ravel() for a, b in pairwise(slots)]
         for number, row in enumerate(cost.items):
             for group in np.unique(np.concatenate([in_slot[slot] for slot in row])):
                 self.summands.setdefault(int(group), []).append(number)

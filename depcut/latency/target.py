@@ -38,6 +38,16 @@ class Goal:
     ratio: float | None = None
     seconds: float | None = None
 
+    @staticmethod
+    def of(ratio: float | None, milliseconds: float | None) -> Goal:
+        """A share to remove, or a time in milliseconds.
+
+        Args:
+            ratio: See `Goal`.
+            milliseconds: To come to, or None.
+        """
+        return Goal(ratio, None if milliseconds is None else 1e-3 * milliseconds)
+
     def share(self, dense_seconds: float) -> float:
         """Share of the dense model's time that may be left."""
         if self.seconds is not None:
@@ -97,11 +107,11 @@ def plan_for_latency(
     chooser: Chooser,
     times: LatencyModel,
     goal: Goal,
-    *,
     residuals: Residuals | None = None,
+    *,
     progress: bool = True,
 ) -> Plan:
-    """Choose counts, and branches that go, by the model of time, then measure the candidate and correct what was off.
+    """Choose counts by the model of time, then measure the candidate and correct what was off.
 
     Args:
         model: The dense model; it is only read.
@@ -149,8 +159,9 @@ def plan_for_latency(
             if abs(attempt.miss) <= _CLOSE:
                 break
             aim = widths.cost(attempt.counts) / (1 + attempt.miss)
-        if attempts.best.miss > _MISSED and not attempts.knows(widths.chooser.smallest()):
-            attempts.measure(widths.chooser.smallest())
+        least = widths.chooser.smallest()
+        if attempts.best.miss > _MISSED and not attempts.knows(least):
+            attempts.measure(least)
     best = attempts.best
     if all(attempt.miss > _MISSED for attempt in attempts.tried):
         raise _unreachable(min(attempts.tried, key=lambda attempt: attempt.ratio), goal)

@@ -14,6 +14,7 @@ from depcut.allocate.depth import plan_with_depth
 from depcut.allocate.judges import Names, judge_of
 from depcut.allocate.savings import Savings
 from depcut.branches.branch import Block, Branch, Residuals, bypass
+from depcut.errors import InputError
 from depcut.graph.liveness import gone
 from depcut.plan.cost import COSTS, ITEMS, NOTHING, dense_total
 from depcut.plan.data import PlanData
@@ -86,6 +87,27 @@ def layers_and_width(
     judge = judge_of(chooser, allowed, partial(Savings, coupling, allowed, of), plan_for)
     orders = [_last_first(layers, _one_of_each(rebuilding, layers, judge.ranked(blocks)))]
     return plan_with_depth(plan_for, orders, judge)
+
+
+def timed(residuals: Residuals, rebuilding: Rebuilding | None) -> Residuals:
+    """The branches that may go where time is budgeted.
+
+    Args:
+        residuals: The model's branches.
+        rebuilding: What the class can express, where it is to be built anew.
+
+    Raises:
+        InputError: It is: whole layers go for a budget of a count alone.
+    """
+    if rebuilding is not None:
+        raise InputError(
+            "whole layers of a class that is built from its config cannot be dropped for a budget "
+            "of time",
+            where="depth=",
+            remedy="use of='macs' or of='params' and measure with depcut.compare, or pass "
+            "rebuildable=False, which drops branches",
+        )
+    return residuals
 
 
 def _one_of_each(
