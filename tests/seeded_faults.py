@@ -67,7 +67,7 @@ FAULTS = [
         "allocate",
         "lost -= width_loss(self.chooser, plan, saved.own_groups(names))",
         "pass",
-        "tests/test_branch_losses.py -k emptied",
+        "tests/test_branch_losses.py -k counts",
     ),
     Fault(
         "allocate",

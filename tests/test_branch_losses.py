@@ -100,17 +100,21 @@ def test_the_plan_of_least_loss_is_taken(quiet: Judged, ratio: float) -> None:
     assert IDLE.issuperset(plan.dropped)
 
 
-def test_a_branch_that_widths_have_emptied_saves_little_and_goes_late(quiet: Judged) -> None:
+def test_what_widths_alone_remove_counts_neither_as_loss_nor_as_gain(quiet: Judged) -> None:
     analysis, chooser = quiet.analysis, quiet.chooser
     emptied = analysis.plan_keeping({"blocks.1.mlp.0": [0]})
-    even = {b.name: 1.0 for b in analysis.branches}
-    saved_at = partial(Savings, analysis.coupling, analysis.residuals, "macs")
-    judge = PredictedLoss(chooser, analysis.residuals, saved_at, even, lambda _: emptied)
     (group,) = [g for g in analysis.groups if g.name == "blocks.1.mlp.0"]
-    own = chooser.scores[group.index]
-    assert width_loss(chooser, emptied) == pytest.approx(float(own[1:].sum()))
-    order = [b.name for b in judge.ranked(analysis.branches)]
-    assert order.index("blocks.1.mlp") > order.index("blocks.0.mlp")
+    lost = float(chooser.scores[group.index][1:].sum())
+    assert width_loss(chooser, emptied) == pytest.approx(lost)
+    saved_at = partial(Savings, analysis.coupling, analysis.residuals, "macs")
+
+    def order(loss: float) -> list[str]:
+        losses = {b.name: 1.0 for b in analysis.branches} | {"blocks.1.mlp": loss}
+        judge = PredictedLoss(chooser, analysis.residuals, saved_at, losses, lambda _: emptied)
+        return [b.name for b in judge.ranked(analysis.branches)]
+
+    assert order(lost)[0] == "blocks.1.mlp", "it is lost already"
+    assert order(lost + 1)[-1] == "blocks.1.mlp", "hardly anything is saved"
 
 
 # Time ---------------------------------------------------------------------------------------------
