@@ -278,7 +278,8 @@ def store(path: Path, model: nn.Module) -> None:
     handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
-        save_file(model.state_dict(), draft)
+        # Tied weights share memory, which the format does not hold.
+        save_file({name: value.clone() for name, value in model.state_dict().items()}, draft)
         Path(draft).replace(path)
     finally:
         with suppress(FileNotFoundError):

@@ -24,8 +24,9 @@ from depcut.apply.plan import Plan, planned
 from depcut.axes import Indices
 from depcut.branches.branch import Branch, Residuals
 from depcut.branches.find import residuals
-from depcut.calibration.calls import blaming_calls, refuse_lone_loss
-from depcut.calibration.data import Calibration, Data, Loss, calibrate
+from depcut.calibration.calls import blaming_calls
+from depcut.calibration.data import Calibration, Data, Loss
+from depcut.calibration.self_made import Auto, given_or_made
 from depcut.calibration.sharing import refuse_measured
 from depcut.capture.capture import capture
 from depcut.capture.inputs import Inputs
@@ -128,7 +129,7 @@ class Analysis(ShownAnalysis, Scanned):
         self,
         ratio: float | None = None,
         *,
-        data: Data | Calibration | None = None,
+        data: Data | Calibration | Auto | None = None,
         loss: Loss | None = None,
         options: Options | None = None,
         **given: Unpack[PlanKeywords],
@@ -140,7 +141,8 @@ class Analysis(ShownAnalysis, Scanned):
 
         Args:
             ratio: Fraction removed of the quantity named by `of`, in (0, 1).
-            data: Calibration data: an iterable of what the model takes, or of (input, target).
+            data: Calibration data: an iterable of what the model takes, or of (input, target);
+                "auto": see `calibrate`.
             loss: A function of (output, target), for criteria that need gradients.
             options: What else is chosen, as one object; the keywords that follow go before it.
             **given: The fields of `depcut.Options`.
@@ -159,7 +161,7 @@ class Analysis(ShownAnalysis, Scanned):
         if calibration is not None:
             refuse_measured(calibration.everyone, of)
             calibration.everyone.require_same("options", {"ratio": ratio, **chosen.record()})
-        score = criterion_or_default(chosen.score, has_data=data is not None)
+        score = criterion_or_default(chosen.score, has_data=calibration is not None)
         rebuild, why = limits(lambda: self.rebuilding, chosen.rebuildable)
         request = Request(
             score,
@@ -226,7 +228,7 @@ class Analysis(ShownAnalysis, Scanned):
     @takes_options(Options, CalibrateKeywords)
     def calibrate(
         self,
-        data: Data | Calibration | None,
+        data: Data | Calibration | Auto | None,
         *,
         loss: Loss | None = None,
         options: Options | None = None,
@@ -236,7 +238,9 @@ class Analysis(ShownAnalysis, Scanned):
 
         Args:
             data: An iterable of what the model takes, or of (input, target) pairs; None and what
-                this function returned before are handed back.
+                this function returned before are handed back. "auto": inputs are made from what a
+                trained model knows of them; None is returned where that cannot be, and
+                `depcut.shrink` says why.
             loss: A function of (output, target) that returns a scalar.
             options: What else is chosen, as one object; the keywords that follow go before it.
             **given: The fields of `depcut.Options`.
@@ -245,18 +249,7 @@ class Analysis(ShownAnalysis, Scanned):
             InputError: The data or the loss does not fit the model.
         """
         chosen = settled(Options, options, given, CalibrateKeywords, "calibrate", one_stage=True)
-        if data is None:
-            refuse_lone_loss(loss)
-            return None
-        return calibrate(
-            self.program,
-            self.model,
-            data,
-            loss=loss,
-            batches=chosen.batches,
-            memory=chosen.memory,
-            progress=chosen.progress,
-        )
+        return given_or_made(self.coupling, self.model, data, loss=loss, **chosen.reading)
 
     def latency(
         self,

@@ -11,11 +11,13 @@ from typing_extensions import Unpack
 from depcut.allocate.choose import check_budget
 from depcut.analysis import analyze
 from depcut.calibration.data import Data, Loss, read_with_inputs
+from depcut.calibration.self_made import AUTO, Auto, given_data
 from depcut.capture.inputs import Inputs
 from depcut.capture.plain import plain
 from depcut.capture.results import Outputs
 from depcut.options import Options, ShrinkKeywords
 from depcut.repair.after_rewrite import wants_repair
+from depcut.shrinking.smaller import smaller
 from depcut.support.keywords import settled, takes_options
 from depcut.support.processes import together_on_data
 from depcut.support.sharded import sharding_of
@@ -32,7 +34,7 @@ def shrink(
     inputs: Inputs = None,
     *,
     outputs: Outputs = None,
-    data: Data | None = None,
+    data: Data | Auto | None = AUTO,
     loss: Loss | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     part: str | None = None,
@@ -51,7 +53,9 @@ def shrink(
             unambiguous.
         outputs: Names or positions of the outputs that count, see `depcut.analyze`.
         data: Calibration data: any iterable of what the model takes, or of (input, target) pairs;
-            of several example calls, of what the first one passes.
+            of several example calls, of what the first one passes. "auto", where there is none:
+            inputs are made from what a trained model knows of them, as `depcut.report` of the
+            result says; None: weights alone are looked at.
         loss: A function of (output, target) that returns a scalar, for criteria with gradients;
             "model": the loss that the model itself returns where it is given the labels.
         optimizer: One that trains `model`; its state is sliced, and it trains the result.
@@ -65,14 +69,14 @@ def shrink(
     """
     chosen = settled(Options, options, given, ShrinkKeywords, "shrink")
     check_budget(ratio, chosen.of, chosen.latency_ms)
+    known = given_data(data)
     wants_repair(chosen.compensate, data is not None)
     own = plain(model)
     sharding_of(unwrapped(model))  # refused before the work, not after it
-    items, inputs = read_with_inputs(data, chosen.batches, inputs, own, loss is not None)
+    items, inputs = read_with_inputs(known, chosen.batches, inputs, own, loss is not None)
     analysis = analyze(own, inputs, outputs, part=part)
-    calibration = analysis.calibrate(items, loss=loss, options=chosen)
-    plan = analysis.plan(ratio, data=calibration, options=chosen)
     # What was put together for this call is not put together once more.
     dense = model if own is unwrapped(model) else own
-    slim = plan.apply(dense, optimizer=optimizer, data=calibration, options=chosen)
+    found = items if known is not None else AUTO if data is not None else None
+    _, slim = smaller(analysis, dense, ratio, found, chosen, loss=loss, optimizer=optimizer)
     return cast(ModelT, slim)

@@ -92,7 +92,8 @@ class Options(Common):
     score: str | Score | Criterion | None = option(
         None,
         "A criterion by name (see `depcut.scores`), as `depcut.Score` with options, or as a "
-        'function of (coupling, model, seed); left out, "obs" with data and "magnitude" without.',
+        'function of (coupling, model, seed); left out, "obs" with data, given or made, and '
+        '"magnitude" without.',
     )
     batches: int = option(BATCHES, "How many items of the data to read at most.")
     compensate: bool | str = option(
@@ -214,6 +215,12 @@ class Options(Common):
             if isinstance(ratio, bool) or not isinstance(ratio, Real) or ratio != 0:
                 check_ratio(ratio, f"ratios[{glob!r}]")
         self._set("ratios", {glob: float(ratio) for glob, ratio in given.items()})
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """What reading data, or making it, takes of the options."""
+        names = ("batches", "memory", "progress", "seed")
+        return {name: getattr(self, name) for name in names}
 
     @staticmethod
     def of_record(saved: Mapping[str, Any]) -> Options:

@@ -34,7 +34,7 @@ apply
 deploy
 timing latency
 frontiers
-analysis dead_units api
+analysis dead_units shrinking api
 training integrations storage streaming
 depcut cli __main__
 """.split()

@@ -49,6 +49,20 @@ CALLS = "tests/field/test_example_calls.py"
 ATTENTION = "tests/field/test_attention"
 SOURCE = "tests/field/test_patched_source.py"
 FAULTS = [
+    # Data that a model makes itself.
+    Fault("synthetic", "_SHARE = 0.5", "_SHARE = 1.5", "tests/test_self_made.py"),
+    Fault(
+        "calibration",
+        "last = len(items) - (len(items) > 1)",
+        "last = len(items)",
+        "tests/test_self_made.py",
+    ),
+    Fault(
+        "shrinking",
+        "if not near <= far:\n            plan",
+        "if near <= far:\n            plan",
+        "tests/test_self_made.py",
+    ),
     # Budgets and frontiers.
     Fault(
         "allocate",

@@ -17,7 +17,8 @@ from depcut.apply.whole import whole_result
 from depcut.axes import Indices
 from depcut.branches.branch import Residuals
 from depcut.calibration.calls import blaming_calls
-from depcut.calibration.data import Calibration, Data, calibrate
+from depcut.calibration.data import Calibration, Data
+from depcut.calibration.self_made import Auto, given_data, given_or_made
 from depcut.capture.capture import capture
 from depcut.capture.inputs import Inputs
 from depcut.capture.part import Part, as_part, inside, shown_part, whole_of
@@ -97,7 +98,7 @@ class Plan(PlanData, Shown):
         model: nn.Module,
         inputs: Inputs = None,
         *,
-        data: Data | Calibration | None = None,
+        data: Data | Calibration | Auto | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         options: Options | None = None,
         **given: Unpack[ApplyKeywords],
@@ -112,7 +113,8 @@ class Plan(PlanData, Shown):
             model: The model the plan was made for, or another instance of its architecture.
             inputs: Example inputs, of all example calls; left out, those of the plan (or of the
                 same shapes).
-            data: Calibration data: an iterable of what the model takes, or of (input, target).
+            data: Calibration data: an iterable of what the model takes, or of (input, target);
+                "auto": see `Analysis.calibrate`.
             optimizer: One that trains `model`; it is pointed at the smaller model.
             options: What else is chosen, as one object; the keywords that follow go before it.
             **given: The fields of `depcut.Options`.
@@ -127,6 +129,7 @@ class Plan(PlanData, Shown):
         given_model, model = model, plain(model)
         origin = origin_of(model)
         sharding = sharding_of(origin)
+        given_data(data)
         repairs = wants_repair(chosen.compensate, data is not None)
         if optimizer is not None:
             check_optimizer(optimizer, origin)
@@ -140,14 +143,8 @@ class Plan(PlanData, Shown):
         keep = self.keep(coupling)
         calibration = None
         if repairs and data is not None:
-            calibration = calibrate(
-                coupling.program,
-                model,
-                data,
-                batches=chosen.batches,
-                memory=chosen.memory,
-                progress=chosen.progress,
-            )
+            calibration = given_or_made(coupling, model, data, **chosen.reading)
+        if calibration is not None:
             made = {"plan": self.digest, **chosen.record()}
             calibration.everyone.require_same("options", made)
         with blaming_calls(model, coupling.program, calibration):
@@ -163,6 +160,8 @@ class Plan(PlanData, Shown):
                 prove(stock.model, keep)
         number_anew(slim.model)
         slim.model, notes = whole_result(slim.model, model)
+        if calibration is not None and calibration.made:
+            notes += (calibration.made,)
         notes += spread_note(whole_of(model))
         notes += (*finish(slim.model, whole_of(model), keep), *unwrapping_note(given_model))
         record(slim.model, self.report_on(slim, model, error, compensation, notes))

@@ -62,6 +62,7 @@ class Calibration:
         unused: Keys of the items that the model does not take.
         share: Which of all batches these are.
         trail: Where passes keep what they have found so far, for a process that goes on.
+        made: What the batches were made of, where no data was given, in words.
     """
 
     program: Program
@@ -73,6 +74,7 @@ class Calibration:
     unused: tuple[str, ...] = ()
     share: Share = ALL_HERE
     trail: Trail | None = None
+    made: str = ""
 
     def __str__(self) -> str:
         """What was read: batches, examples, sizes, and what was left aside."""
@@ -92,6 +94,8 @@ class Calibration:
             own = self.loss is OWN_LOSS
             what = "the model takes its loss of" if own else "targets, left aside:"
             lines.append(f"  {what} {listed(list(labels))}")
+        if self.made:
+            lines.append(f"  {self.made}")
         if self.unused:
             lines.append(f"  the model takes no {listed(list(self.unused))}")
         return "\n".join(lines)

@@ -14,11 +14,20 @@ if TYPE_CHECKING:
 
 def bar(calibration: Calibration) -> Progress:
     """A progress bar on standard error that vanishes when it is done."""
+    return transient(shown=calibration.progress)
+
+
+def transient(*, shown: bool) -> Progress:
+    """A progress bar on standard error that vanishes when it is done.
+
+    Args:
+        shown: Whether to show it where a user looks on.
+    """
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
-    shown = calibration.progress and (console.is_interactive or console.is_jupyter)
+    shown = shown and (console.is_interactive or console.is_jupyter)
     return Progress(console=console, transient=True, disable=not shown)
 
 

@@ -10,6 +10,7 @@ from depcut.allocate.choose import check_budget
 from depcut.analysis import analyze
 from depcut.apply.report import report
 from depcut.calibration.data import read_with_inputs
+from depcut.calibration.self_made import AUTO
 from depcut.cli.factories import called, import_function
 from depcut.cli.inputs import example_inputs, outputs_of, say_inputs
 from depcut.cli.models import dense_model
@@ -19,7 +20,10 @@ from depcut.cli.streamed import shrink_streamed, too_large
 from depcut.cli.timed import placed, timing_of
 from depcut.cli.written import check_folder, write_slim
 from depcut.errors import InputError
+from depcut.shrinking.smaller import smaller
 from depcut.timing.comparison import compare
+
+_NONE = "none"
 
 
 def _declare(command: Command) -> None:
@@ -28,7 +32,12 @@ def _declare(command: Command) -> None:
     budget = command.exclusive()
     budget("--ratio", type=float, help="share to remove, between 0 and 1")
     budget("--latency-ms", type=float, help="milliseconds to come to in onnxruntime on this CPU")
-    command.add("--data", metavar="DATA", help="calibration data, as package.module:factory")
+    command.add(
+        "--data",
+        metavar="DATA",
+        help='calibration data, as package.module:factory; "auto" (the default): inputs made from '
+        'the model itself, "none": weights alone',
+    )
     command.add(
         "--loss",
         metavar="LOSS",
@@ -43,6 +52,8 @@ def _declare(command: Command) -> None:
 
 def _run(options: argparse.Namespace, output: Output) -> None:
     timing = _timing(options)
+    otherwise: Any = None if options.data == _NONE else AUTO
+    options.data = None if options.data in (AUTO, _NONE) else options.data
     chosen = options_of(options)
     check_budget(options.ratio, chosen.of, chosen.latency_ms)
     streamed = too_large(options, chosen)
@@ -63,9 +74,8 @@ def _run(options: argparse.Namespace, output: Output) -> None:
     )
     analysis = analyze(dense, inputs, outputs_of(options), part=options.part)
     say_inputs(output, options, analysis.program)
-    calibration = analysis.calibrate(data, loss=loss, options=chosen)
-    plan = analysis.plan(options.ratio, data=calibration, options=chosen)
-    slim = plan.apply(dense, data=calibration, options=chosen)
+    found = otherwise if data is None else data
+    plan, slim = smaller(analysis, dense, options.ratio, found, chosen, loss=loss)
     written = write_slim(slim, options, inputs)
     if "latency" in plan.settings:
         reached = plan.settings["latency"]

@@ -8,7 +8,8 @@ from collections.abc import Collection, Iterator, Mapping
 from fnmatch import fnmatch
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from depcut.integrations.transformers_configs import every
 from depcut.integrations.transformers_inputs import candidates
@@ -44,6 +45,33 @@ class Transformers:
         cached = any(name in given for name in ("use_cache", "past_key_values", "cache_params"))
         off = False in every(model, "use_cache") and True not in every(model, "use_cache")
         return {} if cached or off or "use_cache" not in taken else {"use_cache": False}
+
+    def first_tokens(self, model: nn.Module) -> list[int]:
+        """Tokens that start a text, a decoder's, or stand for a whole one, if a config has them."""
+        said = every(model, "decoder_start_token_id", "bos_token_id", "cls_token_id")
+        return [i for i in said if type(i) is int]
+
+    def mask_token(self, model: nn.Module) -> int | None:
+        """That of a config; most leave it to the tokenizer."""
+        return next((i for i in every(model, "mask_token_id") if type(i) is int), None)
+
+    def written(
+        self, model: nn.Module, start: Tensor, length: int, seconds: float
+    ) -> Tensor | None:
+        """By `generate`, with none of the settings that the model has for it; it keeps its own."""
+        able = getattr(model, "can_generate", None)
+        if not callable(able) or not able():
+            return None
+        own: Any = model
+        before = own.generation_config
+        own.generation_config = type(before)(
+            do_sample=True, top_k=0, max_new_tokens=length - start.shape[1], max_time=seconds
+        )
+        try:
+            made = own.generate(start, attention_mask=torch.ones_like(start))
+        finally:
+            own.generation_config = before
+        return made if isinstance(made, Tensor) else None
 
     def auxiliary(self, result: Any) -> frozenset[str]:
         """Caches, inner states and outputs of parts; features where there is a head's output."""

@@ -21,7 +21,7 @@ from depcut.rebuild.moves import Move, candidates, combined, knobs, lists, subse
 from depcut.rebuild.recipe import Number, Path, recipe_of
 from depcut.rebuild.record import record, values_of
 from depcut.rebuild.solve import Solver
-from depcut.rebuild.stock import rebuilt
+from depcut.rebuild.stock import other_buffer, rebuilt
 from depcut.rebuild.trial import trial
 from depcut.rebuild.twin import Twin, twin_of, without
 from depcut.rewrite.build import Slim
@@ -117,7 +117,7 @@ def rebuilding(coupling: Coupling, model: nn.Module) -> tuple[Rebuilding | None,
     except Exception as error:  # noqa: BLE001  (of a library, or of the class's own code)
         reraise_fatal(error)
         return None, f"its class cannot be built from its config: {first_line(error)}"
-    why = _unlike(builder.dense, twin_of(model))
+    why = _unlike(builder.dense, twin_of(model)) or _other_values(builder.dense, model)
     return (None, why) if why else (_found(coupling, model, builder), "")
 
 
@@ -133,6 +133,19 @@ def _unlike(built: Twin, model: Twin) -> str:
             return f"{name} has shape {list(shape)}, its class builds {built.shapes.get(name)}"
     more = [name for name in model.kinds if name not in built.kinds]
     return f"its class builds no {more[0]}" if more else ""
+
+
+def _other_values(built: Twin, model: nn.Module) -> str:
+    """Why even the dense model would not come back as it is; "" where it would."""
+    name = other_buffer(model, built)
+    return (
+        ""
+        if name is None
+        else (
+            f"its class builds {name}, which no file of weights holds, with other values; a model "
+            "that was cast to half precision and back has lost them"
+        )
+    )
 
 
 def _found(coupling: Coupling, model: nn.Module, builder: Builder) -> Rebuilding:

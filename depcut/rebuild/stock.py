@@ -92,15 +92,29 @@ def check_tensors_of(slim: nn.Module, after: Twin) -> None:
                 where=name,
                 remedy=_FREELY,
             )
-    stored = slim.state_dict(keep_vars=True).keys()
-    theirs = buffers(after.model)
-    for name, value in buffers(slim).items():
-        if name not in stored and not _equal(value, theirs[name]):
-            raise VerificationError(
-                "the class builds a buffer of other values, which no file of weights holds",
-                where=name,
-                remedy=_FREELY,
-            )
+    other = other_buffer(slim, after)
+    if other is not None:
+        raise VerificationError(
+            "the class builds a buffer of other values, which no file of weights holds",
+            where=other,
+            remedy=_FREELY,
+        )
+
+
+def other_buffer(model: nn.Module, built: Twin) -> str | None:
+    """The first buffer that no file of weights holds and that a class builds with other values.
+
+    Args:
+        model: The model.
+        built: Its class built with its numbers.
+    """
+    stored, theirs = model.state_dict(keep_vars=True).keys(), buffers(built.model)
+    unlike = (
+        name
+        for name, value in buffers(model).items()
+        if name not in stored and name in theirs and not _equal(value, theirs[name])
+    )
+    return next(unlike, None)
 
 
 def prove(slim: nn.Module, keep: Keep) -> None:

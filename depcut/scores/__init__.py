@@ -24,6 +24,8 @@ __all__ = [
     "Scores",
     "check_criterion",
     "is_additive",
+    "is_initial",
+    "needs_of",
     "score",
     "score_name",
 ]
@@ -177,6 +179,26 @@ def is_additive(criterion: str | Score | Criterion) -> bool:
         return bool(getattr(criterion, "additive", False))
     name = criterion.name if isinstance(criterion, Score) else criterion
     return name in CRITERIA and CRITERIA[name].additive
+
+
+def is_initial(criterion: str | Score | Criterion) -> bool:
+    """Whether a criterion is made for weights as they were drawn.
+
+    Args:
+        criterion: Name, name with options, or a function.
+    """
+    name = criterion.name if isinstance(criterion, Score) else criterion
+    return isinstance(name, str) and name in CRITERIA and CRITERIA[name].initial
+
+
+def needs_of(criterion: str | Score | Criterion) -> str:
+    """What a criterion reads beside weights: "", "data" or "loss"; a function reads nothing else.
+
+    Args:
+        criterion: Name, name with options, or a function.
+    """
+    name = criterion.name if isinstance(criterion, Score) else criterion
+    return CRITERIA[name].needs if isinstance(name, str) and name in CRITERIA else ""
 
 
 def score_name(criterion: str | Score | Criterion) -> str:

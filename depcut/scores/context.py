@@ -130,6 +130,7 @@ class Method:
         members: See `Score`.
         normalize: See `Score`.
         additive: Whether scores are losses that add up, also over groups.
+        initial: Whether it is made for weights as they were drawn.
     """
 
     function: Callable[[Context], Scores]
@@ -138,6 +139,7 @@ class Method:
     members: str | None = "all"
     normalize: str | None = "mean"
     additive: bool = False
+    initial: bool = False
 
     def settle(self, score: Score) -> Score:
         """The options as given, and the defaults for the others.
@@ -171,6 +173,7 @@ def criterion(
     members: str | None = "all",
     normalize: str | None = "mean",
     additive: bool = False,
+    initial: bool = False,
 ) -> Callable[[Function], Function]:
     """Register the decorated function as a criterion; the arguments are those of `Method`.
 
@@ -181,6 +184,7 @@ def criterion(
         members: The same.
         normalize: The same.
         additive: Whether scores are losses that add up, also over groups.
+        initial: Whether it is made for weights as they were drawn.
 
     Returns:
         A decorator that returns the function unchanged.
@@ -192,7 +196,7 @@ def criterion(
     def register(function: Function) -> Function:
         if name in CRITERIA:
             raise ValueError(f"there are two criteria named {name!r}")
-        CRITERIA[name] = Method(function, needs, aggregate, members, normalize, additive)
+        CRITERIA[name] = Method(function, needs, aggregate, members, normalize, additive, initial)
         return function
 
     return register

@@ -120,7 +120,7 @@ def fisher(context: Context) -> Scores:
     return compared(context, found)
 
 
-@criterion("snip", needs="loss")
+@criterion("snip", needs="loss", initial=True)
 def snip(context: Context) -> Scores:
     """Connection sensitivity: score(u) = sum over the unit of |g w|, g the mean over the batches.
 
@@ -180,7 +180,7 @@ def hessian(context: Context) -> Scores:
     return compared(context, [np.abs(t) / 2 for t in _curved(context, of_gradient=False)])
 
 
-@criterion("grasp", needs="loss")
+@criterion("grasp", needs="loss", initial=True)
 def grasp(context: Context) -> Scores:
     """Gradient signal preservation: score(u) = sum over the unit of w (H g).
 

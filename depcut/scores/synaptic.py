@@ -22,7 +22,7 @@ _HEADROOM = 700  # bits
 Alive = list[NDArray[np.bool_]]
 
 
-@criterion("synflow", members="consumers", normalize=None)
+@criterion("synflow", members="consumers", normalize=None, initial=True)
 def synflow(context: Context) -> Scores:
     """Iterative synaptic flow: when a unit is removed, in rounds of an exponential schedule.
 

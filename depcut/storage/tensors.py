@@ -203,7 +203,8 @@ class Loaded:
                     raise ValueError(f"{where[0]} has no tensor {where[1]!r}")
                 read = self._files[where[0]].get_tensor(where[1])
                 if read.dtype != dtype:
-                    read = read.view(dtype).reshape(shape)
+                    # Bytes lie anywhere in the file; a copy of them is where larger units may be.
+                    read = read.clone().view(dtype).reshape(shape)
                 if read.shape != value.shape:
                     raise ValueError(f"{where[1]} has the shape {tuple(read.shape)}, not {shape}")
                 value.copy_(read)

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from depcut.synthetic.batch_norm import batch_norm
+from depcut.synthetic.filled import filled
+from depcut.synthetic.sampled import sampled
 from depcut.synthetic.subject import Made, Subject
 
 # A recipe makes inputs, or says None: it does not fit the model.
 Recipe = Callable[[Subject], Made | None]
 
-RECIPES: Sequence[Recipe] = ()
+RECIPES: Sequence[Recipe] = (
+    batch_norm,  # nets that keep statistics of their inputs
+    sampled,  # decoders and recurrent nets that predict the next token
+    filled,  # masked language models
+)
 
 
 def make(subject: Subject) -> Made | None:

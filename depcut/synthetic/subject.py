@@ -17,8 +17,9 @@ from depcut.support.torch_private import pytree
 
 Leaves = list[Any]  # of (args, kwargs), flat, in the order of the captured call
 
-SECONDS = 60.0  # that making inputs may take
-ROWS = 32  # examples of one item
+SECONDS = 120.0  # that making inputs may take
+ROWS = 32  # examples of one item at most
+_ITEMS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,9 +78,13 @@ class Subject:
             return self.program.results.flat(model(*args, **kwargs))
 
     def chunks(self) -> Iterator[int]:
-        """Rows of each item: together as many as there are to be examples."""
-        for start in range(0, self.examples, ROWS):
-            yield min(ROWS, self.examples - start)
+        """Rows of each item: as many items as the examples make, four at least where they can."""
+        rows = max(1, min(ROWS, self.examples // _ITEMS))
+        if not self.program.dynamic:  # any other number does not fit the captured graph
+            tensors = (leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor) and leaf.ndim)
+            rows = max(1, next((len(leaf) for leaf in tensors), 1))
+        for _ in range(max(1, self.examples // rows)):
+            yield rows
 
 
 @dataclass(frozen=True, eq=False)

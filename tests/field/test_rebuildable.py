@@ -177,6 +177,15 @@ def test_a_model_that_is_not_what_its_config_says(llama: Cut) -> None:
     assert "has shape" in rebuilding(llama.analysis.coupling, other)[1]
 
 
+def test_a_model_whose_buffers_were_rounded_is_cut_freely(llama: Cut) -> None:
+    """Frequencies of the rotary embedding, cast to half precision and back, are in no file."""
+    other = copy.deepcopy(llama.dense).to(torch.bfloat16).float()
+    assert "inv_freq, which no file" in rebuilding(llama.analysis.coupling, other)[1]
+    report = depcut.report(depcut.shrink(other, 0.3, LLAMA.inputs(2), data=None))
+    assert report.macs[1] < 0.75 * report.macs[0]
+    assert "inv_freq" in str(report)
+
+
 class Halves(nn.Module):
     """Two layers of 8 and 24 units."""
 

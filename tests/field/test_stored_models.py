@@ -136,6 +136,24 @@ def test_other_layouts_and_shared_memory(tmp_path: Path) -> None:
     assert loaded.twin.data_ptr() == loaded.proj.weight.data_ptr()
 
 
+@pytest.mark.parametrize("odd", [1, 3, 8, 9])
+def test_values_that_lie_anywhere_in_a_file(odd: int, tmp_path: Path) -> None:
+    """Complex numbers are stored as bytes behind others; where they lie, no unit of theirs may."""
+
+    def build() -> nn.Module:
+        net = Heads()
+        net.register_buffer("before", torch.arange(odd, dtype=torch.uint8))
+        net.register_buffer(
+            "turn", torch.polar(torch.ones(37), torch.rand(37)).to(torch.complex128)
+        )
+        net.register_buffer("other", torch.polar(torch.ones(5), torch.rand(5)))
+        return net
+
+    slim = slim_of(build, X)
+    depcut.save(slim, tmp_path / "model")
+    assert_same_model(depcut.load(tmp_path / "model", build), slim, X)
+
+
 def test_nothing_of_the_callers_changes(saved: Path) -> None:
     dense, before = seeded(Heads), torch.get_rng_state()
     values = {n: t.clone() for n, t in dense.state_dict().items()}

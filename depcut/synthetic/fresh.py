@@ -1,0 +1,76 @@
+"""Whether weights are as they were drawn, or trained: what nothing was learnt by says nothing.
+
+The entries of a weight that was drawn are independent, so its largest singular value stays at the
+edge of the Marchenko-Pastur law, within fluctuations of Tracy and Widom's law (Johnstone, On the
+distribution of the largest eigenvalue in principal components analysis, Annals of Statistics 2001,
+eq. 1.3-1.5). Training adds directions of low rank that stand out (Martin & Mahoney, Implicit
+Self-Regularization in Deep Neural Networks, JMLR 2021).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from depcut.capture.held import held_tensors
+from depcut.capture.program import Program
+
+_SIDE = 256  # rows and columns of a matrix that are looked at
+_LEAST = 4  # rows and columns that a matrix must have to be looked at
+_MATRICES = 32  # that are looked at
+_EDGE = 6.0  # standardised largest eigenvalue of a drawn matrix: Tracy and Widom's exceeds it never
+_ITERATIONS = 50
+_SHARE = 0.5  # of the matrices that must stand out in a trained model
+
+
+def fresh(program: Program, model: torch.nn.Module) -> bool:
+    """Whether the weights of a model are as they were drawn at initialisation.
+
+    Args:
+        program: The captured model.
+        model: The model; it is only read.
+    """
+    edges = [standing_out(matrix) for matrix in _matrices(program, model)]
+    return not edges or sum(edge > _EDGE for edge in edges) < _SHARE * len(edges)
+
+
+def standing_out(matrix: torch.Tensor) -> float:
+    """How far the largest eigenvalue of a matrix's Gram lies above that of independent entries.
+
+    Args:
+        matrix: [rows, columns], both more than 1.
+
+    Returns:
+        In the units of Tracy and Widom's law (mean -1.2, deviation 1.3 for independent entries).
+    """
+    values = matrix.detach().double().cpu()
+    values = values - values.mean()
+    scale = float(values.square().mean())
+    if not np.isfinite(scale) or scale == 0:
+        return float("-inf")
+    n, p = (np.sqrt(side - 0.5) for side in values.shape)
+    centre, width = (n + p) ** 2, (n + p) * (1 / n + 1 / p) ** (1 / 3)
+    return float((_largest(values) / scale - centre) / width)
+
+
+def _largest(values: torch.Tensor) -> float:
+    """The largest eigenvalue of a Gram matrix, by power iteration: never more than it is."""
+    gram = values @ values.T if len(values) <= values.shape[1] else values.T @ values
+    vector = gram[gram.diagonal().argmax()]
+    for _ in range(_ITERATIONS):
+        vector = gram @ (vector / vector.norm())
+    return float(vector.norm())
+
+
+def _matrices(program: Program, model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """Some weights of the model as matrices, at most so many rows and columns of each."""
+    held = held_tensors(model)
+    names = sorted(name for name in program.parameters if name in held)
+    found = [held[name] for name in names]
+    flat = [t.flatten(1) for t in found if t.ndim > 1 and t.is_floating_point() and t.numel()]
+    large = [m for m in flat if min(m.shape) >= _LEAST]
+    for matrix in large[:: -(-len(large) // _MATRICES) or 1]:
+        rows, columns = (-(-side // _SIDE) for side in matrix.shape)
+        yield matrix[::rows, ::columns]
