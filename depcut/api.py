@@ -68,7 +68,7 @@ def shrink(
         DepcutError: See `depcut.analyze`, `Analysis.plan` and `Plan.apply`.
     """
     chosen = settled(Options, options, given, ShrinkKeywords, "shrink")
-    check_budget(ratio, chosen.of, chosen.latency_ms, chosen.depth)
+    check_budget(ratio, chosen.of, chosen.latency_ms)
     known = given_data(data)
     wants_repair(chosen.compensate, data is not None)
     own = plain(model)

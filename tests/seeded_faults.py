@@ -76,6 +76,37 @@ FAULTS = [
         "pass",
         "tests/test_frontier.py",
     ),
+    # Branches and widths in one problem; massive activations.
+    Fault(
+        "allocate",
+        "lost -= width_loss(self.chooser, plan, saved.own_groups(names))",
+        "pass",
+        "tests/test_branch_losses.py -k counts",
+    ),
+    Fault(
+        "allocate",
+        "return lost + width_loss(self.chooser, plan)",
+        "return width_loss(self.chooser, plan)",
+        "tests/test_branch_losses.py -k least",
+    ),
+    Fault(
+        "calibration",
+        "same = same - same.mean(means, keepdim=True) if means else torch.zeros_like(same)",
+        "pass",
+        "tests/test_branch_losses.py -k bias",
+    ),
+    Fault(
+        "latency",
+        "absent = np.array(sorted(narrowed.absent), dtype=np.int64)",
+        "absent = np.array([], dtype=np.int64)",
+        "tests/test_branch_losses.py -k time",
+    ),
+    Fault(
+        "calibration",
+        "found = torch.minimum(squares, most).mean(1)",
+        "break",
+        "tests/test_massive.py",
+    ),
     # Fewer passes.
     Fault("calibration", "entry -= pair.lacking", "pass", "tests/test_windows.py"),
     Fault(

@@ -450,12 +450,6 @@ def test_an_analysis_names_its_branches() -> None:
     )
 
 
-def test_time_is_no_budget_for_branches() -> None:
-    model, given = deep()
-    with pytest.raises(InputError, match="budget of time"):
-        depcut.shrink(model, 0.5, given, of="latency", depth=True)
-
-
 def test_a_budget_out_of_reach() -> None:
     model = CASES["own_class"].build()
     with pytest.raises(BudgetError):

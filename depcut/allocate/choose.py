@@ -134,6 +134,11 @@ class Chooser:
         patterns = (*self.request.ignore, *self.request.ratios)
         return any(is_named(tensor, p) for p in patterns)
 
+    @property
+    def shares_of_outputs(self) -> bool:
+        """Whether scores are losses in shares of the outputs' variance on the data."""
+        return self.additive and score_name(self.request.score) == "obs"
+
     def meet(self, quantity: Cost, target: float, of: str) -> Counts:
         """Kept counts whose cost is as close to the target as steps allow.
 
@@ -290,16 +295,13 @@ def allocation_or_default(allocation: str | None, of: str = "") -> str:
     return "uniform" if of == "channels" else "global"
 
 
-def check_budget(
-    ratio: float | None, of: str, latency_ms: float | None, depth: bool = False
-) -> str:
+def check_budget(ratio: float | None, of: str, latency_ms: float | None) -> str:
     """Refuse a budget that contradicts itself.
 
     Args:
         ratio: Fraction to remove, or None.
         of: What of.
         latency_ms: Milliseconds to come to, or None.
-        depth: Whether branches may be dropped.
 
     Returns:
         The quantity that is budgeted.
@@ -307,12 +309,6 @@ def check_budget(
     Raises:
         InputError: An argument has a wrong value, or two of them exclude each other.
     """
-    if depth and (of == "latency" or latency_ms is not None):
-        raise InputError(
-            "branches cannot be dropped for a budget of time: it is modelled for widths alone",
-            where="depth=",
-            remedy="use of='macs' or of='params', and measure with depcut.compare",
-        )
     if latency_ms is not None:
         if ratio is not None or of not in ("macs", "latency"):
             raise InputError(

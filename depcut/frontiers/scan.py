@@ -126,7 +126,7 @@ class Scanned:
         check_flag(latency, "latency")
         of = chosen.of
         for ratio in wanted:
-            of = check_budget(ratio, chosen.of, chosen.latency_ms, chosen.depth)
+            of = check_budget(ratio, chosen.of, chosen.latency_ms)
         if latency and chosen.depth:
             raise InputError(
                 "the time without branches is not modelled, only that of widths",

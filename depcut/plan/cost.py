@@ -100,8 +100,15 @@ class Cost:
         Returns:
             One number a candidate.
         """
-        slots = self._slots(counts)
-        return np.asarray((slots[:, self.items].prod(axis=2) * self.times).sum(axis=1))
+        return np.asarray(self.summands(counts).sum(axis=1))
+
+    def summands(self, counts: NDArray[np.number]) -> Counts:
+        """What each summand comes to, [candidates, summands].
+
+        Args:
+            counts: Kept counts, [candidates, groups].
+        """
+        return np.asarray(self._slots(counts)[:, self.items].prod(axis=2) * self.times)
 
     def _slots(self, counts: NDArray[np.number]) -> Counts:
         """Counts of the slots' terms, in whole blocks: [candidates, slots]."""
