@@ -45,6 +45,7 @@ class Fault:
 LATER = "tests/field/test_later_calls.py -k"
 FIRST = "tests/field/test_transformers_call.py"
 RULES = "tests/test_rules.py -k"
+TEXTS = "tests/test_synthetic_texts.py -k"
 CALLS = "tests/field/test_example_calls.py"
 ATTENTION = "tests/field/test_attention"
 SOURCE = "tests/field/test_patched_source.py"
@@ -117,6 +118,35 @@ FAULTS = [
         "closed = {name_now(name, stacks) for name in generated}",
         "closed: set[str] = set()",
         "tests/test_sharding.py -k generated",
+    ),
+    # Texts that are made.
+    Fault(
+        "synthetic",
+        "if not whole or leaf.ndim != 2 or _counts(leaf):",
+        "if not whole or leaf.ndim != 2:",
+        f"{TEXTS} positions",
+    ),
+    Fault(
+        "synthetic",
+        "changed[:, half:] = (changed[:, half:] + 1",
+        "changed[:, half:] = (changed[:, half:] - 1 - tokens.size // 3 + 1",
+        f"{TEXTS} tried",
+    ),
+    Fault(
+        "synthetic",
+        "draw(logits[:, known - 1], self.generator)",
+        "draw(logits[:, 0], self.generator)",
+        f"{TEXTS} likely",
+    ),
+    Fault("synthetic", "torch.where(chosen, new, ids), float(", "ids, float(", f"{TEXTS} moves"),
+    Fault(
+        "synthetic", "met = far >= _UNUSED * far.median()", "met = far >= 0", f"{TEXTS} left_out"
+    ),
+    Fault(
+        "synthetic",
+        "inside = torch.arange(length) < ends[:, None]",
+        "inside = torch.arange(length) <= ends[:, None]",
+        f"{TEXTS} padded",
     ),
     # Later calls.
     Fault("coupling", "for leaf in tables - read:", "for leaf in ():", f"{LATER} rows"),
