@@ -129,7 +129,7 @@ FAULTS = [
     Fault(
         "synthetic",
         "changed[:, half:] = (changed[:, half:] + 1",
-        "changed[:, half:] = (changed[:, half:] - 1 - tokens.size // 3 + 1",
+        "changed[:, half:] = (changed[:, half:] - tokens.size // 3",
         f"{TEXTS} tried",
     ),
     Fault(
