@@ -142,6 +142,7 @@ FAULTS = [
     Fault(
         "synthetic", "met = far >= _UNUSED * far.median()", "met = far >= 0", f"{TEXTS} left_out"
     ),
+    Fault("synthetic", "if not bool(shared > _COMMON):", "if True:", f"{TEXTS} rarer"),
     Fault(
         "synthetic",
         "inside = torch.arange(length) < ends[:, None]",

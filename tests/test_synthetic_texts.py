@@ -16,7 +16,7 @@ from depcut.synthetic.prediction import draw, prediction
 from depcut.synthetic.sampled import sampled
 from depcut.synthetic.subject import Made, Subject
 from depcut.synthetic.texts import LENGTH, Texts, token_inputs
-from depcut.synthetic.tokens import known_tokens, tokens
+from depcut.synthetic.tokens import chances, known_tokens, tokens
 
 ROW = torch.tensor([[0.7, 0.2, 0.1, 0.0], [0.1, 0.1, 0.8, 0.0], [0.5, 0.3, 0.2, 0.0]])
 CHAIN = torch.cat([ROW, torch.tensor([[0.3, 0.3, 0.4, 0.0]])])
@@ -191,6 +191,14 @@ def test_tokens_that_training_did_not_meet_are_left_out() -> None:
     ids = known_tokens(texts, texts.inputs[0])
     assert not set(ids.tolist()) & set(range(10, 20))
     assert set(ids_of(tokens(texts.subject)).flatten().tolist()) <= set(ids.tolist())
+
+
+def test_tokens_are_rarer_along_the_direction_that_embeddings_share() -> None:
+    table = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    assert len(chances(table - table.mean(0)).unique()) == 1
+    table[:, 0] = torch.arange(50) / 5
+    likely = chances(table)
+    assert float(likely[:10].mean()) > 1.5 * float(likely[-10:].mean())
 
 
 def test_half_of_the_texts_are_padded_by_the_mask() -> None:
