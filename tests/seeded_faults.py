@@ -62,6 +62,43 @@ FAULTS = [
         "pass",
         "tests/test_frontier.py",
     ),
+    # Inputs made for floating-point data.
+    Fault(
+        "synthetic",
+        " + ((var + eps).sqrt() / scale - 1) ** 2",
+        "",
+        "tests/test_synthetic_vision.py -k reached",
+    ),
+    Fault(
+        "synthetic",
+        "RATE * work.scales[p][1]",
+        "RATE",
+        "tests/test_synthetic_vision.py -k reached",
+    ),
+    Fault(
+        "synthetic",
+        "int(min(examples, affordable / steps))",
+        "examples",
+        "tests/test_synthetic_vision.py -k fewer",
+    ),
+    Fault(
+        "synthetic",
+        "min((1, len(shape) - 1), key=lambda d: shape[d])",
+        "1",
+        "tests/test_synthetic_vision.py -k spatial",
+    ),
+    Fault(
+        "synthetic",
+        "order[: len(order) // 2], order[len(order) // 2 :]",
+        "order[len(order) // 2 :], order[: len(order) // 2]",
+        "tests/test_synthetic_vision.py -k tell",
+    ),
+    Fault(
+        "synthetic",
+        "% classes",
+        "% 1",
+        "tests/test_synthetic_vision.py -k sure",
+    ),
     # Fewer passes.
     Fault("calibration", "entry -= pair.lacking", "pass", "tests/test_windows.py"),
     Fault(
