@@ -62,11 +62,9 @@ class Transformers:
         able = getattr(model, "can_generate", None)
         if not callable(able) or not able():
             return None
-        from transformers import GenerationConfig
-
         own: Any = model
         before = own.generation_config
-        own.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+        own.generation_config = type(before)(
             do_sample=True, top_k=0, max_new_tokens=length - start.shape[1], max_time=seconds
         )
         try:
