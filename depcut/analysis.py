@@ -49,7 +49,7 @@ from depcut.plan import cost
 from depcut.plan.cost import Cost
 from depcut.plan.data import PlanData
 from depcut.rebuild.choose import checked, within
-from depcut.rebuild.depth import layers_and_width
+from depcut.rebuild.depth import layers_and_width, timed
 from depcut.rebuild.layers import Droppable, droppable
 from depcut.rebuild.rebuilding import Rebuilding, rebuilding
 from depcut.rebuild.wanted import limits, unlimited
@@ -154,7 +154,7 @@ class Analysis(ShownAnalysis, Scanned):
             ProcessError: Another of several processes failed, or has another model or other data.
         """
         chosen = settled(Options, options, given, PlanKeywords, "plan", one_stage=True)
-        of = check_budget(ratio, chosen.of, chosen.latency_ms, chosen.depth)
+        of = check_budget(ratio, chosen.of, chosen.latency_ms)
         if not self.groups:
             refuse_frozen(self.frozen, type(self.model).__name__)
         calibration = self.calibrate(data, loss=loss, options=chosen)
@@ -165,7 +165,7 @@ class Analysis(ShownAnalysis, Scanned):
         rebuild, why = limits(lambda: self.rebuilding, chosen.rebuildable)
         request = Request(
             score,
-            allocation_or_default(chosen.allocation, score, of),
+            allocation_or_default(chosen.allocation, of),
             chosen.align,
             chosen.ignore,
             chosen.ratios or {},
@@ -206,11 +206,12 @@ class Analysis(ShownAnalysis, Scanned):
     ) -> PlanData:
         """The best units that meet the budget."""
         if of == "latency":
-            milliseconds = chosen.latency_ms
-            goal = Goal(ratio, None if milliseconds is None else 1e-3 * milliseconds)
-            times = self.latency(threads=chosen.threads, progress=chosen.progress)
+            goal = Goal.of(ratio, chosen.latency_ms)
+            branches = timed(self.residuals, rebuild) if chosen.depth else None
+            shown = chosen.progress
+            times = self.latency(threads=chosen.threads, progress=shown)
             plan = plan_for_latency(
-                self.model, self._inputs, chooser, times, goal, progress=chosen.progress
+                self.model, self._inputs, chooser, times, goal, branches, progress=shown
             )
             return checked(rebuild, plan) if rebuild else plan
         removed = float(cast(float, ratio))

@@ -17,7 +17,7 @@ from depcut.capture.plain import plain
 from depcut.capture.results import Outputs
 from depcut.options import Options, ShrinkKeywords
 from depcut.repair.after_rewrite import wants_repair
-from depcut.shrinking import smaller
+from depcut.shrinking.smaller import smaller
 from depcut.support.keywords import settled, takes_options
 from depcut.support.processes import together_on_data
 from depcut.support.sharded import sharding_of
@@ -68,7 +68,7 @@ def shrink(
         DepcutError: See `depcut.analyze`, `Analysis.plan` and `Plan.apply`.
     """
     chosen = settled(Options, options, given, ShrinkKeywords, "shrink")
-    check_budget(ratio, chosen.of, chosen.latency_ms, chosen.depth)
+    check_budget(ratio, chosen.of, chosen.latency_ms)
     known = given_data(data)
     wants_repair(chosen.compensate, data is not None)
     own = plain(model)

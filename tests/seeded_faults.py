@@ -50,6 +50,20 @@ CALLS = "tests/field/test_example_calls.py"
 ATTENTION = "tests/field/test_attention"
 SOURCE = "tests/field/test_patched_source.py"
 FAULTS = [
+    # Data that a model makes itself.
+    Fault("synthetic", "_SHARE = 0.5", "_SHARE = 1.5", "tests/test_self_made.py"),
+    Fault(
+        "calibration",
+        "last = len(items) - (len(items) > 1)",
+        "last = len(items)",
+        "tests/test_self_made.py",
+    ),
+    Fault(
+        "shrinking",
+        "if not near <= far:\n            plan",
+        "if near <= far:\n            plan",
+        "tests/test_self_made.py",
+    ),
     # Budgets and frontiers.
     Fault(
         "allocate",
@@ -62,6 +76,74 @@ FAULTS = [
         "data = self.calibration if data is None else data",
         "pass",
         "tests/test_frontier.py",
+    ),
+    # Inputs made for floating-point data.
+    Fault(
+        "synthetic",
+        " + ((var + eps).sqrt() / scale - 1) ** 2",
+        "",
+        "tests/test_synthetic_vision.py -k reached",
+    ),
+    Fault(
+        "synthetic",
+        "RATE * work.scales[p][1]",
+        "RATE",
+        "tests/test_synthetic_vision.py -k reached",
+    ),
+    Fault(
+        "synthetic",
+        "int(min(examples, affordable / steps))",
+        "examples",
+        "tests/test_synthetic_vision.py -k fewer",
+    ),
+    Fault(
+        "synthetic",
+        "min((1, len(shape) - 1), key=lambda d: shape[d])",
+        "1",
+        "tests/test_synthetic_vision.py -k spatial",
+    ),
+    Fault(
+        "synthetic",
+        "order[: len(order) // 2], order[len(order) // 2 :]",
+        "order[len(order) // 2 :], order[: len(order) // 2]",
+        "tests/test_synthetic_vision.py -k tell",
+    ),
+    Fault(
+        "synthetic",
+        "% classes",
+        "% 1",
+        "tests/test_synthetic_vision.py -k sure",
+    ),
+    # Branches and widths in one problem; massive activations.
+    Fault(
+        "allocate",
+        "lost -= width_loss(self.chooser, plan, saved.own_groups(names))",
+        "pass",
+        "tests/test_branch_losses.py -k counts",
+    ),
+    Fault(
+        "allocate",
+        "return lost + width_loss(self.chooser, plan)",
+        "return width_loss(self.chooser, plan)",
+        "tests/test_branch_losses.py -k least",
+    ),
+    Fault(
+        "calibration",
+        "same = same - same.mean(means, keepdim=True) if means else torch.zeros_like(same)",
+        "pass",
+        "tests/test_branch_losses.py -k bias",
+    ),
+    Fault(
+        "latency",
+        "absent = np.array(sorted(narrowed.absent), dtype=np.int64)",
+        "absent = np.array([], dtype=np.int64)",
+        "tests/test_branch_losses.py -k time",
+    ),
+    Fault(
+        "calibration",
+        "found = torch.minimum(squares, most).mean(1)",
+        "break",
+        "tests/test_massive.py",
     ),
     # Fewer passes.
     Fault("calibration", "entry -= pair.lacking", "pass", "tests/test_windows.py"),
@@ -407,6 +489,18 @@ FAULTS = [
         "tests/test_structures.py -k weight_norm",
     ),
     Fault(
+        "allocate",
+        "(where.readers[number] / left) ** _CONVEXITY",
+        "(1 / left) ** _CONVEXITY",
+        "tests/test_allocations_default.py -k goes_last",
+    ),
+    Fault(
+        "allocate",
+        "key = 1 - (1 - share) ** where.nested[number] if nested else share",
+        "key = share",
+        "tests/test_allocations_default.py -k channels",
+    ),
+    Fault(
         "verify",
         "        return not self.message and self.excess <= 1",
         "        return not self.message",
@@ -441,6 +535,18 @@ FAULTS = [
         "numbers[at] = contraction.numbers[at]",
         "numbers[at] = -contraction.numbers[at]",
         "tests/test_compact.py",
+    ),
+    Fault(
+        "repair",
+        "shift = reader.outputs(torch.where(at, mean, 0.0))",
+        "shift = reader.outputs(torch.where(at, 0.0, mean))",
+        "tests/test_mean_correction.py",
+    ),
+    Fault(
+        "repair",
+        "if root in open_ and len(node.users) > 1:",
+        "if False:",
+        "tests/test_mean_correction.py -k in_place",
     ),
     # In the field.
     Fault(

@@ -422,7 +422,7 @@ def test_what_the_request_names_is_not_dropped() -> None:
     model, given = deep()
     analysis = depcut.analyze(model, given)
     for options in ({"ignore": "blocks.0.mlp.0"}, {"ratios": {"blocks.0.mlp.0": 0.5}}):
-        plan = analysis.plan(0.4, align=1, depth=True, **options)
+        plan = analysis.plan(0.4, align=1, depth=True, allocation="uniform", **options)
         assert "blocks.0.mlp" not in plan.dropped
         assert "blocks.1.attn" in plan.dropped
 
@@ -448,12 +448,6 @@ def test_an_analysis_names_its_branches() -> None:
     assert "residual branches (depth=True): a, b" in str(
         depcut.analyze(CASES["parallel"].build(), rows(2))
     )
-
-
-def test_time_is_no_budget_for_branches() -> None:
-    model, given = deep()
-    with pytest.raises(InputError, match="budget of time"):
-        depcut.shrink(model, 0.5, given, of="latency", depth=True)
 
 
 def test_a_budget_out_of_reach() -> None:

@@ -25,6 +25,7 @@ from torch.nn import functional
 
 import depcut
 from depcut.allocate import depth as search
+from depcut.allocate import judges
 from depcut.allocate.savings import Savings
 from depcut.branches.branch import bypass
 from depcut.calibration.sensitivity import sensitivities
@@ -143,8 +144,8 @@ def test_the_search_for_a_depth_judges_a_bounded_number_of_plans(
 ) -> None:
     monkeypatch.undo()
     judged: list[int] = []
-    plain = search.outputs_of
-    monkeypatch.setattr(search, "outputs_of", lambda *a: judged.append(1) or plain(*a))
+    plain = judges.outputs_of
+    monkeypatch.setattr(judges, "outputs_of", lambda *a: judged.append(1) or plain(*a))
     analysed("attention", 12).plan(depth=True)
     assert len(judged) <= 1 + 2 * (search._FIRST + 2 * search._LATER)
 

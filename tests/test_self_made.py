@@ -116,7 +116,7 @@ def test_drawn_weights_are_not_asked(asked: Asked) -> None:
 
 def test_the_plain_model_where_it_is_closer(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
     told = iter([0.5, 0.25])
-    monkeypatch.setattr("depcut.shrinking._change", lambda *_args: next(told))
+    monkeypatch.setattr("depcut.shrinking.smaller._change", lambda *_args: next(told))
     net = Net()
     slim = depcut.shrink(net, 0.5, X, align=1)
     assert len(asked) == 1

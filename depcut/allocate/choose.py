@@ -134,6 +134,11 @@ class Chooser:
         patterns = (*self.request.ignore, *self.request.ratios)
         return any(is_named(tensor, p) for p in patterns)
 
+    @property
+    def shares_of_outputs(self) -> bool:
+        """Whether scores are losses in shares of the outputs' variance on the data."""
+        return self.additive and score_name(self.request.score) == "obs"
+
     def meet(self, quantity: Cost, target: float, of: str) -> Counts:
         """Kept counts whose cost is as close to the target as steps allow.
 
@@ -254,7 +259,9 @@ class Chooser:
             # Few classes, some of large steps: of a mere order, most lengths miss the budget.
             counts = closest(where, self._losses(where, cost, of), cost, target, of)
         else:
-            sequence = order(self._allocation(of), where, self.scores, cost, self.additive)
+            sequence = order(
+                self._allocation(of), where, self.scores, cost, self.additive, of == "channels"
+            )
             counts = meet(where, sequence, cost, target, of)
         # An alignment is worth more than the rest of a budget.
         if of != "latency" and self.request.align == 1:
@@ -276,31 +283,25 @@ def criterion_or_default(
     return score
 
 
-def allocation_or_default(
-    allocation: str | None, score: str | Score | Criterion, of: str = ""
-) -> str:
-    """The allocation asked for; left open, "global" for latency and losses, else "uniform".
+def allocation_or_default(allocation: str | None, of: str = "") -> str:
+    """The allocation asked for; left open, "global", but "uniform" for channels.
 
     Args:
         allocation: "uniform", "global" or None.
-        score: The criterion.
         of: What is budgeted.
     """
     if allocation is not None:
         return allocation
-    return "global" if of == "latency" or is_additive(score) else "uniform"
+    return "uniform" if of == "channels" else "global"
 
 
-def check_budget(
-    ratio: float | None, of: str, latency_ms: float | None, depth: bool = False
-) -> str:
+def check_budget(ratio: float | None, of: str, latency_ms: float | None) -> str:
     """Refuse a budget that contradicts itself.
 
     Args:
         ratio: Fraction to remove, or None.
         of: What of.
         latency_ms: Milliseconds to come to, or None.
-        depth: Whether branches may be dropped.
 
     Returns:
         The quantity that is budgeted.
@@ -308,12 +309,6 @@ def check_budget(
     Raises:
         InputError: An argument has a wrong value, or two of them exclude each other.
     """
-    if depth and (of == "latency" or latency_ms is not None):
-        raise InputError(
-            "branches cannot be dropped for a budget of time: it is modelled for widths alone",
-            where="depth=",
-            remedy="use of='macs' or of='params', and measure with depcut.compare",
-        )
     if latency_ms is not None:
         if ratio is not None or of not in ("macs", "latency"):
             raise InputError(

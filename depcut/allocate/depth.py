@@ -4,18 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-
-from torch import nn
+from functools import partial
 
 from depcut.allocate.choose import Chooser
-from depcut.allocate.influence import (
-    Batch,
-    cheapest_first,
-    examples,
-    influence,
-    output_change,
-    outputs_of,
-)
+from depcut.allocate.judges import Judge, Names, PlanFor, branches_of, judge_of
 from depcut.allocate.savings import Savings
 from depcut.branches.branch import Block, Branch, Residuals, bypass
 from depcut.coupling.groups import Coupling
@@ -23,10 +15,8 @@ from depcut.errors import BudgetError, InputError
 from depcut.graph.liveness import Gone, gone
 from depcut.plan.cost import COSTS, ITEMS, NOTHING, dense_total
 from depcut.plan.data import PlanData
-from depcut.plan.keep import Keep
-from depcut.support.processes import ALONE, Processes
 
-Names = tuple[str, ...]
+_Judged = tuple[float, int, PlanData]
 
 _FIRST = 6  # lengths of a chain that are tried before the best is looked at more closely
 _LATER = 6
@@ -38,10 +28,12 @@ def depth_and_width(
     of: str,
     ratio: float,
 ) -> PlanData:
-    """The plan that drops as many branches as change the outputs least, and narrows the rest.
+    """The plan that drops the branches that cost least, and narrows the rest.
 
-    That is judged on the request's data, or on the captured inputs, which is weaker. A branch stays
-    if one of its parameters is named by ignore= or ratios=.
+    Where the scores are losses in shares of the outputs' variance ("obs" with data), the least sum
+    of the losses of branches and of widths wins. Else the change of the outputs before any repair,
+    on the request's data or on the captured inputs, which is weaker. A branch stays if one of its
+    parameters is named by ignore= or ratios=.
 
     Args:
         chooser: A request, resolved.
@@ -54,15 +46,7 @@ def depth_and_width(
         BudgetError: No number of branches and no widths meet the budget.
     """
     coupling = chooser.coupling
-    if coupling.program.others:
-        raise InputError(
-            "branches are dropped from the graph of one example call, and there are "
-            f"{len(coupling.program.examples)}",
-            where="depth=",
-            remedy="leave depth out, or pass one example call",
-        )
-    data = chooser.request.calibration
-    batches = [data.leaves(b) for b in data.batches] if data else []
+    refuse_several_calls(coupling)
     dense = dense_total(ITEMS[of](coupling, NOTHING))
     target = dense * (1 - ratio)
 
@@ -80,63 +64,62 @@ def depth_and_width(
         return replace(plan, dropped=tuple(sorted(names)))
 
     allowed = residuals.sparing(chooser.spares)
-    saved = Savings(coupling, allowed, of)
-    everyone = data.everyone if data else ALONE
-    batches = batches or examples(coupling)
-    kinds: list[Sequence[Branch | Block]] = [allowed.branches, allowed.blocks]
-    # Scored apart, as a block may have the name of a branch of its.
-    orders = [ranked(coupling, chooser.model, kind, saved, batches, everyone) for kind in kinds]
-    return plan_with_depth(coupling, chooser.model, allowed, plan_for, orders, batches, everyone)
+    judge = judge_of(chooser, allowed, partial(Savings, coupling, allowed, of), plan_for)
+    # Ranked apart, as a block may have the name of a branch of its.
+    orders = [judge.ranked(kind) for kind in (allowed.branches, allowed.blocks)]
+    return plan_with_depth(plan_for, orders, judge)
+
+
+def refuse_several_calls(coupling: Coupling) -> None:
+    """Refuse to drop branches of a model that was captured by several example calls.
+
+    Args:
+        coupling: The analysed model.
+
+    Raises:
+        InputError: There are several.
+    """
+    if coupling.program.others:
+        raise InputError(
+            "branches are dropped from the graph of one example call, and there are "
+            f"{len(coupling.program.examples)}",
+            where="depth=",
+            remedy="leave depth out, or pass one example call",
+        )
 
 
 def plan_with_depth(
-    coupling: Coupling,
-    model: nn.Module,
-    residuals: Residuals,
-    plan_for: Callable[[Names], PlanData | None],
-    orders: Sequence[Sequence[Branch | Block]],
-    batches: Sequence[Batch],
-    everyone: Processes = ALONE,
+    plan_for: PlanFor, orders: Sequence[Sequence[Branch | Block]], judge: Judge
 ) -> PlanData:
     """The best of the plans that drop the first d branches, or blocks, of an order.
 
     Of each order a handful of lengths is tried, d = 0 among them, then lengths between the best and
-    its neighbours; the plan whose outputs are closest to the dense model's (relative L2, before any
-    training) is taken.
+    its neighbours.
 
     Args:
-        coupling: The analysed model.
-        model: Its weights.
-        residuals: Branches and blocks.
         plan_for: The plan that meets the budget without these branches; None where dropping them
             removes more than is asked for.
         orders: Branches or blocks, in the order in which they go.
-        batches: Flat inputs.
-        everyone: The processes that share them.
+        judge: Of the plans.
 
     Raises:
         BudgetError: None of the plans meets the budget.
     """
-    dense = outputs_of(Keep(coupling, {}), model, batches)
-    known: dict[Names, tuple[float, int, PlanData] | None] = {}
+    known: dict[Names, _Judged | None] = {}
     problems: list[BudgetError] = []
 
-    def judge(names: Names) -> tuple[float, int, PlanData] | None:
+    def judged(names: Names) -> _Judged | None:
         if names not in known:
             try:
                 plan = plan_for(names)
             except BudgetError as problem:
                 problems.append(problem)
                 plan = None
-            known[names] = None
-            if plan is not None:
-                outputs = outputs_of(plan.keep(coupling, residuals), model, batches)
-                change = output_change(dense, outputs, everyone)
-                known[names] = (change, len(names), plan)
+            known[names] = None if plan is None else (judge.change(plan), len(names), plan)
         return known[names]
 
     for order in orders:
-        _search(_Chain(order), judge)
+        _search(_Chain(order), judged)
     results = [result for result in known.values() if result is not None]
     if not results:
         raise problems[0]
@@ -155,7 +138,7 @@ class _Chain:
         self.ends = [0]
         known: set[str] = set()
         for candidate in candidates:
-            fresh = [n for n in _branches(candidate) if n not in known]
+            fresh = [n for n in branches_of(candidate) if n not in known]
             known.update(fresh)
             self.names += fresh
             self.ends.append(len(self.names))
@@ -167,34 +150,7 @@ class _Chain:
         return tuple(self.names[: self.ends[length]])
 
 
-def ranked(
-    coupling: Coupling,
-    model: nn.Module,
-    candidates: Sequence[Branch | Block],
-    saved: Callable[[Names], float],
-    batches: Sequence[Batch],
-    everyone: Processes = ALONE,
-) -> list[Branch | Block]:
-    """Branches, or blocks, by their change of the stream for what they save, the least first.
-
-    Args:
-        coupling: The analysed model.
-        model: Its weights.
-        candidates: What can go.
-        saved: What dropping these branches saves of the budget.
-        batches: Flat inputs.
-        everyone: The processes that share them.
-    """
-    scores = influence(coupling, model, candidates, batches, everyone) if candidates else {}
-    gains = {c.name: saved(_branches(c)) for c in candidates}
-    return cheapest_first(candidates, scores, gains)
-
-
-def _branches(candidate: Branch | Block) -> Names:
-    return candidate.branches if isinstance(candidate, Block) else (candidate.name,)
-
-
-def _search(chain: _Chain, judge: Callable[[Names], tuple[float, int, PlanData] | None]) -> None:
+def _search(chain: _Chain, judge: Callable[[Names], _Judged | None]) -> None:
     """Judge some prefixes of a chain: spread out at first, then closer to the best."""
     last = len(chain) - 1
     tried = sorted({round(i * last / (_FIRST - 1)) for i in range(_FIRST)})

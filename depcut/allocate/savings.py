@@ -12,18 +12,24 @@ from depcut.axes import Dims
 from depcut.branches.branch import Residuals, bypass
 from depcut.coupling.groups import Coupling
 from depcut.graph.liveness import Losses, calls_of, enclosing
+from depcut.plan.cost import channel_families
+from depcut.plan.keep import Keep
 
 
 class Savings:
-    """The part of a budgeted quantity that goes with some branches, at dense widths.
+    """The part of a budgeted quantity that goes with some branches.
 
     Args:
         coupling: The analysed model.
         residuals: Its branches.
         of: "macs", "params" or "channels".
+        keep: The widths at which it goes; None: the dense ones.
     """
 
-    def __init__(self, coupling: Coupling, residuals: Residuals, of: str) -> None:
+    def __init__(
+        self, coupling: Coupling, residuals: Residuals, of: str, keep: Keep | None = None
+    ) -> None:
+        self.keep = keep or Keep(coupling, {})
         self.coupling, self.program, self.of = coupling, coupling.program, of
         self.branches = {b.name: b for b in residuals.branches}
         self.losses = Losses(self.program)
@@ -36,6 +42,7 @@ class Savings:
             if not any(n in self.losses.live for n in self._reads(name)):
                 for module in enclosing(name):
                     self.idle.setdefault(module, []).append(name)
+        self.families = channel_families(coupling)
         self.groups: dict[str, list[int]] = {}
         for group in coupling.groups:
             for tensor in {m.tensor for m in group.members}:
@@ -46,17 +53,29 @@ class Savings:
         lost = self.losses(bypass(self.branches[n] for n in names))
         if self.of == "macs":
             effects = [self.coupling.effects[n] for n in lost if n in self.coupling.effects]
-            return sum(_size(times, d) for e in effects for times, d in e.macs) / self.program.batch
+            return (
+                sum(self._size(times, d) for e in effects for times, d in e.macs)
+                / self.program.batch
+            )
         tensors = self._tensors(lost)
         if self.of == "params":
             aliases = self.program.aliases
             own = [n for n in tensors & self.program.parameters if aliases.get(n, (n,))[0] == n]
-            return sum(_size(1, self.coupling.dims[n]) for n in own)
-        return float(sum(self.coupling.groups[i].size for i in self._whole(tensors)))
+            return sum(self._size(1, self.coupling.dims[n]) for n in own)
+        whole, counts = set(self._whole(tensors)), self.keep.counts
+        families = (f for f in self.families if not whole.isdisjoint(f))
+        return float(sum(math.prod(int(counts[i]) for i in f) for f in families))
 
     def tensors(self, names: Sequence[str]) -> set[str]:
         """Parameters and buffers that nothing uses once these branches are dropped together."""
         return self._tensors(self.losses(bypass(self.branches[n] for n in names)))
+
+    def own_groups(self, names: Sequence[str]) -> list[int]:
+        """Numbers of the groups that are there for these branches alone."""
+        return self._whole(self.tensors(names))
+
+    def _size(self, times: float, dims: Dims) -> float:
+        return times * math.prod(self.keep.count(term) for term in dims)
 
     def _reads(self, name: str) -> Iterator[fx.Node]:
         """Nodes that stand for a tensor, under any of its names."""
@@ -83,7 +102,3 @@ class Savings:
 def _modules(node: fx.Node) -> set[str]:
     """Modules that a node does something in."""
     return {entry.partition("@")[0] for entry in calls_of(node)}
-
-
-def _size(times: float, dims: Dims) -> float:
-    return times * math.prod(term.size for term in dims)

@@ -28,12 +28,14 @@ from depcut.reference.run import Reference, Tensors
 _TINY = 1e-30
 _PART = 2**21  # numbers
 
+Features = int | tuple[int, ...] | None
+
 
 def sensitivities(
     coupling: Coupling,
     model: nn.Module | Tensors,
     calibration: Calibration,
-    features: Mapping[fx.Node, int | None],
+    features: Mapping[fx.Node, Features],
 ) -> dict[fx.Node, torch.Tensor]:
     """Mean squared derivative of the outputs with respect to what nodes compute.
 
@@ -47,7 +49,8 @@ def sensitivities(
         model: The model; it is only read.
         calibration: The batches; one probe each.
         features: The nodes, each with the dimension of its features (negative), or None where an
-            error in it is only known as a share of its variance.
+            error in it is only known as a share of its variance; or several such dimensions, where
+            it is the share that deviates from the mean over all others.
 
     Returns:
         For each node, in double precision: by feature, the sum of squared derivatives over all
@@ -96,7 +99,7 @@ class Sensitivity:
         coupling: Coupling,
         model: nn.Module | Tensors,
         calibration: Calibration,
-        features: Mapping[fx.Node, int | None],
+        features: Mapping[fx.Node, Features],
     ) -> None:
         self.coupling, self.model, self.calibration = coupling, model, calibration
         self.features = features
@@ -236,12 +239,16 @@ def _spread(value: torch.Tensor) -> float:
     return sum(float((part.double() - mean).square_().sum()) for part in parts)
 
 
-def _by_feature(value: torch.Tensor, squares: torch.Tensor, dim: int | None) -> torch.Tensor:
-    """Sum over everything but the features; without such, weighted by the variance."""
+def _by_feature(value: torch.Tensor, squares: torch.Tensor, dim: Features) -> torch.Tensor:
+    """Sum over everything but the features; without one, weighted by the variance."""
     # Sums of what is not negative: in single precision, torch's lose few bits.
     exact = torch.promote_types(squares.dtype, torch.float32)
     if dim is None:
-        flat = value.to(exact).flatten(0, -2)
-        return ((flat - flat.mean(0)).square_() * squares.flatten(0, -2)).sum().double()
+        dim = (-1,)
+    if isinstance(dim, tuple):
+        means = [d for d in range(value.ndim) if d - value.ndim not in dim]
+        same = value.to(exact)
+        same = same - same.mean(means, keepdim=True) if means else torch.zeros_like(same)
+        return (same.square_() * squares).sum().double()
     others = [d for d in range(squares.ndim) if d != dim % squares.ndim]
     return (squares.sum(others, dtype=exact) if others else squares).double()

@@ -41,7 +41,7 @@ def _declare(command: Command) -> None:
 def _run(options: argparse.Namespace, output: Output) -> None:
     chosen, ratios = options_of(options), options.at or RATIOS
     for ratio in ratios:
-        check_budget(ratio, chosen.of, chosen.latency_ms, chosen.depth)
+        check_budget(ratio, chosen.of, chosen.latency_ms)
     dense = dense_model(options)
     loss: Any = options.loss
     if loss not in (None, "model"):

@@ -20,7 +20,7 @@ from depcut.cli.streamed import shrink_streamed, too_large
 from depcut.cli.timed import placed, timing_of
 from depcut.cli.written import check_folder, write_slim
 from depcut.errors import InputError
-from depcut.shrinking import smaller
+from depcut.shrinking.smaller import smaller
 from depcut.timing.comparison import compare
 
 _NONE = "none"
@@ -55,7 +55,7 @@ def _run(options: argparse.Namespace, output: Output) -> None:
     otherwise: Any = None if options.data == _NONE else AUTO
     options.data = None if options.data in (AUTO, _NONE) else options.data
     chosen = options_of(options)
-    check_budget(options.ratio, chosen.of, chosen.latency_ms, chosen.depth)
+    check_budget(options.ratio, chosen.of, chosen.latency_ms)
     streamed = too_large(options, chosen)
     if streamed is not None:
         shrink_streamed(streamed, options, chosen, output)

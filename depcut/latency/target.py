@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from torch import nn
 from depcut.allocate.choose import Chooser
 from depcut.allocate.space import Counts
 from depcut.apply.plan import Plan
+from depcut.branches.branch import Residuals
 from depcut.errors import BudgetError
+from depcut.latency.branches import Widths, widths_without_branches
 from depcut.latency.measure import Bench
 from depcut.latency.model import LatencyModel
 
@@ -34,6 +37,16 @@ class Goal:
 
     ratio: float | None = None
     seconds: float | None = None
+
+    @staticmethod
+    def of(ratio: float | None, milliseconds: float | None) -> Goal:
+        """A share to remove, or a time in milliseconds.
+
+        Args:
+            ratio: See `Goal`.
+            milliseconds: To come to, or None.
+        """
+        return Goal(ratio, None if milliseconds is None else 1e-3 * milliseconds)
 
     def share(self, dense_seconds: float) -> float:
         """Share of the dense model's time that may be left."""
@@ -63,13 +76,14 @@ class _Try:
 class _Attempts:
     """Candidates for one goal, each measured beside the dense model."""
 
-    def __init__(self, model: nn.Module, bench: Bench, chooser: Chooser, goal: Goal) -> None:
-        self.model, self.bench, self.chooser, self.goal = model, bench, chooser, goal
+    def __init__(self, model: nn.Module, bench: Bench, widths: Widths, goal: Goal) -> None:
+        self.model, self.bench, self.goal = model, bench, goal
+        self.widths, self.chooser = widths, widths.chooser
         self.tried: list[_Try] = []
 
     def measure(self, counts: Counts) -> _Try:
         """Make and time the model with these counts."""
-        chosen = self.chooser.plan(counts, self.goal.settings)
+        chosen = self.widths.plan(counts, self.goal.settings)
         plan = Plan.of(chosen, self.chooser.coupling, self.model)
         beside = self.bench.beside(self.bench.written(plan.apply(self.model)), _ROUNDS)
         share = self.goal.share(beside.dense_seconds)
@@ -93,6 +107,7 @@ def plan_for_latency(
     chooser: Chooser,
     times: LatencyModel,
     goal: Goal,
+    residuals: Residuals | None = None,
     *,
     progress: bool = True,
 ) -> Plan:
@@ -104,6 +119,7 @@ def plan_for_latency(
         chooser: The request, resolved.
         times: Time as a function of the kept counts.
         goal: What time to come to.
+        residuals: Branches that may go; None: widths alone meet the time.
         progress: Whether to say on standard error what is being measured.
 
     Returns:
@@ -128,19 +144,24 @@ def plan_for_latency(
                 where=f"latency_ms={1e3 * (goal.seconds or 0):.4g}",
                 remedy="pass less than that",
             )
-        attempts = _Attempts(model, bench, chooser, goal)
         aim = goal.share(dense) * times.dense_seconds
+        widths = Widths(chooser, times.cost)
+        if residuals is not None:
+            with suppress(BudgetError):  # too fast even so: what can be reached is measured
+                widths = widths_without_branches(chooser, residuals, times.cost, aim)
+        attempts = _Attempts(model, bench, widths, goal)
         for number in range(_TRIES):
             status.update(f"measuring candidate {number + 1}")
-            counts = _counts(attempts, times, aim)
+            counts = _counts(attempts, aim)
             if counts is None:
                 break
             attempt = attempts.measure(counts)
             if abs(attempt.miss) <= _CLOSE:
                 break
-            aim = times.cost(attempt.counts) / (1 + attempt.miss)
-        if attempts.best.miss > _MISSED and not attempts.knows(chooser.smallest()):
-            attempts.measure(chooser.smallest())
+            aim = widths.cost(attempt.counts) / (1 + attempt.miss)
+        least = widths.chooser.smallest()
+        if attempts.best.miss > _MISSED and not attempts.knows(least):
+            attempts.measure(least)
     best = attempts.best
     if all(attempt.miss > _MISSED for attempt in attempts.tried):
         raise _unreachable(min(attempts.tried, key=lambda attempt: attempt.ratio), goal)
@@ -154,7 +175,7 @@ def plan_for_latency(
     measured = {
         "dense_ms": 1e3 * best.dense_seconds,
         "measured_ms": 1e3 * best.ratio * best.dense_seconds,
-        "predicted_ms": 1e3 * times.cost(best.counts) / times.dense_seconds * best.dense_seconds,
+        "predicted_ms": 1e3 * widths.cost(best.counts) / times.dense_seconds * best.dense_seconds,
         "candidates": len(attempts.tried),
         "threads": times.threads,
         "runtime": times.runtime,
@@ -163,17 +184,17 @@ def plan_for_latency(
     return replace(best.plan, settings={**best.plan.settings, "latency": measured})
 
 
-def _counts(attempts: _Attempts, times: LatencyModel, aim: float) -> Counts | None:
+def _counts(attempts: _Attempts, aim: float) -> Counts | None:
     """What to measure next; None if nothing is left to try."""
-    chooser = attempts.chooser
+    chooser, cost = attempts.chooser, attempts.widths.cost
     try:
-        counts = chooser.meet(times.cost, aim, "latency")
+        counts = chooser.meet(cost, aim, "latency")
     except BudgetError:
         counts = chooser.smallest()
     if attempts.knows(counts) and not _is_least(counts, chooser):
         best, tried = attempts.best, [attempt.counts for attempt in attempts.tried]
-        goal = times.cost(best.counts) / (1 + best.miss)
-        return chooser.nudged(times.cost, best.counts, goal, tried)
+        goal = cost(best.counts) / (1 + best.miss)
+        return chooser.nudged(cost, best.counts, goal, tried)
     return None if attempts.knows(counts) else counts
 
 

@@ -6,13 +6,15 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from depcut.allocate.choose import Chooser
-from depcut.allocate.depth import Names, plan_with_depth, ranked
-from depcut.allocate.influence import examples
+from depcut.allocate.depth import plan_with_depth
+from depcut.allocate.judges import Names, judge_of
 from depcut.allocate.savings import Savings
 from depcut.branches.branch import Block, Branch, Residuals, bypass
+from depcut.errors import InputError
 from depcut.graph.liveness import gone
 from depcut.plan.cost import COSTS, ITEMS, NOTHING, dense_total
 from depcut.plan.data import PlanData
@@ -20,7 +22,6 @@ from depcut.plan.stacks import REBUILD
 from depcut.rebuild.choose import within
 from depcut.rebuild.layers import Droppable, fits
 from depcut.rebuild.rebuilding import Rebuilding
-from depcut.support.processes import ALONE
 
 _MISS = 0.03  # share of the dense quantity by which fewer layers may miss a budget widths meet
 
@@ -33,7 +34,7 @@ def layers_and_width(
     ratio: float,
     of: str,
 ) -> PlanData:
-    """The plan that drops as many layers as change the outputs least, and narrows the others.
+    """The plan that drops the layers that cost least, and narrows the others.
 
     It is judged as `depcut.allocate.depth.depth_and_width` does. A layer stays if one of its
     parameters is named by ignore= or ratios=.
@@ -50,9 +51,6 @@ def layers_and_width(
         BudgetError: No number of layers and no widths meet the budget.
     """
     coupling = chooser.coupling
-    data = chooser.request.calibration
-    everyone = data.everyone if data else ALONE
-    batches = [data.leaves(b) for b in data.batches] if data else examples(coupling)
     dense = dense_total(ITEMS[of](coupling, NOTHING))
     target = dense * (1 - ratio)
 
@@ -86,10 +84,30 @@ def layers_and_width(
         for block in found.values()
         if known.issuperset(block.branches)
     ]
-    saved = Savings(coupling, allowed, of)
-    order = ranked(coupling, chooser.model, blocks, saved, batches, everyone)
-    orders = [_last_first(layers, _one_of_each(rebuilding, layers, order))]
-    return plan_with_depth(coupling, chooser.model, residuals, plan_for, orders, batches, everyone)
+    judge = judge_of(chooser, allowed, partial(Savings, coupling, allowed, of), plan_for)
+    orders = [_last_first(layers, _one_of_each(rebuilding, layers, judge.ranked(blocks)))]
+    return plan_with_depth(plan_for, orders, judge)
+
+
+def timed(residuals: Residuals, rebuilding: Rebuilding | None) -> Residuals:
+    """The branches that may go where time is budgeted.
+
+    Args:
+        residuals: The model's branches.
+        rebuilding: What the class can express, where it is to be built anew.
+
+    Raises:
+        InputError: It is: whole layers go for a budget of a count alone.
+    """
+    if rebuilding is not None:
+        raise InputError(
+            "whole layers of a class that is built from its config cannot be dropped for a budget "
+            "of time",
+            where="depth=",
+            remedy="use of='macs' or of='params' and measure with depcut.compare, or pass "
+            "rebuildable=False, which drops branches",
+        )
+    return residuals
 
 
 def _one_of_each(

@@ -12,6 +12,7 @@ from torch import fx
 
 from depcut.axes import Indices
 from depcut.calibration.inputs import Inputs
+from depcut.calibration.levels import level
 from depcut.calibration.products import single_is_kept
 from depcut.coupling.groups import Group
 from depcut.ops.site import Site
@@ -83,9 +84,9 @@ def _reader(
     """Sites with the same inputs and columns of a group as one reader."""
     inputs, centred = gathered.inputs[sites[0]], sites[0].takes_shift
     square, whole = inputs.squares(centred), inputs.squares(False)
-    level = square.mean(1)
-    level = level.clamp_min(1e-6 * float(level.max()) + _TINY)
-    damping = _DAMPING * level + _NOISE * whole.mean(1)
+    own = level(square)
+    own = own.clamp_min(1e-6 * float(own.max()) + _TINY)
+    damping = _DAMPING * own + _NOISE * whole.mean(1)
     scaled = [_Scaled.of(gathered.weights[s], felt.get(s.node), inputs, centred) for s in sites]
     # Constant inputs carry nothing that a bias does not.
     for weight in scaled:

@@ -76,7 +76,7 @@ def shrink_checkpoint(
         DepcutError: The model cannot be captured, or a file not be written.
     """
     chosen = settled(Options, options, given, CheckpointKeywords, "shrink_checkpoint")
-    check_budget(ratio, chosen.of, chosen.latency_ms, chosen.depth)
+    check_budget(ratio, chosen.of, chosen.latency_ms)
     repairs = wants_repair(chosen.compensate, data is not None)
     source = Source(check_path(src, "src"))
     _check_apart(source.folder, check_path(dst, "dst"))

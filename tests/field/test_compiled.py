@@ -57,7 +57,11 @@ def test_a_wrapped_model_gives_a_plain_one(name: str) -> None:
     wrapped = WRAPPERS[name](net)
     plan = depcut.analyze(wrapped, X).plan(0.5)
     loaded = depcut.Plan.of(plan, None, None)  # type: ignore[arg-type]  # as one from a file
-    for slim in (depcut.shrink(wrapped, 0.5, X), plan.apply(wrapped), loaded.apply(wrapped, X)):
+    for slim in (
+        depcut.shrink(wrapped, 0.5, X, data=None),
+        plan.apply(wrapped),
+        loaded.apply(wrapped, X),
+    ):
         assert type(slim) is Net
         assert slim.body[0].out_features == 8
         (note,) = depcut.report(slim).notes

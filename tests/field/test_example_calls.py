@@ -428,8 +428,8 @@ def test_budgets(of: str, allocation: str) -> None:
     analysis = analysed()
     plan = analysis.plan(0.5, of=of, allocation=allocation, align=1)
     removed = 1 - plan.keep().counts / np.array([g.size for g in analysis.groups])
-    assert abs(getattr(plan, of) / getattr(analysis, of) - 0.5) < 0.05
-    assert (removed > 0.1).all()  # the arm that costs the first call nothing shrinks along
+    assert abs(getattr(plan, of) / getattr(analysis, of) / 0.5 - 1) <= 0.005
+    assert removed[-1] > 0.1  # the arm that costs the first call nothing shrinks along
 
 
 @pytest.mark.parametrize("score", ["taylor", "hessian", "grasp", "obs", "wanda"])

@@ -50,7 +50,7 @@ def images(seed: int = 0) -> tuple[list[torch.Tensor]]:
 def test_a_part_alone_becomes_smaller_in_the_whole() -> None:
     net, inputs = detector(), images()
     before = [t.clone() for t in net.state_dict().values()]
-    slim = depcut.shrink(net, 0.4, inputs, part="backbone", ignore=("backbone.3",))
+    slim = depcut.shrink(net, 0.4, inputs, data=None, part="backbone", ignore=("backbone.3",))
     assert type(slim) is Detector
     assert slim.backbone[0].out_channels < 16
     assert slim.backbone[3].out_channels == 32

@@ -40,7 +40,7 @@ def assert_agrees(slim: Any) -> None:
 def test_a_small_resnet() -> None:
     dense = made("resnet10t", num_classes=7)
     before = copy.deepcopy(dense.feature_info)
-    slim = depcut.shrink(dense, 0.5, X)
+    slim = depcut.shrink(dense, 0.5, X, data=None)
     assert_agrees(slim)
     assert slim.num_features < dense.num_features == 512
     assert dense.feature_info == before
@@ -86,7 +86,7 @@ def test_a_backbone_in_another_model() -> None:
 @pytest.mark.sweep
 def test_features_only() -> None:
     dense = made("mobilenetv3_small_050", features_only=True, out_indices=(1, 3))
-    slim = depcut.shrink(dense, 0.5, X)
+    slim = depcut.shrink(dense, 0.5, X, data=None)
     with torch.no_grad():
         assert [f.shape[1] for f in slim(X)] == slim.feature_info.channels()
     assert slim.feature_info.channels() == dense.feature_info.channels()
@@ -114,7 +114,7 @@ class Rigid(nn.Module):
 
 
 def test_a_reset_that_cannot_follow_is_told() -> None:
-    slim = depcut.shrink(Rigid().eval(), 0.5, torch.randn(2, 4))
+    slim = depcut.shrink(Rigid().eval(), 0.5, torch.randn(2, 4), data=None)
     assert slim.num_features == 8
     (note,) = depcut.report(slim).notes
     assert "reset_classifier does not work on the model" in note

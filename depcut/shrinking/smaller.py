@@ -1,4 +1,4 @@
-"""From an analysed model to the smaller one: on the data there is, or on what the model gives."""
+"""The smaller model of an analysis: by data, by what the model makes itself, or by its weights."""
 
 from __future__ import annotations
 
