@@ -45,6 +45,7 @@ class Fault:
 LATER = "tests/field/test_later_calls.py -k"
 FIRST = "tests/field/test_transformers_call.py"
 RULES = "tests/test_rules.py -k"
+TEXTS = "tests/test_synthetic_texts.py -k"
 CALLS = "tests/field/test_example_calls.py"
 ATTENTION = "tests/field/test_attention"
 SOURCE = "tests/field/test_patched_source.py"
@@ -75,6 +76,43 @@ FAULTS = [
         "data = self.calibration if data is None else data",
         "pass",
         "tests/test_frontier.py",
+    ),
+    # Inputs made for floating-point data.
+    Fault(
+        "synthetic",
+        " + ((var + eps).sqrt() / scale - 1) ** 2",
+        "",
+        "tests/test_synthetic_vision.py -k reached",
+    ),
+    Fault(
+        "synthetic",
+        "RATE * work.scales[p][1]",
+        "RATE",
+        "tests/test_synthetic_vision.py -k reached",
+    ),
+    Fault(
+        "synthetic",
+        "int(min(examples, affordable / steps))",
+        "examples",
+        "tests/test_synthetic_vision.py -k fewer",
+    ),
+    Fault(
+        "synthetic",
+        "min((1, len(shape) - 1), key=lambda d: shape[d])",
+        "1",
+        "tests/test_synthetic_vision.py -k spatial",
+    ),
+    Fault(
+        "synthetic",
+        "order[: len(order) // 2], order[len(order) // 2 :]",
+        "order[len(order) // 2 :], order[: len(order) // 2]",
+        "tests/test_synthetic_vision.py -k tell",
+    ),
+    Fault(
+        "synthetic",
+        "% classes",
+        "% 1",
+        "tests/test_synthetic_vision.py -k sure",
     ),
     # Branches and widths in one problem; massive activations.
     Fault(
@@ -162,6 +200,36 @@ FAULTS = [
         "closed = {name_now(name, stacks) for name in generated}",
         "closed: set[str] = set()",
         "tests/test_sharding.py -k generated",
+    ),
+    # Texts that are made.
+    Fault(
+        "synthetic",
+        "if not whole or leaf.ndim != 2 or _counts(leaf):",
+        "if not whole or leaf.ndim != 2:",
+        f"{TEXTS} positions",
+    ),
+    Fault(
+        "synthetic",
+        "changed[:, half:] = (changed[:, half:] + 1",
+        "changed[:, half:] = (changed[:, half:] - tokens.size // 3",
+        f"{TEXTS} tried",
+    ),
+    Fault(
+        "synthetic",
+        "draw(logits[:, known - 1], self.generator)",
+        "draw(logits[:, 0], self.generator)",
+        f"{TEXTS} likely",
+    ),
+    Fault("synthetic", "torch.where(chosen, new, ids), float(", "ids, float(", f"{TEXTS} moves"),
+    Fault(
+        "synthetic", "met = far >= _UNUSED * far.median()", "met = far >= 0", f"{TEXTS} left_out"
+    ),
+    Fault("synthetic", "if not bool(shared > _COMMON):", "if True:", f"{TEXTS} rarer"),
+    Fault(
+        "synthetic",
+        "inside = torch.arange(length) < ends[:, None]",
+        "inside = torch.arange(length) <= ends[:, None]",
+        f"{TEXTS} padded",
     ),
     # Later calls.
     Fault("coupling", "for leaf in tables - read:", "for leaf in ():", f"{LATER} rows"),

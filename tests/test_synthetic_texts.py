@@ -16,7 +16,7 @@ from depcut.synthetic.prediction import draw, prediction
 from depcut.synthetic.sampled import sampled
 from depcut.synthetic.subject import Made, Subject
 from depcut.synthetic.texts import LENGTH, Texts, token_inputs
-from depcut.synthetic.tokens import known_tokens, tokens
+from depcut.synthetic.tokens import chances, known_tokens, tokens
 
 ROW = torch.tensor([[0.7, 0.2, 0.1, 0.0], [0.1, 0.1, 0.8, 0.0], [0.5, 0.3, 0.2, 0.0]])
 CHAIN = torch.cat([ROW, torch.tensor([[0.3, 0.3, 0.4, 0.0]])])
@@ -77,9 +77,13 @@ def texts_of(subject: Subject) -> Texts:
     return Texts(subject, subject.own_model(), token_inputs(subject))
 
 
-def ids_of(made: Made | None) -> Tensor:
+def together(made: Made | None) -> list[Tensor]:
     assert made is not None
-    return torch.cat([item[0] for item in made.items])
+    return [torch.cat(tensors) for tensors in zip(*made.items, strict=True)]
+
+
+def ids_of(made: Made | None) -> Tensor:
+    return together(made)[0]
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -104,9 +108,7 @@ def test_positions_and_token_types_are_no_tokens() -> None:
 
 def test_positions_go_on_and_masks_stay_ones_in_longer_texts() -> None:
     inputs = {"ids": drawn(), "places": torch.arange(12).expand(2, -1), "mask": torch.ones(2, 12)}
-    made = sampled(subject_of(Reader(), inputs))
-    assert made is not None
-    ids, places, mask = made.items[0]
+    ids, places, mask = together(sampled(subject_of(Reader(), inputs)))
     assert ids.shape == places.shape == mask.shape == (8, LENGTH // 4)  # of 40 positions
     assert torch.equal(places, torch.arange(LENGTH // 4).expand(8, -1))
     assert bool((mask == 1).all())
@@ -191,11 +193,18 @@ def test_tokens_that_training_did_not_meet_are_left_out() -> None:
     assert set(ids_of(tokens(texts.subject)).flatten().tolist()) <= set(ids.tolist())
 
 
+def test_tokens_are_rarer_along_the_direction_that_embeddings_share() -> None:
+    table = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    assert len(chances(table - table.mean(0)).unique()) == 1
+    table[:, 0] = torch.arange(50) / 5
+    likely = chances(table)
+    assert float(likely[:10].mean()) > 1.5 * float(likely[-10:].mean())
+
+
 def test_half_of_the_texts_are_padded_by_the_mask() -> None:
     net = Reader(head=False)
-    made = tokens(subject_of(net, {"ids": drawn(), "mask": torch.ones(2, 12, dtype=torch.int64)}))
-    assert made is not None
-    mask = made.items[0][1]
+    inputs = {"ids": drawn(), "mask": torch.ones(2, 12, dtype=torch.int64)}
+    _, mask = together(tokens(subject_of(net, inputs, examples=64)))
     ends = mask.sum(1)
     assert bool((mask.diff(dim=1) <= 0).all()), "a token behind the end counts"
     assert bool((ends[::2] == mask.shape[1]).all())
@@ -238,7 +247,7 @@ def _transformers() -> dict[str, nn.Module]:
 def test_transformers_classes_as_they_come() -> None:
     zoo.libraries()
     for name, model in _transformers().items():
-        subject = subject_of(model, None, examples=4)
+        subject = subject_of(model, None, examples=1)
         made = make(subject)
         assert made is not None, name
         assert made.recipe.startswith(name.partition(" ")[0]), (name, made.recipe)
@@ -246,4 +255,4 @@ def test_transformers_classes_as_they_come() -> None:
         assert all(bool(o.isfinite().all()) for o in outputs if isinstance(o, Tensor)), name
         again = make(subject)
         assert again is not None
-        assert torch.equal(ids_of(made), ids_of(again)), name
+        assert torch.equal(made.items[0][0], again.items[0][0]), name

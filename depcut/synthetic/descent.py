@@ -19,6 +19,7 @@ STEPS, FEWEST_STEPS = 200, 60
 RATE = 0.1  # of Adam, by the standard deviation of the noise; falls to zero along a half cosine
 PROBED = 4  # rows by which time and memory are told
 TIED = 1.1  # a scale is preferred to later ones up to so many times the least objective
+PROBE = 0.05  # share of the time that one step of a whole group may take to be timed
 SPARE = 0.9  # share of the time that is planned with
 
 Objective = Callable[[Leaves], Tensor]  # of flat inputs: a scalar tensor
@@ -80,24 +81,32 @@ def probed(
     Returns:
         None where they suffice for nothing, or the objective is not finite.
     """
-    rows, seconds = plan.rows or PROBED, math.inf
+    rows = plan.rows or PROBED
     values: list[float] = []
-    for tried in (scales[0], *scales):  # the very first step does more, and is not counted
-        generator = subject.generator(1)
+
+    def seconds_of(rows: int, tried: Scales) -> float:
+        """Of one step, whose objective is noted."""
+        generator, start = subject.generator(1), time.monotonic()
         made = plan.noise(rows, generator, tried)
-        start = time.monotonic()
         value = _differentiated(objective, plan, plan.leaves(made, generator), made)
         values.append(value if math.isfinite(value) else math.inf)
-        seconds = min(seconds, time.monotonic() - start)
-    least = min(values[1:])
+        return time.monotonic() - start
+
+    seconds_of(rows, scales[0])  # it does more than those that follow
+    values.clear()
+    seconds = min(seconds_of(rows, tried) for tried in scales) / rows
+    least = min(values)
     if least == math.inf:
         return None
-    chosen = next(i for i, v in enumerate(values[1:]) if v <= TIED * least)
-    device = next(iter(made.values())).device
-    affordable = max(subject.left, 0.0) * SPARE * rows / max(seconds, 1e-9)
-    fitting = rows_that_fit(nbytes(), rows, device)
+    chosen = scales[next(i for i, v in enumerate(values) if v <= TIED * least)]
+    fitting = rows_that_fit(nbytes(), rows, subject.leaves[plan.made[0]].device)
+    group = max(2, min(ROWS, fitting))
+    if plan.rows is None and seconds * group < PROBE * subject.left:
+        # Few rows take more time each than a group of them does.
+        seconds = min(seconds, seconds_of(group, chosen) / group)
+    affordable = max(subject.left, 0.0) * SPARE / max(seconds, 1e-9)
     work = planned(subject.examples, affordable, fitting, plan.rows, steps)
-    return work and replace(work, scales=scales[chosen])
+    return work and replace(work, scales=chosen)
 
 
 def planned(

@@ -147,7 +147,8 @@ class _Maker:
             rows = len(scores)
             wanted = (torch.arange(rows, device=scores.device) + number * rows) % classes
             unit = {p: (leaves[p].float() - m) / s for p, (m, s) in scales.items()}
-            return functional.cross_entropy(scores, wanted) + ROUGHNESS * roughness(unit).to(scores)
+            sure: Tensor = functional.cross_entropy(scores, wanted)
+            return sure + ROUGHNESS * roughness(unit).to(scores)
 
         return objective
 

@@ -12,13 +12,15 @@ from depcut.synthetic.subject import Leaves, Made, Subject
 from depcut.synthetic.texts import Texts, TokenInput, fixed_tokens, token_inputs
 
 _UNUSED = 0.5  # of the median distance of embeddings from their mean: what training moved little
+_COMMON = 2.0  # times the squared mean of independent embeddings: more is a direction they share
+_OFFSET = 2.7  # of ranks (Mandelbrot 1953, the middle of the range for texts)
 
 Ids = torch.Tensor
 
 
 @preserved()
 def tokens(subject: Subject) -> Made | None:
-    """Texts of tokens that the training has met, each as likely as all others.
+    """Texts of tokens that the training has met, the likelier the more frequent they seem.
 
     A row of a table that no text of the training chose stays near where it was at the start, or is
     drawn to nothing by weight decay: it is near the mean of all rows.
@@ -37,7 +39,10 @@ def tokens(subject: Subject) -> Made | None:
     if lengths is None:
         return None
     generator = subject.generator(4)
-    known = {t.leaf: known_tokens(texts, t) for t in inputs}
+    known = {}
+    for t in inputs:
+        found = known_tokens(texts, t)
+        known[t.leaf] = found, chances(texts.table(t)[found].float())
     items: list[Leaves] = []
     for rows in subject.chunks():
         began, count = time.monotonic(), texts.rows(rows)
@@ -52,11 +57,11 @@ def tokens(subject: Subject) -> Made | None:
             break
     first = inputs[0]
     count = sum(len(item[first.leaf]) for item in items)
-    used = len(known[first.leaf])
+    used = len(known[first.leaf][0])
     return Made(
         tuple(items),
         f"tokens drawn one by one, {count} sequences of {lengths[first.leaf]} tokens",
-        f"of {used} of the {first.size} tokens, those that training moved",
+        f"they are of {used} of the {first.size} tokens, those that training moved",
     )
 
 
@@ -73,6 +78,25 @@ def known_tokens(texts: Texts, tokens: TokenInput) -> Ids:
     met[list(fixed_tokens(texts, tokens).values())] = False
     ids = met.nonzero()[:, 0]
     return ids if len(ids) else torch.arange(tokens.size, device=table.device)
+
+
+def chances(table: torch.Tensor) -> torch.Tensor:
+    """How likely tokens are to be drawn, by what their embeddings tell of their frequencies.
+
+    Rare tokens are pushed along one direction that all embeddings then share (Gao et al., ICLR
+    2019, "Representation degeneration problem in training natural language generation models").
+    By their order along it, chances follow the law of Zipf and Mandelbrot; where embeddings share
+    no direction, all are alike.
+
+    Args:
+        table: (tokens, width), of tokens that the training has met.
+    """
+    mean = table.mean(0)
+    shared = mean.square().sum() * len(table) / table.square().sum(1).mean()
+    if not bool(shared > _COMMON):
+        return torch.ones(len(table))
+    ranks = (table @ mean).argsort().argsort().cpu()
+    return 1 / (ranks + _OFFSET)
 
 
 def _lengths(texts: Texts) -> dict[int, int] | None:
@@ -95,12 +119,15 @@ def _lengths(texts: Texts) -> dict[int, int] | None:
 def _drawn(
     texts: Texts,
     tokens: TokenInput,
-    known: Ids,
+    known: tuple[Ids, torch.Tensor],
     shape: tuple[int, int],
     generator: torch.Generator,
 ) -> Ids:
-    drawn = torch.randint(len(known), shape, generator=generator).to(known.device)
-    ids = known[drawn].to(texts.device)
+    found, likely = known
+    sums = likely.double().cumsum(0)
+    drawn = torch.rand(shape, generator=generator, dtype=torch.float64) * sums[-1]
+    places = torch.searchsorted(sums, drawn).clamp(max=len(found) - 1)
+    ids = found[places.to(found.device)].to(texts.device)
     for place, token in fixed_tokens(texts, tokens).items():
         ids[:, place] = token
     return ids
