@@ -48,7 +48,7 @@ VARIANTS: dict[str, Variant] = {
     "default": ({}, nullcontext),
     "uniform": ({"allocation": "uniform"}, nullcontext),
     "global, one reader": ({"allocation": "global"}, one_reader),
-    "default, compensate=False": ({"compensate": False}, nullcontext),
+    "default, compensate=False": ({"compensate": False}, nullcontext),  # differs with batch norms
 }
 
 

@@ -490,8 +490,8 @@ FAULTS = [
     ),
     Fault(
         "allocate",
-        "(where.readers[number] / left) ** _CONVEXITY",
-        "(1 / left) ** _CONVEXITY",
+        "gone *= float(where.readers[number]) ** _COHERENCE",
+        "pass",
         "tests/test_allocations_default.py -k goes_last",
     ),
     Fault(

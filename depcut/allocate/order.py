@@ -17,6 +17,7 @@ from depcut.plan.cost import Cost
 
 ALLOCATIONS = ("uniform", "global")
 
+_COARSE = 1 / 3  # 1: a step costs what it saves; 0: what all of its group saves
 _LAST = 1e30
 _LAST_SHARE = 0.1  # of a group's units; removed only when the budget cannot be met otherwise
 
@@ -62,8 +63,8 @@ def order(
         if allocation == "uniform":
             key = 1 - (1 - share) ** where.nested[number] if nested else share
         else:
-            # What counts is the share of a group, unless losses are absolute.
-            amount = step if additive else size
+            # What counts is rather the share of a group, unless losses are absolute.
+            amount = step if additive else step**_COARSE * size ** (1 - _COARSE)
             key = lost[number] / max(price[number] * amount, 1e-12)
             key = np.where(share > 1 - _LAST_SHARE, key + _LAST * share, key)
         keys.append(key)

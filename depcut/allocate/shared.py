@@ -21,13 +21,16 @@ def readers(coupling: Coupling) -> NDArray[np.int64]:
     """
     weights = Weights(coupling.program)
     read: list[set[object]] = [set() for _ in coupling.groups]
-    for node, effects in coupling.effects.items():
+    for effects in coupling.effects.values():
         for place in effects.contracts:
             weight, dim = place
             dims = coupling.env.get(weight)
-            if not isinstance(dims, tuple) or not weights.behind(weight):
+            # A recurrent layer that reads its own state is no further one.
+            if place not in effects.counterparts or not isinstance(dims, tuple):
                 continue
-            source, _ = effects.counterparts.get(place, (node, 0))
+            source, _ = effects.counterparts[place]
+            if not weights.behind(weight):
+                continue
             for leaf in axes.leaves(axes.resolve(dims[dim])):
                 group = coupling.group_of.get(leaf)
                 if group is not None:

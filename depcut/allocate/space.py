@@ -19,6 +19,7 @@ Counts = NDArray[np.int64]
 Scores = list[NDArray[np.float64]]
 
 _CONVEXITY = 8
+_COHERENCE = 4  # power of the number of readers by which a loss that all of them share grows
 _FEWEST = 4
 
 
@@ -189,10 +190,10 @@ def marginals(where: Space, scores: Scores, additive: bool = False) -> Scores:
     """The loss of score of each step of each class, not decreasing.
 
     Scores that only rank (norms) say nothing of how much a group may give up: their loss is
-    -d/dk of R^(1 - p), where R is the share of the group's score that is left. A loss linear in R
-    would empty the most expensive group before it touches the next. What n layers read, as all do
-    the residual stream, errs in all of them at once: R / n counts as left of it, so that it gives
-    up its first units when about 1 / n of the others is left.
+    R^(1 - p) / (p - 1), where R is the share of the group's score that is left. A loss linear in R
+    would empty the most expensive group before it touches the next. What several layers read, as
+    all do the residual stream, errs in all of them at once: its loss is multiplied by a power of
+    their number, so that it goes late.
 
     Where a group chooses row by row, the k-th cheapest of all rows go together: their mean counts.
 
@@ -217,7 +218,8 @@ def marginals(where: Space, scores: Scores, additive: bool = False) -> Scores:
         gone = total[: n * step].reshape(n, step).sum(axis=1)
         if not additive:
             whole = max(float(total.sum()), 1e-12 * members[number])
-            left = np.maximum(1 - np.cumsum(gone) / whole, 1e-3)
-            gone = gone / whole * (where.readers[number] / left) ** _CONVEXITY
+            left = np.append(1.0, np.maximum(1 - np.cumsum(gone) / whole, 1e-3))
+            gone = np.diff(left ** (1 - _CONVEXITY)) / (_CONVEXITY - 1)
+            gone *= float(where.readers[number]) ** _COHERENCE
         out.append(np.maximum.accumulate(gone))
     return out
