@@ -152,7 +152,7 @@ def cut(
 ) -> tuple[nn.Module, Any]:
     """Apply a plan and compare with the masked dense model."""
     plan = analysis.plan_keeping(keep)
-    slim = plan.apply(model, compensate=False)
+    slim = plan.apply(model)
     reference = depcut.verify.verify.masked_outputs(plan.keep(analysis.coupling), model, inputs)
     assert_close(outputs(slim, inputs), list(reference), tolerance, keep)
     return slim, plan
@@ -213,7 +213,7 @@ def check_independently(
     keep = random_keep(analysis, np.random.default_rng(1))
     keep = {name: units for name, units in keep.items() if name not in whole}
     plan = analysis.plan_keeping(keep)
-    slim, masked = plan.apply(model, compensate=False), deepcopy(model)
+    slim, masked = plan.apply(model), deepcopy(model)
     indices, tensors = plan.tensor_indices(), all_tensors(masked)
     for tensor, dim in {(m.tensor, m.dim) for g in analysis.groups for m in reads(g)}:
         kept = indices[tensor][dim]

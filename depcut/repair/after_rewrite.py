@@ -13,6 +13,7 @@ from depcut.repair.compensate import Compensation, compensate
 from depcut.repair.contractions import Contraction
 from depcut.repair.folding import absorbed, fold_constants, foldable, may_fold
 from depcut.repair.means import correct_means
+from depcut.synthetic.fresh import fresh
 from depcut.verify.repaired import verify_repaired
 
 
@@ -46,8 +47,10 @@ def repair(
         if changed:
             spared = absorbed(contractions)
             verify_repaired(slim, keep, model, frozenset(changed), spared=spared)
-    moved = correct_means(keep, model, slim, contractions)
-    if not moved.tensors:
+    # Statistics of drawn weights are of nothing, and what they say would be no correction.
+    program = keep.coupling.program
+    moved = None if fresh(program, model) else correct_means(keep, model, slim, contractions)
+    if moved is None or not moved.tensors:
         return None, ()
     verify_repaired(slim, keep, model, frozenset((*changed, *moved.tensors)))
     return None, (moved.note,)
