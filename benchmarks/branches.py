@@ -14,6 +14,7 @@ saturated.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -126,7 +127,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "branches": lambda row: f"{row['branches']:.3f} ({row['branches dropped']})",
     "widths": lambda row: f"{row['widths']:.3f}",
     "both": lambda row: f"{row['both']:.3f} ({row['both dropped']})",
-    "errors": lambda row: ", ".join(f"{row[f'{n} error']:.3g}" for n in WAYS),
+    "errors": lambda row: ", ".join(f"{row.get(f'{n} error', math.nan):.3g}" for n in WAYS),
     "cost left": lambda row: f"{row['widths share']:.1%}, {row['both share']:.1%}",
 }
 
