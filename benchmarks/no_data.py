@@ -22,6 +22,7 @@ from accuracy_tasks import TASKS as TUNED
 from accuracy_tasks import Task
 from measure import Row
 from no_data_nets import HELD_OUT
+from no_data_texts import TASKS as TEXTS
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
@@ -39,7 +40,7 @@ PLAIN: Mapping[str, Any] = {"align": 1, "progress": False}
 
 # Of every task: trained(seed), example(), calibration(seed, batches, batch_size), metric(model),
 # higher_is_better and unit.
-TASKS: Mapping[str, Task] = {**TUNED, **{task.name: task for task in HELD_OUT}}
+TASKS: Mapping[str, Task] = {**TUNED, **{task.name: task for task in HELD_OUT}, **TEXTS}
 
 
 class NoRecipeError(Exception):
@@ -52,8 +53,10 @@ def made_data(model: nn.Module, example: Tensor, seed: int) -> tuple[list[Any], 
     made = make(Subject(program, model, BATCHES * BATCH_SIZE, seed=seed, seconds=SECONDS))
     if made is None:
         raise NoRecipeError
-    items = [tree_unflatten(leaves, program.in_spec)[0] for leaves in made.items]
-    facts = {"recipe": made.recipe, "match": made.match, "examples": sum(len(i[0]) for i in items)}
+    calls = [tree_unflatten(leaves, program.in_spec) for leaves in made.items]
+    items = [kwargs or args for args, kwargs in calls]
+    examples = sum(len(leaves[0]) for leaves in made.items)
+    facts = {"recipe": made.recipe, "match": made.match, "examples": examples}
     return items, {**facts, "making_s": round(time.perf_counter() - start, 1)}
 
 

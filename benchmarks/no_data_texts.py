@@ -24,11 +24,13 @@ from accuracy_tasks import (
 )
 from torch import Tensor, nn
 from torch.nn import functional
+from walk_accuracy import LLAMA
 
 WORDS = 1000  # most frequent ones
 RARE_WORD, MASK, START, END = WORDS, WORDS + 1, WORDS + 2, WORDS + 3
 PASSAGE = 48  # tokens, START and END among them
-PASSAGES = 256  # of validation text that the metrics read
+AMONG = 16  # passages, one of which is the next
+PASSAGES = 512  # of validation text that the metrics read
 _PIECE = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|\d+|\n *| +|[^\w\s]|_|\S")
 
 
@@ -59,7 +61,7 @@ class Passages:
 
 
 class Neighbours(Passages):
-    """Pairs of a passage and the one behind it; which is it, among all?"""
+    """Pairs of a passage and the one behind it; which is it, among several?"""
 
     unit, higher_is_better = "next passages found in %", True
 
@@ -78,8 +80,9 @@ class Neighbours(Passages):
         text = _words()[1]
         starts = torch.linspace(0, len(text) - 2 * PASSAGE, PASSAGES + 1).long()[:-1]
         vectors = torch.cat([embedded(model(x)) for x in neighbours(text, starts).split(32)])
-        first, second = vectors.chunk(2)
-        return 100 * float(((first @ second.T).argmax(1) == torch.arange(PASSAGES)).float().mean())
+        first, second = (v.view(-1, AMONG, v.shape[1]) for v in vectors.chunk(2))
+        found = (first @ second.transpose(1, 2)).argmax(2) == torch.arange(AMONG)
+        return 100 * float(found.float().mean())
 
 
 def passages(text: Tensor, generator: torch.Generator, count: int) -> Tensor:
@@ -184,6 +187,7 @@ class CharGRU(nn.Module):
 
 
 TASKS = {
+    "char_llama": LLAMA,
     "word_bert": Task(
         "word_bert", masked_model, Passages(), Recipe(steps=1500, batch=12, rate=3e-3), masked_loss
     ),

@@ -165,7 +165,7 @@ class Analysis(ShownAnalysis, Scanned):
         rebuild, why = limits(lambda: self.rebuilding, chosen.rebuildable)
         request = Request(
             score,
-            allocation_or_default(chosen.allocation, score, of),
+            allocation_or_default(chosen.allocation, of),
             chosen.align,
             chosen.ignore,
             chosen.ratios or {},

@@ -85,7 +85,7 @@ class Options(Common):
 
     of: str = option(
         "macs",
-        'What is budgeted: "macs", "params", "channels" (every group loses that share) or '
+        'What is budgeted: "macs", "params", "channels" (every layer loses that share of them) or '
         '"latency" (measured in onnxruntime on the CPU of this machine, on the inputs as given).',
     )
     latency_ms: float | None = option(None, "In place of a ratio: milliseconds to come to.")
@@ -100,7 +100,8 @@ class Options(Common):
         "auto",
         "Whether to re-solve the weights that read what was removed, so that every layer's outputs "
         'come close to the dense ones on the data; "auto": if there is data, and else fold removed '
-        "units that are constant into biases, exactly.",
+        "units that are constant into biases, exactly, and the means of others, where batch norms "
+        "know them, into biases and running statistics.",
     )
     memory: str | int | None = option(
         None,
@@ -110,8 +111,8 @@ class Options(Common):
     )
     allocation: str | None = option(
         None,
-        '"uniform" (same share everywhere) or "global" (least loss per cost first); left out, '
-        '"global" for latency and for scores that are losses ("obs"), else "uniform".',
+        '"uniform" (same share everywhere) or "global" (least loss per cost first; of scores that '
+        'only rank, what many layers read, as the residual stream, goes last); left out, "global".',
     )
     align: int = option(8, "Kept widths are multiples of it where the width allows; 1: any width.")
     ignore: tuple[str, ...] = option(

@@ -421,6 +421,18 @@ FAULTS = [
         "tests/test_structures.py -k weight_norm",
     ),
     Fault(
+        "allocate",
+        "(where.readers[number] / left) ** _CONVEXITY",
+        "(1 / left) ** _CONVEXITY",
+        "tests/test_allocations_default.py -k goes_last",
+    ),
+    Fault(
+        "allocate",
+        "key = 1 - (1 - share) ** where.nested[number] if nested else share",
+        "key = share",
+        "tests/test_allocations_default.py -k channels",
+    ),
+    Fault(
         "verify",
         "        return not self.message and self.excess <= 1",
         "        return not self.message",
@@ -455,6 +467,18 @@ FAULTS = [
         "numbers[at] = contraction.numbers[at]",
         "numbers[at] = -contraction.numbers[at]",
         "tests/test_compact.py",
+    ),
+    Fault(
+        "repair",
+        "shift = reader.outputs(torch.where(at, mean, 0.0))",
+        "shift = reader.outputs(torch.where(at, 0.0, mean))",
+        "tests/test_mean_correction.py",
+    ),
+    Fault(
+        "repair",
+        "if root in open_ and len(node.users) > 1:",
+        "if False:",
+        "tests/test_mean_correction.py -k in_place",
     ),
     # In the field.
     Fault(

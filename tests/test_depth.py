@@ -422,7 +422,7 @@ def test_what_the_request_names_is_not_dropped() -> None:
     model, given = deep()
     analysis = depcut.analyze(model, given)
     for options in ({"ignore": "blocks.0.mlp.0"}, {"ratios": {"blocks.0.mlp.0": 0.5}}):
-        plan = analysis.plan(0.4, align=1, depth=True, **options)
+        plan = analysis.plan(0.4, align=1, depth=True, allocation="uniform", **options)
         assert "blocks.0.mlp" not in plan.dropped
         assert "blocks.1.attn" in plan.dropped
 

@@ -259,7 +259,9 @@ class Chooser:
             # Few classes, some of large steps: of a mere order, most lengths miss the budget.
             counts = closest(where, self._losses(where, cost, of), cost, target, of)
         else:
-            sequence = order(self._allocation(of), where, self.scores, cost, self.additive)
+            sequence = order(
+                self._allocation(of), where, self.scores, cost, self.additive, of == "channels"
+            )
             counts = meet(where, sequence, cost, target, of)
         # An alignment is worth more than the rest of a budget.
         if of != "latency" and self.request.align == 1:
@@ -281,19 +283,16 @@ def criterion_or_default(
     return score
 
 
-def allocation_or_default(
-    allocation: str | None, score: str | Score | Criterion, of: str = ""
-) -> str:
-    """The allocation asked for; left open, "global" for latency and losses, else "uniform".
+def allocation_or_default(allocation: str | None, of: str = "") -> str:
+    """The allocation asked for; left open, "global", but "uniform" for channels.
 
     Args:
         allocation: "uniform", "global" or None.
-        score: The criterion.
         of: What is budgeted.
     """
     if allocation is not None:
         return allocation
-    return "global" if of == "latency" or is_additive(score) else "uniform"
+    return "uniform" if of == "channels" else "global"
 
 
 def check_budget(ratio: float | None, of: str, latency_ms: float | None) -> str:

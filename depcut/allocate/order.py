@@ -22,7 +22,12 @@ _LAST_SHARE = 0.1  # of a group's units; removed only when the budget cannot be 
 
 
 def order(
-    allocation: str, where: Space, scores: Scores, cost: Cost, additive: bool = False
+    allocation: str,
+    where: Space,
+    scores: Scores,
+    cost: Cost,
+    additive: bool = False,
+    nested: bool = False,
 ) -> Counts:
     """The classes in the order in which they give up a step.
 
@@ -34,6 +39,8 @@ def order(
         scores: One vector a group.
         cost: The budgeted quantity.
         additive: Whether scores are losses that add up, also over groups.
+        nested: Whether "uniform" means the share of a layer's channels, to which groups that
+            number them together (heads, and the features of each) contribute alike.
 
     Returns:
         Class numbers, [steps of all classes].
@@ -53,7 +60,7 @@ def order(
     for number, (size, step, n) in enumerate(zip(where.sizes, where.steps, available, strict=True)):
         share = np.arange(1, n + 1) * step / size
         if allocation == "uniform":
-            key = share
+            key = 1 - (1 - share) ** where.nested[number] if nested else share
         else:
             # What counts is the share of a group, unless losses are absolute.
             amount = step if additive else size

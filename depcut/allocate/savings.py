@@ -12,6 +12,7 @@ from depcut.axes import Dims
 from depcut.branches.branch import Residuals, bypass
 from depcut.coupling.groups import Coupling
 from depcut.graph.liveness import Losses, calls_of, enclosing
+from depcut.plan.cost import channel_families
 from depcut.plan.keep import Keep
 
 
@@ -41,6 +42,7 @@ class Savings:
             if not any(n in self.losses.live for n in self._reads(name)):
                 for module in enclosing(name):
                     self.idle.setdefault(module, []).append(name)
+        self.families = channel_families(coupling)
         self.groups: dict[str, list[int]] = {}
         for group in coupling.groups:
             for tensor in {m.tensor for m in group.members}:
@@ -60,7 +62,9 @@ class Savings:
             aliases = self.program.aliases
             own = [n for n in tensors & self.program.parameters if aliases.get(n, (n,))[0] == n]
             return sum(self._size(1, self.coupling.dims[n]) for n in own)
-        return float(sum(self.keep.counts[i] for i in self._whole(tensors)))
+        whole, counts = set(self._whole(tensors)), self.keep.counts
+        families = (f for f in self.families if not whole.isdisjoint(f))
+        return float(sum(math.prod(int(counts[i]) for i in f) for f in families))
 
     def tensors(self, names: Sequence[str]) -> set[str]:
         """Parameters and buffers that nothing uses once these branches are dropped together."""

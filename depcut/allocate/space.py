@@ -10,8 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from depcut import axes
+from depcut.allocate.shared import readers
 from depcut.axes import Axis, Term
 from depcut.coupling.groups import Coupling
+from depcut.plan.cost import channel_families
 
 Counts = NDArray[np.int64]
 Scores = list[NDArray[np.float64]]
@@ -45,6 +47,9 @@ class Space:
         floors: Least count that a class must keep.
         units: Units of each group that one of its class's count stands for; 1 where the groups of
             the class keep equal counts.
+        readers: How many layers read a class's groups, the most of them.
+        nested: How many groups that are free to shrink number a layer's channels together, a
+            class's group among them, the most of them; 1: it is a width of its own.
     """
 
     class_of: NDArray[np.int64]
@@ -53,6 +58,8 @@ class Space:
     held: NDArray[np.bool_]
     floors: Counts
     units: Counts
+    readers: Counts
+    nested: Counts
 
     def kept(self, taken: Counts) -> Counts:
         """Kept count of each group, [groups], after `taken` steps of each class, [classes]."""
@@ -131,7 +138,22 @@ def space(
         uneven |= not given and (dense != size).any()
         frozen.append(bool(uneven) or any(m in held for m in members))
     held_mask = np.array(frozen, dtype=np.bool_)
-    return Space(class_of, np.array(sizes), np.array(steps), held_mask, np.array(floors), units)
+    shared = np.ones(len(classes), dtype=np.int64)
+    np.maximum.at(shared, class_of, readers(coupling))
+    made = Space(
+        class_of,
+        np.array(sizes),
+        np.array(steps),
+        held_mask,
+        np.array(floors),
+        units,
+        shared,
+        np.ones(len(classes), dtype=np.int64),
+    )
+    for family in channel_families(coupling):
+        free = [c for c in class_of[list(family)] if made.available[c]]
+        np.maximum.at(made.nested, free, len(free))
+    return made
 
 
 def _steps(coupling: Coupling, align: int) -> Counts:
@@ -168,7 +190,9 @@ def marginals(where: Space, scores: Scores, additive: bool = False) -> Scores:
 
     Scores that only rank (norms) say nothing of how much a group may give up: their loss is
     -d/dk of R^(1 - p), where R is the share of the group's score that is left. A loss linear in R
-    would empty the most expensive group before it touches the next.
+    would empty the most expensive group before it touches the next. What n layers read, as all do
+    the residual stream, errs in all of them at once: R / n counts as left of it, so that it gives
+    up its first units when about 1 / n of the others is left.
 
     Where a group chooses row by row, the k-th cheapest of all rows go together: their mean counts.
 
@@ -194,6 +218,6 @@ def marginals(where: Space, scores: Scores, additive: bool = False) -> Scores:
         if not additive:
             whole = max(float(total.sum()), 1e-12 * members[number])
             left = np.maximum(1 - np.cumsum(gone) / whole, 1e-3)
-            gone = gone / whole / left**_CONVEXITY
+            gone = gone / whole * (where.readers[number] / left) ** _CONVEXITY
         out.append(np.maximum.accumulate(gone))
     return out

@@ -154,15 +154,16 @@ class Plan(PlanData, Shown):
                 require_even(slim.model, sharding)
             error = verify_calls(slim, model)
             check_own_tensors(slim.model, model, keep)
-            repaired = chosen.compensate
-            compensation = repair(slim.model, model, keep, calibration) if repaired else None
+            compensation, moved = None, tuple[str, ...]()
+            if chosen.compensate:
+                compensation, moved = repair(slim.model, model, keep, calibration)
             if stock:
                 prove(stock.model, keep)
         number_anew(slim.model)
         slim.model, notes = whole_result(slim.model, model)
         if calibration is not None and calibration.made:
             notes += (calibration.made,)
-        notes += spread_note(whole_of(model))
+        notes += (*moved, *spread_note(whole_of(model)))
         notes += (*finish(slim.model, whole_of(model), keep), *unwrapping_note(given_model))
         record(slim.model, self.report_on(slim, model, error, compensation, notes))
         carry(slim.model, self)

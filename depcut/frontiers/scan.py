@@ -147,7 +147,7 @@ class Scanned:
         unreached = {r: plan for r, plan in plans.items() if isinstance(plan, BudgetError)}
         if len(unreached) == len(plans):
             raise unreached[min(unreached)]
-        allocation = allocation_or_default(chosen.allocation, scored, of)
+        allocation = allocation_or_default(chosen.allocation, of)
         rows = (
             self._row(ratio, plan, scored, times, calibration)
             for ratio, plan in plans.items()

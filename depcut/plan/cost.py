@@ -261,9 +261,32 @@ def _params(coupling: Coupling, gone: Gone) -> Items:
     return [(1.0, coupling.dims[n]) for n in own]
 
 
+def channel_families(coupling: Coupling) -> tuple[tuple[int, ...], ...]:
+    """Groups that number a layer's channels together, as heads and the features of each do.
+
+    Args:
+        coupling: The groups.
+
+    Returns:
+        Distinct tuples of group numbers, whose counts are multiplied; every group is in one.
+    """
+    number = {g.axis: g.index for g in coupling.groups}
+    terms = {(m.tensor, m.dim) for g in coupling.groups for m in g.members if m.role == "producer"}
+    found = {
+        family: None
+        for tensor, dim in sorted(terms)
+        for family in _expand(axes.resolve(coupling.dims[tensor][dim]), number)
+        if family
+    }
+    within = {i for family in found for i in family}
+    return (*found, *((g.index,) for g in coupling.groups if g.index not in within))
+
+
 def _channels(coupling: Coupling, gone: Gone) -> Items:
-    left = [g for g in coupling.groups if not gone.tensors.issuperset(m.tensor for m in g.members)]
-    return [(1.0, (g.axis,)) for g in left]
+    groups = coupling.groups
+    left = {g.index for g in groups if not gone.tensors.issuperset(m.tensor for m in g.members)}
+    families = (f for f in channel_families(coupling) if left.issuperset(f))
+    return [(1.0, tuple(groups[i].axis for i in f)) for f in families]
 
 
 # The summands of each quantity: a factor, and the terms whose counts are multiplied.
@@ -290,7 +313,7 @@ def params(coupling: Coupling, gone: Gone = NOTHING) -> Cost:
 
 
 def channels(coupling: Coupling, gone: Gone = NOTHING) -> Cost:
-    """Number of units, all groups together."""
+    """Number of channels of all layers; those of layers that shrink together once."""
     return compile_cost(coupling, _channels(coupling, gone))
 
 

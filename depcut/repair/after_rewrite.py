@@ -10,23 +10,26 @@ from depcut.errors import InputError
 from depcut.ops.normalization import is_batch_norm
 from depcut.plan.keep import Keep
 from depcut.repair.compensate import Compensation, compensate
+from depcut.repair.contractions import Contraction
 from depcut.repair.folding import absorbed, fold_constants, foldable, may_fold
+from depcut.repair.means import correct_means
 from depcut.verify.repaired import verify_repaired
 
 
 def repair(
     slim: nn.Module, model: nn.Module, keep: Keep, data: Calibration | None
-) -> Compensation | None:
-    """Repair a narrowed model in place: re-solve weights on data, else fold constants.
+) -> tuple[Compensation | None, tuple[str, ...]]:
+    """Repair a narrowed model in place: re-solve weights on data, else fold what is known without.
 
     Args:
         slim: The narrowed model, verified.
         model: The dense model.
         keep: What stays.
-        data: To re-solve weights on; None: only removed constant units are folded into biases.
+        data: To re-solve weights on; None: only removed constant units, and the means of others
+            that batch norms know, are folded into biases and running statistics.
 
     Returns:
-        What was re-solved, if there is data.
+        What was re-solved, if there is data, and what else is to be said.
 
     Raises:
         VerificationError: Something else changed, or the model computes something else.
@@ -34,14 +37,20 @@ def repair(
     if data is not None:
         done = compensate(slim, model, keep, data)
         verify_repaired(slim, keep, model, _re_solved(keep, done))
-        return done
+        return done, ()
+    contractions: tuple[Contraction, ...] = ()
+    changed: tuple[str, ...] = ()
     if may_fold(keep, model):
         contractions = foldable(keep, model)
         changed = fold_constants(keep, model, slim, contractions)
         if changed:
             spared = absorbed(contractions)
             verify_repaired(slim, keep, model, frozenset(changed), spared=spared)
-    return None
+    moved = correct_means(keep, model, slim, contractions)
+    if not moved.tensors:
+        return None, ()
+    verify_repaired(slim, keep, model, frozenset((*changed, *moved.tensors)))
+    return None, (moved.note,)
 
 
 def _re_solved(keep: Keep, done: Compensation) -> frozenset[str]:

@@ -32,8 +32,8 @@ def batch_norm(subject: Subject) -> Made | None:
         return None
     norms = Norms(Run(subject.program, subject.own_model()), nodes)
     with differentiable(subject.seed):
-        work = probed(subject, plan, norms.distance, lambda: norms.run.nbytes)
-        found = [] if work is None else descents(subject, plan, norms.distance, work)
+        work = probed(subject, plan, norms.distance, lambda: norms.run.nbytes, plan.scales())
+        found = [] if work is None else descents(subject, plan, lambda _: norms.distance, work)
     if not found:
         return None
     rows = sum(f.rows for f in found)
@@ -41,7 +41,7 @@ def batch_norm(subject: Subject) -> Made | None:
     last = math.sqrt(sum(f.rows * f.last for f in found) / rows)
     norm = "batch norm" if len(nodes) == 1 else f"{len(nodes)} batch norms"
     return Made(
-        tuple(f.leaves for f in found),
+        plan.items(f.leaves for f in found),
         f"noise optimised to the statistics of {norm}{plan.rest}",
         f"statistics of {norm}: off by {first:.2g} standard deviations at first, {last:.2g} at the "
         "end",

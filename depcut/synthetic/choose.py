@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 
 from depcut.synthetic.batch_norm import batch_norm
 from depcut.synthetic.filled import filled
+from depcut.synthetic.float_inputs import float_inputs
 from depcut.synthetic.sampled import sampled
 from depcut.synthetic.subject import Made, Subject
+from depcut.synthetic.tokens import tokens
 
 # A recipe makes inputs, or says None: it does not fit the model.
 Recipe = Callable[[Subject], Made | None]
@@ -16,6 +18,8 @@ RECIPES: Sequence[Recipe] = (
     batch_norm,  # nets that keep statistics of their inputs
     sampled,  # decoders and recurrent nets that predict the next token
     filled,  # masked language models
+    float_inputs,  # images, waves and tables of nets without statistics
+    tokens,  # readers of tokens that predict none
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -22,6 +22,7 @@ TIED = 1.1  # a scale is preferred to later ones up to so many times the least o
 SPARE = 0.9  # share of the time that is planned with
 
 Objective = Callable[[Leaves], Tensor]  # of flat inputs: a scalar tensor
+Draw = Callable[[int, torch.Generator, Scales], Tensors]  # rows, as `Layout.noise` does
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,12 @@ class Found:
 
 
 def probed(
-    subject: Subject, plan: Layout, objective: Objective, nbytes: Callable[[], int]
+    subject: Subject,
+    plan: Layout,
+    objective: Objective,
+    nbytes: Callable[[], int],
+    scales: Sequence[Scales],
+    steps: int = STEPS,
 ) -> Work | None:
     """What the time and the memory suffice for, by steps of a few rows.
 
@@ -68,13 +74,14 @@ def probed(
         plan: What is made.
         objective: What a step differentiates.
         nbytes: Bytes of the values that the objective computed last.
+        scales: Of the noise to begin with, of which that with the least objective is chosen.
+        steps: Of a group.
 
     Returns:
         None where they suffice for nothing, or the objective is not finite.
     """
     rows, seconds = plan.rows or PROBED, math.inf
     values: list[float] = []
-    scales = plan.scales()
     for tried in (scales[0], *scales):  # the very first step does more, and is not counted
         generator = subject.generator(1)
         made = plan.noise(rows, generator, tried)
@@ -88,11 +95,14 @@ def probed(
     chosen = next(i for i, v in enumerate(values[1:]) if v <= TIED * least)
     device = next(iter(made.values())).device
     affordable = max(subject.left, 0.0) * SPARE * rows / max(seconds, 1e-9)
-    work = planned(subject.examples, affordable, rows_that_fit(nbytes(), rows, device), plan.rows)
+    fitting = rows_that_fit(nbytes(), rows, device)
+    work = planned(subject.examples, affordable, fitting, plan.rows, steps)
     return work and replace(work, scales=scales[chosen])
 
 
-def planned(examples: int, affordable: float, fitting: int, fixed: int | None) -> Work | None:
+def planned(
+    examples: int, affordable: float, fitting: int, fixed: int | None, steps: int = STEPS
+) -> Work | None:
     """How many rows are optimised, together and in all, and in how many steps.
 
     Fewer rows than asked for are made before there are fewer steps, down to one group; then there
@@ -103,35 +113,45 @@ def planned(examples: int, affordable: float, fitting: int, fixed: int | None) -
         affordable: Steps of one row that there is time for.
         fitting: Rows that there is memory for at once.
         fixed: Rows of every call, where the batch is not free.
+        steps: Of a group, where there is time for them.
 
     Returns:
         None where there is no time for the fewest steps of two rows, or of one call.
     """
     group = fixed or max(2, min(ROWS, examples, fitting))
-    whole, rest = divmod(int(min(examples, affordable / STEPS)), group)
+    whole, rest = divmod(int(min(examples, affordable / steps)), group)
     if whole:
-        return Work((group,) * whole + ((rest,) if rest > 1 and fixed is None else ()), STEPS)
-    steps = int(min(STEPS, affordable / group))
-    if steps >= FEWEST_STEPS:
-        return Work((group,), steps)
-    fewer = int(affordable / FEWEST_STEPS)
-    return Work((fewer,), FEWEST_STEPS) if fewer > 1 and fixed is None else None
+        return Work((group,) * whole + ((rest,) if rest > 1 and fixed is None else ()), steps)
+    fewest = min(FEWEST_STEPS, steps)
+    if affordable / group >= fewest:
+        return Work((group,), int(affordable / group))
+    fewer = int(affordable / fewest)
+    return Work((fewer,), fewest) if fewer > 1 and fixed is None else None
 
 
-def descents(subject: Subject, plan: Layout, objective: Objective, work: Work) -> list[Found]:
+def descents(
+    subject: Subject,
+    plan: Layout,
+    objective_of: Callable[[int], Objective],
+    work: Work,
+    draw: Draw | None = None,
+) -> list[Found]:
     """The inputs of every group; without one that the time ended in, but for the first.
 
     Args:
         subject: The model.
         plan: What is made.
-        objective: What is made small.
+        objective_of: What is made small, for the number of a group.
         work: How much is done.
+        draw: What a group begins with; left out, white noise.
     """
     out: list[Found] = []
     for number, rows in enumerate(work.groups):
         told = _share_of(subject, number, len(work.groups))
         generator = subject.generator(2 + number)
-        found = _descended(subject, plan, objective, rows, generator, work, told)
+        made = (draw or plan.noise)(rows, generator, work.scales)
+        objective = objective_of(number)
+        found = _descended(subject, plan, objective, made, generator, work, told)
         if found.whole or not number:
             out.append(found)
         if not found.whole:
@@ -147,13 +167,13 @@ def _descended(
     subject: Subject,
     plan: Layout,
     objective: Objective,
-    rows: int,
+    made: Tensors,
     generator: torch.Generator,
     work: Work,
     told: Callable[[float], None],
 ) -> Found:
-    made, steps = plan.noise(rows, generator, work.scales), work.steps
-    given, best = plan.leaves(made, generator), made
+    given, best, steps = plan.leaves(made, generator), made, work.steps
+    rows = len(next(iter(made.values())))
     settings = [{"params": t, "share": RATE * work.scales[p][1]} for p, t in made.items()]
     optimizer = torch.optim.Adam(settings, RATE)
     first = last = math.inf

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, fx
 
 from depcut.capture.capture import is_symbolic
-from depcut.synthetic.subject import Leaves, Subject
+from depcut.synthetic.subject import ROWS, Leaves, Subject
 
 Tensors = dict[int, Tensor]  # by their positions among the flat inputs
 Scales = Mapping[int, tuple[float, float]]  # mean and standard deviation, alike
 
 POWERS = (1.0, 0.1, 0.01, 10.0, 100.0, 1000.0)  # standard deviations that are tried
+_ITEMS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +93,23 @@ class Layout:
         for position, tensor in made.items():
             out[position] = tensor.to(self.example[position].dtype)
         return out
+
+    def items(self, calls: Iterable[Leaves]) -> tuple[Leaves, ...]:
+        """The flat inputs of some calls cut into four items at least, where the batch is free.
+
+        Args:
+            calls: Flat inputs of each.
+        """
+        known = list(calls)
+        if self.rows is not None:
+            return tuple(known)
+        first = next(p for p in self.made if p in self.batched)
+        size = max(1, min(ROWS, sum(len(leaves[first]) for leaves in known) // _ITEMS))
+        return tuple(
+            [leaf[i : i + size] if p in self.batched else leaf for p, leaf in enumerate(leaves)]
+            for leaves in known
+            for i in range(0, len(leaves[first]), size)
+        )
 
     @property
     def rest(self) -> str:

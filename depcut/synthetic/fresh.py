@@ -32,8 +32,18 @@ def fresh(program: Program, model: torch.nn.Module) -> bool:
         program: The captured model.
         model: The model; it is only read.
     """
+    return share_standing_out(program, model) < _SHARE
+
+
+def share_standing_out(program: Program, model: torch.nn.Module) -> float:
+    """The share of some of a model's matrices with directions that no drawing gives.
+
+    Args:
+        program: The captured model.
+        model: The model; it is only read.
+    """
     edges = [standing_out(matrix) for matrix in _matrices(program, model)]
-    return not edges or sum(edge > _EDGE for edge in edges) < _SHARE * len(edges)
+    return sum(edge > _EDGE for edge in edges) / max(len(edges), 1)
 
 
 def standing_out(matrix: torch.Tensor) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from depcut.capture.held import held_tensors
 from depcut.capture.program import Program
 from depcut.capture.random_state import preserved
-from depcut.graph.interpreter import Interpreter
+from depcut.graph.interpreter import Interpreter, Pausing
 from depcut.support.memory import free_memory
 from depcut.synthetic.subject import Leaves
 
@@ -49,6 +49,11 @@ class Run(Interpreter):
         if node.op == "call_function" and isinstance(value, Tensor):
             self.nbytes += value.nbytes
 
+    def steps(self, inputs: Sequence[Any], stops: Collection[fx.Node] = ()) -> Pausing:
+        """Run node by node, pausing before some of them; the bytes are counted anew."""
+        self.nbytes = 0
+        return super().steps(inputs, stops)
+
     def arguments_of(
         self, nodes: Collection[fx.Node], leaves: Leaves
     ) -> Iterator[tuple[fx.Node, Given]]:
@@ -58,7 +63,7 @@ class Run(Interpreter):
             nodes: Of the graph.
             leaves: Flat inputs.
         """
-        self.nbytes, ahead = 0, len(set(nodes))
+        ahead = len(set(nodes))
         steps = self.steps(leaves, frozenset(nodes))
         for paused in steps:
             yield paused.node, (paused.args, paused.kwargs)

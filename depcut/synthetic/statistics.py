@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from depcut.capture.program import Program
+from depcut.graph.ancestry import reached
 from depcut.graph.arguments import argument, bound
 from depcut.ops.normalization import is_batch_norm
 from depcut.synthetic.running import Run
@@ -52,18 +53,15 @@ def norms_of(program: Program, inputs: Collection[fx.Node]) -> tuple[fx.Node, ..
         program: The captured model.
         inputs: Placeholders, one of which a norm is to depend on.
     """
-    reached, found = set(inputs), []
-    for node in program.graph.graph.nodes:
-        if reached.isdisjoint(node.all_input_nodes):
-            continue
-        reached.add(node)
-        if (
-            is_batch_norm(node)
-            and not argument(node, "training")
-            and argument(node, "running_mean") is not None
-        ):
-            found.append(node)
-    return tuple(found)
+    depends = reached(program, inputs)
+    return tuple(
+        node
+        for node in program.graph.graph.nodes
+        if is_batch_norm(node)
+        and node in depends
+        and not argument(node, "training")
+        and argument(node, "running_mean") is not None
+    )
 
 
 def _distance(given: Any) -> Tensor:

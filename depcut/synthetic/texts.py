@@ -12,9 +12,11 @@ from torch import fx, nn
 
 from depcut.capture.capture import is_symbolic
 from depcut.capture.convention import convention_of
+from depcut.capture.held import held_tensors
 from depcut.graph.arguments import argument
 from depcut.graph.operators import base_name, is_item
 from depcut.support.failures import reraise_fatal
+from depcut.synthetic.floats import Tensors, layout
 from depcut.synthetic.subject import Leaves, Subject
 
 # Operators of which a result holds ids as they were, in another layout or in part.
@@ -51,7 +53,8 @@ class TokenInput:
 class Texts:
     """How inputs of a model that reads tokens are put together.
 
-    Masks, token types, positions and all else stay as in the captured example, row for row.
+    Masks, token types, positions and all else stay as in the captured example, row for row; images
+    and sounds of an example that was made are drawn anew.
 
     Args:
         subject: What inputs are made for.
@@ -69,6 +72,28 @@ class Texts:
         """Of the token inputs."""
         device: torch.device = self.example[self.inputs[0].leaf].device
         return device
+
+    @cached_property
+    def masks(self) -> list[int]:
+        """Positions of the inputs that are ones, a whole number for each token, and no ids."""
+        own = {t.leaf for t in self.inputs}
+        shapes = {self.example[i].shape for i in own}
+        return [
+            number
+            for number, leaf in enumerate(self.example)
+            if isinstance(leaf, torch.Tensor)
+            and (number not in own and leaf.shape in shapes)
+            and leaf.dtype in (torch.int32, torch.int64, torch.bool)
+            and bool((leaf == 1).all())
+        ]
+
+    def table(self, tokens: TokenInput) -> torch.Tensor:
+        """The rows that the ids of an input choose.
+
+        Args:
+            tokens: The input.
+        """
+        return held_tensors(self.model)[tokens.table].detach()
 
     def length(self, tokens: TokenInput) -> int:
         """Tokens of one example."""
@@ -124,6 +149,7 @@ class Texts:
             old = self.example[i].shape[1]
             if lengths.setdefault(old, value.shape[1]) != value.shape[1]:
                 unclear.add(old)
+        noise = self._noise(count)
         out: Leaves = []
         for number, leaf in enumerate(self.example):
             given = ids.get(number)
@@ -132,6 +158,10 @@ class Texts:
                 continue
             if not isinstance(leaf, torch.Tensor):
                 out.append(leaf)
+                continue
+            drawn = noise.get(number)
+            if drawn is not None:
+                out.append(drawn.to(leaf.dtype))
                 continue
             resized = None if unclear & set(leaf.shape[1:]) else _resized(leaf, lengths)
             if resized is None:
@@ -154,6 +184,13 @@ class Texts:
         except Exception as error:  # noqa: BLE001  a length that the forward does not take
             reraise_fatal(error)
             return None
+
+    def _noise(self, rows: int) -> Tensors:
+        """What stands beside the tokens as data, where no real example of it was given."""
+        plan = layout(self.subject)
+        if not (self.subject.program.made and plan.made) or plan.rows is not None:
+            return {}
+        return plan.noise(rows, self.subject.generator(5), plan.scales()[0])
 
     def _repeated(self, number: int, leaf: torch.Tensor, rows: int) -> torch.Tensor:
         if not self._batched[number] or not leaf.ndim or len(leaf) == rows:

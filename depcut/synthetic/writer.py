@@ -69,7 +69,7 @@ class Writer:
         ids, nats = self._by_library(start, length, until) or self._steps(
             start, others, length, until
         )
-        if ids.shape[1] < min(SHORT, length):
+        if ids.shape[1] < min(SHORT, length) or (self._nats and ids.shape[1] < length / 2):
             return None
         self._nats.append(nats)
         return ids
@@ -86,7 +86,8 @@ class Writer:
                 spent = (self._seconds(rows, others, length) or 0.0) * 2 / rows
             steps = _CACHED if self._cached else length / 2 if self.grows else length
             fits = int(seconds / max(spent / 2 * steps, 1e-9))
-            least = 1 if length == self._lengths[-1] else min(rows, _FEW)
+            last = length == self._lengths[-1] and not self._nats
+            least = 1 if last else min(rows, _FEW)
             if fits >= least:
                 self._lengths = self._lengths[self._lengths.index(length) :]
                 return self.texts.rows(min(rows, fits)), length
@@ -94,7 +95,8 @@ class Writer:
 
     def _seconds(self, rows: int, others: Mapping[int, Ids], length: int) -> float | None:
         """That one call takes; None where the model does not take the length."""
-        ids = self._any(self.texts.rows(rows)).expand(-1, length)
+        count = min([self.texts.rows(rows), *map(len, others.values())])
+        ids = torch.zeros(count, length, dtype=torch.int64, device=self.texts.device)
         began = time.monotonic()
         logits = self._logits(ids, {leaf: i[: len(ids)] for leaf, i in others.items()})
         if logits is None:
@@ -111,8 +113,8 @@ class Writer:
     @cached_property
     def grows(self) -> bool:
         """Whether the model takes texts of other lengths than the captured one."""
-        short = {self.found.tokens.leaf: self._any(self.texts.rows(2))}
         example = {t.leaf: self.texts.example[t.leaf] for t in self.texts.inputs}
+        short = {self.found.tokens.leaf: example[self.found.tokens.leaf][:, :1]}
         return self.texts.call({**example, **short}) is not None
 
     def _any(self, rows: int) -> Ids:

@@ -129,7 +129,7 @@ class Gradual:
         score = criterion_or_default(chosen.score, has_data=data is not None)
         self._request = Request(
             score,
-            allocation_or_default(chosen.allocation, score),
+            allocation_or_default(chosen.allocation),
             chosen.align,
             chosen.ignore,
             seed=chosen.seed,

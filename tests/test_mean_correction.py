@@ -1,0 +1,125 @@
+"""Means of removed units, which batch norms know without data, go into what reads the units."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import depcut
+from depcut.capture.capture import capture
+from depcut.repair.channel_values import channel_values
+
+
+class Convolutions(nn.Module):
+    """Two pairs of layers around a batch norm; a linear layer reads means over positions."""
+
+    def __init__(self, activation: nn.Module | None = None) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, bias=False)
+        self.norm1 = nn.BatchNorm2d(16)
+        self.activation = activation or nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(16, 16, 3, bias=False)
+        self.norm2 = nn.BatchNorm2d(16)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.activation(self.norm1(self.conv1(x)))
+        x = self.activation(self.norm2(self.conv2(x)))
+        return self.head(x.mean((2, 3)))
+
+
+def images() -> Tensor:
+    return torch.randn(64, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+
+
+def trained(model: nn.Module) -> nn.Module:
+    """The model with drawn scales and shifts, and the statistics that normal images give it."""
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+            with torch.no_grad():
+                module.weight.copy_(0.5 + torch.rand(module.num_features, generator=generator))
+                module.bias.copy_(torch.randn(module.num_features, generator=generator))
+    model.train()
+    with torch.no_grad():
+        model(images())
+    return model.eval()
+
+
+def net(activation: nn.Module | None = None) -> nn.Module:
+    torch.manual_seed(0)
+    return trained(Convolutions(activation))
+
+
+def errors(model: nn.Module, ratio: float = 0.5) -> tuple[float, float]:
+    """Squared errors of the outputs, plain and corrected."""
+    plan = depcut.analyze(model, images()[:2]).plan(ratio, align=1)
+    with torch.no_grad():
+        expected, plain, moved = (
+            m(images()) for m in (model, plan.apply(model, compensate=False), plan.apply(model))
+        )
+    return float((plain - expected).square().mean()), float((moved - expected).square().mean())
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU6(inplace=True), nn.Hardswish()])
+def test_a_correction_brings_the_outputs_closer(activation: nn.Module) -> None:
+    plain, moved = errors(net(activation))
+    assert moved < 0.3 * plain
+
+
+def test_the_mean_behind_a_relu_is_that_of_the_closed_form() -> None:
+    model = net()
+    program = capture(model, images()[:2])
+    found = channel_values(program, dict(model.named_parameters()) | dict(model.named_buffers()))
+    (relu, *_) = (n for n in found if "relu" in n.name)
+    mean, deviation = model.norm1.bias.double(), model.norm1.weight.double().abs()
+    score = mean / deviation
+    density = torch.exp(-0.5 * score.square()) / math.sqrt(2 * math.pi)
+    expected = mean * torch.special.ndtr(score) + deviation * density
+    torch.testing.assert_close(found[relu].mean, expected.detach(), rtol=1e-3, atol=1e-3)
+
+
+def test_without_compensation_what_stays_is_what_it_was() -> None:
+    model = net()
+    plan = depcut.analyze(model, images()[:2]).plan(0.5, align=1)
+    slim = plan.apply(model, compensate=False)
+    kept = plan.tensor_indices()["norm2.running_mean"][0]
+    assert torch.equal(slim.norm2.running_mean, model.norm2.running_mean[kept])
+    assert not any("batch norms" in note for note in depcut.report(slim).notes)
+
+
+def test_the_report_names_the_layers() -> None:
+    model = net()
+    slim = depcut.shrink(model, 0.5, images()[:2], align=1, progress=False)
+    (note,) = (n for n in depcut.report(slim).notes if "batch norms" in n)
+    assert "conv2" in note
+    assert "head" in note
+
+
+def test_fresh_statistics_say_nothing() -> None:
+    torch.manual_seed(0)
+    plain, moved = errors(Convolutions().eval())
+    assert plain == moved
+
+
+class Overwritten(Convolutions):
+    """A layer reads what a later operator changes in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(self.conv1(x))
+        y = self.conv2(x)
+        functional.relu_(x)
+        return self.head((functional.relu(self.norm2(y)) + x[:, :, 2:, 2:]).mean((2, 3)))
+
+
+def test_what_is_changed_in_place_while_others_read_it_is_not_known() -> None:
+    model = trained(Overwritten())
+    program = capture(model, images()[:2])
+    found = channel_values(program, dict(model.named_parameters()) | dict(model.named_buffers()))
+    assert all("norm1" not in str(n.meta["nn_module_stack"]) for n in found)
+    assert any("norm2" in str(n.meta["nn_module_stack"]) for n in found)
