@@ -6,12 +6,15 @@ Tasks are those of accuracy_tasks.py, weights trained from scratch; obs with 8 b
 examples, then compensation, no retraining. Branches alone cannot meet any budget: they go in the
 order of their loss for what they save, and the share that 1, 2, ... of them save is the budget of
 the others; of these budgets, those nearest to 30, 50 and 70 % are taken. Time is that of
-onnxruntime on one thread, each model in turns with the dense one.
+onnxruntime on one thread, each model in turns with the dense one. The error is that of the outputs
+on other data, as a share of their variance: what compensation is for, also where a metric is
+saturated.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -21,6 +24,7 @@ import measure
 import torch
 from accuracy_tasks import TASKS, Task
 from measure import Row
+from torch import Tensor, nn
 
 import depcut
 from depcut.allocate.branch_losses import branch_losses
@@ -29,6 +33,7 @@ from depcut.allocate.savings import Savings
 
 WANTED = (0.3, 0.5, 0.7)
 NEAR = 0.16
+WAYS = ("branches", "widths", "both")
 ROUNDS = 30
 
 
@@ -84,15 +89,26 @@ def rows(task: Task, seed: int, of: str) -> Any:
         ratio = removed[n]
         row: Row = {"name": task.name, "seed": seed, "of": of, "ratio": ratio}
         row["dense"] = task.metric(model)
+        others = [inputs for inputs, _ in task.calibration(seed + 77, 4, 32)]
         slim = applied(plans[n])
         row |= {"branches": task.metric(slim), "branches dropped": n + 1}
+        row["branches error"] = error(model, slim, others)
         for name, depth in (("widths", False), ("both", True)):
             align = 1 if of == "macs" else 8
             plan = analysis.plan(ratio, of=of, data=data, align=align, depth=depth, progress=False)
             slim = applied(plan)
             row |= {name: task.metric(slim), f"{name} dropped": len(plan.dropped)}
+            row[f"{name} error"] = error(model, slim, others)
             row[f"{name} share"] = share(plan if of == "macs" else slim)
         yield row
+
+
+@torch.no_grad()
+def error(dense: nn.Module, slim: nn.Module, batches: list[Tensor]) -> float:
+    """Squared difference of the outputs, as a share of their variance."""
+    pairs = [(dense(x), slim(x)) for x in batches]
+    missed = sum(float((a - b).square().sum()) for a, b in pairs)
+    return missed / sum(float((a - a.mean()).square().sum()) for a, _ in pairs)
 
 
 def branches_in_order(analysis: Any, data: Any) -> list[str]:
@@ -111,6 +127,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "branches": lambda row: f"{row['branches']:.3f} ({row['branches dropped']})",
     "widths": lambda row: f"{row['widths']:.3f}",
     "both": lambda row: f"{row['both']:.3f} ({row['both dropped']})",
+    "errors": lambda row: ", ".join(f"{row.get(f'{n} error', math.nan):.3g}" for n in WAYS),
     "cost left": lambda row: f"{row['widths share']:.1%}, {row['both share']:.1%}",
 }
 
