@@ -37,9 +37,18 @@ def images() -> Tensor:
 
 
 def trained(model: nn.Module) -> nn.Module:
-    """The model with drawn scales and shifts, and the statistics that normal images give it."""
+    """The model with directions in its weights that no drawing gives, as training leaves them.
+
+    Scales and shifts are drawn, and the statistics are what normal images give it.
+    """
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            weight = module.weight.data
+            rows, columns = len(weight), weight[0].numel()
+            pair = (torch.randn(n, 2, generator=generator) for n in (rows, columns))
+            low = torch.einsum("ik,jk->ij", *pair).view_as(weight)
+            module.weight.data = weight + 0.7 * weight.std() * low
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None
             with torch.no_grad():
@@ -95,7 +104,7 @@ def test_without_compensation_what_stays_is_what_it_was() -> None:
 
 def test_the_report_names_the_layers() -> None:
     model = net()
-    slim = depcut.shrink(model, 0.5, images()[:2], align=1, progress=False)
+    slim = depcut.shrink(model, 0.5, images()[:2], data=None, align=1)
     (note,) = (n for n in depcut.report(slim).notes if "batch norms" in n)
     assert "conv2" in note
     assert "head" in note
@@ -104,6 +113,15 @@ def test_the_report_names_the_layers() -> None:
 def test_fresh_statistics_say_nothing() -> None:
     torch.manual_seed(0)
     plain, moved = errors(Convolutions().eval())
+    assert plain == moved
+
+
+def test_statistics_beside_drawn_weights_are_of_nothing() -> None:
+    torch.manual_seed(0)
+    model = Convolutions().eval()
+    model.norm1.running_mean.add_(1.0)
+    model.norm2.running_var.mul_(3.0)
+    plain, moved = errors(model)
     assert plain == moved
 
 

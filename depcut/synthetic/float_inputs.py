@@ -176,7 +176,8 @@ class _Maker:
 
 
 def _entropy(shares: Tensor) -> Tensor:
-    return torch.special.entr(shares).sum(-1)
+    entropy: Tensor = torch.special.entr(shares).sum(-1)
+    return entropy
 
 
 def _best(kinds: Sequence[_Kind]) -> _Kind:
