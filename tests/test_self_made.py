@@ -202,10 +202,19 @@ def test_independent_entries_do_not_stand_out() -> None:
     shapes = [(4, 4), (9, 200), (64, 64), (300, 27)]
     drawn = [torch.randn(*s, generator=generator) for s in shapes for _ in range(50)]
     drawn += [torch.rand(*s, generator=generator) - 0.5 for s in shapes for _ in range(50)]
-    assert max(map(standing_out, drawn)) < 6
+    assert max(map(standing_out, drawn)) < 4
     assert standing_out(torch.zeros(8, 8)) == float("-inf")
     one = torch.ones(64, 1) @ torch.randn(1, 64, generator=generator)
     assert standing_out(torch.randn(64, 64, generator=generator) + one) > 50
+
+
+def test_units_that_were_masked_or_scaled_do_not_stand_out() -> None:
+    weight = torch.randn(64, 48, generator=torch.Generator().manual_seed(0))
+    masked, scaled = weight.clone(), weight.clone()
+    masked[::2] = 0
+    scaled[::2] *= 30
+    assert standing_out(masked) < 4
+    assert standing_out(scaled) < 4
 
 
 @pytest.mark.sweep

@@ -20,9 +20,9 @@ from depcut.capture.program import Program
 _SIDE = 256  # rows and columns of a matrix that are looked at
 _LEAST = 4  # rows and columns that a matrix must have to be looked at
 _MATRICES = 32  # that are looked at
-_EDGE = 6.0  # standardised largest eigenvalue of a drawn matrix: Tracy and Widom's exceeds it never
+_EDGE = 4.0  # standardised largest eigenvalue of a drawn matrix: Tracy and Widom's exceeds it never
 _ITERATIONS = 50
-_SHARE = 0.5  # of the matrices that must stand out in a trained model
+_SHARE = 0.2  # of the matrices that stand out in a trained model; some are not drawn but set
 
 
 def fresh(program: Program, model: torch.nn.Module) -> bool:
@@ -55,14 +55,28 @@ def standing_out(matrix: torch.Tensor) -> float:
     Returns:
         In the units of Tracy and Widom's law (mean -1.2, deviation 1.3 for independent entries).
     """
-    values = matrix.detach().double().cpu()
-    values = values - values.mean()
-    scale = float(values.square().mean())
-    if not np.isfinite(scale) or scale == 0:
+    values = _levelled(matrix.detach().double().cpu())
+    if min(values.shape) < _LEAST or not bool(torch.isfinite(values).all()):
         return float("-inf")
+    scale = float(values.square().mean())
     n, p = (np.sqrt(side - 0.5) for side in values.shape)
     centre, width = (n + p) ** 2, (n + p) * (1 / n + 1 / p) ** (1 / 3)
     return float((_largest(values) / scale - centre) / width)
+
+
+def _levelled(values: torch.Tensor) -> torch.Tensor:
+    """Rows and columns of the same scale each, those of zeros left out.
+
+    Units that were scaled, or masked, are no sign of training.
+    """
+    there = values != 0
+    values = torch.where(there, values - values.sum() / there.sum().clamp(min=1), 0.0)
+    for dim in (1, 0):
+        scales = values.square().mean(dim, keepdim=True).sqrt()
+        left = (scales > 0).flatten()
+        values = values[left] if dim else values[:, left]
+        values = values / (scales[left] if dim else scales[:, left])
+    return values
 
 
 def _largest(values: torch.Tensor) -> float:
