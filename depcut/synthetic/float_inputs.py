@@ -177,7 +177,8 @@ class _Maker:
 
 
 def _entropy(shares: Tensor) -> Tensor:
-    return torch.special.entr(shares).sum(-1)
+    parts: Tensor = torch.special.entr(shares)
+    return parts.sum(-1)
 
 
 def _best(kinds: Sequence[_Kind]) -> _Kind:
