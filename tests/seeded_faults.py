@@ -104,8 +104,8 @@ FAULTS = [
     ),
     Fault(
         "synthetic",
-        "order[: len(order) // 2], order[len(order) // 2 :]",
-        "order[len(order) // 2 :], order[: len(order) // 2]",
+        "own, other = solved.read - mean, tried.read - mean",
+        "own = other = solved.read - mean",
         "tests/test_synthetic_vision.py -k tell",
     ),
     Fault(

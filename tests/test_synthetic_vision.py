@@ -53,7 +53,7 @@ IMAGES = 3 + 2 * torch.rand(16, 2, 8, 8, generator=torch.Generator().manual_seed
 @pytest.mark.parametrize(
     ("model", "example"),
     [
-        (image_net(), IMAGES),
+        pytest.param(image_net(), IMAGES, marks=pytest.mark.sweep),
         pytest.param(
             nn.Sequential(nn.Conv1d(2, 5, 3), nn.BatchNorm1d(5)),
             IMAGES[..., 0],
@@ -154,7 +154,9 @@ def test_fewer_rows_go_before_steps() -> None:
 
 def test_nothing_is_made_without_statistics_or_floats() -> None:
     tokens = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.BatchNorm1d(12)).eval()
-    assert make(subject(tokens, torch.ones(2, 3, dtype=torch.long))) is None
+    numbers = subject(tokens, torch.ones(2, 3, dtype=torch.long))
+    assert batch_norm(numbers) is None
+    assert float_inputs(numbers) is None
     plain = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)).eval()
     assert batch_norm(subject(plain, IMAGES)) is None
 

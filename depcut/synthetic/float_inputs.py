@@ -148,7 +148,8 @@ class _Maker:
             wanted = (torch.arange(rows, device=scores.device) + number * rows) % classes
             unit = {p: (leaves[p].float() - m) / s for p, (m, s) in scales.items()}
             sure: Tensor = functional.cross_entropy(scores, wanted)
-            return sure + ROUGHNESS * roughness(unit).to(scores)
+            total: Tensor = sure + ROUGHNESS * roughness(unit).to(scores)
+            return total
 
         return objective
 
