@@ -229,7 +229,7 @@ def test_compensation_reads_every_batch_once_in_either_graph(
     blocks: int, memory: str | int, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:
     it, batches = analysed("attention", blocks), 2
-    plan = it.plan()
+    plan = it.plan(allocation="uniform")  # no layer is left whole
     keep = plan.keep()
     calibration = it.analysis.calibrate(it.data(), progress=False, memory=memory)
     slim = plan.apply(it.model)

@@ -43,7 +43,8 @@ class SelfMade:
 
     Attributes:
         calibration: It; None where none was made.
-        held_out: Flat inputs of the items that it does not hold, for judging a result.
+        held_out: Flat inputs that it does not hold, for judging a result: of the same kind, and of
+            others if the recipe knows any.
         note: What was made of what, or why nothing was, for a report.
     """
 
@@ -160,7 +161,8 @@ def self_made(
     total = calibration.rows + sum(_rows(leaves) for leaves in made.items[last:])
     said = [f"no data was given; {total} examples were made in {spent:.0f} s: {made.recipe}"]
     note = "; ".join([*said, *filter(None, [made.match])])
-    return SelfMade(replace(calibration, made=note), made.items[last:], note)
+    held_out = (*made.items[last:], *made.others)
+    return SelfMade(replace(calibration, made=note), held_out, note)
 
 
 def _made(

@@ -81,7 +81,8 @@ def float_inputs(subject: Subject) -> Made | None:
         kinds.append(sure)
     best = _best(kinds)
     subject.advance(1.0)
-    return Made(tuple(best.items), best.name + plan.rest, _match(best, kinds))
+    others = tuple(kind.items[0] for kind in kinds if kind is not best)
+    return Made(tuple(best.items), best.name + plan.rest, _match(best, kinds), others)
 
 
 class _Maker:

@@ -93,7 +93,8 @@ def _matrices(program: Program, model: torch.nn.Module) -> Iterator[torch.Tensor
     held = held_tensors(model)
     names = sorted(name for name in program.parameters if name in held)
     found = [held[name] for name in names]
-    flat = [t.flatten(1) for t in found if t.ndim > 1 and t.is_floating_point() and t.numel()]
+    values = (t for t in found if t.is_floating_point() and not t.is_meta)
+    flat = [t.flatten(1) for t in values if t.ndim > 1 and t.numel()]
     large = [m for m in flat if min(m.shape) >= _LEAST]
     for matrix in large[:: -(-len(large) // _MATRICES) or 1]:
         rows, columns = (-(-side // _SIDE) for side in matrix.shape)

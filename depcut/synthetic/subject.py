@@ -95,8 +95,10 @@ class Made:
         items: Flat inputs of each item, in the order of the captured call, on the model's device.
         recipe: What they were made from, a noun phrase.
         match: How well they match what the model knows of its inputs, a clause; "" if unknown.
+        others: Flat inputs of other kinds, which a result is judged on as well.
     """
 
     items: tuple[Leaves, ...]
     recipe: str
     match: str = ""
+    others: tuple[Leaves, ...] = ()
