@@ -54,6 +54,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "magnitude+compensate": {**PLAIN, "score": "magnitude", "data": True, "compensate": True},
     "obs+compensate": {**PLAIN, "score": "obs", "data": True, "compensate": True},
     "default": {**PLAIN, "data": True},
+    "default, no data": {**PLAIN, "data": "auto"},
     "default, align=8": {"data": True},
 }
 
@@ -147,8 +148,8 @@ class Dense:
 
     def shrunk(self, arguments: Mapping[str, Any], removed: float) -> Pruned:
         """By depcut, with the share of the MACs that is kept."""
-        options = {**arguments, "seed": self.seed}
-        if options.get("data"):
+        options = {"data": None, **arguments, "seed": self.seed}
+        if options["data"] is True:
             options |= {"data": self.pairs, "loss": self.task.loss, "batches": BATCHES}
         slim = depcut.shrink(self.model, removed, self.inputs, **options)
         return sum(measure.counted_macs(slim, (self.inputs,)).values()) / self.macs, slim

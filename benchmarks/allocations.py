@@ -55,7 +55,14 @@ VARIANTS: dict[str, Variant] = {
 def shrunk(task: Task, model: torch.nn.Module, options: Any, removed: float) -> torch.nn.Module:
     """By weights alone, any width."""
     return depcut.shrink(
-        model, removed, task.example(), score="magnitude", align=1, progress=False, **options
+        model,
+        removed,
+        task.example(),
+        data=None,
+        score="magnitude",
+        align=1,
+        progress=False,
+        **options,
     )
 
 

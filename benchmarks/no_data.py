@@ -1,9 +1,9 @@
 """What do inputs that are made from the model itself bring, where there is no data?
 
-Half of the MACs are removed without retraining: on the weights alone, on as many made inputs as
-there are of real data, and on real data. The recipes were fixed on seed 0 of the tasks of
-accuracy.py; those of no_data_nets.py were only judged. The peer is what Torch-Pruning's best
-criterion loses with real data (results/accuracy.json).
+Half of the MACs are removed without retraining: by the weights alone (`data=None`), by the inputs
+that `data="auto"` makes, at most as many as there are of real data, and by real data. The recipes
+were fixed on seed 0 of the tasks of accuracy.py; those of no_data_nets.py were only judged. The
+peer is what Torch-Pruning's best criterion loses with real data (results/accuracy.json).
 """
 
 from __future__ import annotations
@@ -24,18 +24,12 @@ from measure import Row
 from no_data_nets import HELD_OUT
 from no_data_texts import TASKS as TEXTS
 from rich.table import Table
-from torch import Tensor, nn
-from torch.utils._pytree import tree_unflatten
 
 import depcut
-from depcut.capture.capture import capture
-from depcut.synthetic.choose import make
-from depcut.synthetic.subject import Subject
 
 REMOVED = 0.5
 SEEDS = (0, 1, 2)
-BATCHES, BATCH_SIZE = 4, 32
-SECONDS = 300  # on one thread of a machine that does other things as well
+BATCHES, BATCH_SIZE = 8, 32
 METHODS = ("weights alone", "made data", "real data")
 PLAIN: Mapping[str, Any] = {"align": 1, "progress": False}
 
@@ -44,40 +38,18 @@ PLAIN: Mapping[str, Any] = {"align": 1, "progress": False}
 TASKS: Mapping[str, Task] = {**TUNED, **{task.name: task for task in HELD_OUT}, **TEXTS}
 
 
-class NoRecipeError(Exception):
-    """No inputs can be made for a model."""
-
-
-def made_data(model: nn.Module, example: Tensor, seed: int) -> tuple[list[Any], Row]:
-    """Inputs of the model's own making, and what is known of them."""
-    program, start = capture(model, example), time.perf_counter()
-    made = make(Subject(program, model, BATCHES * BATCH_SIZE, seed=seed, seconds=SECONDS))
-    if made is None:
-        raise NoRecipeError
-    calls = [tree_unflatten(leaves, program.in_spec) for leaves in made.items]
-    items = [kwargs or args for args, kwargs in calls]
-    examples = sum(len(leaves[0]) for leaves in made.items)
-    facts = {"recipe": made.recipe, "match": made.match, "examples": examples}
-    return items, {**facts, "making_s": round(time.perf_counter() - start, 1)}
-
-
 def row(task: Task, seed: int, method: str) -> Row:
     """What one method loses."""
     model, example = task.trained(seed), task.example()
     found: Row = {"name": task.name, "seed": seed, "method": method, "dense": task.metric(model)}
-    data: dict[str, Any] = {}
-    if method == "made data":
-        try:
-            data["data"], facts = made_data(model, example, seed)
-        except NoRecipeError:
-            return {**found, "recipe": "none"}
-        found |= facts
-    elif method == "real data":
-        pairs = task.calibration(seed, BATCHES, BATCH_SIZE)
-        data = {"data": [inputs for inputs, _ in pairs]}
+    data: Any = "auto" if method == "made data" else None
+    if method == "real data":
+        data = [inputs for inputs, _ in task.calibration(seed, BATCHES, BATCH_SIZE)]
     start = time.perf_counter()
-    slim = depcut.shrink(model, REMOVED, example, seed=seed, **PLAIN, **data)
+    slim = depcut.shrink(model, REMOVED, example, seed=seed, data=data, **PLAIN)
     found["seconds"] = round(time.perf_counter() - start, 1)
+    if method == "made data":
+        found["said"] = " | ".join(depcut.report(slim).notes)
     found["metric"] = task.metric(slim)
     change = found["dense"] - found["metric"]
     found["lost"] = round(change if task.higher_is_better else -change, 4)

@@ -91,7 +91,9 @@ def compare(name: str, options: argparse.Namespace) -> Row:
     member, model = zoo.ZOO[name], zoo.build(name)
     with counted_exports() as exports:
         whole, _ = measure.timed(
-            lambda: depcut.shrink(model, 0.5, member.inputs(2), align=1, rebuildable=False)
+            lambda: depcut.shrink(
+                model, 0.5, member.inputs(2), data=None, align=1, rebuildable=False
+            )
         )
     program = capture(model, member.inputs(2))
     fixed = output_layers(Analysis(model, infer_coupling(program)))
