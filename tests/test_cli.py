@@ -442,7 +442,7 @@ def test_json_of_an_error(folder):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_json_of_every_command(folder, shrunk, command):
     arguments = {
-        "demo": ("--epochs", 1, "--retrain-epochs", 1, "--rounds", 6),
+        "demo": ("--epochs", 0, "--retrain-epochs", 1, "--rounds", 6),
         "analyze": ("my_models:net", *SHAPE, "--explain", "conv1"),
         "frontier": ("my_models:net", *SHAPE, "--at", 0.25, 0.5),
         "shrink": ("my_models:net", *SHAPE, "--ratio", 0.5, "--out", "json", "--onnx"),

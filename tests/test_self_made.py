@@ -71,9 +71,9 @@ def test_no_data_means_that_it_is_made(asked: Asked) -> None:
     report = depcut.report(slim)
     assert len(asked) == 1
     assert report.compensation is not None
-    assert "no data was given; 256 examples were made in" in notes(slim)
+    assert "no data was given; 160 examples were made in" in notes(slim)
     assert "noise of a test; off by 0.1" in notes(slim)
-    assert report.settings["examples"] == 224  # an eighth is held out
+    assert report.settings["examples"] == 128  # a fifth is held out
     assert report.settings["score"] == "obs"
 
 
@@ -142,7 +142,7 @@ def test_the_optimizer_trains_what_is_returned() -> None:
     slim = depcut.shrink(net, 0.5, X, optimizer=optimizer, align=1)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in slim.parameters()}
-    assert "256 examples were made" in notes(slim)
+    assert "160 examples were made" in notes(slim)
 
 
 def test_a_recipe_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ from depcut.synthetic.subject import SECONDS, Leaves, Made, Subject
 AUTO = "auto"
 Auto = Literal["auto"]
 
-_EXAMPLES = (16, 256)  # that are made: at least, and at most
+_EXAMPLES = (16, 160)  # that are made: at least, and at most
 # MACs that calibration may take, each example's 25 times: two minutes on a laptop's processor.
 _MACS = 2.4e12 / 25
 _ACCELERATED = 30  # times as many elsewhere
