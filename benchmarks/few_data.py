@@ -15,6 +15,7 @@ from typing import Any
 
 import measure
 import torch
+import zoo
 from no_data import TASKS, metric_lost
 
 import depcut
@@ -28,6 +29,7 @@ def main() -> int:
     parser.add_argument("--few", nargs="+", type=int, default=[4, 16, 64])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     options = parser.parse_args()
+    zoo.libraries()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     rows: list[measure.Row] = []

@@ -18,6 +18,7 @@ from typing import Any
 
 import measure
 import torch
+import zoo
 from accuracy_tasks import TASKS as TUNED
 from accuracy_tasks import Task
 from measure import Row
@@ -111,6 +112,7 @@ def main() -> int:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--train", action="store_true", help="train the dense models and stop")
     chosen = parser.parse_args()
+    zoo.libraries()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     console = measure.console()

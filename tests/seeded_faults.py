@@ -51,7 +51,7 @@ ATTENTION = "tests/field/test_attention"
 SOURCE = "tests/field/test_patched_source.py"
 FAULTS = [
     # Data that a model makes itself.
-    Fault("synthetic", "_SHARE = 0.2", "_SHARE = 1.5", "tests/test_self_made.py"),
+    Fault("synthetic", "_SHARE = 0.1", "_SHARE = 1.5", "tests/test_self_made.py"),
     Fault(
         "calibration",
         "last = len(items) - (len(items) > 1)",

@@ -217,6 +217,26 @@ def test_units_that_were_masked_or_scaled_do_not_stand_out() -> None:
     assert standing_out(scaled) < 4
 
 
+def test_kernels_that_are_a_little_smooth_stand_out() -> None:
+    """As those of a convolution that was trained for a short time; its matrix shows nothing."""
+    net = nn.Sequential(nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Conv2d(32, 8, 3)).eval()
+    program = depcut.analyze(net, torch.randn(2, 16, 9, 9)).program
+    assert fresh(program, net)
+    with torch.no_grad():
+        for layer in (net[0], net[2]):
+            layer.weight += 0.3 * layer.weight.mean((2, 3), keepdim=True)
+            layer.weight[...] += 0.5 * layer.weight.roll(1, 3)
+    assert not fresh(program, net)
+
+
+def test_tables_that_are_set_are_no_sign_of_training() -> None:
+    net = Net(trained=False)
+    program = depcut.analyze(net, X).program
+    with torch.no_grad():
+        net.mid.weight[:] = torch.arange(1.0, 33.0)
+    assert fresh(program, net)
+
+
 @pytest.mark.sweep
 @pytest.mark.usefixtures("zoo_libraries")
 @pytest.mark.filterwarnings("ignore")

@@ -17,12 +17,12 @@ import torch
 from depcut.capture.held import held_tensors
 from depcut.capture.program import Program
 
-_SIDE = 256  # rows and columns of a matrix that are looked at
+_SIDE = 256  # rows and columns of a matrix that are looked at; more of one where fewer of the other
 _LEAST = 4  # rows and columns that a matrix must have to be looked at
-_MATRICES = 32  # that are looked at
+_MATRICES = 48  # that are looked at
 _EDGE = 4.0  # standardised largest eigenvalue of a drawn matrix: Tracy and Widom's exceeds it never
 _ITERATIONS = 50
-_SHARE = 0.2  # of the matrices that stand out in a trained model; some are not drawn but set
+_SHARE = 0.1  # of the matrices that stand out in a trained model; some are not drawn but set
 
 
 def fresh(program: Program, model: torch.nn.Module) -> bool:
@@ -89,13 +89,27 @@ def _largest(values: torch.Tensor) -> float:
 
 
 def _matrices(program: Program, model: torch.nn.Module) -> Iterator[torch.Tensor]:
-    """Some weights of the model as matrices, at most so many rows and columns of each."""
+    """Some weights of the model as matrices, at most so many numbers of each.
+
+    A convolution's kernel is one of outputs, and one of places: what is trained is smooth.
+    """
     held = held_tensors(model)
     names = sorted(name for name in program.parameters if name in held)
-    found = [held[name] for name in names]
-    values = (t for t in found if t.is_floating_point() and not t.is_meta)
+    values = [t for t in map(held.__getitem__, names) if t.is_floating_point() and not t.is_meta]
+    # Tables that are set and not drawn are kept from training, where anything is trained.
+    values = [t for t in values if t.requires_grad] or values
     flat = [t.flatten(1) for t in values if t.ndim > 1 and t.numel()]
-    large = [m for m in flat if min(m.shape) >= _LEAST]
+    kernels = [t.flatten(2) for t in values if t.ndim > 3 and t.numel()]
+    flat += [k.permute(2, 0, 1).flatten(1) for k in kernels]
+    large = [m for m in flat if min(m.shape) >= _LEAST and not _repeats(m)]
     for matrix in large[:: -(-len(large) // _MATRICES) or 1]:
-        rows, columns = (-(-side // _SIDE) for side in matrix.shape)
-        yield matrix[::rows, ::columns]
+        least = min(matrix.shape)
+        short = min(least, _SIDE)
+        sides = (short, _SIDE * _SIDE // short)
+        rows, columns = sides if matrix.shape[0] == least else sides[::-1]
+        yield matrix[:: -(-matrix.shape[0] // rows), :: -(-matrix.shape[1] // columns)]
+
+
+def _repeats(matrix: torch.Tensor) -> bool:
+    """Whether its rows or its columns are all the same, as no drawing leaves them."""
+    return bool((matrix == matrix[:1]).all()) or bool((matrix == matrix[:, :1]).all())
