@@ -13,6 +13,7 @@ import depcut
 from depcut.calibration import self_made as making
 from depcut.calibration.self_made import self_made
 from depcut.errors import InputError
+from depcut.shrinking.smaller import _seen
 from depcut.synthetic.fresh import fresh, standing_out
 from depcut.synthetic.subject import Made, Subject
 
@@ -133,6 +134,13 @@ def test_on_what_is_held_out_the_repaired_model_is_closer(asked: Asked) -> None:
     with torch.no_grad():
         near, far = ((other(held_out) - net(held_out)).norm() for other in (slim, plain))
     assert near < far
+
+
+def test_what_no_softmax_sees_is_no_distance() -> None:
+    logits = torch.randn(4, 5)
+    assert torch.allclose(_seen(logits + 100 * torch.randn(4, 1)), _seen(logits), atol=1e-4)
+    column = torch.randn(4, 1)
+    assert torch.equal(_seen(column), column)
 
 
 @pytest.mark.usefixtures("asked")
