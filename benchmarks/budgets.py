@@ -76,7 +76,10 @@ def main() -> int:
         refused = [r for r in found if "error" in r]
         worst = max((abs(r["missed"]) for r in found if "error" not in r), default=0.0)
         met = len(found) - len(missed) - len(refused)
-        print(f"{name:28} {met} of {len(found)} met, {len(refused)} refused, worst {worst:.3%}")
+        print(
+            f"{name:28} {met} of {len(found)} met, {len(refused)} refused, worst {worst:.3%}",
+            flush=True,
+        )
         for row in (*missed, *refused):
             print(f"    {row}", flush=True)
         rows += found
