@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from depcut.allocate.choose import check_budget
-from depcut.analysis import analyze
-from depcut.calibration.data import read_with_inputs
-from depcut.cli.factories import called, import_function
-from depcut.cli.inputs import example_inputs, outputs_of, say_inputs
-from depcut.cli.models import dense_model
+from depcut.cli.analysed import analysed
 from depcut.cli.options import Command, Subcommand, options_of
 from depcut.cli.output import Output
 from depcut.frontiers.scan import RATIOS
@@ -42,19 +37,7 @@ def _run(options: argparse.Namespace, output: Output) -> None:
     chosen, ratios = options_of(options), options.at or RATIOS
     for ratio in ratios:
         check_budget(ratio, chosen.of, chosen.latency_ms)
-    dense = dense_model(options)
-    loss: Any = options.loss
-    if loss not in (None, "model"):
-        loss = import_function(loss)
-    data, inputs = read_with_inputs(
-        called(options.data, "the data") if options.data else None,
-        chosen.batches,
-        example_inputs(options.input_shape),
-        dense,
-        loss is not None,
-    )
-    analysis = analyze(dense, inputs, outputs_of(options), part=options.part)
-    say_inputs(output, options, analysis.program)
+    _, analysis, data, _, loss = analysed(options, chosen, output)
     frontier = analysis.frontier(
         ratios, data=data, loss=loss, latency=options.latency, options=chosen
     )

@@ -7,13 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from depcut.allocate.choose import check_budget
-from depcut.analysis import analyze
 from depcut.apply.report import report
-from depcut.calibration.data import read_with_inputs
 from depcut.calibration.self_made import AUTO
-from depcut.cli.factories import called, import_function
-from depcut.cli.inputs import example_inputs, outputs_of, say_inputs
-from depcut.cli.models import dense_model
+from depcut.cli.analysed import analysed
 from depcut.cli.options import Command, Subcommand, options_of
 from depcut.cli.output import Output
 from depcut.cli.streamed import shrink_streamed, too_large
@@ -61,19 +57,7 @@ def _run(options: argparse.Namespace, output: Output) -> None:
         shrink_streamed(streamed, options, chosen, output)
         return
     check_folder(options.out)
-    dense = dense_model(options)
-    loss: Any = options.loss
-    if loss not in (None, "model"):
-        loss = import_function(loss)
-    data, inputs = read_with_inputs(
-        called(options.data, "the data") if options.data else None,
-        chosen.batches,
-        example_inputs(options.input_shape),
-        dense,
-        loss is not None,
-    )
-    analysis = analyze(dense, inputs, outputs_of(options), part=options.part)
-    say_inputs(output, options, analysis.program)
+    dense, analysis, data, inputs, loss = analysed(options, chosen, output)
     found = otherwise if data is None else data
     plan, slim = smaller(analysis, dense, options.ratio, found, chosen, loss=loss)
     written = write_slim(slim, options, inputs)
