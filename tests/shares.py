@@ -102,7 +102,7 @@ COVERING = """
 test_rebuildable test_transformers_call test_stored_models test_data_forms test_timm test_part
 test_yolo test_cli test_cli_models test_cli_pretrained test_whole_layers
 test_checkpoints test_checkpoints_biases test_checkpoints_resumed test_processes test_walk
-test_synthetic_texts
+test_synthetic_texts test_synthetic_vision test_frontier test_branch_losses test_massive
 """.split()
 
 # Tests in them that take long and run no lines of their own.
