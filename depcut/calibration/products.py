@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-_RUN = 2048  # vectors whose products are summed in single precision
+_RUN = 512  # vectors whose products are summed in single precision
 _WIDE = 256  # columns of a stripe of a symmetric product, of which one triangle is computed
 
 
@@ -21,8 +21,9 @@ class Runs:
     runs. A large mean hence cancels nothing. For single precision (u = 6e-8) and runs of m vectors,
     the error of each entry (i, j) of a sum of products is at most about m u times the sum of
     |d_i d_j|, thus m u sqrt(s_i s_j), s being the sums of squares about the means of the runs; with
-    rounding errors of random signs, sqrt(m) u of it, about 3e-6. Measured: below 1e-6. Where
-    the user lets products be rounded further (TF32, bfloat16), they are made in double precision.
+    rounding errors of random signs, sqrt(m) u of it, about 1e-6. Measured, with kernels that sum a
+    run number by number: 1.2e-6, and 8.6e-6 with runs of 2048. Where the user lets products be
+    rounded further (TF32, bfloat16), they are made in double precision.
 
     Args:
         x: (blocks, vectors, length), of any floating-point precision.
