@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional
 
 import depcut
 from depcut.capture.capture import capture
-from depcut.repair.channel_values import channel_values
+from depcut.repair.channel_values import ChannelValues, channel_values
 
 
 class Convolutions(nn.Module):
@@ -141,3 +142,82 @@ def test_what_is_changed_in_place_while_others_read_it_is_not_known() -> None:
     found = channel_values(program, dict(model.named_parameters()) | dict(model.named_buffers()))
     assert all("norm1" not in str(n.meta["nn_module_stack"]) for n in found)
     assert any("norm2" in str(n.meta["nn_module_stack"]) for n in found)
+
+
+class Followed(nn.Module):
+    """A batch norm of normal channels, and what a function makes of it."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.norm, self.second = nn.BatchNorm2d(6), nn.BatchNorm2d(6)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = x.chunk(2, 1)
+        return self.function(self.norm(first), self.second(second))
+
+
+KNOWN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "joined": lambda a, b: torch.cat([a.relu(), b.sigmoid()], 1),
+    "a square of itself": lambda a, b: a * a.tanh(),
+    "independent summands": lambda a, b: functional.relu(a + b),
+    "a mean over positions, flattened": lambda a, b: functional.silu(a).mean((2, 3)),
+    "pooled, then a view": lambda a, b: functional.adaptive_avg_pool2d(b.relu(), 1).flatten(1),
+    "averaged over windows": lambda a, b: functional.avg_pool2d(a.exp(), 2),
+    "dropout that is off": lambda a, b: functional.dropout(a.relu(), training=False).clone(),
+    "clipped": lambda a, b: a.clamp(-0.5, 1.0),
+}
+UNKNOWN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "padding counts as zeros": lambda a, b: functional.avg_pool2d(a.relu() + 1, 2, padding=1),
+    "joined along positions": lambda a, b: torch.cat([a, b], 2),
+    "joined with what is not known": lambda a, b: torch.cat([a, a.cumsum(2)], 1),
+    "a view that moves channels": lambda a, b: a.reshape(len(a), 3, -1),
+    "means are no values": lambda a, b: a.mean((2, 3)).relu(),
+    "positions that stay": lambda a, b: a.mean(2),
+    "a product of two": lambda a, b: a * b,
+    "a channel for all": lambda a, b: a + b[:, :1],
+    "a number for each row": lambda a, b: a * torch.arange(len(a)).view(-1, 1, 1, 1),
+}
+
+
+def followed(function: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, ChannelValues | None]:
+    """What a model returns of many normal inputs, and what is known of it without any."""
+    generator = torch.Generator().manual_seed(0)
+    model = Followed(function).eval()
+    x = 2 + 3 * torch.randn(256, 12, 8, 8, generator=generator)
+    with torch.no_grad():
+        for norm in (model.norm, model.second):
+            norm.running_mean.fill_(2.0)
+            norm.running_var.fill_(9.0)
+            norm.weight.copy_(torch.rand(6, generator=generator) - 0.3)
+            norm.bias.copy_(torch.randn(6, generator=generator))
+        out = model(x)
+    program = capture(model, x[:2])
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    return out, channel_values(program, tensors).get(program.outputs[0])
+
+
+@pytest.mark.parametrize("case", KNOWN)
+def test_what_is_known_of_channels_is_what_many_normal_inputs_give(case: str) -> None:
+    out, known = followed(KNOWN[case])
+    assert known is not None
+    samples = out.transpose(0, 1).flatten(1).double()
+    deviation = samples.std(1).clamp_min(0.1)
+    assert bool(((known.mean - samples.mean(1)).abs() < 0.05 * deviation).all())
+    if not known.averaged:
+        torch.testing.assert_close(known.variance, samples.var(1), rtol=0.05, atol=1e-3)
+
+
+@pytest.mark.parametrize("case", UNKNOWN)
+def test_of_other_channels_nothing_is_known(case: str) -> None:
+    assert followed(UNKNOWN[case])[1] is None
+
+
+def test_channels_that_a_mask_zeroed_are_not_known() -> None:
+    model = net()
+    with torch.no_grad():
+        model.conv1.weight[3] = 0
+    program = capture(model, images()[:2])
+    found = channel_values(program, dict(model.named_parameters()) | dict(model.named_buffers()))
+    (relu, *_) = (n for n in found if "relu" in n.name)
+    assert found[relu].mean.isnan().nonzero().flatten().tolist() == [3]
