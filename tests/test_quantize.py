@@ -432,7 +432,7 @@ NAN = torch.full((4, 3, 8, 8), torch.nan)
         (
             {"quantize": "int8", "data": images(), "metric": lambda output, target: output},
             InputError,
-            "it failed: RuntimeError.*metric=",
+            "it failed: ValueError.*metric=",
         ),
     ],
 )
