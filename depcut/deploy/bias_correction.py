@@ -83,13 +83,15 @@ def _layers(model: onnx.ModelProto, rounded: onnx.ModelProto) -> dict[str, tuple
     exact = {tensor.name: tensor for tensor in model.graph.initializer}
     named = {node.name: node for node in model.graph.node if node.op_type in _BIASED}
     tensors = {tensor.name: tensor for tensor in rounded.graph.initializer}
-    made_by = {node.output[0]: node for node in rounded.graph.node}
+    made_by: dict[str, onnx.NodeProto] = {node.output[0]: node for node in rounded.graph.node}
     layers = {}
     for node in rounded.graph.node:
         float_node = named.get(node.name)
         if float_node is None or len(node.input) < 3 or float_node.input[1] not in exact:
             continue
-        weight, bias = (made_by.get(name) for name in node.input[1:3])
+        weight, bias = made_by.get(node.input[1]), made_by.get(node.input[2])
+        if weight is None or bias is None:
+            continue
         if not _is_stored(weight, tensors) or not _is_stored(bias, tensors):
             continue
         error = _value(weight, tensors) - numpy_helper.to_array(exact[float_node.input[1]])
@@ -98,13 +100,9 @@ def _layers(model: onnx.ModelProto, rounded: onnx.ModelProto) -> dict[str, tuple
     return {n: layer for n, layer in layers.items() if used.count(layer[1]) == 1}
 
 
-def _is_stored(node: onnx.NodeProto | None, tensors: Mapping[str, Any]) -> bool:
+def _is_stored(node: onnx.NodeProto, tensors: Mapping[str, Any]) -> bool:
     """Whether a node only turns stored integers into real numbers."""
-    return (
-        node is not None
-        and node.op_type == "DequantizeLinear"
-        and all(name in tensors for name in node.input)
-    )
+    return node.op_type == "DequantizeLinear" and all(name in tensors for name in node.input)
 
 
 def _value(node: onnx.NodeProto, tensors: Mapping[str, onnx.TensorProto]) -> Array:
@@ -139,7 +137,8 @@ def _means(
     onnx.save(measured, str(path))
     session = open_session(path)
     names = [entry.name for entry in session.get_outputs()]
-    sums, rows = dict.fromkeys(names, 0.0), 0
+    sums: dict[str, Any] = dict.fromkeys(names, 0.0)
+    rows = 0
     for feeds in batches:
         count = next((array.shape[0] for array in feeds.values() if array.ndim), 1)
         for name, mean in zip(names, session.run(None, dict(feeds)), strict=True):

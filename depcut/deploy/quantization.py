@@ -168,6 +168,28 @@ def quantizer() -> Any:
     return quantization
 
 
+def check_weights(graph: onnx.GraphProto) -> None:
+    """Refuse weights of another kind than float32.
+
+    Args:
+        graph: The float graph.
+
+    Raises:
+        ExportError: Names the kinds.
+    """
+    import onnx
+
+    kinds = onnx.TensorProto.DataType
+    found = {kinds.Name(tensor.data_type) for tensor in graph.initializer if len(tensor.dims) > 1}
+    other = sorted(found & {"FLOAT16", "BFLOAT16", "DOUBLE"})
+    if other:
+        raise ExportError(
+            f"the model's weights are {', '.join(other).lower()}, and int8 is made of float32",
+            where="quantize=",
+            remedy="export model.float()",
+        )
+
+
 def chosen_scheme(request: Request, graph: onnx.GraphProto) -> tuple[str, str]:
     """Which scheme a request comes to for a graph, and why.
 
@@ -176,31 +198,19 @@ def chosen_scheme(request: Request, graph: onnx.GraphProto) -> tuple[str, str]:
         graph: The float graph.
 
     Raises:
-        ExportError: No layer of the graph multiplies by weights, or these are not float32.
+        ExportError: No layer of the graph multiplies by weights.
     """
-    import onnx
-
-    weights = {tensor.name: tensor.data_type for tensor in graph.initializer}
-    weighted = [
-        (node.op_type, weights[name])
+    weights = {tensor.name for tensor in graph.initializer}
+    layers = [
+        node.op_type
         for node in graph.node
-        if node.op_type in LAYERS
-        for name in node.input[1:2]
-        if name in weights
+        if node.op_type in LAYERS and any(name in weights for name in node.input)
     ]
-    layers = [operator for operator, _ in weighted]
     if not layers:
         raise ExportError(
             "no layer of the model multiplies by weights: there is nothing to quantize",
             where="quantize=",
             remedy="leave quantize= out",
-        )
-    kinds = {onnx.TensorProto.DataType.Name(kind).lower() for _, kind in weighted} - {"float"}
-    if kinds:
-        raise ExportError(
-            f"the model's weights are {', '.join(sorted(kinds))}, and int8 is made of float32",
-            where="quantize=",
-            remedy="export model.float()",
         )
     if request.scheme != "int8":
         return request.scheme, "as asked for"

@@ -23,6 +23,7 @@ from depcut.deploy.quantization import (
     STATIC,
     Quantization,
     Request,
+    check_weights,
     chosen_scheme,
     needs_seven_bits,
     quantizer,
@@ -78,6 +79,7 @@ def quantize_file(
     examples = [Fed(one, tuple(session.run(None, dict(one)))) for one in feeds]
     data = fed(model, session, request.data, request.batches) if request.data is not None else []
     original = onnx.load(str(file), load_external_data=False)
+    check_weights(original.graph)
     stored = [one for one in file.parent.iterdir() if one.is_file()]
     large = len(stored) > 1  # the weights lie beside the graph
     with tempfile.TemporaryDirectory(dir=file.parent) as name:

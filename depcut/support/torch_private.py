@@ -114,9 +114,10 @@ def inner_tensors(tensor: Tensor) -> list[Tensor]:
     Args:
         tensor: The tensor.
     """
-    if not _is_wrapper(tensor):
-        return []
-    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+    wrapper: Any = tensor
+    return (
+        [getattr(wrapper, n) for n in wrapper.__tensor_flatten__()[0]] if is_wrapper(tensor) else []
+    )
 
 
 def is_wrapper(tensor: Tensor) -> bool:
