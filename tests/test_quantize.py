@@ -223,6 +223,16 @@ def test_data_of_all_forms(floating, form):
         np.testing.assert_allclose(batch.outputs[0], model(x).detach().numpy(), atol=1e-5)
 
 
+def test_data_may_be_made_from_the_model(tmp_path):
+    report = depcut.export(
+        convolutional(), tmp_path / "net.onnx", IMAGE, quantize="int8", data="auto"
+    )
+    assert report.quantization.scheme == STATIC
+    assert report.quantization.batches > 1
+    exact = convolutional()(IMAGE).detach().numpy()
+    assert np.abs(outputs(report.path, IMAGE) - exact).max() < 0.15 * np.abs(exact).max()
+
+
 def test_no_more_items_than_asked_for_are_read(tmp_path):
     read = []
 
@@ -425,6 +435,7 @@ NAN = torch.full((4, 3, 8, 8), torch.nan)
         ({"metric": len}, InputError, "metric is given, and nothing is quantized"),
         ({"quantize": "int8", "data": IMAGE}, InputError, r"data is a Tensor.*\[x\], not x"),
         ({"quantize": "int8", "data": []}, InputError, "the data is empty"),
+        ({"quantize": "int8", "data": "some"}, InputError, "data is 'some'.*\"auto\""),
         ({"quantize": "int8", "data": images(), "batches": 0}, InputError, "batches is 0"),
         ({"quantize": "int8", "data": images(), "metric": 3}, InputError, "metric is"),
         ({"quantize": "int8", "data": [IMAGE, IMAGE[:, :2]]}, InputError, "not take it.*item 1"),
@@ -453,6 +464,15 @@ def test_bad_input_names_what_and_what_to_do(tmp_path, given, error, says):
 def test_models_that_cannot_be_quantized(tmp_path, model, x, says):
     with pytest.raises(ExportError, match=f"(?s){says}"):
         depcut.export(model, tmp_path / "net.onnx", x, quantize="int8")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_no_data_can_be_made_of(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    with pytest.raises(InputError, match="no data can be made from the model: ") as caught:
+        depcut.export(model, tmp_path / "a.onnx", torch.randn(2, 4), quantize="int8", data="auto")
+    assert "judged" not in str(caught.value)
+    assert caught.value.where == 'data="auto"'
     assert list(tmp_path.iterdir()) == []
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from depcut.calibration.data import BATCHES, read_with_inputs
+from depcut.calibration.self_made import AUTO
 from depcut.cli.factories import called, import_function
 from depcut.cli.inputs import example_inputs, given_or_made
 from depcut.cli.models import dense_model, slim_model
@@ -30,7 +31,8 @@ def _declare(command: Command) -> None:
     command.add(
         "--data",
         metavar="DATA",
-        help="calibration data of an int8 file, as package.module:factory",
+        help='calibration data of an int8 file, as package.module:factory; "auto": inputs made '
+        "from the model itself",
     )
     command.add("--batches", type=int, default=BATCHES, help="items of the data to read at most")
     command.add(
@@ -42,14 +44,16 @@ def _declare(command: Command) -> None:
 
 def _run(options: argparse.Namespace, output: Output) -> None:
     files.target_of(options.out, "ONNX file", ExportError)  # before the work
-    data: Any = called(options.data, "the data") if options.data else None
+    data: Any = options.data
+    if data not in (None, AUTO):
+        data = called(data, "the data")
     metric: Any = import_function(options.metric) if options.metric else None
     checked_request(options.quantize, data, options.batches, metric)
     model = slim_model(options, dense_model(options))
     given = example_inputs(options.input_shape)
-    if data is not None:
+    if data not in (None, AUTO):
         data, given = read_with_inputs(data, options.batches, given, model, pairs=False)
-    inputs = given_or_made(output, options, model) if data is None else given
+    inputs = given_or_made(output, options, model) if data in (None, AUTO) else given
     chosen = {"quantize": options.quantize, "data": data, "metric": metric}
     output.say("export", export(model, options.out, inputs, batches=options.batches, **chosen))
 

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from depcut.calibration.data import BATCHES, Calibration, Data, read_with_inputs
+from depcut.calibration.self_made import Auto, given_data
 from depcut.capture.plain import check_whole
 from depcut.capture.random_state import preserved
 from depcut.deploy.convert import OLDER_OPSET, draft
+from depcut.deploy.feeds import call_of, made_data
 from depcut.deploy.output_check import TOLERANCES, compare_outputs
 from depcut.deploy.publish import publish
 from depcut.deploy.quantization import Metric, Quantization, Request, checked_request
@@ -85,7 +87,7 @@ def export(
     metadata: Mapping[str, str] | None = None,
     opset: int | None = None,
     quantize: str | None = None,
-    data: Data | Calibration | None = None,
+    data: Data | Calibration | Auto | None = None,
     batches: int = BATCHES,
     metric: Metric | None = None,
 ) -> ExportReport:
@@ -123,7 +125,8 @@ def export(
         quantize: "int8", "int8-static" or "int8-dynamic"; left out, the file stays in floating
             point.
         data: Of an int8 file, calibration data: any iterable of what the model takes, or of (input,
-            target) pairs. Errors are reported on it; without, on the example inputs.
+            target) pairs; "auto": inputs are made from what a trained model knows of them. Errors
+            are reported on it; without, on the example inputs.
         batches: How many items of the data to read at most.
         metric: A function of (output, target) that returns the mean over the batch, to be reported
             on the data for the float and the int8 file.
@@ -180,9 +183,10 @@ def _with_data(
     """The request with its data read, and example inputs: as given, else of the first item."""
     if request is None or request.data is None:
         return request, inputs
+    if given_data(request.data) is None:
+        request = replace(request, data=made_data(model, inputs))
     if isinstance(request.data, Calibration):
-        args, kwargs = request.data.arguments(request.data.batches[0])
-        return request, inputs if inputs is not None else (kwargs or args)
+        return request, call_of(model, request.data, 0) if inputs is None else inputs
     items, inputs = read_with_inputs(request.data, request.batches, inputs, model, pairs=False)
     return replace(request, data=items), inputs
 

@@ -11,6 +11,10 @@ from torch import nn
 
 from depcut.calibration.data import Calibration, read_items
 from depcut.calibration.items import Items
+from depcut.calibration.self_made import self_made
+from depcut.capture.capture import capture
+from depcut.capture.refusals import signature_of
+from depcut.coupling.infer import infer_coupling
 from depcut.deploy.runtime import Array, bind_inputs, session_feeds
 from depcut.errors import DepcutError, InputError
 from depcut.support.failures import first_line, reraise_fatal
@@ -48,8 +52,10 @@ def fed(model: nn.Module, session: InferenceSession, data: Any, batches: int) ->
         InputError: The data cannot be read, or the graph does not take it.
     """
     if isinstance(data, Calibration):
-        items = [(data.arguments(batch), batch.target) for batch in data.batches]
-        values = [(dict(kwargs) or args, target) for (args, kwargs), target in items]
+        values = [
+            (call_of(model, data, one), data.batches[one].target)
+            for one in range(len(data.batches))
+        ]
     else:
         apart = Items(model, pairs=False)
         taken = [apart.taken_apart(item) for item in read_items(data, batches)]
@@ -58,6 +64,41 @@ def fed(model: nn.Module, session: InferenceSession, data: Any, batches: int) ->
         _run(model, session, inputs, target, f"data, item {number}")
         for number, (inputs, target) in enumerate(values)
     ]
+
+
+def call_of(model: nn.Module, data: Calibration, number: int) -> Any:
+    """What a model takes of a batch of read data: positional or keyword arguments.
+
+    Args:
+        model: The model; its signature is read.
+        data: The data.
+        number: Of the batch.
+    """
+    args, kwargs = data.arguments(data.batches[number])
+    if args and kwargs:
+        return dict(signature_of(model).bind(*args, **kwargs).arguments)
+    return kwargs or args
+
+
+def made_data(model: nn.Module, inputs: Any) -> Calibration:
+    """Inputs made from what a trained model knows of them.
+
+    Args:
+        model: The model; it is only read.
+        inputs: Example inputs, or None to infer them.
+
+    Raises:
+        InputError: None can be made of it.
+        CaptureError: The model cannot be captured.
+    """
+    found = self_made(infer_coupling(capture(model, inputs)), model)
+    if found.calibration is None:
+        raise InputError(
+            f"no data can be made from the model: {found.note.partition(';')[0]}",
+            where='data="auto"',
+            remedy="pass batches of what the model takes, such as a DataLoader",
+        )
+    return found.calibration
 
 
 def _run(model: nn.Module, session: InferenceSession, inputs: Any, target: Any, place: str) -> Fed:
