@@ -8,6 +8,7 @@ from typing import Any
 
 from depcut.calibration.data import BATCHES, read_with_inputs
 from depcut.calibration.self_made import AUTO
+from depcut.capture.inputs import Inputs
 from depcut.cli.factories import called, import_function
 from depcut.cli.inputs import example_inputs, given_or_made
 from depcut.cli.models import dense_model, slim_model
@@ -50,7 +51,7 @@ def _run(options: argparse.Namespace, output: Output) -> None:
     metric: Any = import_function(options.metric) if options.metric else None
     checked_request(options.quantize, data, options.batches, metric)
     model = slim_model(options, dense_model(options))
-    given = example_inputs(options.input_shape)
+    given: Inputs = example_inputs(options.input_shape)
     if data not in (None, AUTO):
         data, given = read_with_inputs(data, options.batches, given, model, pairs=False)
     inputs = given_or_made(output, options, model) if data in (None, AUTO) else given
