@@ -164,7 +164,9 @@ def test_what_a_module_keeps_beside_its_attributes() -> None:
 def test_tensors_that_hold_others() -> None:
     nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
     assert torch_private.is_wrapper(nested)
+    assert len(torch_private.inner_tensors(nested)) > 1
     assert not torch_private.is_wrapper(nn.Parameter(torch.ones(2)))
+    assert torch_private.inner_tensors(nn.Parameter(torch.ones(2))) == []
 
 
 def test_names_that_are_pruned() -> None:

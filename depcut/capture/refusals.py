@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from depcut.errors import CaptureError, DepcutError, InputError, listed
-from depcut.support.torch_private import is_packed
+from depcut.support.torch_private import inner_tensors, is_packed
 from depcut.support.unwrap import unwrapped
 
 
@@ -50,9 +50,12 @@ def check_model(model: object) -> None:
                 where=name,
                 remedy="shrink the model before it is sharded, or gather its weights first",
             )
-        if tensor.is_quantized:
+        if tensor.is_quantized or _holds_integers(tensor):
+            layer, _, own = name.rpartition(".")
             raise CaptureError(
-                "the model holds a quantized tensor", where=name, remedy="shrink, then quantize"
+                f"the model holds a quantized tensor: {own} is a {type(tensor).__name__}",
+                where=f"layer {layer!r}",
+                remedy="shrink the model in floating point first, then quantize the smaller one",
             )
         if isinstance(tensor, nn.Parameter) and not _is_finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
@@ -134,6 +137,14 @@ def check_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
             remedy="pass inputs= as a tuple of its positional or a dict of its keyword arguments"
             + (", ({...},) if it takes one dict" if one else ""),
         ) from None
+
+
+def _holds_integers(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of real numbers is stored as integers and scales, as torchao has it."""
+    if tensor.is_nested or not tensor.is_floating_point():
+        return False
+    inner = inner_tensors(tensor)
+    return any(_holds_integers(one) or not one.is_floating_point() for one in inner)
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

@@ -163,8 +163,6 @@ def _convert(
     program: torch.export.ExportedProgram, path: Path, metadata: Mapping[str, str], opset: int
 ) -> None:
     """Write the program as ONNX to `path`, with its metadata."""
-    import onnx_ir as ir
-
     try:
         converted = torch.onnx.export(
             program, dynamo=True, optimize=True, verbose=False, opset_version=opset
@@ -182,14 +180,7 @@ def _convert(
         _strip_notes(model)
         model.metadata_props.update(metadata)
         _settle_sizes([*model.graph.inputs, *model.graph.outputs])
-        weights = sum(
-            value.const_value.nbytes
-            for value in model.graph.initializers.values()
-            if value.const_value is not None
-        )
-        ir.save(
-            model, path, external_data=_data_name(path) if weights > _EXTERNAL_DATA_FROM else None
-        )
+        _save(model, path)
     except ExportError:
         raise
     except OSError as error:
@@ -205,6 +196,34 @@ def _convert(
             where=path.name,
             remedy="the chained error names the operator; replace it or update onnxscript",
         ) from error
+
+
+def write_graph(source: Path, path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a graph anew, with weights beside it where they are large, and with other metadata.
+
+    Args:
+        source: A file of ONNX.
+        path: The file to write.
+        metadata: All entries that it is to have.
+    """
+    import onnx_ir as ir
+
+    model = ir.load(source)
+    model.metadata_props.clear()
+    model.metadata_props.update(metadata)
+    _save(model, path)
+
+
+def _save(model: ir.Model, path: Path) -> None:
+    """Write a graph, with weights beside it where they are large."""
+    import onnx_ir as ir
+
+    weights = sum(
+        value.const_value.nbytes
+        for value in model.graph.initializers.values()
+        if value.const_value is not None
+    )
+    ir.save(model, path, external_data=_data_name(path) if weights > _EXTERNAL_DATA_FROM else None)
 
 
 def _data_name(path: Path) -> str:

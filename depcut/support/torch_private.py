@@ -75,6 +75,7 @@ __all__ = [
     "exit_autocast",
     "hook_tables",
     "hooks_of",
+    "inner_tensors",
     "is_packed",
     "is_wrapper",
     "make_subclass",
@@ -105,6 +106,18 @@ def is_packed(module: nn.Module) -> bool:
         module: The layer.
     """
     return hasattr(module, "_packed_params")
+
+
+def inner_tensors(tensor: Tensor) -> list[Tensor]:
+    """The tensors that a tensor is made of; none of a plain one.
+
+    Args:
+        tensor: The tensor.
+    """
+    wrapper: Any = tensor
+    return (
+        [getattr(wrapper, n) for n in wrapper.__tensor_flatten__()[0]] if is_wrapper(tensor) else []
+    )
 
 
 def is_wrapper(tensor: Tensor) -> bool:

@@ -1,0 +1,62 @@
+"""Plot results/int8.json: metric or file size against the time of one call, one panel a net."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import matplotlib as mpl
+from accuracy_tasks import TASKS
+from figures import save
+from measure import RESULTS, Row, read
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+STYLES = {False: ("floating point", "tab:blue", "o"), True: ("int8", "tab:orange", "s")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", default="int8", help="name of the file under results/")
+    parser.add_argument("--out", type=Path, help="image to write; results/NAME.png by default")
+    options = parser.parse_args()
+    data = read(options.results)
+    rows: list[Row] = [row for row in data["rows"] if "error" not in row]
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    columns = min(3, len(names))
+    figure, panels = plt.subplots(
+        -(-len(names) // columns),
+        columns,
+        figsize=(4.2 * columns, 3.9 * -(-len(names) // columns)),
+        squeeze=False,
+        layout="constrained",
+    )
+    for axes, name in zip(panels.flat, names, strict=False):
+        panel(axes, name, [row for row in rows if row["name"] == name])
+    for axes in panels.flat[len(names) :]:
+        axes.axis("off")
+    handles, labels = panels.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    figure.suptitle(f"onnxruntime, 1 thread, {data['machine']['cpu']}; batch 1, medians in turns")
+    save(figure, options.out or RESULTS / f"{options.results}.png")
+
+
+def panel(axes: Axes, name: str, rows: list[Row]) -> None:
+    """One net: from the dense one down, in floating point and in int8."""
+    key = "metric" if name in TASKS else "bytes"
+    for in_int8, (label, colour, marker) in STYLES.items():
+        own = [row for row in rows if row["variant"].endswith("int8") is in_int8]
+        own.sort(key=lambda row: row["removed"])
+        values = [row[key] / (1 if key == "metric" else 1e6) for row in own]
+        times = [row["ms"] for row in own]
+        axes.plot(times, values, color=colour, marker=marker, label=label, lw=1.2, ms=4)
+        for row, time, value in zip(own, times, values, strict=True):
+            text = f"-{row['removed']:.0%}" if row["removed"] else "dense"
+            axes.annotate(text, (time, value), (4, 4), textcoords="offset points", fontsize=7)
+    axes.set(title=name, xlabel="ms a call", ylabel=TASKS[name].unit if name in TASKS else "MB")
+
+
+if __name__ == "__main__":
+    main()
