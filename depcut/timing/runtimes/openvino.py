@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from importlib.metadata import version as version_of
 from pathlib import Path
@@ -141,13 +141,7 @@ class VinoRunner:
         before, done = _means(request), 2 + WARM  # one run in `_compiled`, one to measure
         for _ in range(runs):
             run()
-        after = _means(request)
-        # Counters hold means since the model was compiled: the first runs, which prepare kernels,
-        # are taken off.
-        seconds = {
-            name: max(0.0, ((done + runs) * mean - done * before.get(name, 0.0)) / runs)
-            for name, mean in after.items()
-        }
+        seconds = since(before, done, _means(request), done + runs)
         kernels = tuple(_kernels(request.get_compiled_model().get_runtime_model(), seconds))
         if not kernels:
             raise LatencyError(
@@ -214,6 +208,25 @@ class VinoRunner:
                     "is exported for any",
                 )
         return feeds
+
+
+def since(
+    before: Mapping[str, float], done: int, after: Mapping[str, float], in_all: int
+) -> dict[str, float]:
+    """Means of the later runs alone, of counters that hold means since a model was compiled.
+
+    The first runs prepare kernels, and take many times as long.
+
+    Args:
+        before: Means by kernel after the runs that are not to count.
+        done: How many these were.
+        after: Means after all of them.
+        in_all: How many there were in all.
+    """
+    return {
+        name: max(0.0, (in_all * mean - done * before.get(name, 0.0)) / (in_all - done))
+        for name, mean in after.items()
+    }
 
 
 def _exported(model: nn.Module, setup: Setup) -> tuple[Path, Any]:
