@@ -22,7 +22,7 @@ from depcut.errors import ExportError, InputError, LatencyError
 from depcut.latency.designs import designs
 from depcut.latency.measure import measure
 from depcut.options import Options
-from depcut.timing.backends import RUNTIMES, Setup
+from depcut.timing.backends import RUNTIMES, Setup, channel_block
 from depcut.timing.bench import bench
 from depcut.timing.comparison import compare
 from depcut.timing.module_profile import operators
@@ -288,6 +288,16 @@ def test_the_alignment_is_that_of_the_runtime(
     assert plan.kept.keys() == found.plan(0.5, align=alignment).kept.keys()
     for name, kept in found.plan(0.5, align=alignment).kept.items():
         np.testing.assert_array_equal(plan.kept[name], kept)
+
+
+@pytest.mark.parametrize(
+    ("capability", "block"), [("AVX2", 8), ("AVX512", 16), ("AVX512_BF16", 16), ("DEFAULT", 8)]
+)
+def test_channels_are_blocked_by_the_vectors_of_the_processor(
+    monkeypatch: pytest.MonkeyPatch, capability: str, block: int
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert channel_block() == block
 
 
 @pytest.mark.parametrize("align", ["wide", "", "8"])

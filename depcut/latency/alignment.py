@@ -10,8 +10,7 @@ def alignment(options: Options) -> int:
     """The number that kept widths are multiples of.
 
     Args:
-        options: What was chosen; `align="auto"` is what the kernels of its runtime work in, which
-            each runtime's file states with the source.
+        options: What was chosen; `align="auto"` is what the kernels of its runtime work in.
 
     Raises:
         InputError: There is no such runtime.

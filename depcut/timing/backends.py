@@ -116,6 +116,16 @@ def runtime(name: str) -> Callable[[Registered], Registered]:
     return register
 
 
+def channel_block() -> int:
+    """How many floats a vector of this processor holds: what kernels on the CPU block channels by.
+
+    oneDNN's layouts are nChw8c on AVX2 and nChw16c on AVX-512 and pad other widths:
+    https://oneapi-src.github.io/oneDNN/dev_guide_understanding_memory_formats.html; onnxruntime's
+    NCHWc kernels are alike: onnxruntime/core/mlas/lib/snchwc.cpp.
+    """
+    return 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
+
+
 def gpu_name(index: int | None = None) -> str:
     """The name of a GPU.
 

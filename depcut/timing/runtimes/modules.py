@@ -16,7 +16,7 @@ from depcut.deploy.runtime import batch_size, bind_inputs, resized
 from depcut.errors import InputError, LatencyError
 from depcut.support.failures import first_line, reraise_fatal
 from depcut.support.torch_private import compile_settings, pytree
-from depcut.timing.backends import Candidate, Setup, gpu_name, runtime
+from depcut.timing.backends import Candidate, Setup, channel_block, gpu_name, runtime
 from depcut.timing.clock import Call, Stopwatch, host_seconds
 from depcut.timing.kernels import Kernel
 from depcut.timing.memory import cuda_memory
@@ -32,9 +32,7 @@ class Eager:
 
     providers: tuple[str, ...] = ("cpu", "cuda")
     in_place = True
-    # oneDNN's convolutions hold channels in blocks of 8 (AVX2) or 16 (AVX-512) and pad other
-    # widths: https://oneapi-src.github.io/oneDNN/dev_guide_understanding_memory_formats.html
-    alignment = 8
+    alignment = channel_block()  # it runs oneDNN's convolutions
     compiled = False
 
     def check(self, provider: str) -> None:

@@ -24,7 +24,7 @@ from depcut.deploy.runtime import (
 )
 from depcut.errors import ExportError, InputError, LatencyError
 from depcut.support.failures import first_line, reraise_fatal
-from depcut.timing.backends import Candidate, Setup, runtime
+from depcut.timing.backends import Candidate, Setup, channel_block, runtime
 from depcut.timing.clock import Call, Stopwatch, host_seconds
 from depcut.timing.kernels import PROFILED, WARM, Kernel, Shape, runs_to_fill
 from depcut.timing.onnx_files import existing, file_arguments, file_bytes
@@ -38,9 +38,7 @@ class OpenVino:
 
     providers: tuple[str, ...] = tuple(_DEVICES)
     in_place = False
-    # Its CPU plugin runs oneDNN's kernels: channels in blocks of 8 (AVX2) or 16 (AVX-512),
-    # https://oneapi-src.github.io/oneDNN/dev_guide_understanding_memory_formats.html
-    alignment = 8
+    alignment = channel_block()  # its CPU plugin runs oneDNN's kernels
 
     def check(self, provider: str) -> None:
         """Raise InputError if OpenVINO is not installed, or sees no such device."""

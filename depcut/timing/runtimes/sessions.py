@@ -21,7 +21,7 @@ from depcut.deploy.runtime import (
 )
 from depcut.errors import ExportError, InputError, LatencyError
 from depcut.support.failures import first_line, reraise_fatal
-from depcut.timing.backends import Candidate, Setup, gpu_name, runtime
+from depcut.timing.backends import Candidate, Setup, channel_block, gpu_name, runtime
 from depcut.timing.clock import Call, Stopwatch, host_seconds
 from depcut.timing.kernels import Kernel
 from depcut.timing.memory import session_memory
@@ -45,9 +45,7 @@ class OnnxRuntime:
 
     providers: tuple[str, ...] = tuple(CHAINS)
     in_place = False
-    # Its NCHWc kernels compute channels in blocks of 8 (AVX2) or 16 (AVX-512), and fall back to
-    # others where a width is no such multiple: onnxruntime/core/mlas/lib/snchwc.cpp.
-    alignment = 8
+    alignment = channel_block()
 
     def check(self, provider: str) -> None:
         """Raise InputError if the installed build has no such provider."""
