@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import itertools
 import shutil
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 import depcut
 from depcut.allocate.space import space
 from depcut.analysis import Analysis
+from depcut.cli.options import Command, options_of
 from depcut.deploy.convert import draft
 from depcut.errors import ExportError, InputError, LatencyError
 from depcut.latency.designs import designs
@@ -315,3 +317,22 @@ def test_an_alignment_is_a_number_or_auto(align: str) -> None:
     with pytest.raises(InputError, match="align is") as caught:
         Options(align=align)
     assert '"auto"' in str(caught.value.remedy)
+
+
+def on_the_command_line(*arguments: str) -> Options:
+    parser = argparse.ArgumentParser()
+    command = Command(parser)
+    command.pruning()
+    command.runtime(several_batches=False)
+    return options_of(command.settled(parser.parse_args(arguments), {}, None))
+
+
+def test_the_command_line_takes_a_runtime_and_its_alignment(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = on_the_command_line("--align", "auto", "--runtime", "openvino", "--threads", "2")
+    assert found == Options(align="auto", runtime="openvino", threads=2)
+    assert on_the_command_line("--align", "16").align == 16
+    with pytest.raises(SystemExit):
+        on_the_command_line("--align", "wide")
+    assert "'wide' is neither auto nor an integer" in capsys.readouterr().err
