@@ -88,10 +88,11 @@ def test_models_and_files_are_timed_in_openvino(chain: nn.Module, file: Path) ->
     assert not chain.training
 
 
-def test_dense_is_compared_with_slim_in_openvino(chain: nn.Module) -> None:
+def test_dense_is_compared_with_slim_in_openvino() -> None:
     pytest.importorskip("openvino")
-    found = compare(chain, chain, IMAGE, runtime="openvino", rounds=6)
-    assert found.realised is not None
+    dense, slim = nn.Linear(8, 4), nn.Linear(8, 4)
+    found = compare(dense, slim, torch.randn(2, 8), runtime="openvino", rounds=6)
+    assert found.realised == pytest.approx(found.speedup.ratio if found.speedup else 0)
     assert "openvino" in found.conditions
 
 
