@@ -40,9 +40,10 @@ from depcut.coupling.groups import Coupling, Frozen, Group
 from depcut.coupling.infer import infer_coupling
 from depcut.deploy.runtime import single
 from depcut.frontiers.scan import Scanned
+from depcut.latency.alignment import alignment
 from depcut.latency.model import SAMPLES, LatencyModel, latency_model
 from depcut.latency.target import Goal, plan_for_latency
-from depcut.options import CalibrateKeywords, Options, PlanKeywords
+from depcut.options import ONNXRUNTIME, CalibrateKeywords, Options, PlanKeywords
 from depcut.pictures.analysed import ShownAnalysis
 from depcut.pictures.plots import plot_scores
 from depcut.plan import cost
@@ -57,6 +58,7 @@ from depcut.scores import Criterion, Score, score_name
 from depcut.scores import score as unit_scores
 from depcut.support.keywords import settled, takes_options
 from depcut.support.processes import together_on_data
+from depcut.timing.runtimes import check_runtime
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -155,6 +157,9 @@ class Analysis(ShownAnalysis, Scanned):
         """
         chosen = settled(Options, options, given, PlanKeywords, "plan", one_stage=True)
         of = check_budget(ratio, chosen.of, chosen.latency_ms)
+        align = alignment(chosen)
+        if of == "latency":
+            check_runtime(chosen.runtime, None)
         if not self.groups:
             refuse_frozen(self.frozen, type(self.model).__name__)
         calibration = self.calibrate(data, loss=loss, options=chosen)
@@ -166,7 +171,7 @@ class Analysis(ShownAnalysis, Scanned):
         request = Request(
             score,
             allocation_or_default(chosen.allocation, of),
-            chosen.align,
+            align,
             chosen.ignore,
             chosen.ratios or {},
             chosen.seed,
@@ -209,7 +214,7 @@ class Analysis(ShownAnalysis, Scanned):
             goal = Goal.of(ratio, chosen.latency_ms)
             branches = timed(self.residuals, rebuild) if chosen.depth else None
             shown = chosen.progress
-            times = self.latency(threads=chosen.threads, progress=shown)
+            times = self.latency(runtime=chosen.runtime, threads=chosen.threads, progress=shown)
             plan = plan_for_latency(
                 self.model, self._inputs, chooser, times, goal, branches, progress=shown
             )
@@ -254,24 +259,26 @@ class Analysis(ShownAnalysis, Scanned):
     def latency(
         self,
         *,
+        runtime: str = ONNXRUNTIME,
         threads: int = 1,
         samples: int = SAMPLES,
         refresh: bool = False,
         progress: bool = True,
     ) -> LatencyModel:
-        """Time as a function of the kept counts, in onnxruntime on this machine's CPU.
+        """Time as a function of the kept counts, in a runtime on this machine's CPU.
 
         Takes a minute or more the first time: a number of smaller models are made and profiled.
         What was measured is kept in the user's cache directory.
 
         Args:
+            runtime: What runs the models, see `depcut.bench`.
             threads: Threads that one operator may use.
             samples: Models to measure, the dense one among them.
             refresh: Measure again even if there are measurements.
             progress: Whether to show a progress bar on standard error.
 
         Raises:
-            InputError: An argument is out of its range.
+            InputError: An argument is out of its range, or the runtime is absent.
             BudgetError: Nothing can be removed.
             LatencyError: The time cannot be measured.
             ExportError: The model cannot be exported or run.
@@ -282,6 +289,7 @@ class Analysis(ShownAnalysis, Scanned):
             self.coupling,
             self.model,
             self._inputs,
+            runtime=runtime,
             threads=threads,
             samples=samples,
             refresh=refresh,

@@ -30,6 +30,8 @@ from depcut.support.memory import check_memory
 from depcut.support.toml_files import read_options
 
 QUANTITIES = (*COSTS, "latency")
+ONNXRUNTIME = "onnxruntime"  # what runs models unless another runtime is asked for
+AUTO = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +88,7 @@ class Options(Common):
     of: str = option(
         "macs",
         'What is budgeted: "macs", "params", "channels" (every layer loses that share of them) or '
-        '"latency" (measured in onnxruntime on the CPU of this machine, on the inputs as given).',
+        '"latency" (measured in `runtime` on the CPU of this machine, on the inputs as given).',
     )
     latency_ms: float | None = option(None, "In place of a ratio: milliseconds to come to.")
     score: str | Score | Criterion | None = option(
@@ -114,12 +116,21 @@ class Options(Common):
         '"uniform" (same share everywhere) or "global" (least loss per cost first; of scores that '
         'only rank, what many layers read, as the residual stream, goes last); left out, "global".',
     )
-    align: int = option(8, "Kept widths are multiples of it where the width allows; 1: any width.")
+    align: int | str = option(
+        8,
+        "Kept widths are multiples of it where the width allows; 1: any width; "
+        '"auto": what the kernels of `runtime` work in.',
+    )
     ignore: tuple[str, ...] = option(
         (), "Globs over module or parameter names whose width must stay."
     )
     ratios: Mapping[str, float] | None = option(
         None, "Fraction of units removed, by glob, for groups that the budget does not decide."
+    )
+    runtime: str = option(
+        ONNXRUNTIME,
+        'What runs the model where time is measured, see `depcut.bench`: "onnxruntime", '
+        '"openvino", "torch" or "torch.compile".',
     )
     threads: int = option(1, "Threads that one operator may use, where time is measured.")
     depth: bool = option(
@@ -152,7 +163,8 @@ class Options(Common):
         self._check_latency()
         self._check_score()
         self._integer("batches", 1, sys.maxsize)
-        self._integer("align", 1, LARGEST)
+        self._check_align()
+        self._check_runtime()
         self._integer("threads", 1, THREADS)
         self._flag("depth")
         self._set("memory", check_memory(self.memory))
@@ -176,6 +188,19 @@ class Options(Common):
         if self.latency_ms is not None:
             remedy = "pass milliseconds, more than 0"
             self._set("latency_ms", check_number(self.latency_ms, "latency_ms", remedy, above=0))
+
+    def _check_align(self) -> None:
+        if not isinstance(self.align, str) or self.align != AUTO:
+            remedy = 'pass an integer of at least 1, or "auto"'
+            self._set("align", check_integer(self.align, "align", 1, LARGEST, remedy=remedy))
+
+    def _check_runtime(self) -> None:
+        if not isinstance(self.runtime, str):
+            raise InputError(
+                f"runtime is {shown(self.runtime)}",
+                where="runtime=",
+                remedy='pass the name of one, such as "onnxruntime"',
+            )
 
     def _check_score(self) -> None:
         given: Any = self.score
@@ -299,7 +324,7 @@ class GradualKeywords(_Reading, total=False):
     of: str
     score: str | Score | Criterion | None
     allocation: str | None
-    align: int
+    align: int | str
     ignore: Iterable[str]
     seed: int
 
@@ -315,6 +340,7 @@ class IterateKeywords(GradualKeywords, total=False):
 class FrontierKeywords(GradualKeywords, total=False):
     """Flat keywords of `Analysis.frontier`."""
 
+    runtime: str
     threads: int
     depth: bool
     generated: str
@@ -340,7 +366,7 @@ class CheckpointKeywords(_Reading, total=False):
     of: str
     score: str | Score | Criterion | None
     allocation: str | None
-    align: int
+    align: int | str
     ignore: Iterable[str]
     ratios: Mapping[str, float] | None
     seed: int

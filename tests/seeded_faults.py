@@ -697,6 +697,12 @@ FAULTS = [
         "timing", "first = max(below - 1, 0)", "first = below", "tests/test_timing.py -k interval"
     ),
     Fault(
+        "timing",
+        "(in_all * mean - done * before.get(name, 0.0)) / (in_all - done)",
+        "mean",
+        "tests/test_engines.py -k warm",
+    ),
+    Fault(
         "latency",
         "-(-exact // block) * block",
         "exact // block * block",

@@ -125,18 +125,18 @@ def clockwork(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine whose seconds are MACs, with a tenth more than its model says."""
 
     class Clock:
-        path = None
+        dense = None
 
-        def __init__(self, dense: nn.Module, inputs: Tensor, *_: Any) -> None:
+        def __init__(self, dense: nn.Module, inputs: Tensor, *_: Any, **__: Any) -> None:
             self.macs = lambda slim: count_macs(slim, inputs)
-            self.dense = self.macs(dense)
+            self.whole = self.macs(dense)
 
         def written(self, slim: nn.Module) -> nn.Module:
             return slim
 
         def beside(self, slim: nn.Module | None, _: int) -> Beside:
-            share = 1.0 if slim is None else 1.1 * self.macs(slim) / self.dense
-            return Beside(share, float(self.dense))
+            share = 1.0 if slim is None else 1.1 * self.macs(slim) / self.whole
+            return Beside(share, float(self.whole))
 
     def modelled(analysis: Analysis, **_: Any) -> LatencyModel:
         cost = analysis.costs["macs"]

@@ -27,8 +27,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Libraries that take long to import: functions that use them import them.
 HEAVY = {
     "accelerate", "jinja2", "lightning", "matplotlib", "networkx", "onnx", "onnx_ir", "onnxruntime",
-    "onnxscript", "pandas", "platformdirs", "rich", "safetensors", "scipy", "sklearn", "sympy",
-    "torch._dynamo", "torch._inductor", "torch.onnx", "transformers",
+    "onnxscript", "openvino", "pandas", "platformdirs", "rich", "safetensors", "scipy", "sklearn",
+    "sympy", "torch._dynamo", "torch._inductor", "torch.onnx", "transformers",
 }  # fmt: skip
 TORCH_WITHIN = {"torch_private.py", "fsdp_private.py", "sharded.py", "sharding.py"}
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml", "PIL": "pillow"}
@@ -147,7 +147,7 @@ def third_party(folder: Path) -> set[str]:
 def test_what_the_package_imports_is_declared_and_the_other_way_round() -> None:
     extras = PROJECT["optional-dependencies"]
     needed = names(PROJECT["dependencies"])
-    optional = names([*extras["train"], *extras["demo"], *extras["plot"]])
+    optional = names([*extras["train"], *extras["demo"], *extras["plot"], *extras["openvino"]])
     used = third_party(PACKAGE)
     assert used - needed - optional == set()
     assert (needed | optional) - used == {"onnxscript"}  # torch.onnx imports it

@@ -26,12 +26,14 @@ from depcut.errors import BudgetError, InputError, LatencyError
 from depcut.latency import cache, model, target
 from depcut.latency.align import aligned, best_alignment
 from depcut.latency.designs import designs
-from depcut.latency.kernels import Kernel, kernels_of, profile
 from depcut.latency.measure import Bench, Beside
 from depcut.latency.model import LatencyModel
 from depcut.latency.samples import Sample, Samples
 from depcut.latency.sizes import Recogniser
 from depcut.latency.staircase import fit
+from depcut.timing.kernels import Kernel
+from depcut.timing.runtimes.sessions import SessionRunner
+from depcut.timing.session_profile import kernels_of, profile
 
 
 class Chain(nn.Sequential):
@@ -384,9 +386,9 @@ def clockwork(analysis: Analysis, monkeypatch: pytest.MonkeyPatch) -> list[tuple
     seen: list[tuple[int, ...]] = []
 
     class Clock:
-        path = None
+        dense = None
 
-        def __init__(self, dense: nn.Module, *_: Any) -> None:
+        def __init__(self, dense: nn.Module, *_: Any, **__: Any) -> None:
             self.model = dense
 
         def written(self, slim: nn.Module) -> nn.Module:
@@ -550,8 +552,8 @@ def test_a_model_that_cannot_be_measured_says_why(monkeypatch: pytest.MonkeyPatc
             raise LatencyError("no clock", remedy="wind it")
         return (Kernel("Conv", (), (), 1e-6),)
 
-    monkeypatch.setattr("depcut.latency.measure.profile", failing)
-    monkeypatch.setattr(Bench, "written", lambda self, _: self.path)
+    monkeypatch.setattr(SessionRunner, "kernels", failing)
+    monkeypatch.setattr(Bench, "written", lambda self, _: self.dense)
     found = depcut.analyze(seeded(Chain, 0), torch.zeros(1, 3, 8, 8))
     with pytest.raises(LatencyError, match="7 of 8 smaller models could not be measured") as info:
         found.latency(samples=6, progress=False)
@@ -566,13 +568,15 @@ def test_a_few_that_cannot_be_measured_are_left_out_and_said(
     """Of the dense model's file in place of every other one."""
     calls = itertools.count()
 
+    kernels = SessionRunner.kernels
+
     def failing_once(*arguments: Any) -> Any:
         if next(calls) == 3:
             raise LatencyError("no clock", remedy="wind it")
-        return profile(*arguments)
+        return kernels(*arguments)
 
-    monkeypatch.setattr("depcut.latency.measure.profile", failing_once)
-    monkeypatch.setattr(Bench, "written", lambda self, _: self.path)
+    monkeypatch.setattr(SessionRunner, "kernels", failing_once)
+    monkeypatch.setattr(Bench, "written", lambda self, _: self.dense)
     found = depcut.analyze(seeded(Chain, 0), torch.zeros(1, 3, 8, 8))
     with pytest.warns(UserWarning, match="1 of 8 smaller models could not be measured and are"):
         times = found.latency(samples=6, progress=False)

@@ -17,7 +17,7 @@ from depcut.support.keywords import default_of, doc_of, names_of
 from depcut.timing.runtimes import RUNTIMES, providers
 
 # Flags that stand elsewhere: with the budget, and with what is timed.
-_ELSEWHERE = ("latency_ms", "threads")
+_ELSEWHERE = ("latency_ms", "runtime", "threads")
 # Flags that say how to read and how to answer a command line: no file has them.
 _OF_THE_LINE = ("json", "options", "debug")
 
@@ -60,6 +60,13 @@ def _switch(text: str) -> bool | str:
     if text.lower() not in values:
         raise argparse.ArgumentTypeError(f"{text!r} is none of auto, true, false")
     return values[text.lower()]
+
+
+def _number_or_auto(text: str) -> int | str:
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor an integer") from error
 
 
 def _ratio_by_glob(text: str) -> tuple[str, float]:
@@ -238,6 +245,8 @@ class Command:
             add(flag, action=argparse.BooleanOptionalAction, **common)
         elif kind == "bool | str":
             add(flag, type=_switch, metavar="auto|true|false", **common)
+        elif kind == "int | str":
+            add(flag, type=_number_or_auto, metavar="auto|N", **common)
         elif name == "ratios":
             add(flag, type=_ratio_by_glob, action="append", metavar="GLOB=RATIO", **common)
         elif isinstance(default, tuple):

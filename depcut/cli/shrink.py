@@ -27,7 +27,7 @@ def _declare(command: Command) -> None:
     command.selection()
     budget = command.exclusive()
     budget("--ratio", type=float, help="share to remove, between 0 and 1")
-    budget("--latency-ms", type=float, help="milliseconds to come to in onnxruntime on this CPU")
+    budget("--latency-ms", type=float, help="milliseconds to come to in --runtime on this CPU")
     command.add(
         "--data",
         metavar="DATA",

@@ -160,7 +160,22 @@ def session_tensors(session: InferenceSession, values: Mapping[str, Any]) -> dic
     Raises:
         ExportError: The graph takes another number of tensors.
     """
-    names = [entry.name for entry in session.get_inputs()]
+    return named_tensors([entry.name for entry in session.get_inputs()], values)
+
+
+def named_tensors(names: Sequence[str], values: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors among a model's arguments by the names of a graph's inputs.
+
+    Args:
+        names: Of the inputs, in the order of the graph.
+        values: As `session_tensors` takes them.
+
+    Returns:
+        Tensors by input name.
+
+    Raises:
+        ExportError: The graph takes another number of tensors.
+    """
     if set(names) <= {name for name, value in values.items() if isinstance(value, Tensor)}:
         return {name: values[name] for name in names}
     tensors = [leaf for leaf in pytree.tree_leaves(dict(values)) if isinstance(leaf, Tensor)]

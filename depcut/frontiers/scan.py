@@ -26,7 +26,13 @@ from depcut.errors import BudgetError, InputError
 from depcut.frontiers.frontier import Frontier, FrontierRow
 from depcut.frontiers.scored import Scored
 from depcut.latency.model import LatencyModel
-from depcut.options import CalibrateKeywords, FrontierKeywords, Options, PlanKeywords
+from depcut.options import (
+    ONNXRUNTIME,
+    CalibrateKeywords,
+    FrontierKeywords,
+    Options,
+    PlanKeywords,
+)
 from depcut.plan.cost import COSTS, Cost
 from depcut.rebuild.choose import lost_share
 from depcut.scores import is_additive, score, score_name
@@ -81,6 +87,7 @@ class Scanned:
     def latency(
         self,
         *,
+        runtime: str = ONNXRUNTIME,
         threads: int = 1,
         samples: int = 0,
         refresh: bool = False,
@@ -142,7 +149,9 @@ class Scanned:
         scored = self._scored(chosen, calibration)
         times = None
         if latency and of != "latency":
-            times = self.latency(threads=chosen.threads, progress=chosen.progress)
+            times = self.latency(
+                runtime=chosen.runtime, threads=chosen.threads, progress=chosen.progress
+            )
         plans = {ratio: self._planned(ratio, scored, chosen, calibration) for ratio in wanted}
         unreached = {r: plan for r, plan in plans.items() if isinstance(plan, BudgetError)}
         if len(unreached) == len(plans):

@@ -9,8 +9,8 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from depcut.latency.kernels import Kernel
 from depcut.latency.samples import Samples
+from depcut.timing.kernels import Kernel
 
 _MOST = 0.5  # of the samples must have a kernel
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,14 +18,13 @@ from torch import nn
 from depcut.apply.plan import planned
 from depcut.coupling.groups import Coupling
 from depcut.deploy.convert import OLDER_OPSET, OPSET, draft
-from depcut.deploy.runtime import bind_inputs, open_session, session_feeds
+from depcut.deploy.runtime import bind_inputs
 from depcut.errors import DepcutError, ExportError, LatencyError
-from depcut.latency.kernels import profile
 from depcut.latency.samples import Sample, Samples
+from depcut.options import ONNXRUNTIME
+from depcut.timing.backends import Runner, Setup
 from depcut.timing.clock import interleave
-
-if TYPE_CHECKING:
-    from onnxruntime import InferenceSession
+from depcut.timing.runtimes import RUNTIMES
 
 _ENOUGH = 0.7  # of the samples must succeed
 _ROUNDS = 5
@@ -44,55 +44,82 @@ class Beside:
 
 
 class Bench:
-    """The dense model, ready to be run beside smaller ones.
+    """The dense model in a runtime, ready to be run beside smaller ones.
+
+    What holds while a runtime measures is entered by the caller, see `entered`.
 
     Args:
         model: The dense model.
         inputs: What it is run on; their batch size is the one that is measured.
         threads: Threads that one operator may use.
         folder: For files; it outlives the bench.
+        runtime: What runs the models.
         free_batch: Whether files take any batch size, as those of `depcut.export` do. Files for
             one are written faster.
     """
 
     def __init__(
-        self, model: nn.Module, inputs: Any, threads: int, folder: Path, *, free_batch: bool = True
+        self,
+        model: nn.Module,
+        inputs: Any,
+        threads: int,
+        folder: Path,
+        *,
+        runtime: str = ONNXRUNTIME,
+        free_batch: bool = True,
     ) -> None:
+        self.runtime = RUNTIMES[runtime]
         self.inputs, self.threads, self.folder = inputs, threads, folder
-        self.free_batch = free_batch
-        self.values = bind_inputs(model, inputs).arguments
-        self.path, self.opset = folder / "dense.onnx", OPSET
-        draft(model, inputs, self.path, free_batch=free_batch)
+        self.free_batch, self.opset = free_batch, OPSET
+        self.values = dict(bind_inputs(model, inputs).arguments)
         try:
-            self.session = open_session(self.path, threads)
+            self.dense = self._runner(model, "dense")
         except ExportError:
+            if self.runtime.in_place:
+                raise
             self.opset = OLDER_OPSET
-            draft(model, inputs, self.path, opset=self.opset, free_batch=free_batch)
-            self.session = open_session(self.path, threads)
+            self.dense = self._runner(model, "dense")
+        self._run = self.dense.call(self.dense.batch)
 
-    def written(self, model: nn.Module) -> Path:
-        """The ONNX file of a smaller model; it takes the place of the one before."""
-        path = self.folder / "slim.onnx"
-        for old in self.folder.glob("slim.onnx*"):
-            old.unlink()
-        draft(model, self.inputs, path, opset=self.opset, free_batch=self.free_batch)
-        return path
+    def written(self, model: nn.Module) -> Runner:
+        """A smaller model, ready to run; its file takes the place of the one before."""
+        return self._runner(model, "slim")
 
-    def beside(self, path: Path, rounds: int = _ROUNDS) -> Beside:
-        """Time a file in turns with the dense model."""
-        other = open_session(path, self.threads)
+    def beside(self, runner: Runner, rounds: int = _ROUNDS) -> Beside:
+        """Time a model in turns with the dense one."""
         samples = interleave(
-            {"dense": self._call(self.session), "slim": self._call(other)},
+            {"dense": self._run, "slim": runner.call(runner.batch)},
             rounds=rounds,
             warmup=1,
+            stopwatch=runner.stopwatch,
         )
         pairs = zip(samples["dense"], samples["slim"], strict=True)
         return Beside(median(slim / dense for dense, slim in pairs), median(samples["dense"]))
 
-    def _call(self, session: InferenceSession) -> Callable[[], object]:
-        # a generated model names its inputs anew
-        feeds = session_feeds(session, self.values)
-        return lambda: session.run(None, feeds)
+    def _runner(self, model: nn.Module, name: str) -> Runner:
+        """The model in the runtime, by way of a file that is not checked where it takes files."""
+        setup = Setup(self.inputs, None, self.threads, self.folder)
+        if self.runtime.in_place:
+            return self.runtime.runner(name, model, setup)
+        path = self.folder / f"{name}.onnx"
+        for old in self.folder.glob(f"{name}.onnx*"):
+            old.unlink()
+        draft(model, self.inputs, path, opset=self.opset, free_batch=self.free_batch)
+        # a generated model names its inputs anew: by name, and else in their order
+        return self.runtime.runner(name, path, replace(setup, inputs=self.values))
+
+
+@contextlib.contextmanager
+def entered(runtime: str, threads: int) -> Iterator[Path]:
+    """The settings that hold while a runtime measures, and a folder for as long.
+
+    Args:
+        runtime: What runs the models.
+        threads: Threads that one operator may use.
+    """
+    with contextlib.ExitStack() as stack:
+        RUNTIMES[runtime].enter(stack, threads)
+        yield Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="depcut-")))
 
 
 def measure(
@@ -103,6 +130,7 @@ def measure(
     *,
     threads: int,
     progress: bool,
+    runtime: str = ONNXRUNTIME,
 ) -> Samples:
     """Measure the model at several widths.
 
@@ -113,6 +141,7 @@ def measure(
         counts: Kept counts, [samples, groups]; the dense ones first.
         threads: Threads that one operator may use.
         progress: Whether to show a progress bar on standard error.
+        runtime: What runs the models.
 
     Raises:
         LatencyError: Too many of the smaller models could not be measured.
@@ -125,9 +154,9 @@ def measure(
     failures: list[DepcutError] = []
     dense_seconds: list[float] = []
     bar = Progress(console=Console(stderr=True), transient=True, disable=not progress)
-    with tempfile.TemporaryDirectory(prefix="depcut-") as name, bar:
+    with entered(runtime, threads) as folder, bar:
         task = bar.add_task("measuring kernels at several widths", total=len(counts))
-        bench = Bench(model, inputs, threads, Path(name), free_batch=False)
+        bench = Bench(model, inputs, threads, folder, runtime=runtime, free_batch=False)
         for row in counts:
             sample = _attempt(bench, coupling, model, row)
             if not isinstance(sample, DepcutError):
@@ -160,11 +189,11 @@ def _attempt(
         if count < group.size
     }
     try:
-        path = bench.path
+        runner = bench.dense
         if kept:
-            path = bench.written(planned(coupling, model, kept, {}).apply(model))
-        kernels = profile(path, bench.values, bench.threads)
-        beside = bench.beside(path)
+            runner = bench.written(planned(coupling, model, kept, {}).apply(model))
+        kernels = runner.kernels(runner.batch)
+        beside = bench.beside(runner)
     except DepcutError as error:
         return error
     return Sample(tuple(map(int, row)), kernels, beside.ratio), beside.dense_seconds

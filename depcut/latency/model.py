@@ -22,6 +22,7 @@ from depcut.latency.designs import between, designs
 from depcut.latency.measure import measure
 from depcut.latency.samples import Samples
 from depcut.latency.staircase import fit
+from depcut.options import ONNXRUNTIME
 from depcut.plan.cost import Cost
 from depcut.plan.fingerprint import fingerprint
 from depcut.plan.preferences import preferences
@@ -29,6 +30,7 @@ from depcut.support.checks import THREADS, check_flag, check_integer
 from depcut.support.failures import shown
 from depcut.support.machine import processor
 from depcut.support.torch_private import pytree
+from depcut.timing.runtimes import RUNTIMES, check_runtime
 
 SAMPLES = 16
 _MOST_SAMPLES = 10_000
@@ -52,6 +54,7 @@ class LatencyModel:
         threads: Threads that one operator could use.
         runtime: Library, version and provider.
         machine: The processor.
+        engine: The runtime's name, see `depcut.bench`.
     """
 
     coupling: Coupling
@@ -63,6 +66,7 @@ class LatencyModel:
     threads: int
     runtime: str
     machine: str
+    engine: str = ONNXRUNTIME
 
     def predict(self, plan: Plan) -> float:
         """Seconds that the model takes after the plan.
@@ -109,15 +113,17 @@ def latency_model(
     model: nn.Module,
     inputs: Any,
     *,
+    runtime: str = ONNXRUNTIME,
     threads: int = 1,
     samples: int = SAMPLES,
     refresh: bool = False,
     progress: bool = True,
 ) -> LatencyModel:
-    """Measure a model in onnxruntime on the CPU, or read what was measured before.
+    """Measure a model in a runtime on the CPU, or read what was measured before.
 
-    Each sample is a real smaller model: rewritten, exported, and profiled by the runtime itself, so
-    that every kernel is seen with the layout, the fusions and the neighbours that it has there.
+    Each sample is a real smaller model: rewritten, exported where the runtime takes files, and
+    profiled by the runtime itself, so that every kernel is seen with the layout, the fusions and
+    the neighbours that it has there.
     Measurements are kept in the user's cache directory, by architecture, inputs, version of the
     runtime, processor and threads.
 
@@ -126,6 +132,7 @@ def latency_model(
         model: The dense model; it is only read.
         inputs: A tensor, a tuple of positional or a dict of keyword arguments; their batch size is
             the one that is timed.
+        runtime: What runs the models, see `depcut.bench`.
         threads: Threads that one operator may use.
         samples: Number of models to measure, the dense one among them; at least 6. Two more have
             widths between the multiples of 8.
@@ -133,12 +140,11 @@ def latency_model(
         progress: Whether to show a progress bar on standard error.
 
     Raises:
-        InputError: An argument is out of its range.
+        InputError: An argument is out of its range, or the runtime is absent.
         LatencyError: The model cannot be measured.
         ExportError: The model cannot be exported or run.
     """
-    import onnxruntime as ort
-
+    check_runtime(runtime, None)
     for flag, given in (("refresh", refresh), ("progress", progress)):
         check_flag(given, flag)
     limits = (
@@ -149,12 +155,12 @@ def latency_model(
         check_integer(value, name, least, most, what=f"{name}={shown(value)}", remedy=remedy)
     arguments = bind_inputs(model, inputs)
     steps = space(coupling, _GRID, set(), preferences(coupling).ties)
-    runtime = f"onnxruntime {ort.__version__}, CPUExecutionProvider"
+    described = f"{RUNTIMES[runtime].version()}, CPU"
     key = {
         "architecture": fingerprint(coupling),
         "graph": hashlib.sha256(coupling.program.graph.code.encode()).hexdigest(),
         "inputs": [_described(leaf) for leaf in pytree.tree_leaves(dict(arguments.arguments))],
-        "runtime": runtime,
+        "runtime": described,
         "torch": torch.__version__,
         "machine": processor(),
         "threads": threads,
@@ -165,7 +171,9 @@ def latency_model(
     if measured is None:
         rows = designs(steps, samples)
         rows = np.concatenate([rows, between(steps, rows[-_BETWEEN:])])
-        measured = measure(coupling, model, inputs, rows, threads=threads, progress=progress)
+        measured = measure(
+            coupling, model, inputs, rows, threads=threads, progress=progress, runtime=runtime
+        )
         cache.store(key, measured)
     grid = steps.steps[steps.class_of]
     known, others = _split(measured, grid)
@@ -180,8 +188,9 @@ def latency_model(
         explained=fitted.explained,
         slowdown=_slowdown(cost, others),
         threads=threads,
-        runtime=runtime,
+        runtime=described,
         machine=processor(),
+        engine=runtime,
     )
 
 

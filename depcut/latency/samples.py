@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from depcut.latency.kernels import Kernel
+from depcut.timing.kernels import Kernel
 
 
 @dataclass(frozen=True)

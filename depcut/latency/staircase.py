@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from depcut.coupling.groups import Coupling
 from depcut.latency.align import Track, aligned
-from depcut.latency.kernels import Kernel
 from depcut.latency.samples import Samples
 from depcut.latency.sizes import Recogniser, Size, constant
 from depcut.plan.cost import Blocked, Cost, compile_staircase
+from depcut.timing.kernels import Kernel
 
 Numbers = NDArray[np.float64]
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -17,7 +15,7 @@ from depcut.apply.plan import Plan
 from depcut.branches.branch import Residuals
 from depcut.errors import BudgetError
 from depcut.latency.branches import Widths, widths_without_branches
-from depcut.latency.measure import Bench
+from depcut.latency.measure import Bench, entered
 from depcut.latency.model import LatencyModel
 
 _TRIES = 6
@@ -133,11 +131,11 @@ def plan_for_latency(
 
     console = Console(stderr=True, quiet=not progress)
     with (
-        tempfile.TemporaryDirectory(prefix="depcut-") as name,
+        entered(times.engine, times.threads) as folder,
         console.status("measuring the dense model") as status,
     ):
-        bench = Bench(model, inputs, times.threads, Path(name))
-        dense = bench.beside(bench.path, _ROUNDS).dense_seconds
+        bench = Bench(model, inputs, times.threads, folder, runtime=times.engine)
+        dense = bench.beside(bench.dense, _ROUNDS).dense_seconds
         if goal.share(dense) >= 1:
             raise BudgetError(
                 f"the model takes {1e3 * dense:.3g} ms as it is: nothing has to go",

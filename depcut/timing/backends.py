@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from depcut.timing.clock import Call, Stopwatch
+from depcut.timing.kernels import Kernel
 
 Candidate: TypeAlias = "nn.Module | str | os.PathLike[str]"
 
@@ -23,20 +24,25 @@ class Runner(Protocol):
     Attributes:
         batch: Batch size of the inputs that were given.
         device: What it runs on, in words.
-        file_bytes: Size of its ONNX file with external data; None where there is no file.
         stopwatch: What tells how long calls of it take.
     """
 
     batch: int
     device: str
-    file_bytes: int | None
     stopwatch: Stopwatch
+
+    @property
+    def file_bytes(self) -> int | None:
+        """Size of its ONNX file with external data; None where there is no file."""
 
     def call(self, batch: int) -> Call:
         """A function that runs it once at a batch size; it has been seen to run."""
 
     def peak_memory(self, batch: int) -> int | None:
         """Bytes that it needs at a batch size; None where they cannot be told from others'."""
+
+    def kernels(self, batch: int) -> tuple[Kernel, ...]:
+        """What a run at a batch size spends its time on, or LatencyError where that is not told."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +67,17 @@ class Runtime(Protocol):
 
     Attributes:
         providers: What may compute in it.
-        in_place: Whether a model runs on the device where it is, so that it must be moved first.
+        in_place: Whether a model runs on the device where it is, so that it must be moved first;
+            the others take ONNX files, too.
+        alignment: Widths that are multiples of it waste nothing in its kernels on the CPU.
     """
 
     providers: tuple[str, ...]
     in_place: bool
+    alignment: int
 
     def check(self, provider: str) -> None:
-        """Raise InputError if this machine lacks a provider, which is one of `providers`."""
+        """Raise InputError if this machine lacks the library or a provider of `providers`."""
 
     def version(self) -> str:
         """Its name and version in a few words."""
@@ -105,6 +114,16 @@ def runtime(name: str) -> Callable[[Registered], Registered]:
         return kind
 
     return register
+
+
+def channel_block() -> int:
+    """How many floats a vector of this processor holds: what kernels on the CPU block channels by.
+
+    oneDNN's layouts are nChw8c on AVX2 and nChw16c on AVX-512 and pad other widths:
+    https://oneapi-src.github.io/oneDNN/dev_guide_understanding_memory_formats.html; onnxruntime's
+    NCHWc kernels are alike: onnxruntime/core/mlas/lib/snchwc.cpp.
+    """
+    return 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
 
 
 def gpu_name(index: int | None = None) -> str:

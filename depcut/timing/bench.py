@@ -50,15 +50,16 @@ def bench(
     """Time candidates in turns (A B A B ...), so that drift of the machine affects all alike.
 
     Args:
-        candidates: Models, or ONNX files when `runtime` is "onnxruntime", by name. The first one
-            is what the others are compared with.
+        candidates: Models, or ONNX files when `runtime` is "onnxruntime" or "openvino", by name.
+            The first one is what the others are compared with.
         inputs: A tensor, a tuple of positional or a dict of keyword arguments that all take;
             inferred from each model when left out.
-        runtime: "onnxruntime" (models are exported first), "torch" (eager) or "torch.compile"
-            (compiled anew for each batch size).
-        provider: "cpu", "cuda" or "tensorrt". When left out, onnxruntime computes on the CPU and
-            PyTorch on the device where the model is; "tensorrt" is onnxruntime's. On a GPU, inputs
-            and outputs stay there: copies are not timed.
+        runtime: "onnxruntime" (models are exported first), "openvino" (the same, and compiled anew
+            for each batch size, in float32; pip install 'depcut[openvino]'), "torch" (eager) or
+            "torch.compile" (compiled anew for each batch size).
+        provider: "cpu", "cuda" or "tensorrt". When left out, onnxruntime and OpenVINO compute on
+            the CPU and PyTorch on the device where the model is; "tensorrt" is onnxruntime's. On a
+            GPU, inputs and outputs stay there: copies are not timed.
         batch_sizes: Batch sizes to measure at, by repeating rows of the inputs; when left out,
             that of the inputs.
         threads: Threads that one operator may use.
@@ -95,10 +96,11 @@ def bench(
             own.mkdir()
             setup = Setup(inputs, provider, threads, own)
             runners[name] = chosen.runner(name, candidate, setup)
+        sizes = {name: one.file_bytes for name, one in runners.items()}
         measurements = _measured(runners, batch_sizes, memory, rounds, warmup)
     return BenchResult(
         measurements=measurements,
-        file_bytes={name: runner.file_bytes for name, runner in runners.items()},
+        file_bytes=sizes,
         runtime=chosen.version(),
         provider=next(iter(runners.values())).device,
         threads=threads,

@@ -27,6 +27,7 @@ from depcut.calibration.data import Calibration, Data, Loss
 from depcut.capture.inputs import Inputs
 from depcut.capture.plain import refuse_spread
 from depcut.errors import BudgetError, InputError, PlanError, listed
+from depcut.latency.alignment import alignment
 from depcut.options import GradualKeywords, Options
 from depcut.plan.cost import COSTS
 from depcut.plan.data import make_plan
@@ -127,10 +128,11 @@ class Gradual:
         self._coupling = self.analysis.coupling
         self._places = probed(self._coupling, model, find_places(self._coupling))
         score = criterion_or_default(chosen.score, has_data=data is not None)
+        align = alignment(chosen)
         self._request = Request(
             score,
             allocation_or_default(chosen.allocation),
-            chosen.align,
+            align,
             chosen.ignore,
             seed=chosen.seed,
             calibration=self.analysis.calibrate(data, loss=loss, options=chosen),
@@ -139,7 +141,7 @@ class Gradual:
         self._committed = False
         self._keep = Keep(self._coupling, {})
         self._masks = Masks(model, self._places.zeros, self.analysis.program.aliases)
-        self._check_reachable(chosen.align)
+        self._check_reachable(align)
 
     @property
     def excluded(self) -> dict[str, str]:

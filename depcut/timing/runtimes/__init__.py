@@ -10,7 +10,7 @@ from depcut.errors import InputError
 from depcut.support.failures import shown
 from depcut.timing.backends import RUNTIMES
 
-__all__ = ["RUNTIMES", "check_runtime", "providers"]
+__all__ = ["RUNTIMES", "check_known", "check_runtime", "providers"]
 
 # Each file of this folder registers its runtimes.
 for _file in iter_modules(__path__):
@@ -20,6 +20,19 @@ for _file in iter_modules(__path__):
 def providers() -> list[str]:
     """The providers of all runtimes."""
     return sorted({provider for one in RUNTIMES.values() for provider in one.providers})
+
+
+def check_known(runtime: str) -> None:
+    """Refuse a runtime that there is none of.
+
+    Args:
+        runtime: Name of the runtime.
+
+    Raises:
+        InputError: There is no such runtime.
+    """
+    if not isinstance(runtime, str) or runtime not in RUNTIMES:
+        raise _unknown("runtime", runtime, sorted(RUNTIMES))
 
 
 def check_runtime(runtime: str, provider: str | None) -> None:
@@ -32,13 +45,13 @@ def check_runtime(runtime: str, provider: str | None) -> None:
     Raises:
         InputError: There is no such runtime or provider, or this machine lacks it.
     """
-    if not isinstance(runtime, str) or runtime not in RUNTIMES:
-        raise _unknown("runtime", runtime, sorted(RUNTIMES))
+    check_known(runtime)
+    chosen = RUNTIMES[runtime]
     if provider is None:
+        chosen.check(chosen.providers[0])
         return
     if not isinstance(provider, str) or provider not in providers():
         raise _unknown("provider", provider, providers())
-    chosen = RUNTIMES[runtime]
     if provider not in chosen.providers:
         owners = sorted(name for name, one in RUNTIMES.items() if provider in one.providers)
         raise InputError(
@@ -53,4 +66,6 @@ def check_runtime(runtime: str, provider: str | None) -> None:
 def _unknown(kind: str, given: object, known: Iterable[str]) -> InputError:
     """No such runtime or provider."""
     names = ", ".join(f'"{name}"' for name in known)
-    return InputError(f"unknown {kind} {shown(given)}", where="bench", remedy=f"use one of {names}")
+    return InputError(
+        f"unknown {kind} {shown(given)}", where=f"{kind}=", remedy=f"use one of {names}"
+    )

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from depcut.capture.clone import clone, cloned_arguments
 from depcut.deploy.runtime import batch_size, bind_inputs, resized
-from depcut.errors import InputError
+from depcut.errors import InputError, LatencyError
 from depcut.support.failures import first_line, reraise_fatal
 from depcut.support.torch_private import compile_settings, pytree
-from depcut.timing.backends import Candidate, Setup, gpu_name, runtime
+from depcut.timing.backends import Candidate, Setup, channel_block, gpu_name, runtime
 from depcut.timing.clock import Call, Stopwatch, host_seconds
+from depcut.timing.kernels import Kernel
 from depcut.timing.memory import cuda_memory
+from depcut.timing.module_profile import operators
 
 # Every candidate and batch size is one more specialisation of the same code.
 _SPECIALISATIONS = 1024
@@ -30,6 +32,7 @@ class Eager:
 
     providers: tuple[str, ...] = ("cpu", "cuda")
     in_place = True
+    alignment = channel_block()  # it runs oneDNN's convolutions
     compiled = False
 
     def check(self, provider: str) -> None:
@@ -149,6 +152,27 @@ class ModuleRunner:
         with _compiling(f"candidate {self._name!r}, batch size {batch}"):
             run()
         return run
+
+    def kernels(self, batch: int) -> tuple[Kernel, ...]:
+        """What a run spends its time on: the operators of the eager model.
+
+        Those of a compiled one are fused and do not tell what they work on; its operators' times
+        are brought to the time of the whole where the model of time is fitted.
+
+        Args:
+            batch: The batch size.
+
+        Raises:
+            LatencyError: It runs on a GPU, or its operators change from run to run.
+        """
+        where = f"candidate {self._name!r}"
+        if self._device.type != "cpu":
+            raise LatencyError(
+                f"operators on {self.device} run behind the call, and are not timed one by one",
+                where=where,
+                remedy='model the time of the model on the CPU: model.to("cpu")',
+            )
+        return operators(_forward(self._model, resized(self._arguments, batch)), where)
 
     def peak_memory(self, batch: int) -> int | None:
         """Bytes of GPU memory that it needs at a batch size.

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from depcut.capture.inputs import arguments
 from depcut.deploy.export import export
 from depcut.deploy.runtime import (
     Array,
@@ -20,11 +19,14 @@ from depcut.deploy.runtime import (
     resized,
     session_feeds,
 )
-from depcut.errors import ExportError, InputError
+from depcut.errors import ExportError, InputError, LatencyError
 from depcut.support.failures import first_line, reraise_fatal
-from depcut.timing.backends import Candidate, Setup, gpu_name, runtime
+from depcut.timing.backends import Candidate, Setup, channel_block, gpu_name, runtime
 from depcut.timing.clock import Call, Stopwatch, host_seconds
+from depcut.timing.kernels import Kernel
 from depcut.timing.memory import session_memory
+from depcut.timing.onnx_files import existing, file_arguments, file_bytes
+from depcut.timing.session_profile import profile
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -43,6 +45,7 @@ class OnnxRuntime:
 
     providers: tuple[str, ...] = tuple(CHAINS)
     in_place = False
+    alignment = channel_block()
 
     def check(self, provider: str) -> None:
         """Raise InputError if the installed build has no such provider."""
@@ -108,17 +111,36 @@ class SessionRunner:
             self._arguments = bind_inputs(candidate, inputs)
             self._path = export(candidate, folder / "model.onnx", inputs).path
         else:
-            self._path = _existing(Path(candidate), name)
-            arguments(inputs)  # refuses what holds no tensors
-            values = dict(inputs) if isinstance(inputs, Mapping) else {"": inputs}
-            # A file has no signature; the values count by name, or else in their order.
-            self._arguments = inspect.BoundArguments(inspect.Signature(), values)
+            self._path = existing(Path(candidate), name)
+            self._arguments = file_arguments(inputs)
         self._session = open_session(self._path, threads, providers=CHAINS[provider])
         _refuse_fallback(self._session, provider)
         self.batch = batch_size(self._arguments)
-        self.file_bytes: int | None = _file_bytes(self._path)
         self.device = CHAINS[provider][0] + ("" if provider == "cpu" else f" on {gpu_name()}")
         self.stopwatch: Stopwatch = host_seconds
+
+    @cached_property
+    def file_bytes(self) -> int | None:
+        """Size of its file with external data."""
+        return file_bytes(self._path)
+
+    def kernels(self, batch: int) -> tuple[Kernel, ...]:
+        """What a run spends its time on, as onnxruntime's profile tells it.
+
+        Args:
+            batch: The batch size.
+
+        Raises:
+            LatencyError: It runs on a GPU, or its kernels change from run to run.
+        """
+        if self._provider != "cpu":
+            raise LatencyError(
+                f"onnxruntime's profile tells when kernels on {self.device} start, not how long "
+                "they take",
+                where=f"candidate {self._name!r}",
+                remedy='model the time with provider="cpu"',
+            )
+        return profile(self._path, resized(self._arguments, batch).arguments, self._threads)
 
     def call(self, batch: int) -> Call:
         """A function that runs it once at a batch size; it has been seen to run.
@@ -199,24 +221,3 @@ def _refuse_fallback(session: InferenceSession, provider: str) -> None:
             remedy="its log above names the library that does not load; install that, "
             'or use provider="cpu"',
         )
-
-
-def _existing(path: Path, name: str) -> Path:
-    """The path, if there is a file."""
-    if not path.is_file():
-        raise InputError(f"no file {path}", where=f"candidate {name!r}", remedy="export it first")
-    return path
-
-
-def _file_bytes(path: Path) -> int:
-    """Bytes on disk, external data included."""
-    import onnx
-
-    graph = onnx.load(str(path), load_external_data=False).graph
-    beside = {
-        entry.value
-        for tensor in graph.initializer
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    return sum(file.stat().st_size for file in (path, *(path.parent / name for name in beside)))

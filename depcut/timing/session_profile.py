@@ -1,45 +1,21 @@
-"""What one run of an ONNX file spends its time on: the runtime's own profile, kernel by kernel."""
+"""What one run of an ONNX file spends its time on: onnxruntime's own profile, by kernels."""
 
 from __future__ import annotations
 
 import json
-import math
 import tempfile
-import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from depcut.deploy.runtime import open_session, session_feeds
 from depcut.errors import LatencyError
-
-Shape = tuple[int, ...]
-
-_RUNS = (6, 40)  # at least and at most, after those that warm up
-_WARM = 2
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """One kernel of a run, after the runtime's fusions.
-
-    Attributes:
-        op: Operator that the runtime reports, with a mark where it works in a blocked layout.
-        inputs: Shapes of the inputs that hold real numbers; those packed beforehand are missing.
-        outputs: Shapes of its outputs.
-        seconds: Median over the runs.
-    """
-
-    op: str
-    inputs: tuple[Shape, ...]
-    outputs: tuple[Shape, ...]
-    seconds: float
+from depcut.timing.kernels import PROFILED, WARM, Kernel, Shape, runs_to_fill
 
 
 def profile(
-    path: Path, values: Mapping[str, Any], threads: int, seconds: float = 0.5
+    path: Path, values: Mapping[str, Any], threads: int, seconds: float = PROFILED
 ) -> tuple[Kernel, ...]:
     """Time every kernel of a model in place: with its layout, its fusions and its neighbours.
 
@@ -59,11 +35,8 @@ def profile(
     with tempfile.TemporaryDirectory(prefix="depcut-") as folder:
         session = open_session(path, threads, profile=Path(folder) / "profile")
         feeds = session_feeds(session, values)
-        started = time.perf_counter()
-        session.run(None, feeds)
-        once = time.perf_counter() - started
-        runs = min(max(math.ceil(seconds / max(once, 1e-6)), _RUNS[0]), _RUNS[1])
-        for _ in range(runs + _WARM - 1):
+        runs = runs_to_fill(seconds, lambda: session.run(None, feeds))
+        for _ in range(runs + WARM - 1):
             session.run(None, feeds)
         written = Path(session.end_profiling())
         try:
@@ -74,7 +47,7 @@ def profile(
                 where=path.name,
                 remedy="free some space in the folder for temporary files, then try again",
             ) from error
-    return kernels_of(events, runs + _WARM, where=path.name)
+    return kernels_of(events, runs + WARM, where=path.name)
 
 
 def kernels_of(events: Iterable[Mapping[str, Any]], runs: int, where: str) -> tuple[Kernel, ...]:
@@ -105,7 +78,7 @@ def kernels_of(events: Iterable[Mapping[str, Any]], runs: int, where: str) -> tu
             where=where,
             remedy="a graph with loops or branches cannot be modelled; shrink by of='macs' instead",
         )
-    return tuple(_kernel(times) for times in zip(*rounds[_WARM:], strict=True))
+    return tuple(_kernel(times) for times in zip(*rounds[WARM:], strict=True))
 
 
 def _kernel(events: Sequence[Mapping[str, Any]]) -> Kernel:
