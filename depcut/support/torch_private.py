@@ -22,6 +22,10 @@ one that goes or changes. No other module spells a private name of a library; th
 | `Tensor._make_subclass` | a parameter of the user's own class |
 | `Tensor._version` | how often a tensor was written to |
 | `torch.export._trace`, `torch.fx._symbolic_trace` | what torch.export changes for all threads |
+| `_extract_tensor_metadata`, `_replace_unbacked_bindings` | work that no capture keeps |
+| `FakeTensorMode._dispatch_impl`, `torch._C.DisableTorchFunction` | shapes computed unseen |
+| `torch.fx._lazy_graph_module` | graphs that are never run are never compiled |
+| `torch.fx.proxy._STACK_TRACE_ANCHORS` | frames that stay in the stacks of nodes |
 | `torch.compiler._is_compiling_flag`, `_is_exporting_flag` | they are to be on in one thread |
 | `_packed_params` | quantized layers have it |
 | `torch._dynamo.config` | to make torch.compile raise where it would fall back |
@@ -36,6 +40,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from types import CodeType
 from typing import Any
 
 import torch
@@ -76,7 +81,9 @@ __all__ = [
     "hook_tables",
     "hooks_of",
     "is_packed",
+    "is_stack_anchor",
     "is_wrapper",
+    "lazy_graph_modules",
     "make_subclass",
     "non_persistent_of",
     "parameters_of",
@@ -85,10 +92,12 @@ __all__ = [
     "pytree",
     "registries",
     "replaced_by_export",
+    "replaced_to_be_lean",
     "schema_of",
     "set_epoch",
     "size_expression",
     "version_of",
+    "without_torch_functions",
 ]
 
 # Attribute of a module that `Module.compile()` was called on.
@@ -138,6 +147,45 @@ def replaced_by_export() -> dict[str, tuple[Any, str]]:
         "backends": (_trace, "_ignore_backend_decomps"),
         "compiling": (_trace, "_compiling_state_context"),
     }
+
+
+def replaced_to_be_lean() -> dict[str, tuple[Any, str]]:
+    """Functions of torch that do what a capture keeps nothing of: (owner, name)."""
+    from torch.export import _trace
+    from torch.fx import proxy
+
+    return {
+        "description": (proxy_tensor, "_extract_tensor_metadata"),
+        "bindings": (_trace, "_replace_unbacked_bindings"),
+        "stacks": (proxy, "CapturedTraceback"),
+        "dispatch": (proxy_tensor.ProxyTorchDispatchMode, "__torch_dispatch__"),
+        "computation": (FakeTensorMode, "_dispatch_impl"),
+    }
+
+
+def lazy_graph_modules() -> AbstractContextManager[None]:
+    """For as long as a context lasts, graphs are compiled when they are first run."""
+    from torch.fx._lazy_graph_module import _use_lazy_graph_module
+
+    lazy: AbstractContextManager[None] = _use_lazy_graph_module(True)
+    return lazy
+
+
+def without_torch_functions() -> AbstractContextManager[None]:
+    """For as long as a context lasts, no torch-function mode sees a call, in this thread."""
+    off: AbstractContextManager[None] = torch._C.DisableTorchFunction()
+    return off
+
+
+def is_stack_anchor(code: CodeType) -> bool:
+    """Whether torch.fx keeps the frames of a function in the stacks of nodes, whatever its name.
+
+    Args:
+        code: Of the function.
+    """
+    from torch.fx import proxy
+
+    return (code.co_filename, code.co_name) in proxy._STACK_TRACE_ANCHORS
 
 
 # Of torch.compiler: whether a compilation, or an export, is under way.
