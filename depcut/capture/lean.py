@@ -7,6 +7,7 @@ While one thread captures, torch.export does not, for it:
     extract the whole stack of every node      only its frames that are kept in the end
     compile the code of every graph on the way what is never run is never compiled
     watch calls of the torch API               by which an operator becomes a node
+    compute the shapes of a result             where it has that of its input
     cache results of operators                 of which the shapes of another one are computed
 """
 
@@ -23,10 +24,11 @@ from typing import Any
 
 import torch
 
+from depcut.capture.elementwise import shaped_as_input
 from depcut.support.torch_private import (
-    is_stack_anchor,
     lazy_graph_modules,
     replaced_to_be_lean,
+    stack_anchors,
     without_torch_functions,
 )
 
@@ -44,6 +46,7 @@ def lean() -> Iterator[None]:
         "bindings": _bindings,
         "stacks": _Stacks,
         "dispatch": _dispatch,
+        "shapes": _shapes,
         "computation": _computation,
     }
     thread = threading.get_ident()
@@ -87,6 +90,17 @@ def _dispatch(plain: Callable[..., Any]) -> Callable[..., Any]:
             return plain(mode, func, *args, **kwargs)
 
     return dispatch
+
+
+def _shapes(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Where a result has its input's shape, that is not computed."""
+
+    def shapes(mode: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        known = shaped_as_input(mode, func, args, kwargs)
+        return plain(mode, func, types, args, kwargs) if known is None else known
+
+    return shapes
 
 
 def _computation(plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -135,10 +149,11 @@ class _Stack:
 
     def __init__(self, frame: FrameType | None) -> None:
         self._frames: list[tuple[CodeType, int]] = []
+        anchors = stack_anchors()
         while frame is not None:
             code = frame.f_code
             named = code.co_name == "forward" or code.co_filename.endswith(_TORCH)
-            if named or is_stack_anchor(code):
+            if named or (code.co_filename, code.co_name) in anchors:
                 self._frames.append((code, frame.f_lineno))
             frame = frame.f_back
 

@@ -6,7 +6,7 @@ one that goes or changes. No other module spells a private name of a library; th
 | name | why |
 |---|---|
 | `torch.utils._pytree` | the specs of nested arguments in what torch.export returns are of it |
-| `torch._subclasses.fake_tensor.FakeTensorMode` | shapes of a forward without computing it |
+| `torch._subclasses.fake_tensor.FakeTensorMode`, `FakeTensor` | shapes of a forward alone |
 | `torch.utils._python_dispatch.TorchDispatchMode` | sees the operators that a forward executes |
 | `torch.utils._python_dispatch.is_traceable_wrapper_subclass` | tensors that hold other ones |
 | `torch.amp.autocast_mode._enter_autocast`, `_exit_autocast` | what a graph holds for autocast |
@@ -40,12 +40,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast as enter_autocast
 from torch.amp.autocast_mode import _exit_autocast as exit_autocast
 from torch.fx.experimental import proxy_tensor
@@ -66,6 +65,7 @@ __all__ = [
     "COMPILER_FLAGS",
     "RESET_METHODS",
     "ConvNd",
+    "FakeTensor",
     "FakeTensorMode",
     "NormBase",
     "TorchDispatchMode",
@@ -81,7 +81,6 @@ __all__ = [
     "hook_tables",
     "hooks_of",
     "is_packed",
-    "is_stack_anchor",
     "is_wrapper",
     "lazy_graph_modules",
     "make_subclass",
@@ -96,6 +95,7 @@ __all__ = [
     "schema_of",
     "set_epoch",
     "size_expression",
+    "stack_anchors",
     "version_of",
     "without_torch_functions",
 ]
@@ -159,6 +159,7 @@ def replaced_to_be_lean() -> dict[str, tuple[Any, str]]:
         "bindings": (_trace, "_replace_unbacked_bindings"),
         "stacks": (proxy, "CapturedTraceback"),
         "dispatch": (proxy_tensor.ProxyTorchDispatchMode, "__torch_dispatch__"),
+        "shapes": (FakeTensorMode, "dispatch"),
         "computation": (FakeTensorMode, "_dispatch_impl"),
     }
 
@@ -177,15 +178,11 @@ def without_torch_functions() -> AbstractContextManager[None]:
     return off
 
 
-def is_stack_anchor(code: CodeType) -> bool:
-    """Whether torch.fx keeps the frames of a function in the stacks of nodes, whatever its name.
-
-    Args:
-        code: Of the function.
-    """
+def stack_anchors() -> set[tuple[str, str]]:
+    """(file, name) of functions whose frames torch.fx keeps in the stacks of nodes."""
     from torch.fx import proxy
 
-    return (code.co_filename, code.co_name) in proxy._STACK_TRACE_ANCHORS
+    return proxy._STACK_TRACE_ANCHORS
 
 
 # Of torch.compiler: whether a compilation, or an export, is under way.
