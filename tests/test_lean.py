@@ -50,6 +50,22 @@ class Attention(nn.Module):
             return y + x[:, -1:].clone()
 
 
+class Squeezed(nn.Module):
+    """A batch norm of one pixel, laid out as other shapes are, and of channels that lie apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm, self.other = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = self.layer(x)
+        pixel = self.norm(
+            x.mean((2, 3), keepdim=True).contiguous(memory_format=torch.channels_last)
+        )
+        apart = self.other(x.flatten(2).transpose(1, 2).contiguous().transpose(1, 2))
+        return pixel.sigmoid().flatten(1), apart.silu(), functional.relu(x.permute(0, 2, 3, 1))
+
+
 class DataDependent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -63,6 +79,7 @@ class DataDependent(nn.Module):
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv": (Conv, (2, 3, 9, 9)),
     "attention": (Attention, (2, 5, 8)),
+    "squeezed": (Squeezed, (2, 3, 5, 5)),
     "data-dependent": (DataDependent, (3, 4)),
     "recurrent": (lambda: nn.LSTM(4, 6, batch_first=True), (2, 3, 4)),
     "torch's own attention": (lambda: nn.TransformerEncoderLayer(8, 2, 16), (5, 2, 8)),

@@ -123,7 +123,9 @@ def test_what_export_replaces(what: str) -> None:
     assert callable(getattr(owner, name, None)), f"torch has no {owner.__name__}.{name} any more"
 
 
-@pytest.mark.parametrize("what", ["description", "bindings", "stacks", "dispatch", "shapes", "computation"])
+@pytest.mark.parametrize(
+    "what", ["description", "bindings", "stacks", "dispatch", "shapes", "computation"]
+)
 def test_what_a_capture_leaves_out(what: str) -> None:
     owner, name = torch_private.replaced_to_be_lean()[what]
     assert callable(getattr(owner, name, None)), f"torch has no {owner.__name__}.{name} any more"
