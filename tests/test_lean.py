@@ -63,7 +63,11 @@ class Squeezed(nn.Module):
             x.mean((2, 3), keepdim=True).contiguous(memory_format=torch.channels_last)
         )
         apart = self.other(x.flatten(2).transpose(1, 2).contiguous().transpose(1, 2))
-        return pixel.sigmoid().flatten(1), apart.silu(), functional.relu(x.permute(0, 2, 3, 1))
+        return (
+            pixel.sigmoid().flatten(1),
+            functional.silu(apart),
+            functional.relu(x.permute(0, 2, 3, 1)),
+        )
 
 
 class DataDependent(nn.Module):
