@@ -11,7 +11,7 @@ either acts in the capturing thread alone, or does not alter a result:
     nn.Module.__call__            torch.export's tracer sees the calls of the capturing thread only
     torch.export                  leaves out in the capturing thread what a capture keeps nothing of
     logging, stderr, warnings     of the capturing thread are dropped
-    garbage collection            off during a conversion to ONNX, and while time is measured
+    garbage collection            off during captures and conversions, and while time is measured
     the environment               without what torch adds to it
     attention kernels             the formula's in all threads, while second derivatives are taken
     random states                 as before afterwards
@@ -125,6 +125,7 @@ def capturing(root: Callable[[Any], Any] | None = None) -> Iterator[None]:
         if root is not None:
             to.enter_context(_patched(math, "sqrt", root))
             to.enter_context(lean())
+            to.enter_context(uncollected())
         yield
 
 
@@ -182,7 +183,8 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-# A collection would search the millions of objects of a conversion often, or fall into a timing.
+# A collection would search the millions of objects of a capture or a conversion often, and find few
+# to free, or fall into a timing.
 uncollected = _Shared(_uncollected)
 # Fused kernels of attention cannot be differentiated twice, and the choice is the process's.
 formula_attention = _Shared(lambda: sdpa_kernel(SDPBackend.MATH))
