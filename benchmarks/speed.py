@@ -1,10 +1,12 @@
-"""How long does depcut take after capture, beside Torch-Pruning's build + step?
+"""How long does depcut take, whole and after capture, beside Torch-Pruning's build + step?
 
-Both run in this process on one thread and take turns. depcut's side is everything after capture:
-inference, plan, rewrite and verification, all from one captured program. Torch-Pruning's side is
-its dependency graph and one step of a uniform magnitude pruner, with no verification; the layers
-that must not be narrowed are given to it. Each member is tried with it in a subprocess first, since
-on some it never returns. Widths are cut freely (rebuildable=False).
+Both run in this process on one thread and take turns. depcut's side is one call of `shrink` without
+data, from the capture to the verified model, with the seconds of each of its stages; and once more
+what comes after the capture, all from one captured program. Torch-Pruning's side is its dependency
+graph and one step of a uniform magnitude pruner, with no verification; the layers that must not be
+narrowed are given to it. Each member is tried with it in a subprocess first, since on some it never
+returns. Widths are cut freely (rebuildable=False). `--cpu` counts the seconds of the process in
+place of those of the clock: for a machine that is busy with other work.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import math
 import multiprocessing
 import pstats
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,6 +36,8 @@ from rich.progress import Progress
 from torch import nn
 
 import depcut
+import depcut.analysis
+import depcut.apply.plan
 from depcut.analysis import Analysis
 from depcut.capture.capture import capture
 from depcut.capture.program import Program
@@ -40,10 +45,19 @@ from depcut.coupling.groups import layer_of
 from depcut.coupling.infer import infer_coupling
 
 COMPLETES = ("works", "prunes nothing", "forward fails", "wrong outputs")
+STAGES = {
+    "capture": (depcut.analysis, "capture"),
+    "infer": (depcut.analysis, "infer_coupling"),
+    "plan": (Analysis, "plan"),
+    "rewrite": (depcut.apply.plan, "rewrite"),
+    "verify": (depcut.apply.plan, "verify_calls"),
+}
 
 
 def main() -> int:
     options = parsed()
+    if options.cpu:
+        measure.CLOCK = time.process_time
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     zoo.libraries()
@@ -58,7 +72,7 @@ def main() -> int:
             progress.advance(task)
             progress.refresh()
     totals = summary(rows)
-    console.print(measure.table("After capture, beside Torch-Pruning", COLUMNS, rows))
+    console.print(measure.table("From capture to the model, and Torch-Pruning", COLUMNS, rows))
     for key, value in totals.items():
         console.print(f"{key}: {value}")
     for path in measure.write(options.results, rows, totals):
@@ -74,6 +88,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--peer-ratio", type=float, default=0.3, help="its share of channels: MACs about halve"
     )
+    parser.add_argument("--cpu", action="store_true", help="seconds of the process, not the clock")
     parser.add_argument("--profile", action="store_true", help="name depcut's dearest functions")
     parser.add_argument("--results", default="speed", help="name of the files under results/")
     return parser.parse_args()
@@ -90,18 +105,13 @@ def attempt(name: str, options: argparse.Namespace) -> Row:
 def compare(name: str, options: argparse.Namespace) -> Row:
     member, model = zoo.ZOO[name], zoo.build(name)
     with counted_exports() as exports:
-        whole, _ = measure.timed(
-            lambda: depcut.shrink(
-                model, 0.5, member.inputs(2), data=None, align=1, rebuildable=False
-            )
-        )
+        shrunk(model, member)
     program = capture(model, member.inputs(2))
     fixed = output_layers(Analysis(model, infer_coupling(program)))
-    stages = [staged(model, program) for _ in range(options.repeat + 1)][1:]
+    stages = [itemised(lambda: shrunk(model, member)) for _ in range(options.repeat)]
     row = {
         "name": name,
         "exports": len(exports),
-        "shrink_s": whole,
         **{f"{stage}_s": median(s[stage] for s in stages) for stage in stages[0]},
         "ignored_layers": fixed,
         **verdict(name, fixed, options),
@@ -109,8 +119,13 @@ def compare(name: str, options: argparse.Namespace) -> Row:
     if options.profile:
         row["profile"] = dearest(lambda: after_capture(model, program))
     if row["peer"] not in COMPLETES:
-        row["after_capture_s"] = median(sum(s.values()) for s in stages)
+        row["after_capture_s"] = measure.median_of(
+            lambda: after_capture(model, program), options.repeat
+        )
         return row
+
+    def whole() -> float:
+        return measure.timed(lambda: shrunk(model, member))[0]
 
     def ours() -> float:
         return measure.timed(lambda: after_capture(model, program))[0]
@@ -120,24 +135,47 @@ def compare(name: str, options: argparse.Namespace) -> Row:
         return measure.timed(lambda: peer(copy, member.inputs(1), fixed, options.peer_ratio))[0]
 
     ours(), theirs()
-    samples = measure.interleaved([ours, theirs], options.repeat)
-    row["after_capture_s"], row["peer_s"] = map(median, samples)
+    samples = measure.interleaved([whole, ours, theirs], options.repeat)
+    row["shrink_s"], row["after_capture_s"], row["peer_s"] = map(median, samples)
     row["peer_copy_s"] = measure.median_of(lambda: deepcopy(model), options.repeat)
-    row["ratio"] = median(a / b for a, b in zip(*samples, strict=True))
-    row["samples"], row["peer_samples"] = samples
+    row["whole_ratio"] = median(a / b for a, _, b in zip(*samples, strict=True))
+    row["ratio"] = median(a / b for _, a, b in zip(*samples, strict=True))
+    row["whole_samples"], row["samples"], row["peer_samples"] = samples
     return row
+
+
+def shrunk(model: nn.Module, member: Any) -> nn.Module:
+    inputs = member.inputs(2)
+    return depcut.shrink(model, 0.5, inputs, data=None, align=1, rebuildable=False)
 
 
 def after_capture(model: nn.Module, program: Program) -> nn.Module:
     return Analysis(model, infer_coupling(program)).plan(0.5, align=1).apply(model)
 
 
-def staged(model: nn.Module, program: Program) -> dict[str, float]:
-    """Seconds of each stage after capture."""
-    infer_s, coupling = measure.timed(lambda: infer_coupling(program))
-    plan_s, plan = measure.timed(lambda: Analysis(model, coupling).plan(0.5, align=1))
-    apply_s, _ = measure.timed(lambda: plan.apply(model))
-    return {"infer": infer_s, "plan": plan_s, "apply": apply_s}
+def itemised(run: Callable[[], Any]) -> dict[str, float]:
+    """Seconds of a run, of each stage in it, and of what is left."""
+    seconds = dict.fromkeys(STAGES, 0.0)
+    plain = {stage: getattr(owner, name) for stage, (owner, name) in STAGES.items()}
+
+    def noted(stage: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            start = measure.CLOCK()
+            try:
+                return plain[stage](*args, **kwargs)
+            finally:
+                seconds[stage] += measure.CLOCK() - start
+
+        return call
+
+    try:
+        for stage, (owner, name) in STAGES.items():
+            setattr(owner, name, noted(stage))
+        whole = measure.timed(run)[0]
+    finally:
+        for stage, (owner, name) in STAGES.items():
+            setattr(owner, name, plain[stage])
+    return {"shrink": whole, **seconds, "rest": whole - sum(seconds.values())}
 
 
 @contextmanager
@@ -264,8 +302,11 @@ def summary(rows: list[Row]) -> Row:
         "members that depcut shrinks": f"{len(done)}/{len(rows)}",
         "exactly one export": f"{sum(r['exports'] == 1 for r in done)}/{len(done)}",
         "more than one export": [r["name"] for r in done if r["exports"] != 1],
+        "whole, peer returns": mean([{"ratio": r["whole_ratio"]} for r in paired]),
+        "whole, peer's result works": mean([{"ratio": r["whole_ratio"]} for r in working]),
         "ratio, peer returns": mean(paired),
         "ratio, peer's result works": mean(working),
+        "over ten seconds": [r["name"] for r in done if r["shrink_s"] > 10],
         "ratio, peer returns, its copy counted": mean(
             [
                 {"ratio": r["after_capture_s"] / (r["peer_s"] + r["peer_copy_s"])}
@@ -288,8 +329,11 @@ def mean(rows: list[Row]) -> str:
 def line(row: Row) -> str:
     if "error" in row:
         return f"FAIL {row['name']}: {row['error']}"
-    ratio = f"{row['ratio']:.2f} of {row['peer_s']:.2f} s" if "ratio" in row else ""
-    return f"{row['name']}: {row['after_capture_s']:.2f} s, {ratio} peer {row['peer']}"
+    ratio = ""
+    if "ratio" in row:
+        ratio = f"{row['whole_ratio']:.2f} and {row['ratio']:.2f} of {row['peer_s']:.2f} s,"
+    seconds = f"{row['shrink_s']:.2f} s, {row['after_capture_s']:.2f} s after capture"
+    return f"{row['name']}: {seconds}, {ratio} peer {row['peer']}"
 
 
 def seconds(key: str) -> Callable[[Row], str]:
@@ -300,11 +344,15 @@ COLUMNS = {
     "name": lambda r: r["name"],
     "exports": lambda r: str(r["exports"]),
     "shrink s": lambda r: f"{r['shrink_s']:.2f}",
+    "capture s": seconds("capture_s"),
     "infer s": seconds("infer_s"),
     "plan s": seconds("plan_s"),
-    "rewrite, verify s": seconds("apply_s"),
+    "rewrite s": seconds("rewrite_s"),
+    "verify s": seconds("verify_s"),
+    "rest s": seconds("rest_s"),
     "after capture s": seconds("after_capture_s"),
     "peer s": seconds("peer_s"),
+    "whole ratio": lambda r: f"{r['whole_ratio']:.2f}" if "whole_ratio" in r else "",
     "ratio": lambda r: f"{r['ratio']:.2f}" if "ratio" in r else "",
     "peer": lambda r: r["peer"],
     "peer MACs kept": lambda r: f"{r['peer_macs_kept']:.2f}" if "peer_macs_kept" in r else "",

@@ -50,6 +50,8 @@ CALLS = "tests/field/test_example_calls.py"
 ATTENTION = "tests/field/test_attention"
 SOURCE = "tests/field/test_patched_source.py"
 FAULTS = [
+    # Captures without what nobody reads.
+    Fault("capture", "or size < 2:", "or size < 0:", "tests/test_lean.py"),
     # Data that a model makes itself.
     Fault("synthetic", "_SHARE = 0.1", "_SHARE = 1.5", "tests/test_self_made.py"),
     Fault(

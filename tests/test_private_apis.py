@@ -123,6 +123,45 @@ def test_what_export_replaces(what: str) -> None:
     assert callable(getattr(owner, name, None)), f"torch has no {owner.__name__}.{name} any more"
 
 
+@pytest.mark.parametrize(
+    "what", ["description", "bindings", "stacks", "dispatch", "shapes", "computation"]
+)
+def test_what_a_capture_leaves_out(what: str) -> None:
+    owner, name = torch_private.replaced_to_be_lean()[what]
+    assert callable(getattr(owner, name, None)), f"torch has no {owner.__name__}.{name} any more"
+
+
+def test_graphs_are_compiled_when_they_are_run() -> None:
+    with torch_private.lazy_graph_modules():
+        graph = torch.export.export(nn.ReLU(), (torch.zeros(2),)).graph_module
+    assert graph(torch.tensor([-1.0, 1.0]))[0].tolist() == [0, 1]
+
+
+def test_no_mode_sees_calls_of_torch_where_that_is_off() -> None:
+    class Seen(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            calls.append(func)
+            return func(*args, **(kwargs or {}))
+
+    calls: list[Any] = []
+    with Seen():
+        torch.zeros(2)
+        with torch_private.without_torch_functions():
+            torch.ones(2)
+    assert torch.zeros in calls
+    assert torch.ones not in calls
+
+
+def test_frames_that_torch_keeps_whatever_their_name() -> None:
+    def annotated() -> None:
+        return None
+
+    place = (annotated.__code__.co_filename, annotated.__code__.co_name)
+    assert place not in torch_private.stack_anchors()
+    torch.fx.traceback.annotate_fn({"of": "a test"})(annotated)
+    assert place in torch_private.stack_anchors()
+
+
 @pytest.mark.parametrize("name", torch_private.COMPILER_FLAGS)
 def test_flags_of_the_compiler(name: str) -> None:
     assert getattr(torch.compiler, name) is False, f"torch.compiler has no {name} any more"

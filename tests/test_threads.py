@@ -26,7 +26,7 @@ from depcut.capture import process_state
 from depcut.capture.capture import capture
 from depcut.capture.inputs import infer_inputs
 from depcut.errors import CaptureError, ExportError
-from depcut.support.torch_private import replaced_by_export
+from depcut.support.torch_private import replaced_by_export, replaced_to_be_lean
 
 # Models that leave things behind -----------------------------------------------------------------
 
@@ -195,6 +195,7 @@ def process() -> dict[str, Any]:
         ),
         "module": (nn.Module.__call__, nn.Module.__getattr__),
         "export": [getattr(o, n) for o, n in replaced_by_export().values()],
+        "lean export": [getattr(o, n) for o, n in replaced_to_be_lean().values()],
         "logging": logging.root.manager.disable,
         "handlers": [(h, list(h.filters)) for h in logging.root.handlers],
         "warnings": list(warnings.filters),

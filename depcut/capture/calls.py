@@ -134,12 +134,14 @@ class Recorder:
         modules: Those whose forward runs now, the innermost last.
         lines: (file, line) of the model's code that were seen to run: they call torch or a module.
         comparisons: Of sizes and attributes, in order.
+        running: Whether the model's forward runs now.
     """
 
     calls: list[TorchCall] = field(default_factory=list)
     modules: list[str] = field(default_factory=lambda: [""])
     lines: set[tuple[str, int]] = field(default_factory=set)
     comparisons: list[Comparison] = field(default_factory=list)
+    running: bool = False
     _nodes: dict[tuple[types.CodeType, int], ast.AST | None] = field(default_factory=dict)
 
     def record(
@@ -209,6 +211,18 @@ class Recorder:
         call = TorchCall(operator.eq, self.modules[-1], frames)
         self.comparisons.append(Comparison(call, name, sides, truth, plain))
         return self.comparisons[-1]
+
+    def follow(self, model: torch.nn.Module) -> None:
+        """See when a clone's forward begins and ends, by hooks that stay."""
+
+        def begin(*_: Any) -> None:
+            self.running = True
+
+        def end(*_: Any) -> None:
+            self.running = False
+
+        model.register_forward_pre_hook(begin, prepend=True)
+        model.register_forward_hook(end, always_call=True)
 
     def enter(self, module: str) -> None:
         """Note that the forward of a module begins."""

@@ -191,6 +191,7 @@ def _record_calls(
         module.register_forward_pre_hook(before, with_kwargs=True)
         module.register_forward_hook(after, with_kwargs=True)
 
+    recorder.follow(model)
     for name, module in model.named_modules():
         if name:
             listen(name, module)

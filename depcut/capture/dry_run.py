@@ -9,6 +9,7 @@ from torch import nn
 
 from depcut.capture.clone import clone, cloned_arguments
 from depcut.capture.flags import flags_as_before
+from depcut.capture.lean import lean
 from depcut.capture.process_state import capturing, quiet
 from depcut.capture.random_state import preserved
 from depcut.support.failures import first_line, reraise_fatal
@@ -27,7 +28,8 @@ def result_shapes(
     """
     seen = clone(model)
     try:
-        with capturing(), FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
+        fakes = FakeTensorMode(allow_non_fake_inputs=True)
+        with capturing(), lean(), fakes as fake, torch.no_grad():
 
             def stand_in(leaf: Any) -> Any:
                 return fake.from_tensor(leaf) if isinstance(leaf, torch.Tensor) else leaf

@@ -9,8 +9,9 @@ either acts in the capturing thread alone, or does not alter a result:
     torch.compiler's flags        on in the capturing thread; torch.export sets them for all
     oneDNN, NNPACK, cuDNN         stay on; torch.export switches them off for all
     nn.Module.__call__            torch.export's tracer sees the calls of the capturing thread only
+    torch.export                  leaves out in the capturing thread what a capture keeps nothing of
     logging, stderr, warnings     of the capturing thread are dropped
-    garbage collection            off during a conversion to ONNX, and while time is measured
+    garbage collection            off during captures and conversions, and while time is measured
     the environment               without what torch adds to it
     attention kernels             the formula's in all threads, while second derivatives are taken
     random states                 as before afterwards
@@ -37,6 +38,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from depcut.capture.flags import flags_as_before
+from depcut.capture.lean import lean
 from depcut.capture.random_state import preserved
 from depcut.support.torch_private import COMPILER_FLAGS, replaced_by_export
 
@@ -109,7 +111,8 @@ def capturing(root: Callable[[Any], Any] | None = None) -> Iterator[None]:
     """The state in which a clone is captured by torch.export, or run on fake tensors.
 
     Args:
-        root: What stands for `math.sqrt`.
+        root: What stands for `math.sqrt`; where it is given, only what depcut reads of a capture is
+            computed.
     """
     importing("sympy")
     states = (
@@ -121,6 +124,8 @@ def capturing(root: Callable[[Any], Any] | None = None) -> Iterator[None]:
             to.enter_context(state)
         if root is not None:
             to.enter_context(_patched(math, "sqrt", root))
+            to.enter_context(lean())
+            to.enter_context(uncollected())
         yield
 
 
@@ -178,7 +183,8 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-# A collection would search the millions of objects of a conversion often, or fall into a timing.
+# A collection would search the millions of objects of a capture or a conversion often, and find few
+# to free, or fall into a timing.
 uncollected = _Shared(_uncollected)
 # Fused kernels of attention cannot be differentiated twice, and the choice is the process's.
 formula_attention = _Shared(lambda: sdpa_kernel(SDPBackend.MATH))

@@ -246,6 +246,8 @@ class ProvenanceMode(TorchFunctionMode):
     ) -> Any:
         """Intercept one call of the torch API."""
         kwargs = kwargs or {}
+        if not self.recorder.running:
+            return func(*args, **kwargs)
         if func in _SIZE_READERS:
             return self._size(func, args, kwargs)
         if func in _OF_SYMBOLS:

@@ -6,7 +6,7 @@ one that goes or changes. No other module spells a private name of a library; th
 | name | why |
 |---|---|
 | `torch.utils._pytree` | the specs of nested arguments in what torch.export returns are of it |
-| `torch._subclasses.fake_tensor.FakeTensorMode` | shapes of a forward without computing it |
+| `torch._subclasses.fake_tensor.FakeTensorMode`, `FakeTensor` | shapes of a forward alone |
 | `torch.utils._python_dispatch.TorchDispatchMode` | sees the operators that a forward executes |
 | `torch.utils._python_dispatch.is_traceable_wrapper_subclass` | tensors that hold other ones |
 | `torch.amp.autocast_mode._enter_autocast`, `_exit_autocast` | what a graph holds for autocast |
@@ -22,6 +22,10 @@ one that goes or changes. No other module spells a private name of a library; th
 | `Tensor._make_subclass` | a parameter of the user's own class |
 | `Tensor._version` | how often a tensor was written to |
 | `torch.export._trace`, `torch.fx._symbolic_trace` | what torch.export changes for all threads |
+| `_extract_tensor_metadata`, `_replace_unbacked_bindings` | work that no capture keeps |
+| `FakeTensorMode._dispatch_impl`, `torch._C.DisableTorchFunction` | shapes computed unseen |
+| `torch.fx._lazy_graph_module` | graphs that are never run are never compiled |
+| `torch.fx.proxy._STACK_TRACE_ANCHORS` | frames that stay in the stacks of nodes |
 | `torch.compiler._is_compiling_flag`, `_is_exporting_flag` | they are to be on in one thread |
 | `_packed_params` | quantized layers have it |
 | `torch._dynamo.config` | to make torch.compile raise where it would fall back |
@@ -40,7 +44,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast as enter_autocast
 from torch.amp.autocast_mode import _exit_autocast as exit_autocast
 from torch.fx.experimental import proxy_tensor
@@ -61,6 +65,7 @@ __all__ = [
     "COMPILER_FLAGS",
     "RESET_METHODS",
     "ConvNd",
+    "FakeTensor",
     "FakeTensorMode",
     "NormBase",
     "TorchDispatchMode",
@@ -78,6 +83,7 @@ __all__ = [
     "inner_tensors",
     "is_packed",
     "is_wrapper",
+    "lazy_graph_modules",
     "make_subclass",
     "non_persistent_of",
     "parameters_of",
@@ -86,10 +92,13 @@ __all__ = [
     "pytree",
     "registries",
     "replaced_by_export",
+    "replaced_to_be_lean",
     "schema_of",
     "set_epoch",
     "size_expression",
+    "stack_anchors",
     "version_of",
+    "without_torch_functions",
 ]
 
 # Attribute of a module that `Module.compile()` was called on.
@@ -151,6 +160,42 @@ def replaced_by_export() -> dict[str, tuple[Any, str]]:
         "backends": (_trace, "_ignore_backend_decomps"),
         "compiling": (_trace, "_compiling_state_context"),
     }
+
+
+def replaced_to_be_lean() -> dict[str, tuple[Any, str]]:
+    """Functions of torch that do what a capture keeps nothing of: (owner, name)."""
+    from torch.export import _trace
+    from torch.fx import proxy
+
+    return {
+        "description": (proxy_tensor, "_extract_tensor_metadata"),
+        "bindings": (_trace, "_replace_unbacked_bindings"),
+        "stacks": (proxy, "CapturedTraceback"),
+        "dispatch": (proxy_tensor.ProxyTorchDispatchMode, "__torch_dispatch__"),
+        "shapes": (FakeTensorMode, "dispatch"),
+        "computation": (FakeTensorMode, "_dispatch_impl"),
+    }
+
+
+def lazy_graph_modules() -> AbstractContextManager[None]:
+    """For as long as a context lasts, graphs are compiled when they are first run."""
+    from torch.fx._lazy_graph_module import _use_lazy_graph_module
+
+    lazy: AbstractContextManager[None] = _use_lazy_graph_module(True)
+    return lazy
+
+
+def without_torch_functions() -> AbstractContextManager[None]:
+    """For as long as a context lasts, no torch-function mode sees a call, in this thread."""
+    off: AbstractContextManager[None] = torch._C.DisableTorchFunction()
+    return off
+
+
+def stack_anchors() -> set[tuple[str, str]]:
+    """(file, name) of functions whose frames torch.fx keeps in the stacks of nodes."""
+    from torch.fx import proxy
+
+    return proxy._STACK_TRACE_ANCHORS
 
 
 # Of torch.compiler: whether a compilation, or an export, is under way.
