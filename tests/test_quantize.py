@@ -126,6 +126,18 @@ def test_errors_are_those_of_the_outputs_on_the_data(static, floating):
     assert 0 < about.rms_error < 0.05
 
 
+def test_an_int8_file_that_is_far_off_is_warned_of(tmp_path):
+    model = convolutional()
+    with torch.no_grad():  # a channel that nothing reads takes the whole range
+        model[0].weight[0] *= 1e5
+        model[2].weight[0] = 0
+    with pytest.warns(UserWarning, match=r"int8 outputs are off by \d+% .* on 3 batches of data"):
+        far = depcut.export(
+            model, tmp_path / "far.onnx", IMAGE, quantize="int8", data=images()
+        ).quantization
+    assert far.rms_error > 0.1
+
+
 def test_the_file_takes_other_batch_sizes_and_says_who_made_it(static):
     model = convolutional()
     for x in (*images(3, 1, 1), *images(3, 1, 7)):

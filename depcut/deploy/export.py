@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,14 @@ from depcut.deploy.convert import OLDER_OPSET, draft
 from depcut.deploy.feeds import call_of, made_data
 from depcut.deploy.output_check import TOLERANCES, compare_outputs
 from depcut.deploy.publish import publish
-from depcut.deploy.quantization import Metric, Quantization, Request, checked_request
+from depcut.deploy.quantization import (
+    DYNAMIC,
+    STATIC,
+    Metric,
+    Quantization,
+    Request,
+    checked_request,
+)
 from depcut.deploy.quantize import quantize_file
 from depcut.deploy.runtime import batch_size, open_session, resized
 from depcut.errors import ExportError
@@ -33,6 +41,8 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 __all__ = ["TOLERANCES", "ExportReport", "draft", "export"]
+
+_COARSE = 0.1  # root mean square error of an int8 file, by its outputs', that is warned of
 
 
 @dataclass(frozen=True)
@@ -163,6 +173,8 @@ def export(
         _check_link(path, target, folder)
         del session  # some systems cannot rename a file that is mapped
         written = publish(file, target)
+    if quantization is not None and quantization.rms_error > _COARSE:
+        warnings.warn(_coarse(quantization), stacklevel=2)
     return ExportReport(
         path=path,
         bytes=written,
@@ -174,6 +186,20 @@ def export(
         max_rel_error=max(relative for _, relative in errors),
         seconds=time.perf_counter() - started,
         quantization=quantization,
+    )
+
+
+def _coarse(made: Quantization) -> str:
+    """What is said of an int8 file that is far from the float one."""
+    data = f"{made.batches} batches of data" if made.batches else "the example inputs"
+    advice = (
+        f'more data, or quantize="{DYNAMIC}", which takes ranges at each call, may do better'
+        if made.scheme == STATIC
+        else "what its layers read spreads too widely for bytes"
+    )
+    return (
+        f"int8 outputs are off by {made.rms_error:.0%} (root mean square, on {data}); measure the "
+        f"file with metric= before you serve it: {advice}"
     )
 
 
