@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 
-from depcut.support.torch_private import FakeTensor
+from depcut.support.torch_private import EVALUATED_BATCH_NORM, FakeTensor
 
 # Of one tensor and numbers; floating-point inputs give results of their type.
 _NAMES = (
     "elu exp gelu hardsigmoid hardswish hardtanh leaky_relu mish relu sigmoid silu softplus tanh"
 ).split()
-_BATCH_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
 
 
 def _overloads(names: list[str]) -> frozenset[Any]:
@@ -27,7 +26,7 @@ def _overloads(names: list[str]) -> frozenset[Any]:
 
 _ALONE = _overloads(_NAMES)
 _IN_PLACE = _overloads([f"{name}_" for name in _NAMES])
-_KNOWN = _ALONE | _IN_PLACE | {_BATCH_NORM}
+_KNOWN = _ALONE | _IN_PLACE | {EVALUATED_BATCH_NORM}
 
 
 def shaped_as_input(mode: Any, func: Any, args: Any, kwargs: Any) -> Any:

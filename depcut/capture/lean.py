@@ -14,18 +14,17 @@ While one thread captures, torch.export does not, for it:
 from __future__ import annotations
 
 import contextlib
+import inspect
 import linecache
-import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
 from typing import Any
 
-import torch
-
 from depcut.capture.elementwise import shaped_as_input
 from depcut.support.torch_private import (
+    OpOverload,
     lazy_graph_modules,
     replaced_to_be_lean,
     stack_anchors,
@@ -84,7 +83,7 @@ def _dispatch(plain: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def dispatch(mode: Any, func: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(func, torch._ops.OpOverload):
+        if not isinstance(func, OpOverload):
             return plain(mode, func, *args, **kwargs)
         with without_torch_functions():
             return plain(mode, func, *args, **kwargs)
@@ -134,7 +133,8 @@ class _Stacks:
         """A stack, to be asked for its summary."""
         if args or kwargs or threading.get_ident() != self._thread:
             return self._plain.extract(*args, **kwargs)
-        return _Stack(sys._getframe(1))
+        here = inspect.currentframe()
+        return _Stack(here and here.f_back)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._plain, name)

@@ -12,6 +12,8 @@ one that goes or changes. No other module spells a private name of a library; th
 | `torch.amp.autocast_mode._enter_autocast`, `_exit_autocast` | what a graph holds for autocast |
 | `torch.fx.experimental.proxy_tensor`, its `_ModuleStackTracer` | nodes of a capture |
 | `OpOverload._schema` | argument names, defaults and effects of an operator |
+| `torch._ops.OpOverload` | an operator of ATen, other than one that runs functions of the user |
+| `aten._native_batch_norm_legit_no_training` | what a batch norm in evaluation mode comes to |
 | `SymInt.node.expr` | the expression of a symbolic size |
 | `nn.Module._modules`, `_parameters`, `_buffers` | members go without `__setattr__` of the user |
 | `nn.Module._forward_pre_hooks`, `BasePruningMethod._tensor_name` | masks of `nn.utils.prune` |
@@ -44,6 +46,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast as enter_autocast
 from torch.amp.autocast_mode import _exit_autocast as exit_autocast
@@ -63,11 +66,13 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass as _is_wr
 __all__ = [
     "COMPILED_CALL",
     "COMPILER_FLAGS",
+    "EVALUATED_BATCH_NORM",
     "RESET_METHODS",
     "ConvNd",
     "FakeTensor",
     "FakeTensorMode",
     "NormBase",
+    "OpOverload",
     "TorchDispatchMode",
     "buffers_of",
     "canonical_mask",
@@ -100,6 +105,9 @@ __all__ = [
     "version_of",
     "without_torch_functions",
 ]
+
+# The operator that a batch norm in evaluation mode comes to.
+EVALUATED_BATCH_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
 
 # Attribute of a module that `Module.compile()` was called on.
 COMPILED_CALL = "_compiled_call_impl"
