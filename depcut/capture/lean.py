@@ -133,8 +133,7 @@ class _Stacks:
         """A stack, to be asked for its summary."""
         if args or kwargs or threading.get_ident() != self._thread:
             return self._plain.extract(*args, **kwargs)
-        here = inspect.currentframe()
-        return _Stack(here and here.f_back)
+        return _Stack(inspect.currentframe())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._plain, name)
@@ -144,7 +143,7 @@ class _Stack:
     """Those frames of a stack whose names tell that torch.fx keeps them.
 
     Args:
-        frame: The innermost one.
+        frame: The innermost one. No name keeps it: what holds a frame holds all its tensors.
     """
 
     def __init__(self, frame: FrameType | None) -> None:
