@@ -6,11 +6,10 @@ import argparse
 from pathlib import Path
 
 import matplotlib as mpl
-from figures import save
+from figures import panels, save
 from measure import RESULTS, Row, read
 
 mpl.use("Agg")
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 STYLES = {
@@ -28,26 +27,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="image to write; results/NAME.png by default")
     options = parser.parse_args()
     data = read(options.results)
-    rows: list[Row] = [row for row in data["rows"] if "error" not in row]
-    names = list(dict.fromkeys(row["name"] for row in rows))
-    columns = min(3, len(names))
-    figure, panels = plt.subplots(
-        -(-len(names) // columns),
-        columns,
-        figsize=(4.2 * columns, 3.9 * -(-len(names) // columns)),
-        squeeze=False,
-        layout="constrained",
-    )
-    for axes, name in zip(panels.flat, names, strict=False):
-        panel(axes, name, [row for row in rows if row["name"] == name])
-    for axes in panels.flat[len(names) :]:
-        axes.axis("off")
-    handles, labels = panels.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3)
-    machine = data["machine"]
-    figure.suptitle(f"onnxruntime, 1 thread, {machine['cpu']}; batch 1, medians in turns")
-    out = options.out or RESULTS / f"{options.results}.png"
-    save(figure, out)
+    title = f"onnxruntime, 1 thread, {data['machine']['cpu']}; batch 1, medians in turns"
+    figure = panels(data["rows"], panel, title, legend=3)
+    save(figure, options.out or RESULTS / f"{options.results}.png")
 
 
 def panel(axes: Axes, name: str, rows: list[Row]) -> None:
