@@ -120,37 +120,49 @@ def test_what_widths_alone_remove_counts_neither_as_loss_nor_as_gain(quiet: Judg
 # Time ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def clockwork(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine whose seconds are MACs, with a tenth more than its model says."""
+def clockwork(monkeypatch: pytest.MonkeyPatch, aside: float = 0.0, off: float = 1.1) -> None:
+    """A machine whose seconds are MACs, of which its model says less.
+
+    Args:
+        monkeypatch: Puts it in the place of this one.
+        aside: Seconds of each branch beside its MACs, as a share of those of all MACs; the model
+            takes them for what stays.
+        off: Measured over predicted seconds.
+    """
 
     class Clock:
         dense = None
 
         def __init__(self, dense: nn.Module, inputs: Tensor, *_: Any, **__: Any) -> None:
-            self.macs = lambda slim: count_macs(slim, inputs)
-            self.whole = self.macs(dense)
+            whole = count_macs(dense, inputs)
+
+            def seconds(model: nn.Module) -> float:
+                branches = len(depcut.analyze(model, inputs).branches) if aside else 0
+                return float(count_macs(model, inputs) + aside * whole * branches)
+
+            self.seconds, self.whole = seconds, seconds(dense)
 
         def written(self, slim: nn.Module) -> nn.Module:
             return slim
 
         def beside(self, slim: nn.Module | None, _: int) -> Beside:
-            share = 1.0 if slim is None else 1.1 * self.macs(slim) / self.whole
-            return Beside(share, float(self.whole))
+            share = 1.0 if slim is None else off * self.seconds(slim) / self.whole
+            return Beside(share, self.whole)
 
     def modelled(analysis: Analysis, **_: Any) -> LatencyModel:
         cost = analysis.costs["macs"]
+        cost = cost.less(-aside * cost.total * len(analysis.branches))
         return LatencyModel(
             analysis.coupling, cost, cost.total, np.zeros(1), 1.0, 1.0, 1, "none", "none"
         )
 
-    monkeypatch.setattr(target, "_TRIES", 2)
     monkeypatch.setattr(target, "Bench", Clock)
     monkeypatch.setattr(Analysis, "latency", modelled)
 
 
-@pytest.mark.usefixtures("clockwork")
-def test_branches_go_for_a_budget_of_time(quiet: Judged) -> None:
+def test_branches_go_for_a_budget_of_time(quiet: Judged, monkeypatch: pytest.MonkeyPatch) -> None:
+    clockwork(monkeypatch)
+    monkeypatch.setattr(target, "_TRIES", 2)
     plan = quiet.analysis.plan(
         0.5, of="latency", data=quiet.data, align=1, depth=True, progress=False
     )
@@ -158,3 +170,22 @@ def test_branches_go_for_a_budget_of_time(quiet: Judged) -> None:
     assert IDLE.issuperset(plan.dropped)
     facts = plan.settings["latency"]
     assert facts["measured_ms"] == pytest.approx(0.5 * facts["dense_ms"], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "aside"),
+    [(0.6, 0.2), pytest.param(0.7, 0.3, marks=pytest.mark.sweep)],
+)
+def test_what_a_branch_takes_along_is_measured(
+    quiet: Judged, monkeypatch: pytest.MonkeyPatch, ratio: float, aside: float
+) -> None:
+    # Most of what a branch takes is not in the kernels of its own widths.
+    clockwork(monkeypatch, aside=aside, off=1.0)
+    plan = quiet.analysis.plan(
+        ratio, of="latency", data=quiet.data, align=1, depth=True, progress=False
+    )
+    assert set(plan.dropped) == IDLE
+    facts = plan.settings["latency"]
+    assert facts["measured_ms"] == pytest.approx((1 - ratio) * facts["dense_ms"], rel=0.015)
+    assert facts["predicted_ms"] == pytest.approx(facts["measured_ms"], rel=0.03)
+    assert facts["candidates"] == 1, "the first was right"

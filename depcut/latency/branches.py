@@ -47,18 +47,20 @@ class Widths:
 
 
 def widths_without_branches(
-    chooser: Chooser, residuals: Residuals, cost: Cost, seconds: float
+    chooser: Chooser, residuals: Residuals, cost: Cost, seconds: float, aside: float = 0.0
 ) -> Widths:
     """What is left where the branches go whose plan costs least, see `depth_and_width`.
 
-    A branch is taken to save the kernels whose sizes follow its own widths; those in front of and
-    behind it (a norm, the addition) are counted as if they stayed, which speaks for widths.
+    A branch is taken to save the kernels whose sizes follow its own widths. What lies in front of
+    and behind it (a norm, the addition) has the sizes of the residual stream, which stays: what
+    the model of time knows nothing of is measured, see `aside`.
 
     Args:
         chooser: A request, resolved.
         residuals: Branches and blocks.
         cost: Seconds as a function of the kept counts.
         seconds: To come to.
+        aside: Seconds that each branch saves beside the kernels of its own widths.
 
     Raises:
         InputError: The model was captured by several example calls.
@@ -67,27 +69,40 @@ def widths_without_branches(
     coupling = chooser.coupling
     refuse_several_calls(coupling)
 
-    def without(names: Names) -> Widths:
-        dead = gone(coupling.program, bypass(residuals.named(names)))
-        narrowed = chooser.without(dead.tensors)
-        absent = np.array(sorted(narrowed.absent), dtype=np.int64)
-        left = cost.at(absent, np.zeros(len(absent)))
-        return Widths(narrowed, replace(left, total=left(left.dense)), names)
-
     def plan_for(names: Names) -> PlanData | None:
-        widths = without(names)
+        widths = without(chooser, residuals, cost, names, aside)
         if widths.cost.total < seconds:
             return None
         counts = widths.chooser.meet(widths.cost, seconds, "latency")
         return widths.plan(counts, {})
 
     def saved_at(keep: Keep) -> _SavedTime:
-        return _SavedTime(cost, Savings(coupling, allowed, "channels"), keep)
+        return _SavedTime(cost, Savings(coupling, allowed, "channels"), keep, aside)
 
     allowed = residuals.sparing(chooser.spares)
     judge = judge_of(chooser, allowed, saved_at, plan_for)
     orders = [judge.ranked(kind) for kind in (allowed.branches, allowed.blocks)]
-    return without(plan_with_depth(plan_for, orders, judge).dropped)
+    dropped = plan_with_depth(plan_for, orders, judge).dropped
+    return without(chooser, residuals, cost, dropped, aside)
+
+
+def without(
+    chooser: Chooser, residuals: Residuals, cost: Cost, names: Names, aside: float = 0.0
+) -> Widths:
+    """What is left to be chosen without these branches.
+
+    Args:
+        chooser: A request, resolved.
+        residuals: Branches and blocks.
+        cost: Seconds as a function of the kept counts.
+        names: Of the branches and blocks that go.
+        aside: Seconds that each branch saves beside the kernels of its own widths.
+    """
+    branches = residuals.named(names)
+    narrowed = chooser.without(gone(chooser.coupling.program, bypass(branches)).tensors)
+    absent = np.array(sorted(narrowed.absent), dtype=np.int64)
+    left = cost.at(absent, np.zeros(len(absent))).less(aside * len(branches))
+    return Widths(narrowed, replace(left, total=left(left.dense)), names)
 
 
 class _SavedTime:
@@ -97,10 +112,11 @@ class _SavedTime:
         cost: Seconds as a function of the kept counts.
         savings: Knows which groups are there for which branches.
         keep: The widths at which they go.
+        aside: Seconds that each branch saves beside these kernels.
     """
 
-    def __init__(self, cost: Cost, savings: Savings, keep: Keep) -> None:
-        self.own_groups = savings.own_groups
+    def __init__(self, cost: Cost, savings: Savings, keep: Keep, aside: float) -> None:
+        self.own_groups, self.aside = savings.own_groups, aside
         self.seconds = cost.summands(keep.counts[None])[0]
         self.summands: dict[int, list[int]] = {}
         slots = np.append(cost.starts, len(cost.monomials))
@@ -112,4 +128,4 @@ class _SavedTime:
     def __call__(self, names: Sequence[str]) -> float:
         """What goes with these branches together."""
         rows = {n for i in self.own_groups(names) for n in self.summands.get(i, ())}
-        return float(sum(self.seconds[n] for n in rows))
+        return float(sum(self.seconds[n] for n in rows)) + self.aside * len(names)

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from depcut.allocate.choose import Chooser
@@ -14,7 +15,7 @@ from depcut.allocate.space import Counts
 from depcut.apply.plan import Plan
 from depcut.branches.branch import Residuals
 from depcut.errors import BudgetError
-from depcut.latency.branches import Widths, widths_without_branches
+from depcut.latency.branches import Widths, widths_without_branches, without
 from depcut.latency.measure import Bench, entered
 from depcut.latency.model import LatencyModel
 
@@ -145,8 +146,10 @@ def plan_for_latency(
         aim = goal.share(dense) * times.dense_seconds
         widths = Widths(chooser, times.cost)
         if residuals is not None:
+            status.update("measuring the model without its branches")
+            aside = _aside(model, bench, widths, residuals, times.dense_seconds)
             with suppress(BudgetError):  # too fast even so: what can be reached is measured
-                widths = widths_without_branches(chooser, residuals, times.cost, aim)
+                widths = widths_without_branches(chooser, residuals, times.cost, aim, aside)
         attempts = _Attempts(model, bench, widths, goal)
         for number in range(_TRIES):
             status.update(f"measuring candidate {number + 1}")
@@ -194,6 +197,28 @@ def _counts(attempts: _Attempts, aim: float) -> Counts | None:
         goal = cost(best.counts) / (1 + best.miss)
         return chooser.nudged(cost, best.counts, goal, tried)
     return None if attempts.knows(counts) else counts
+
+
+def _aside(
+    model: nn.Module, bench: Bench, widths: Widths, residuals: Residuals, dense_seconds: float
+) -> float:
+    """Seconds that a branch saves beside its own widths' kernels, by measuring without any.
+
+    Args:
+        model: The dense model.
+        bench: Times it beside others.
+        widths: Those of the dense model.
+        residuals: Its branches.
+        dense_seconds: What it takes as a whole in the unit of the predictions.
+    """
+    chooser, cost = widths.chooser, widths.cost
+    names = tuple(b.name for b in residuals.sparing(chooser.spares).branches)
+    if not names:
+        return 0.0
+    bare = without(chooser, residuals, cost, names)
+    plan = Plan.of(bare.plan(cost.dense.astype(np.int64), {}), chooser.coupling, model)
+    measured = bench.beside(bench.written(plan.apply(model)), _ROUNDS).ratio * dense_seconds
+    return max(0.0, bare.cost.total - measured) / len(names)
 
 
 def _is_least(counts: Counts, chooser: Chooser) -> bool:

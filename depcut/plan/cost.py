@@ -160,6 +160,20 @@ class Cost:
             * np.where(fixed, values[self.monomials], 1.0).prod(axis=1),
         )
 
+    def less(self, amount: float) -> Cost:
+        """The quantity, less an amount that depends on no count.
+
+        Args:
+            amount: What is taken off.
+        """
+        constant = np.zeros((1, self.items.shape[1]), dtype=self.items.dtype)  # slot 0 stands for 1
+        return replace(
+            self,
+            items=np.concatenate([self.items, constant]),
+            times=np.append(self.times, -amount),
+            total=self.total - amount,
+        )
+
     def gradient(self, counts: NDArray[np.number]) -> Counts:
         """Change of the quantity a unit, for every group, at the given counts.
 
