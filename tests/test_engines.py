@@ -6,6 +6,8 @@ import argparse
 import importlib.util
 import itertools
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -86,6 +88,25 @@ def test_models_and_files_are_timed_in_openvino(chain: nn.Module, file: Path) ->
     assert found.provider == "OpenVINO CPU"
     assert found.file_bytes["file"] == pytest.approx(found.file_bytes["model"], rel=0.01)
     assert not chain.training
+
+
+def test_a_process_that_timed_in_openvino_takes_signals() -> None:
+    # Each core of OpenVINO puts back, when it goes, the alternate stack that it found.
+    pytest.importorskip("openvino")
+    code = """
+import faulthandler, gc, signal, subprocess, sys
+import torch, depcut
+faulthandler.enable()
+a, b, x = torch.nn.Linear(8, 4), torch.nn.Linear(8, 4), torch.randn(2, 8)
+depcut.bench({"a": a, "b": b}, x, runtime="openvino", rounds=6)
+gc.collect()
+seen = []
+signal.signal(signal.SIGCHLD, lambda *_: seen.append(1))
+subprocess.run([sys.executable, "-c", "pass"], check=True)
+print(len(seen))
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "1"), done.stderr
 
 
 def test_dense_is_compared_with_slim_in_openvino() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections.abc import Iterator, Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ class OpenVino:
             )
         import openvino
 
-        wanted, available = _DEVICES[provider], openvino.Core().available_devices
+        wanted, available = _DEVICES[provider], _core().available_devices
         if wanted not in available:
             raise InputError(
                 f"OpenVINO {openvino.__version__} finds no {wanted}; it has "
@@ -151,14 +151,12 @@ class VinoRunner:
 
     def _compiled(self, batch: int, *, profiled: bool) -> tuple[Any, Call]:
         """A request of the graph at a batch size, and a function that runs it; it was run once."""
-        import openvino
-
         feeds = self._feeds(batch)
         model = self._model.clone()
         where = f"candidate {self._name!r}"
         try:
             model.reshape({name: list(array.shape) for name, array in feeds.items()})
-            compiled = openvino.Core().compile_model(
+            compiled = _core().compile_model(
                 model,
                 self._target,
                 {
@@ -239,12 +237,25 @@ def _exported(model: nn.Module, setup: Setup) -> tuple[Path, Any]:
     raise refusals[0]
 
 
+@cache
+def _core() -> Any:
+    """OpenVINO's core, one for all candidates.
+
+    Its CPU plugin gives the thread an alternate stack for signals, and puts back the one before
+    when the core goes. Of two cores that do not go in the reverse order, the second puts back the
+    stack of the first, which is freed: the next signal ends the process.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 def _read(path: Path) -> Any:
     """OpenVINO's graph of a file."""
     import openvino
 
     try:
-        return openvino.Core().read_model(str(path))
+        return _core().read_model(str(path))
     except Exception as error:
         reraise_fatal(error)
         raise ExportError(
