@@ -120,7 +120,9 @@ def test_what_widths_alone_remove_counts_neither_as_loss_nor_as_gain(quiet: Judg
 # Time ---------------------------------------------------------------------------------------------
 
 
-def clockwork(monkeypatch: pytest.MonkeyPatch, aside: float = 0.0, off: float = 1.1) -> None:
+def clockwork(
+    monkeypatch: pytest.MonkeyPatch, aside: float = 0.0, off: float = 1.1, power: float = 1.0
+) -> None:
     """A machine whose seconds are MACs, of which its model says less.
 
     Args:
@@ -128,6 +130,7 @@ def clockwork(monkeypatch: pytest.MonkeyPatch, aside: float = 0.0, off: float = 
         aside: Seconds of each branch beside its MACs, as a share of those of all MACs; the model
             takes them for what stays.
         off: Measured over predicted seconds.
+        power: Of the predicted share of the dense seconds, which is measured.
     """
 
     class Clock:
@@ -146,7 +149,7 @@ def clockwork(monkeypatch: pytest.MonkeyPatch, aside: float = 0.0, off: float = 
             return slim
 
         def beside(self, slim: nn.Module | None, _: int) -> Beside:
-            share = 1.0 if slim is None else off * self.seconds(slim) / self.whole
+            share = 1.0 if slim is None else off * (self.seconds(slim) / self.whole) ** power
             return Beside(share, self.whole)
 
     def modelled(analysis: Analysis, **_: Any) -> LatencyModel:
@@ -189,3 +192,13 @@ def test_what_a_branch_takes_along_is_measured(
     assert facts["measured_ms"] == pytest.approx((1 - ratio) * facts["dense_ms"], rel=0.015)
     assert facts["predicted_ms"] == pytest.approx(facts["measured_ms"], rel=0.03)
     assert facts["candidates"] == 1, "the first was right"
+
+
+def test_a_time_is_met_between_what_was_too_fast_and_what_was_too_slow(
+    quiet: Judged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Corrected by what the last one missed alone, candidates would swing about the target.
+    clockwork(monkeypatch, off=1.0, power=3.0)
+    plan = quiet.analysis.plan(0.5, of="latency", data=quiet.data, align=1, progress=False)
+    facts = plan.settings["latency"]
+    assert facts["measured_ms"] == pytest.approx(0.5 * facts["dense_ms"], rel=0.03)

@@ -19,7 +19,7 @@ from depcut.latency.branches import Widths, widths_without_branches, without
 from depcut.latency.measure import Bench, entered
 from depcut.latency.model import LatencyModel
 
-_TRIES = 6
+_TRIES = 8
 _CLOSE = 0.015  # a candidate this close to its target is not corrected
 _MISSED = 0.05
 _ROUNDS = 9
@@ -63,10 +63,11 @@ class Goal:
 
 @dataclass(frozen=True)
 class _Try:
-    """One candidate and its measured time, as a share of the dense one's and in seconds."""
+    """One candidate: predicted seconds, and its measured time as a share of the dense one's."""
 
     plan: Plan
     counts: Counts
+    predicted: float
     ratio: float
     dense_seconds: float
     miss: float
@@ -85,8 +86,9 @@ class _Attempts:
         chosen = self.widths.plan(counts, self.goal.settings)
         plan = Plan.of(chosen, self.chooser.coupling, self.model)
         beside = self.bench.beside(self.bench.written(plan.apply(self.model)), _ROUNDS)
-        share = self.goal.share(beside.dense_seconds)
-        attempt = _Try(plan, counts, beside.ratio, beside.dense_seconds, beside.ratio / share - 1)
+        missed = beside.ratio / self.goal.share(beside.dense_seconds) - 1
+        predicted = self.widths.cost(counts)
+        attempt = _Try(plan, counts, predicted, beside.ratio, beside.dense_seconds, missed)
         self.tried.append(attempt)
         return attempt
 
@@ -98,6 +100,21 @@ class _Attempts:
     def best(self) -> _Try:
         """The candidate closest to the goal."""
         return min(self.tried, key=lambda attempt: abs(attempt.miss))
+
+    def next_aim(self) -> float:
+        """What to predict for the next candidate, in seconds of the model of time.
+
+        Between the closest that is too fast and the closest that is too slow, where both are known
+        and the model has them in that order; else what is predicted for the last, corrected by
+        what that one missed.
+        """
+        fast = max((t for t in self.tried if t.miss < 0), key=lambda t: t.miss, default=None)
+        slow = min((t for t in self.tried if t.miss >= 0), key=lambda t: t.miss, default=None)
+        if fast is None or slow is None or fast.predicted >= slow.predicted:
+            last = self.tried[-1]
+            return last.predicted / (1 + last.miss)
+        share = -fast.miss / (slow.miss - fast.miss)
+        return fast.predicted + share * (slow.predicted - fast.predicted)
 
 
 def plan_for_latency(
@@ -159,7 +176,7 @@ def plan_for_latency(
             attempt = attempts.measure(counts)
             if abs(attempt.miss) <= _CLOSE:
                 break
-            aim = widths.cost(attempt.counts) / (1 + attempt.miss)
+            aim = attempts.next_aim()
         least = widths.chooser.smallest()
         if attempts.best.miss > _MISSED and not attempts.knows(least):
             attempts.measure(least)
@@ -176,7 +193,7 @@ def plan_for_latency(
     measured = {
         "dense_ms": 1e3 * best.dense_seconds,
         "measured_ms": 1e3 * best.ratio * best.dense_seconds,
-        "predicted_ms": 1e3 * widths.cost(best.counts) / times.dense_seconds * best.dense_seconds,
+        "predicted_ms": 1e3 * best.predicted / times.dense_seconds * best.dense_seconds,
         "candidates": len(attempts.tried),
         "threads": times.threads,
         "runtime": times.runtime,
