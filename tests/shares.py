@@ -112,7 +112,7 @@ test_a_sharded_model_is_shrunk_and_trained_on
 test_a_large_vocabulary_takes_a_few_times_its_weights_in_single_precision
 """.split()
 
-_LONG = 160  # of those that run no line of their own, left to the sweep by default
+_LONG = 240  # of those that run no line of their own, left to the sweep by default
 
 EVERY = dict.fromkeys(SIXTH, 6) | dict.fromkeys(THIRD, 3)
 
