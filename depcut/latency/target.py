@@ -180,15 +180,24 @@ def plan_for_latency(
         least = widths.chooser.smallest()
         if attempts.best.miss > _MISSED and not attempts.knows(least):
             attempts.measure(least)
+    return _chosen(attempts, times)
+
+
+def _chosen(attempts: _Attempts, times: LatencyModel) -> Plan:
+    """The candidate closest to the goal, with what was measured of it in its settings.
+
+    Raises:
+        BudgetError: All of them are too slow.
+    """
     best = attempts.best
     if all(attempt.miss > _MISSED for attempt in attempts.tried):
-        raise _unreachable(min(attempts.tried, key=lambda attempt: attempt.ratio), goal)
+        raise _unreachable(min(attempts.tried, key=lambda attempt: attempt.ratio), attempts.goal)
     if abs(best.miss) > _MISSED:
         warnings.warn(
             f"the closest of {len(attempts.tried)} candidates takes "
             f"{1e3 * best.ratio * best.dense_seconds:.3g} ms, {best.miss:+.1%} of the target: "
             "widths move in steps; align= sets how large they are",
-            stacklevel=3,
+            stacklevel=4,
         )
     measured = {
         "dense_ms": 1e3 * best.dense_seconds,
