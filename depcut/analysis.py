@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 from typing_extensions import Unpack
@@ -43,6 +43,7 @@ from depcut.frontiers.scan import Scanned
 from depcut.latency.alignment import alignment
 from depcut.latency.model import SAMPLES, LatencyModel, latency_model
 from depcut.latency.target import Goal, plan_for_latency
+from depcut.latency.workload import workload
 from depcut.options import ONNXRUNTIME, CalibrateKeywords, Options, PlanKeywords
 from depcut.pictures.analysed import ShownAnalysis
 from depcut.pictures.plots import plot_scores
@@ -213,11 +214,8 @@ class Analysis(ShownAnalysis, Scanned):
         if of == "latency":
             goal = Goal.of(ratio, chosen.latency_ms)
             branches = timed(self.residuals, rebuild) if chosen.depth else None
-            shown = chosen.progress
-            times = self.latency(runtime=chosen.runtime, threads=chosen.threads, progress=shown)
-            plan = plan_for_latency(
-                self.model, self._inputs, chooser, times, goal, branches, progress=shown
-            )
+            calls = workload(chosen, self._inputs, self.latency)
+            plan = plan_for_latency(self.model, chooser, calls, goal, branches)
             return checked(rebuild, plan) if rebuild else plan
         removed = float(cast(float, ratio))
         if chosen.depth and rebuild is not None:
@@ -259,6 +257,7 @@ class Analysis(ShownAnalysis, Scanned):
     def latency(
         self,
         *,
+        inputs: Any = None,
         runtime: str = ONNXRUNTIME,
         threads: int = 1,
         samples: int = SAMPLES,
@@ -271,6 +270,7 @@ class Analysis(ShownAnalysis, Scanned):
         What was measured is kept in the user's cache directory.
 
         Args:
+            inputs: What is timed, see `depcut.latency.model`; None: the inputs of the analysis.
             runtime: What runs the models, see `depcut.bench`.
             threads: Threads that one operator may use.
             samples: Models to measure, the dense one among them.
@@ -288,7 +288,7 @@ class Analysis(ShownAnalysis, Scanned):
         return latency_model(
             self.coupling,
             self.model,
-            self._inputs,
+            self._inputs if inputs is None else inputs,
             runtime=runtime,
             threads=threads,
             samples=samples,

@@ -87,11 +87,21 @@ def in_call(number: int, calls: int) -> Iterator[None]:
         number: Which one, from 0.
         calls: How many there are; of one, errors stay what they are.
     """
+    with in_part(f"inputs[{number}]" if calls > 1 else ""):
+        yield
+
+
+@contextmanager
+def in_part(name: str) -> Iterator[None]:
+    """Errors of depcut that are raised inside say which part of what was given they are of.
+
+    Args:
+        name: Of the part; "" where there is one alone: errors stay what they are.
+    """
     try:
         yield
     except DepcutError as error:
-        if calls == 1:
+        if not name:
             raise
-        raise type(error)(
-            f"inputs[{number}]: {error.what}", where=error.where, remedy=error.remedy
-        ) from error
+        what = f"{name}: {error.what}"
+        raise type(error)(what, where=error.where, remedy=error.remedy) from error

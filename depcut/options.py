@@ -15,6 +15,7 @@ from depcut.allocate.order import ALLOCATIONS
 from depcut.calibration.data import BATCHES
 from depcut.errors import InputError, listed
 from depcut.plan.cost import COSTS
+from depcut.plan.workload import is_whole, settings_of
 from depcut.scores import CRITERIA, Criterion, Score, score_name
 from depcut.support.checks import (
     LARGEST,
@@ -133,6 +134,12 @@ class Options(Common):
         '"openvino", "torch" or "torch.compile".',
     )
     threads: int = option(1, "Threads that one operator may use, where time is measured.")
+    workload: Mapping[str, Any] | None = option(
+        None,
+        "The calls whose summed time is budgeted, by name, in place of one of the inputs as given: "
+        "batch_size, threads, inputs, module and times (how often it is made) of each, see "
+        "`depcut.plan.workload.Setting`.",
+    )
     depth: bool = option(
         False,
         "Whether residual branches may be dropped as a whole, beside narrowing the rest; where the "
@@ -165,6 +172,7 @@ class Options(Common):
         self._integer("batches", 1, sys.maxsize)
         self._check_align()
         self._check_runtime()
+        self._check_workload()
         self._integer("threads", 1, THREADS)
         self._flag("depth")
         self._set("memory", check_memory(self.memory))
@@ -200,6 +208,17 @@ class Options(Common):
                 f"runtime is {shown(self.runtime)}",
                 where="runtime=",
                 remedy='pass the name of one, such as "onnxruntime"',
+            )
+
+    def _check_workload(self) -> None:
+        if self.workload is None:
+            return
+        self._set("workload", settings_of(self.workload))
+        if self.of != "latency" and self.latency_ms is None:
+            raise InputError(
+                f"a workload, and a budget of {self.of}",
+                where="workload=",
+                remedy='pass of="latency" or latency_ms=, or leave the workload out',
             )
 
     def _check_score(self) -> None:
@@ -250,7 +269,7 @@ class Options(Common):
 
     @staticmethod
     def of_record(saved: Mapping[str, Any]) -> Options:
-        """Options from what `record` gave; a criterion that was a function is left out.
+        """Options from what `record` gave, less functions and tensors (`score`, `workload`).
 
         Args:
             saved: Names and values.
@@ -263,8 +282,9 @@ class Options(Common):
                 remedy="make the plan anew, or use the depcut that wrote it",
             )
         score = saved.get("score")
-        known = not isinstance(score, str) or score in CRITERIA
-        return Options(**{n: v for n, v in saved.items() if n != "score" or known})
+        lost = {"score"} if isinstance(score, str) and score not in CRITERIA else set()
+        lost |= set() if is_whole(saved.get("workload") or {}) else {"workload"}
+        return Options(**{n: v for n, v in saved.items() if n not in lost})
 
     def record(self) -> dict[str, Any]:
         """What is not the default, as JSON; a criterion that is a function by its name alone."""
@@ -277,6 +297,8 @@ class Options(Common):
                 value = {k: v for k, v in asdict(value).items() if v is not None}
             elif callable(value):
                 value = score_name(value)
+            elif f.name == "workload":
+                value = {name: setting.record() for name, setting in value.items()}
             out[f.name] = list(value) if isinstance(value, tuple) else value
         return out
 
@@ -351,6 +373,7 @@ class PlanKeywords(FrontierKeywords, total=False):
     """Flat keywords of `Analysis.plan`."""
 
     latency_ms: float | None
+    workload: Mapping[str, Any] | None
     ratios: Mapping[str, float] | None
 
 

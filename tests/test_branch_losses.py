@@ -19,7 +19,7 @@ from depcut.allocate.choose import Chooser, Request
 from depcut.allocate.judges import PredictedLoss
 from depcut.allocate.savings import Savings
 from depcut.analysis import Analysis
-from depcut.latency import target
+from depcut.latency import target, workload
 from depcut.latency.measure import Beside
 from depcut.latency.model import LatencyModel
 from depcut.plan.cost import count_macs
@@ -159,7 +159,7 @@ def clockwork(
             analysis.coupling, cost, cost.total, np.zeros(1), 1.0, 1.0, 1, "none", "none"
         )
 
-    monkeypatch.setattr(target, "Bench", Clock)
+    monkeypatch.setattr(workload, "Bench", Clock)
     monkeypatch.setattr(Analysis, "latency", modelled)
 
 

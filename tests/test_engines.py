@@ -289,8 +289,8 @@ def test_the_runtime_asked_for_is_what_measures(
         return SimpleNamespace(engine=given["runtime"])
 
     def planned(*arguments: Any, **_: Any) -> Any:
-        seen.append(arguments[3].engine)
-        return arguments[2].plan(arguments[2].smallest(), {})
+        seen.append(arguments[2].calls[0].model.engine)
+        return arguments[1].plan(arguments[1].smallest(), {})
 
     monkeypatch.setattr(Analysis, "latency", modelled)
     monkeypatch.setattr("depcut.analysis.plan_for_latency", planned)

@@ -23,7 +23,7 @@ from depcut.allocate.space import space
 from depcut.analysis import Analysis
 from depcut.deploy.convert import draft
 from depcut.errors import BudgetError, InputError, LatencyError
-from depcut.latency import cache, model, target
+from depcut.latency import cache, model, workload
 from depcut.latency.align import aligned, best_alignment
 from depcut.latency.designs import designs
 from depcut.latency.measure import Bench, Beside
@@ -403,7 +403,7 @@ def clockwork(analysis: Analysis, monkeypatch: pytest.MonkeyPatch) -> list[tuple
             found = measured([widths]).dense_seconds
             return Beside(1.0 if slim is None else 1.1 * found / dense, dense)
 
-    monkeypatch.setattr(target, "Bench", Clock)
+    monkeypatch.setattr(workload, "Bench", Clock)
     monkeypatch.setattr(Analysis, "latency", lambda self, **_: fitted(self))
     return seen
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from depcut.timing.runtimes import RUNTIMES, providers
 
 # Flags that stand elsewhere: with the budget, and with what is timed.
 _ELSEWHERE = ("latency_ms", "runtime", "threads")
+# Tables, which a file holds and no flag.
+_OF_FILES = ("workload",)
 # Flags that say how to read and how to answer a command line: no file has them.
 _OF_THE_LINE = ("json", "options", "debug")
 
@@ -52,7 +54,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
     flags = {n: given[n] for n in names_of(Options, ShrinkKeywords) if n in given}
     if "ratios" in flags:
         flags["ratios"] = dict(flags["ratios"])
-    return replace(Options(**arguments.of_file), **flags)
+    return Options(**{**arguments.of_file, **flags})
 
 
 def _switch(text: str) -> bool | str:
@@ -228,7 +230,7 @@ class Command:
         """The fields of `depcut.Options`."""
         self._pruning = tuple(names_of(Options, ShrinkKeywords))
         for name in self._pruning:
-            if name not in _ELSEWHERE:
+            if name not in (*_ELSEWHERE, *_OF_FILES):
                 self._field(name)
 
     def _field(self, name: str) -> None:

@@ -63,8 +63,10 @@ def _run(options: argparse.Namespace, output: Output) -> None:
     written = write_slim(slim, options, inputs)
     if "latency" in plan.settings:
         reached = plan.settings["latency"]
-        text = "latency: {measured_ms:.3g} ms, dense {dense_ms:.3g} ms"
-        output.say("latency", reached, text.format(**reached))
+        parts = {"latency": reached, **reached.get("workload", {})}
+        text = "{name}: {measured_ms:.3g} ms, dense {dense_ms:.3g} ms"
+        lines = (text.format(name=name, **part) for name, part in parts.items())
+        output.say("latency", reached, "\n".join(lines))
     output.say("report", report(slim))
     if options.time:
         dense, slim = placed(options, [dense, slim])

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,9 @@ from depcut.options import ONNXRUNTIME
 from depcut.timing.backends import Runner, Setup
 from depcut.timing.clock import interleave
 from depcut.timing.runtimes import RUNTIMES
+
+# A function of a model: the module that is called for it, and the inputs that this is passed.
+Call: TypeAlias = Callable[[nn.Module], tuple[nn.Module, Any]]
 
 _ENOUGH = 0.7  # of the samples must succeed
 _ROUNDS = 5
@@ -46,11 +49,11 @@ class Beside:
 class Bench:
     """The dense model in a runtime, ready to be run beside smaller ones.
 
-    What holds while a runtime measures is entered by the caller, see `entered`.
+    What holds while a runtime measures is entered by the caller, see `settled`.
 
     Args:
         model: The dense model.
-        inputs: What it is run on; their batch size is the one that is measured.
+        inputs: What it is run on, or a `Call`; their batch size is the one that is measured.
         threads: Threads that one operator may use.
         folder: For files; it outlives the bench.
         runtime: What runs the models.
@@ -71,7 +74,7 @@ class Bench:
         self.runtime = RUNTIMES[runtime]
         self.inputs, self.threads, self.folder = inputs, threads, folder
         self.free_batch, self.opset = free_batch, OPSET
-        self.values = dict(bind_inputs(model, inputs).arguments)
+        self.values = dict(bind_inputs(*called(model, inputs)).arguments)
         try:
             self.dense = self._runner(model, "dense")
         except ExportError:
@@ -98,20 +101,34 @@ class Bench:
 
     def _runner(self, model: nn.Module, name: str) -> Runner:
         """The model in the runtime, by way of a file that is not checked where it takes files."""
-        setup = Setup(self.inputs, None, self.threads, self.folder)
+        model, inputs = called(model, self.inputs)
+        setup = Setup(inputs, None, self.threads, self.folder)
         if self.runtime.in_place:
             return self.runtime.runner(name, model, setup)
         path = self.folder / f"{name}.onnx"
         for old in self.folder.glob(f"{name}.onnx*"):
             old.unlink()
-        draft(model, self.inputs, path, opset=self.opset, free_batch=self.free_batch)
+        draft(model, inputs, path, opset=self.opset, free_batch=self.free_batch)
         # a generated model names its inputs anew: by name, and else in their order
-        return self.runtime.runner(name, path, replace(setup, inputs=self.values))
+        values = self.values
+        if callable(self.inputs):
+            values = dict(bind_inputs(model, inputs).arguments)
+        return self.runtime.runner(name, path, replace(setup, inputs=values))
+
+
+def called(model: nn.Module, inputs: Any) -> tuple[nn.Module, Any]:
+    """What is called for a model, and what it is passed.
+
+    Args:
+        model: The model.
+        inputs: What the model is passed, or a `Call`.
+    """
+    return inputs(model) if callable(inputs) else (model, inputs)
 
 
 @contextlib.contextmanager
-def entered(runtime: str, threads: int) -> Iterator[Path]:
-    """The settings that hold while a runtime measures, and a folder for as long.
+def settled(runtime: str, threads: int) -> Iterator[None]:
+    """The settings that hold while a runtime measures.
 
     Args:
         runtime: What runs the models.
@@ -119,7 +136,14 @@ def entered(runtime: str, threads: int) -> Iterator[Path]:
     """
     with contextlib.ExitStack() as stack:
         RUNTIMES[runtime].enter(stack, threads)
-        yield Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="depcut-")))
+        yield
+
+
+@contextlib.contextmanager
+def temporary() -> Iterator[Path]:
+    """A folder for the files of models that are measured."""
+    with tempfile.TemporaryDirectory(prefix="depcut-") as name:
+        yield Path(name)
 
 
 def measure(
@@ -137,7 +161,7 @@ def measure(
     Args:
         coupling: The groups.
         model: The dense model.
-        inputs: What it is run on.
+        inputs: What it is run on, or a `Call`.
         counts: Kept counts, [samples, groups]; the dense ones first.
         threads: Threads that one operator may use.
         progress: Whether to show a progress bar on standard error.
@@ -154,7 +178,7 @@ def measure(
     failures: list[DepcutError] = []
     dense_seconds: list[float] = []
     bar = Progress(console=Console(stderr=True), transient=True, disable=not progress)
-    with entered(runtime, threads) as folder, bar:
+    with settled(runtime, threads), temporary() as folder, bar:
         task = bar.add_task("measuring kernels at several widths", total=len(counts))
         bench = Bench(model, inputs, threads, folder, runtime=runtime, free_batch=False)
         for row in counts:

@@ -19,7 +19,7 @@ from depcut.deploy.runtime import bind_inputs
 from depcut.errors import listed
 from depcut.latency import cache
 from depcut.latency.designs import between, designs
-from depcut.latency.measure import measure
+from depcut.latency.measure import called, measure
 from depcut.latency.samples import Samples
 from depcut.latency.staircase import fit
 from depcut.options import ONNXRUNTIME
@@ -130,8 +130,9 @@ def latency_model(
     Args:
         coupling: The groups.
         model: The dense model; it is only read.
-        inputs: A tensor, a tuple of positional or a dict of keyword arguments; their batch size is
-            the one that is timed.
+        inputs: A tensor, a tuple of positional or a dict of keyword arguments, or a function of the
+            model that returns the module to call and what that is passed; their batch size is the
+            one that is timed.
         runtime: What runs the models, see `depcut.bench`.
         threads: Threads that one operator may use.
         samples: Number of models to measure, the dense one among them; at least 6. Two more have
@@ -153,7 +154,8 @@ def latency_model(
     )
     for name, value, least, most, remedy in limits:
         check_integer(value, name, least, most, what=f"{name}={shown(value)}", remedy=remedy)
-    arguments = bind_inputs(model, inputs)
+    module, given = called(model, inputs)
+    arguments = bind_inputs(module, given)
     steps = space(coupling, _GRID, set(), preferences(coupling).ties)
     described = f"{RUNTIMES[runtime].version()}, CPU"
     key = {
@@ -167,6 +169,8 @@ def latency_model(
         "samples": samples,
         "between": _BETWEEN,
     }
+    if module is not model:
+        key["module"] = f"{type(module).__module__}.{type(module).__qualname__}"
     measured = None if refresh else cache.load(key)
     if measured is None:
         rows = designs(steps, samples)

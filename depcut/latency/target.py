@@ -16,8 +16,8 @@ from depcut.apply.plan import Plan
 from depcut.branches.branch import Residuals
 from depcut.errors import BudgetError
 from depcut.latency.branches import Widths, widths_without_branches, without
-from depcut.latency.measure import Bench, entered
-from depcut.latency.model import LatencyModel
+from depcut.latency.measure import temporary
+from depcut.latency.workload import Benches, Together, Workload, recorded
 
 _TRIES = 8
 _CLOSE = 0.015  # a candidate this close to its target is not corrected
@@ -68,16 +68,15 @@ class _Try:
     plan: Plan
     counts: Counts
     predicted: float
-    ratio: float
-    dense_seconds: float
+    beside: Together
     miss: float
 
 
 class _Attempts:
     """Candidates for one goal, each measured beside the dense model."""
 
-    def __init__(self, model: nn.Module, bench: Bench, widths: Widths, goal: Goal) -> None:
-        self.model, self.bench, self.goal = model, bench, goal
+    def __init__(self, model: nn.Module, benches: Benches, widths: Widths, goal: Goal) -> None:
+        self.model, self.benches, self.goal = model, benches, goal
         self.widths, self.chooser = widths, widths.chooser
         self.tried: list[_Try] = []
 
@@ -85,10 +84,9 @@ class _Attempts:
         """Make and time the model with these counts."""
         chosen = self.widths.plan(counts, self.goal.settings)
         plan = Plan.of(chosen, self.chooser.coupling, self.model)
-        beside = self.bench.beside(self.bench.written(plan.apply(self.model)), _ROUNDS)
+        beside = self.benches.beside(plan.apply(self.model), _ROUNDS)
         missed = beside.ratio / self.goal.share(beside.dense_seconds) - 1
-        predicted = self.widths.cost(counts)
-        attempt = _Try(plan, counts, predicted, beside.ratio, beside.dense_seconds, missed)
+        attempt = _Try(plan, counts, self.widths.cost(counts), beside, missed)
         self.tried.append(attempt)
         return attempt
 
@@ -119,24 +117,19 @@ class _Attempts:
 
 def plan_for_latency(
     model: nn.Module,
-    inputs: Any,
     chooser: Chooser,
-    times: LatencyModel,
+    workload: Workload,
     goal: Goal,
     residuals: Residuals | None = None,
-    *,
-    progress: bool = True,
 ) -> Plan:
     """Choose counts by the model of time, then measure the candidate and correct what was off.
 
     Args:
         model: The dense model; it is only read.
-        inputs: What it is run on; their batch size is the one that is timed.
         chooser: The request, resolved.
-        times: Time as a function of the kept counts.
-        goal: What time to come to.
+        workload: The calls that are timed, each with its model of time.
+        goal: What time to come to, of all calls together.
         residuals: Branches that may go; None: widths alone meet the time.
-        progress: Whether to say on standard error what is being measured.
 
     Returns:
         The candidate closest to the goal. Its settings hold what was predicted and measured.
@@ -147,27 +140,25 @@ def plan_for_latency(
     """
     from rich.console import Console
 
-    console = Console(stderr=True, quiet=not progress)
-    with (
-        entered(times.engine, times.threads) as folder,
-        console.status("measuring the dense model") as status,
-    ):
-        bench = Bench(model, inputs, times.threads, folder, runtime=times.engine)
-        dense = bench.beside(bench.dense, _ROUNDS).dense_seconds
+    console = Console(stderr=True, quiet=not workload.progress)
+    modelled, of_counts = workload.dense_seconds, workload.cost
+    with temporary() as folder, console.status("measuring the dense model") as status:
+        benches = Benches(model, workload, folder)
+        dense = benches.beside(None, _ROUNDS).dense_seconds
         if goal.share(dense) >= 1:
             raise BudgetError(
                 f"the model takes {1e3 * dense:.3g} ms as it is: nothing has to go",
                 where=f"latency_ms={1e3 * (goal.seconds or 0):.4g}",
                 remedy="pass less than that",
             )
-        aim = goal.share(dense) * times.dense_seconds
-        widths = Widths(chooser, times.cost)
+        aim = goal.share(dense) * modelled
+        widths = Widths(chooser, of_counts)
         if residuals is not None:
             status.update("measuring the model without its branches")
-            aside = _aside(model, bench, widths, residuals, times.dense_seconds)
+            aside = _aside(model, benches, widths, residuals, modelled)
             with suppress(BudgetError):  # too fast even so: what can be reached is measured
-                widths = widths_without_branches(chooser, residuals, times.cost, aim, aside)
-        attempts = _Attempts(model, bench, widths, goal)
+                widths = widths_without_branches(chooser, residuals, of_counts, aim, aside)
+        attempts = _Attempts(model, benches, widths, goal)
         for number in range(_TRIES):
             status.update(f"measuring candidate {number + 1}")
             counts = _counts(attempts, aim)
@@ -180,34 +171,39 @@ def plan_for_latency(
         least = widths.chooser.smallest()
         if attempts.best.miss > _MISSED and not attempts.knows(least):
             attempts.measure(least)
-    return _chosen(attempts, times)
+    return _chosen(attempts, workload)
 
 
-def _chosen(attempts: _Attempts, times: LatencyModel) -> Plan:
+def _chosen(attempts: _Attempts, workload: Workload) -> Plan:
     """The candidate closest to the goal, with what was measured of it in its settings.
 
     Raises:
         BudgetError: All of them are too slow.
     """
-    best = attempts.best
+    best, first = attempts.best, workload.calls[0]
     if all(attempt.miss > _MISSED for attempt in attempts.tried):
-        raise _unreachable(min(attempts.tried, key=lambda attempt: attempt.ratio), attempts.goal)
+        fastest = min(attempts.tried, key=lambda attempt: attempt.beside.ratio)
+        raise _unreachable(fastest.beside, attempts.goal)
+    ratio, dense_seconds = best.beside.ratio, best.beside.dense_seconds
     if abs(best.miss) > _MISSED:
         warnings.warn(
             f"the closest of {len(attempts.tried)} candidates takes "
-            f"{1e3 * best.ratio * best.dense_seconds:.3g} ms, {best.miss:+.1%} of the target: "
+            f"{1e3 * ratio * dense_seconds:.3g} ms, {best.miss:+.1%} of the target: "
             "widths move in steps; align= sets how large they are",
             stacklevel=4,
         )
-    measured = {
-        "dense_ms": 1e3 * best.dense_seconds,
-        "measured_ms": 1e3 * best.ratio * best.dense_seconds,
-        "predicted_ms": 1e3 * best.predicted / times.dense_seconds * best.dense_seconds,
+    measured: dict[str, Any] = {
+        "dense_ms": 1e3 * dense_seconds,
+        "measured_ms": 1e3 * ratio * dense_seconds,
+        "predicted_ms": 1e3 * best.predicted / workload.dense_seconds * dense_seconds,
         "candidates": len(attempts.tried),
-        "threads": times.threads,
-        "runtime": times.runtime,
-        "machine": times.machine,
+        "threads": first.model.threads,
+        "runtime": first.model.runtime,
+        "machine": first.model.machine,
     }
+    if first.name:
+        measured["workload"] = recorded(best.beside.parts)
+        measured["threads"] = max(call.model.threads for call in workload.calls)
     return replace(best.plan, settings={**best.plan.settings, "latency": measured})
 
 
@@ -226,13 +222,13 @@ def _counts(attempts: _Attempts, aim: float) -> Counts | None:
 
 
 def _aside(
-    model: nn.Module, bench: Bench, widths: Widths, residuals: Residuals, dense_seconds: float
+    model: nn.Module, benches: Benches, widths: Widths, residuals: Residuals, dense_seconds: float
 ) -> float:
     """Seconds that a branch saves beside its own widths' kernels, by measuring without any.
 
     Args:
         model: The dense model.
-        bench: Times it beside others.
+        benches: Time it beside others.
         widths: Those of the dense model.
         residuals: Its branches.
         dense_seconds: What it takes as a whole in the unit of the predictions.
@@ -243,7 +239,7 @@ def _aside(
         return 0.0
     bare = without(chooser, residuals, cost, names)
     plan = Plan.of(bare.plan(cost.dense.astype(np.int64), {}), chooser.coupling, model)
-    measured = bench.beside(bench.written(plan.apply(model)), _ROUNDS).ratio * dense_seconds
+    measured = benches.beside(plan.apply(model), _ROUNDS).ratio * dense_seconds
     return max(0.0, bare.cost.total - measured) / len(names)
 
 
@@ -252,13 +248,13 @@ def _is_least(counts: Counts, chooser: Chooser) -> bool:
     return bool((counts == chooser.smallest()).all())
 
 
-def _unreachable(best: _Try, goal: Goal) -> BudgetError:
-    reached = best.ratio * best.dense_seconds
-    wanted = goal.share(best.dense_seconds) * best.dense_seconds
+def _unreachable(fastest: Together, goal: Goal) -> BudgetError:
+    reached = fastest.ratio * fastest.dense_seconds
+    wanted = goal.share(fastest.dense_seconds) * fastest.dense_seconds
     return BudgetError(
         f"latency cannot fall to {1e3 * wanted:.3g} ms: the smallest widths take "
-        f"{1e3 * reached:.3g} ms, measured, of {1e3 * best.dense_seconds:.3g} ms",
+        f"{1e3 * reached:.3g} ms, measured, of {1e3 * fastest.dense_seconds:.3g} ms",
         where="of='latency'",
-        remedy=f"ask for a ratio of at most {max(1 - best.ratio, 0.0):.2f} "
+        remedy=f"ask for a ratio of at most {max(1 - fastest.ratio, 0.0):.2f} "
         f"(latency_ms={1e3 * reached:.3g}), or let more layers shrink (ignore=, ratios=)",
     )

@@ -60,6 +60,14 @@ def _padded(rows: list[tuple[int, ...]], fill: int) -> NDArray[np.int64]:
     )
 
 
+def _stacked(tables: Sequence[NDArray[np.int64]], fill: int) -> NDArray[np.int64]:
+    """The rows of several tables, padded to one width."""
+    width = max(table.shape[1] for table in tables)
+    pads = [((0, 0), (0, width - table.shape[1])) for table in tables]
+    padded = [np.pad(t, pad, constant_values=fill) for t, pad in zip(tables, pads, strict=True)]
+    return np.concatenate(padded)
+
+
 @dataclass(frozen=True, repr=False)
 class Cost:
     """A quantity as a function of how many units each group keeps.
@@ -172,6 +180,28 @@ class Cost:
             items=np.concatenate([self.items, constant]),
             times=np.append(self.times, -amount),
             total=self.total - amount,
+        )
+
+    def plus(self, other: Cost, times: float = 1.0) -> Cost:
+        """The sum of this and so many times another quantity, of the same groups and grid.
+
+        Args:
+            other: Of the same groups.
+            times: What it is multiplied by.
+        """
+        # slot 0 stands for 1 in both, and is not taken twice
+        behind = int(np.append(other.starts, len(other.coefficients))[1])
+        moved = np.where(other.items == 0, 0, other.items + len(self.starts) - 1)
+        starts = other.starts[1:] - behind + len(self.coefficients)
+        return replace(
+            self,
+            monomials=_stacked((self.monomials, other.monomials[behind:]), len(self.dense)),
+            coefficients=np.append(self.coefficients, other.coefficients[behind:]),
+            starts=np.append(self.starts, starts),
+            blocks=np.append(self.blocks, other.blocks[1:]),
+            items=_stacked((self.items, moved), 0),
+            times=np.append(self.times, times * other.times),
+            total=self.total + times * other.total,
         )
 
     def gradient(self, counts: NDArray[np.number]) -> Counts:
