@@ -92,7 +92,10 @@ relative_distance retrain rewind run_phases schedule scratch_epochs
     [
         (depcut, PUBLIC),
         (depcut.training, TRAINING),
-        (depcut.integrations, ["lightning_callback", "transformers_callback"]),
+        (
+            depcut.integrations,
+            ["DecodingStep", "decoding_step", "lightning_callback", "transformers_callback"],
+        ),
     ],
 )
 def test_the_public_surface_is_what_is_documented(package: Any, names: list[str]) -> None:

@@ -263,16 +263,27 @@ def test_records_leave_out_what_is_no_json() -> None:
     assert Options.of_record(own.record()) == Options(of="latency")
 
 
+def built() -> nn.Module:
+    return seeded(Chain, 0)
+
+
 def test_a_file_holds_a_workload(
     tmp_path: Path, clockwork: list[tuple[int, int]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "factory.py").write_text(
-        "from test_workload import Chain, IMAGE\n\ndef build():\n    return Chain(), IMAGE\n"
-    )
     path = tmp_path / "options.toml"
     path.write_text('of = "latency"\nalign = 1\n[workload.one]\n[workload.four]\nbatch_size = 4\n')
-    command = ["shrink", f"{tmp_path / 'factory.py'}:build", "--options", str(path)]
-    command += ["--ratio", "0.5", "--data", "none", "--no-progress", "--out", str(tmp_path / "o")]
+    command = ["shrink", "test_workload:built", "--options", str(path)]
+    command += [
+        "--input-shape",
+        "1,3,8,8",
+        "--ratio",
+        "0.5",
+        "--data",
+        "none",
+        "--no-progress",
+        "--out",
+        str(tmp_path / "o"),
+    ]
     assert main(command) == 0
     assert {(1, 1), (4, 1)} <= set(clockwork)
     printed = capsys.readouterr().out
@@ -283,22 +294,26 @@ def test_a_file_holds_a_workload(
 # Decoders ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def decoder() -> nn.Module:
+def llama(size: int) -> nn.Module:
     zoo.libraries()
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=32,
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=size,
+        intermediate_size=4 * size,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
     )
     return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def decoder() -> nn.Module:
+    return llama(32)
 
 
 PROMPT = torch.arange(10).reshape(1, 10) % 32
@@ -339,10 +354,12 @@ def test_what_keeps_no_cache_is_no_decoder() -> None:
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("runtime", ["onnxruntime", "torch"])
+@pytest.mark.parametrize(
+    "runtime", ["torch", pytest.param("onnxruntime", marks=pytest.mark.exhaustive)]
+)
 @pytest.mark.filterwarnings(*BUSY)
 def test_prompts_and_steps_are_timed_together(
-    decoder: nn.Module, runtime: str, monkeypatch: pytest.MonkeyPatch
+    runtime: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = itertools.count()
     measure = latency_model.measure
@@ -356,11 +373,11 @@ def test_prompts_and_steps_are_timed_together(
     monkeypatch.setattr(Analysis, "latency", lambda self, **k: latency(self, samples=6, **k))
     threads = torch.get_num_threads()
     work = {"prompt": {"threads": 2}, "step": decoding_step(PROMPT, times=16)}
-    found = depcut.analyze(decoder, {"input_ids": PROMPT})
+    found = depcut.analyze(llama(256), {"input_ids": PROMPT})
     given: dict[str, Any] = {"of": "latency", "workload": work, "runtime": runtime}
-    plan = found.plan(0.2, **given, progress=False)
+    plan = found.plan(0.1, **given, progress=False)
     assert list(plan.settings["latency"]["workload"]) == ["prompt", "step"]
     assert next(calls) == 2
-    found.plan(0.2, **given, progress=False)
+    found.plan(0.1, **given, progress=False)
     assert next(calls) == 3, "what was measured is kept"
     assert torch.get_num_threads() == threads
