@@ -50,6 +50,32 @@ CALLS = "tests/field/test_example_calls.py"
 ATTENTION = "tests/field/test_attention"
 SOURCE = "tests/field/test_patched_source.py"
 FAULTS = [
+    # One row shows what sliced parameters compute, and no other code.
+    Fault(
+        "verify",
+        "else self.trials[:1]",
+        "else self.trials",
+        "tests/test_verify.py -k run_on_one_row",
+    ),
+    # Times of several kinds of call.
+    Fault(
+        "latency",
+        "call.times * beside.ratio * beside.dense_seconds",
+        "beside.ratio * beside.dense_seconds",
+        "tests/test_workload.py -k sum_of_all",
+    ),
+    Fault(
+        "plan",
+        "starts = other.starts[1:] - behind + len(self.coefficients)",
+        "starts = other.starts[1:] + len(self.coefficients)",
+        "tests/test_workload.py -k a_sum_is",
+    ),
+    Fault(
+        "integrations",
+        "cache = _emptied(self._empty)",
+        "cache = self._empty",
+        "tests/test_workload.py -k one_more_token",
+    ),
     # Captures without what nobody reads.
     Fault("capture", "or size < 2:", "or size < 0:", "tests/test_lean.py"),
     # Data that a model makes itself.

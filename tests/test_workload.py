@@ -66,7 +66,7 @@ def second(request: pytest.FixtureRequest, analysis: Analysis) -> Cost:
 
 @pytest.mark.parametrize("times", [1.0, 2.5])
 def test_a_sum_is_the_sum_whatever_it_is_asked_for(first: Cost, second: Cost, times: float) -> None:
-    both = first.plus(second, times)
+    both = first.plus(second.scaled(times))
     generator = np.random.default_rng(0)
     counts = generator.integers(1, first.dense + 1, (20, len(first.dense)))
     expected = first.many(counts) + times * second.many(counts)
@@ -126,7 +126,7 @@ def clockwork(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         image = given[0] if isinstance(given, tuple) else given
         assert module is analysis.model or isinstance(module, Chain)
         cost = analysis.costs["macs"]
-        cost = cost.plus(cost, len(image) / threads - 1)
+        cost = cost.scaled(len(image) / threads)
         facts: Any = (np.zeros(1), 1.0, 1.0, threads, "none", "none")
         return LatencyModel(analysis.coupling, cost, cost.total, *facts)
 
@@ -206,6 +206,7 @@ def test_the_dense_model_and_draws_are_left_alone(
         (3, "workload is 3"),
         ({}, r"workload is \{\}"),
         ({1: {}}, "workload is {1: {}}"),
+        ({"": {}}, "workload is {'': {}}"),
         ({"a": 3}, r"it is 3\n  where: workload\['a'\]"),
         (
             {"a": {"batch": 2}},
@@ -353,9 +354,12 @@ def test_what_keeps_no_cache_is_no_decoder() -> None:
         DecodingStep(Chain(), PROMPT)
 
 
-@pytest.mark.sweep
 @pytest.mark.parametrize(
-    "runtime", ["torch", pytest.param("onnxruntime", marks=pytest.mark.exhaustive)]
+    "runtime",
+    [
+        pytest.param("torch", marks=pytest.mark.sweep),
+        pytest.param("onnxruntime", marks=pytest.mark.exhaustive),
+    ],
 )
 @pytest.mark.filterwarnings(*BUSY)
 def test_prompts_and_steps_are_timed_together(

@@ -10,6 +10,8 @@ from depcut.cli.analysed import analysed
 from depcut.cli.options import Command, Subcommand, options_of
 from depcut.cli.output import Output
 from depcut.frontiers.scan import RATIOS
+from depcut.options import ONNXRUNTIME
+from depcut.timing.runtimes import RUNTIMES
 
 
 def _declare(command: Command) -> None:
@@ -30,6 +32,13 @@ def _declare(command: Command) -> None:
     )
     command.pruning()
     command.add("--latency", action="store_true", help="predict the time of each row, on this CPU")
+    command.add(
+        "--runtime",
+        choices=sorted(RUNTIMES),
+        default=ONNXRUNTIME,
+        help="what runs the models whose time --latency is made from",
+    )
+    command.add("--threads", type=int, default=1, help="threads that one operator may use there")
     command.add("--plot", type=Path, metavar="FILE", help="image to write, such as frontier.png")
 
 

@@ -154,14 +154,12 @@ def latency_model(
     )
     for name, value, least, most, remedy in limits:
         check_integer(value, name, least, most, what=f"{name}={shown(value)}", remedy=remedy)
-    module, given = called(model, inputs)
-    arguments = bind_inputs(module, given)
     steps = space(coupling, _GRID, set(), preferences(coupling).ties)
     described = f"{RUNTIMES[runtime].version()}, CPU"
     key = {
         "architecture": fingerprint(coupling),
         "graph": hashlib.sha256(coupling.program.graph.code.encode()).hexdigest(),
-        "inputs": [_described(leaf) for leaf in pytree.tree_leaves(dict(arguments.arguments))],
+        **_called(model, inputs),
         "runtime": described,
         "torch": torch.__version__,
         "machine": processor(),
@@ -169,8 +167,6 @@ def latency_model(
         "samples": samples,
         "between": _BETWEEN,
     }
-    if module is not model:
-        key["module"] = f"{type(module).__module__}.{type(module).__qualname__}"
     measured = None if refresh else cache.load(key)
     if measured is None:
         rows = designs(steps, samples)
@@ -225,6 +221,15 @@ def _slowdown(cost: Cost, others: Samples) -> float:
     if not others.samples:
         return 1.0
     return max(1.0, float(np.exp(np.log(others.seconds / cost.many(others.counts)).mean())))
+
+
+def _called(model: nn.Module, inputs: Any) -> dict[str, Any]:
+    """What is called, and with what, as far as it tells measurements apart."""
+    module, given = called(model, inputs)
+    leaves = pytree.tree_leaves(dict(bind_inputs(module, given).arguments))
+    kind = type(module)
+    own = {} if module is model else {"module": f"{kind.__module__}.{kind.__qualname__}"}
+    return {"inputs": [_described(leaf) for leaf in leaves], **own}
 
 
 def _described(leaf: Any) -> Any:

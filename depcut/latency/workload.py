@@ -55,12 +55,7 @@ class Workload:
     @property
     def cost(self) -> Cost:
         """Seconds of all calls together, as a function of the kept counts."""
-        first, *others = self.calls
-        alone = first.model.cost
-        if not others and first.times == 1:
-            return alone
-        start = alone.plus(alone, first.times - 1)
-        return reduce(lambda sum_, call: sum_.plus(call.model.cost, call.times), others, start)
+        return reduce(Cost.plus, [call.model.cost.scaled(call.times) for call in self.calls])
 
     @property
     def dense_seconds(self) -> float:

@@ -182,12 +182,19 @@ class Cost:
             total=self.total - amount,
         )
 
-    def plus(self, other: Cost, times: float = 1.0) -> Cost:
-        """The sum of this and so many times another quantity, of the same groups and grid.
+    def scaled(self, factor: float) -> Cost:
+        """So many times the quantity.
 
         Args:
-            other: Of the same groups.
-            times: What it is multiplied by.
+            factor: How many times.
+        """
+        return replace(self, times=self.times * factor, total=self.total * factor)
+
+    def plus(self, other: Cost) -> Cost:
+        """The sum of this and another quantity of the same groups, rounded up on the same grid.
+
+        Args:
+            other: The other one.
         """
         # slot 0 stands for 1 in both, and is not taken twice
         behind = int(np.append(other.starts, len(other.coefficients))[1])
@@ -200,8 +207,8 @@ class Cost:
             starts=np.append(self.starts, starts),
             blocks=np.append(self.blocks, other.blocks[1:]),
             items=_stacked((self.items, moved), 0),
-            times=np.append(self.times, times * other.times),
-            total=self.total + times * other.total,
+            times=np.append(self.times, other.times),
+            total=self.total + other.total,
         )
 
     def gradient(self, counts: NDArray[np.number]) -> Counts:

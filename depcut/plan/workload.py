@@ -56,7 +56,8 @@ def settings_of(given: Any) -> dict[str, Setting]:
     Raises:
         InputError: It is something else, or a value is out of its range.
     """
-    if not isinstance(given, Mapping) or not given or not all(isinstance(n, str) for n in given):
+    named = isinstance(given, Mapping) and all(isinstance(n, str) and n for n in given)
+    if not named or not given:
         raise InputError(
             f"workload is {shown(given)}",
             where="workload=",

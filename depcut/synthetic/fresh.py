@@ -98,18 +98,30 @@ def _matrices(program: Program, model: torch.nn.Module) -> Iterator[torch.Tensor
     values = [t for t in map(held.__getitem__, names) if t.is_floating_point() and not t.is_meta]
     # Tables that are set and not drawn are kept from training, where anything is trained.
     values = [t for t in values if t.requires_grad] or values
-    flat = [t.flatten(1) for t in values if t.ndim > 1 and t.numel()]
+    shown = [t.flatten(1) for t in values if t.ndim > 1 and t.numel()]
     kernels = [t.flatten(2) for t in values if t.ndim > 3 and t.numel()]
-    flat += [k.permute(2, 0, 1).flatten(1) for k in kernels]
-    large = [m for m in flat if min(m.shape) >= _LEAST and not _repeats(m)]
-    for matrix in large[:: -(-len(large) // _MATRICES) or 1]:
-        least = min(matrix.shape)
-        short = min(least, _SIDE)
+    shown += [k.permute(2, 0, 1) for k in kernels]  # their other dimensions are flattened late
+    large = [t for t in shown if min(_shape(t)) >= _LEAST and not _repeats(t)]
+    for tensor in large[:: -(-len(large) // _MATRICES) or 1]:
+        height, width = _shape(tensor)
+        short = min(height, width, _SIDE)
         sides = (short, _SIDE * _SIDE // short)
-        rows, columns = sides if matrix.shape[0] == least else sides[::-1]
-        yield matrix[:: -(-matrix.shape[0] // rows), :: -(-matrix.shape[1] // columns)]
+        rows, columns = sides if height <= width else sides[::-1]
+        matrix = tensor[:: -(-height // rows)].flatten(1)
+        yield matrix[:, :: -(-width // columns)]
 
 
-def _repeats(matrix: torch.Tensor) -> bool:
+def _shape(tensor: torch.Tensor) -> tuple[int, int]:
+    """Rows and columns of what is a matrix but for its flattening."""
+    return tensor.shape[0], tensor[0].numel()
+
+
+def _repeats(tensor: torch.Tensor) -> bool:
     """Whether its rows or its columns are all the same, as no drawing leaves them."""
-    return bool((matrix == matrix[:1]).all()) or bool((matrix == matrix[:, :1]).all())
+    first = tensor[0]
+    if torch.equal(first, tensor[-1]) and bool((tensor == first).all()):
+        return True
+    if not bool((first == first.flatten()[0]).all()):
+        return False
+    column = tensor[(slice(None), *[slice(1)] * first.ndim)]
+    return bool((tensor == column).all())
