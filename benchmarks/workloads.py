@@ -120,7 +120,7 @@ def timed(
     analysis: Analysis, name: str, chosen: Options, models: tuple[nn.Module, nn.Module]
 ) -> list[Row]:
     """Both smaller models beside the dense one, in each kind of call and all together."""
-    calls = workload(chosen, analysis.inputs, analysis.latency)
+    calls = workload(chosen, analysis.model, analysis.inputs, analysis.latency)
     with temporary() as folder:
         benches = Benches(analysis.model, calls, folder)
         both = [benches.beside(slim, ROUNDS) for slim in models]

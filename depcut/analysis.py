@@ -214,7 +214,7 @@ class Analysis(ShownAnalysis, Scanned):
         if of == "latency":
             goal = Goal.of(ratio, chosen.latency_ms)
             branches = timed(self.residuals, rebuild) if chosen.depth else None
-            calls = workload(chosen, self._inputs, self.latency)
+            calls = workload(chosen, self.model, self._inputs, self.latency)
             plan = plan_for_latency(self.model, chooser, calls, goal, branches)
             return checked(rebuild, plan) if rebuild else plan
         removed = float(cast(float, ratio))

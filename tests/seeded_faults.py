@@ -50,13 +50,6 @@ CALLS = "tests/field/test_example_calls.py"
 ATTENTION = "tests/field/test_attention"
 SOURCE = "tests/field/test_patched_source.py"
 FAULTS = [
-    # One row shows what sliced parameters compute, and no other code.
-    Fault(
-        "verify",
-        "else self.trials[:1]",
-        "else self.trials",
-        "tests/test_verify.py -k run_on_one_row",
-    ),
     # Times of several kinds of call.
     Fault(
         "latency",

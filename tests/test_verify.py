@@ -22,8 +22,7 @@ from depcut.errors import VerificationError
 from depcut.ops import registry
 from depcut.rewrite.build import Slim
 from depcut.support.closeness import relative_error
-from depcut.verify.module_results import Trial
-from depcut.verify.verify import _Verification, masked_outputs
+from depcut.verify.verify import masked_outputs
 
 
 def plan_of(model: nn.Module, inputs: Any, seed: int = 0) -> Any:
@@ -510,42 +509,3 @@ def test_verifying_changes_neither_modes_nor_statistics() -> None:
     assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in slim.modules()] == [0] * len(
         list(slim.modules())
     )
-
-
-# How often it runs -------------------------------------------------------------------------------
-
-
-class HeadSplit(nn.Module):
-    """Code of the user that reads a number of the new sizes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.heads, self.width = 4, 8
-        self.read, self.write = nn.Linear(6, 32), nn.Linear(32, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        split = self.read(x).view(len(x), self.heads, self.width)
-        return self.write(split.softmax(-1).flatten(1))
-
-
-@pytest.mark.parametrize(
-    ("make", "inputs", "rows"),
-    [
-        (lambda: nn.Sequential(conv(3, 16), conv(16, 16), Head(16)), normal(2, 3, 8, 8), {1}),
-        (HeadSplit, normal(2, 6), {1, 2}),
-    ],
-)
-def test_sliced_parameters_alone_are_run_on_one_row(
-    make: Callable[[], nn.Module], inputs: Tensor, rows: set[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[int] = []
-    attempt = _Verification._attempt
-
-    def counted(self: _Verification, trial: Trial) -> Any:
-        seen.append(trial.rows or 0)
-        return attempt(self, trial)
-
-    monkeypatch.setattr(_Verification, "_attempt", counted)
-    slim = depcut.shrink(seeded(make, 0), 0.4, inputs, data=None, align=1)
-    assert not depcut.report(slim).generated
-    assert {row for row in seen if row} == rows

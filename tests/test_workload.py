@@ -23,7 +23,7 @@ from depcut.errors import DepcutError, InputError
 from depcut.integrations import DecodingStep, decoding_step
 from depcut.latency import model as latency_model
 from depcut.latency import workload as benches
-from depcut.latency.measure import Beside, called
+from depcut.latency.measure import Beside, called, temporary
 from depcut.latency.model import LatencyModel
 from depcut.options import Options
 from depcut.plan.cost import Cost, count_macs
@@ -240,13 +240,14 @@ def failing(_: nn.Module) -> Any:
     [
         ({"inputs": failing}, r"what makes its module and inputs fails: .*no such cache"),
         ({"inputs": IMAGE, "module": lambda _: 3}, "its module is a int"),
-        ({"inputs": torch.zeros(1, 5, 8, 8)}, r"workload\['bad'\]: "),
+        ({"inputs": torch.zeros(1, 5, 8, 8)}, r"workload\['bad'\]: .*5 channels"),
         ({"inputs": (IMAGE, IMAGE)}, r"workload\['bad'\]: the inputs do not fit forward"),
     ],
 )
-def test_a_setting_that_cannot_be_called_is_named(
-    analysis: Analysis, setting: dict[str, Any], says: str
+def test_a_setting_that_cannot_be_called_is_named_before_any_is_measured(
+    analysis: Analysis, setting: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(Analysis, "latency", None)
     with pytest.raises(DepcutError, match=says) as caught:
         analysis.plan(0.5, of="latency", workload={"one": {}, "bad": setting}, progress=False)
     assert "workload['bad']" in str(caught.value)
@@ -345,8 +346,8 @@ def test_a_smaller_decoder_is_served_step_by_step(decoder: nn.Module, tmp_path: 
     feeds = {entry.name: t.numpy() for entry, t in zip(session.get_inputs(), given, strict=True)}
     with torch.no_grad():
         expected = step(*given)
-    for found, wanted in zip(session.run(None, feeds), expected, strict=True):
-        torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=1e-4, atol=1e-4)
+    found = [torch.from_numpy(array) for array in session.run(None, feeds)]
+    torch.testing.assert_close(found, list(expected), rtol=1e-4, atol=1e-4)
 
 
 def test_what_keeps_no_cache_is_no_decoder() -> None:
@@ -354,13 +355,27 @@ def test_what_keeps_no_cache_is_no_decoder() -> None:
         DecodingStep(Chain(), PROMPT)
 
 
-@pytest.mark.parametrize(
-    "runtime",
-    [
-        pytest.param("torch", marks=pytest.mark.sweep),
-        pytest.param("onnxruntime", marks=pytest.mark.exhaustive),
-    ],
-)
+@pytest.mark.filterwarnings(*BUSY)
+def test_real_calls_are_modelled_and_timed_one_after_the_other(analysis: Analysis) -> None:
+    two = {"one": {}, "four": {"batch_size": 4, "threads": 2, "times": 3}}
+    options = Options(of="latency", workload=two, runtime="torch", progress=False)
+    threads = torch.get_num_threads()
+    calls = benches.workload(
+        options, analysis.model, IMAGE, lambda **k: analysis.latency(samples=6, **k)
+    )
+    assert [call.model.threads for call in calls.calls] == [1, 2]
+    one, four = (call.model for call in calls.calls)
+    assert calls.dense_seconds == pytest.approx(one.dense_seconds + 3 * four.dense_seconds)
+    slim = analysis.plan(0.5).apply(analysis.model)
+    with temporary() as folder:
+        found = benches.Benches(analysis.model, calls, folder).beside(slim, 3)
+    assert found.ratio > 0
+    assert [call.name for call, _ in found.parts] == ["one", "four"]
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("runtime", ["torch", "onnxruntime"])
 @pytest.mark.filterwarnings(*BUSY)
 def test_prompts_and_steps_are_timed_together(
     runtime: str, monkeypatch: pytest.MonkeyPatch

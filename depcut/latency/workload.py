@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from depcut.capture.clone import clone
+from depcut.capture.eager import refuse_failing_call
 from depcut.capture.random_state import preserved
 from depcut.deploy.runtime import bind_inputs, resized
 from depcut.errors import InputError, in_part
-from depcut.latency.measure import Bench, Beside, Call, settled
+from depcut.latency.measure import Bench, Beside, Call, called, settled
 from depcut.latency.model import LatencyModel
 from depcut.options import Options
 from depcut.plan.cost import Cost
@@ -111,11 +112,14 @@ class Benches:
         return Together(slim / dense, dense, tuple(parts))
 
 
-def workload(options: Options, inputs: Any, model_of_time: Callable[..., LatencyModel]) -> Workload:
+def workload(
+    options: Options, model: nn.Module, inputs: Any, model_of_time: Callable[..., LatencyModel]
+) -> Workload:
     """The calls that the options name, or the one of the inputs, each with its model of time.
 
     Args:
         options: What was chosen.
+        model: The dense model; it is only read.
         inputs: What is passed where a setting says nothing else.
         model_of_time: Measures the time of one setting, see `Analysis.latency`.
 
@@ -123,16 +127,23 @@ def workload(options: Options, inputs: Any, model_of_time: Callable[..., Latency
         DepcutError: A setting cannot be called or measured; the message names it.
     """
     settings: dict[str, Setting] = dict(options.workload or {"": Setting()})
+    passed = {name: _inputs(name, setting, inputs) for name, setting in settings.items()}
+    for name in filter(None, settings):  # all of them before the first is measured
+        with in_part(_where(name)):
+            module, given = called(model, passed[name])
+            bound = bind_inputs(module, given)
+            refuse_failing_call(module, (_where(name), bound.args, bound.kwargs))
     calls = []
     for name, setting in settings.items():
-        given = _inputs(name, setting, inputs)
-        threads = setting.threads or options.threads
-        own = {"inputs": given} if name else {}
+        own = {"inputs": passed[name]} if name else {}
         with in_part(name and _where(name)):
-            model = model_of_time(
-                runtime=options.runtime, threads=threads, progress=options.progress, **own
+            times = model_of_time(
+                runtime=options.runtime,
+                threads=setting.threads or options.threads,
+                progress=options.progress,
+                **own,
             )
-        calls.append(Timed(name, given, setting.times, model))
+        calls.append(Timed(name, passed[name], setting.times, times))
     return Workload(tuple(calls), options.progress)
 
 

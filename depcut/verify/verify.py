@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -144,25 +143,11 @@ class _Verification:
         layers; what is generated refuses other lengths itself.
         """
         if self.follows is None:
-            self.follows = bool(self.changed or self.slim.patched)
+            changed = changed_attributes(self.slim, self.model)
+            self.follows = bool(changed or self.slim.patched)
             if self.follows:
-                self.others = other_inputs(self.keep, self.model, self.changed)
+                self.others = other_inputs(self.keep, self.model, changed)
         return self._first_difference() if self.follows else None
-
-    @cached_property
-    def changed(self) -> list[tuple[int, int]]:
-        """Old and new values of attributes that code of the user may take for a length."""
-        return changed_attributes(self.slim, self.model)
-
-    @property
-    def _needed(self) -> list[Trial]:
-        """The trials that the smaller model needs: one of the dense code on sliced parameters.
-
-        What that computes of a row does not depend on how many there are.
-        """
-        slim = self.slim
-        other_code = slim.generated or slim.inlined or slim.patched or slim.fitted
-        return self.trials if self.draws or other_code or self.changed else self.trials[:1]
 
     def _other_numbers(self) -> list[str]:
         """Modules of which the rounding of half precision may hide that a number is wrong.
@@ -183,7 +168,7 @@ class _Verification:
     def _compared(self) -> Attempt:
         """What was wrong in the first trial that was; else the largest difference of all."""
         worst = 0.0
-        for trial in self._needed:
+        for trial in self.trials:
             attempt = self._try(trial)
             if not attempt.found.good:
                 whole = self._try(self.whole) if trial != self.whole else attempt
