@@ -23,7 +23,8 @@ test_a_batch_of_one_beside_a_number test_a_dropped_branch_is_a_branch_of_zeros
 test_a_file_changed_since_it_was_imported test_a_form_sums_what_the_operator_sums
 test_a_later_call_with_any_masks_and_lengths test_a_model_that_caches_is_untouched
 test_a_model_that_computes_something_else_is_refused test_a_plan_survives_saving_and_loading
-test_a_product_with_zeros_is_not_tainted test_an_interrupted_run_ends_with_the_same_weights
+test_a_product_with_zeros_is_not_tainted test_a_sum_is_the_sum_whatever_it_is_asked_for
+test_an_interrupted_run_ends_with_the_same_weights
 test_an_unaligned_budget_is_met_within_a_percent
 test_another_checkpoint_is_cut_at_the_same_places
 test_another_instance_with_the_same_weights_gives_the_same_tensors
@@ -86,6 +87,8 @@ test_a_public_architecture test_peak_memory_is_that_of_the_candidate_alone
 test_two_sessions_of_one_file_do_not_differ test_whenever_an_export_is_killed_a_whole_pair_is_there
 test_a_model_with_a_generated_module_is_exported test_a_pickle_in_another_process
 test_branches_of_a_public_architecture test_half_of_a_public_architecture_with_branches_dropped
+test_a_smaller_decoder_is_served_step_by_step
+test_real_calls_are_modelled_and_timed_one_after_the_other test_a_file_holds_a_workload
 """.split()
 
 # Names of tests of every net, of whose sweep every sixth case runs: other nets for each test.
@@ -112,7 +115,7 @@ test_a_sharded_model_is_shrunk_and_trained_on
 test_a_large_vocabulary_takes_a_few_times_its_weights_in_single_precision
 """.split()
 
-_LONG = 240  # of those that run no line of their own, left to the sweep by default
+_LONG = 270  # of those that run no line of their own, left to the sweep by default
 
 EVERY = dict.fromkeys(SIXTH, 6) | dict.fromkeys(THIRD, 3)
 

@@ -438,8 +438,13 @@ def test_json_of_an_error(folder):
     assert "--out" in found["error"]["what"]
 
 
-@pytest.mark.sweep
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(c, marks=pytest.mark.exhaustive if c == "demo" else pytest.mark.sweep)
+        for c in COMMANDS
+    ],
+)
 def test_json_of_every_command(folder, shrunk, command):
     arguments = {
         "demo": ("--epochs", 0, "--retrain-epochs", 1, "--rounds", 6),

@@ -47,7 +47,7 @@ def test_demo_shrinks_and_prints_dense_beside_slim(tmp_path):
         assert label in text
 
 
-@pytest.mark.sweep
+@pytest.mark.exhaustive
 def test_demo_is_deterministic(tmp_path):
     first, _ = run(tmp_path)
     second, _ = run(tmp_path)

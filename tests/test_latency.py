@@ -500,7 +500,7 @@ def test_what_is_on_disk_is_not_measured_again(
     assert analysis.latency(samples=6).dense_seconds == first.dense_seconds
 
 
-@pytest.mark.sweep
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings(*BUSY)
 def test_a_real_model_is_measured_once_and_met(
     monkeypatch: pytest.MonkeyPatch, own_cache: Path, capfd: pytest.CaptureFixture[str]

@@ -12,6 +12,7 @@ import pytest
 import torch
 import zoo
 from families import FAMILIES, Family, outputs
+from selection import swept
 from torch import Tensor, nn
 
 import depcut
@@ -208,8 +209,9 @@ def test_steps_of_groups_of_several_sizes() -> None:
     assert lost[0].tolist() == [1 + 15, 5 + 51, 9 + 87]
 
 
-@pytest.mark.sweep
-@pytest.mark.parametrize("name", ["OPT", "Swin", "Gemma 2", "BART", "SegFormer", "DeBERTa-v2"])
+@pytest.mark.parametrize(
+    "name", swept(["OPT", "SegFormer", "Swin", "Gemma 2", "DeBERTa-v2", "BART"], 2)
+)
 def test_other_families(name: str, tmp_path: Path) -> None:
     assert_comes_back(Cut(FAMILIES[name], 0.27), tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())
