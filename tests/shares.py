@@ -89,6 +89,9 @@ test_a_model_with_a_generated_module_is_exported test_a_pickle_in_another_proces
 test_branches_of_a_public_architecture test_half_of_a_public_architecture_with_branches_dropped
 test_a_smaller_decoder_is_served_step_by_step
 test_real_calls_are_modelled_and_timed_one_after_the_other test_a_file_holds_a_workload
+test_milliseconds_are_of_the_sum test_a_candidate_that_is_close_by_chance_is_not_taken
+test_a_time_is_met_between_what_was_too_fast_and_what_was_too_slow
+test_a_process_that_timed_in_openvino_takes_signals
 """.split()
 
 # Names of tests of every net, of whose sweep every sixth case runs: other nets for each test.
@@ -115,7 +118,7 @@ test_a_sharded_model_is_shrunk_and_trained_on
 test_a_large_vocabulary_takes_a_few_times_its_weights_in_single_precision
 """.split()
 
-_LONG = 270  # of those that run no line of their own, left to the sweep by default
+_LONG = 277  # of those that run no line of their own, left to the sweep by default
 
 EVERY = dict.fromkeys(SIXTH, 6) | dict.fromkeys(THIRD, 3)
 
