@@ -39,6 +39,7 @@ WINDOWS = 250  # of validation text that the metric reads
 
 Pair = tuple[Tensor, Tensor]
 Hook = Callable[[nn.Module, int], Any]
+Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Images:
 
     @property
     def digest(self) -> str:
-        return _digest(self._digits.train_images.numpy().tobytes())
+        return digest(self._digits.train_images.numpy().tobytes())
 
     @property
     def _digits(self) -> Any:
@@ -92,7 +93,7 @@ class Text:
 
     @property
     def digest(self) -> str:
-        return _digest(*(part.numpy().tobytes() for part in _text()))
+        return digest(*(part.numpy().tobytes() for part in _text()))
 
     def draw(self, generator: torch.Generator, batch: int) -> Pair:
         """Windows of the training files, each with the characters that follow."""
@@ -176,7 +177,7 @@ class Task:
         with torch.random.fork_rng(devices=[]):
             shapes = {k: list(v.shape) for k, v in self.build().state_dict().items()}
         key = {"recipe": asdict(self.recipe), "shapes": shapes, "data": self.data.digest}
-        name = f"{self.name}-{seed}-{_digest(json.dumps(key, sort_keys=True).encode())}.safetensors"
+        name = f"{self.name}-{seed}-{digest(json.dumps(key, sort_keys=True).encode())}.safetensors"
         return user_cache_path("depcut") / "accuracy" / name
 
 
@@ -211,8 +212,13 @@ def step_through(
     steps: int,
     seed: int,
     hook: Hook | None = None,
+    objective: Objective | None = None,
 ) -> None:
-    """Train in place on one thread, so that the seed alone decides the result."""
+    """Train in place on one thread, so that the seed alone decides the result.
+
+    The objective is a function of (outputs, inputs, targets) in place of the task's loss; the hook
+    is called before every step.
+    """
     threads = torch.get_num_threads()
     generator = torch.Generator().manual_seed(seed)
     model.train()
@@ -223,7 +229,8 @@ def step_through(
             if hook is not None:
                 hook(model, step)
             inputs, targets = task.data.augmented(generator, task.recipe.batch)
-            loss = task.loss(model(inputs), targets)
+            outputs = model(inputs)
+            loss = objective(outputs, inputs, targets) if objective else task.loss(outputs, targets)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -265,7 +272,7 @@ def _windows(text: Tensor, starts: Tensor) -> Pair:
     return read[:, :-1].contiguous(), read[:, 1:].contiguous()
 
 
-def _digest(*data: bytes) -> str:
+def digest(*data: bytes) -> str:
     made = hashlib.sha256()
     for part in data:
         made.update(part)

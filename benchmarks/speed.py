@@ -33,7 +33,7 @@ import torch_pruning
 import zoo
 from measure import Row
 from rich.progress import Progress
-from torch import nn
+from torch import Tensor, nn
 
 import depcut
 import depcut.analysis
@@ -62,6 +62,7 @@ def main() -> int:
     warnings.simplefilter("ignore")
     zoo.libraries()
     names = [n for n in zoo.ZOO if any(fnmatchcase(n, p) for p in options.names)]
+    names += [added(name) for name in options.timm]
     console, rows = measure.console(), []
     # no refreshing thread: a process that forks should have one thread
     with Progress(console=console, auto_refresh=False) as progress:
@@ -82,7 +83,8 @@ def main() -> int:
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", default=["*"], help="globs over members; default: all")
+    parser.add_argument("names", nargs="*", help="globs over members; all if nothing is named")
+    parser.add_argument("--timm", nargs="+", default=[], help="models of timm outside of the zoo")
     parser.add_argument("--repeat", type=int, default=3, help="rounds, both sides once in each")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds until the peer hangs")
     parser.add_argument(
@@ -91,7 +93,24 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--cpu", action="store_true", help="seconds of the process, not the clock")
     parser.add_argument("--profile", action="store_true", help="name depcut's dearest functions")
     parser.add_argument("--results", default="speed", help="name of the files under results/")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.names = options.names or ([] if options.timm else ["*"])
+    return options
+
+
+def added(name: str) -> str:
+    """The name in the zoo of a model of timm, which is put there."""
+    timm = zoo.libraries()["timm"]
+
+    def build() -> nn.Module:
+        return timm.create_model(name, pretrained=False).eval()
+
+    def inputs(batch: int) -> Tensor:
+        size = timm.models.get_pretrained_cfg(name).input_size
+        return torch.randn(batch, *size, generator=zoo.generator())
+
+    zoo.ZOO[f"timm/{name}"] = zoo.Member(build, inputs)
+    return f"timm/{name}"
 
 
 def attempt(name: str, options: argparse.Namespace) -> Row:

@@ -27,6 +27,7 @@ calibration scores
 allocate
 rewrite
 verify
+masking
 repair
 rebuild
 options

@@ -741,6 +741,14 @@ FAULTS = [
         "units",
         "tests/test_compact.py",
     ),
+    # Masks.
+    Fault("masking", "        masks.clear()", "        masks.release()", "tests/test_masked.py"),
+    Fault(
+        "masking",
+        "[_ALL] = nothing",
+        "[_ALL] = ~nothing",
+        "tests/test_masked.py -k dropped_branch",
+    ),
     Fault(
         "training",
         "return self.peak * step / self.ramp",

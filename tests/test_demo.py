@@ -92,3 +92,16 @@ def test_missing_scikit_learn_names_the_command(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(DepcutError, match="pip install scikit-learn"):
         load_digits()
+
+
+def test_demo_goes_through_without_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(self_made, "_EXAMPLES", (2, 4))
+    console = Console(file=io.StringIO(), width=100)
+    result = run_demo(
+        tmp_path, epochs=0, retrain_epochs=1, widths=(8, 16), rounds=6, console=console
+    )
+    text = console.file.getvalue()
+    assert all(label in text for label in ("- not retrained", "nor repaired", "slim.onnx"))
+    assert result.dense.accuracy < 0.3  # of ten classes
+    assert result.slim.params < result.dense.params
+    assert {file.name for file in tmp_path.iterdir()} == {"dense.onnx", "slim.onnx"}

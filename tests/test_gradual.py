@@ -20,11 +20,11 @@ from torch.nn import functional
 import depcut
 from depcut.apply.plan import planned
 from depcut.errors import BudgetError, InputError, PlanError
+from depcut.masking.masks import Masks
+from depcut.masking.places import find_places
+from depcut.masking.probe import probed
 from depcut.plan.keep import Keep
 from depcut.training.gradual import cubic
-from depcut.training.masks import Masks
-from depcut.training.places import find_places
-from depcut.training.probe import probed
 
 
 def mlp(width: int = 32) -> nn.Module:

@@ -21,6 +21,7 @@ from depcut.deploy.runtime import open_session
 from depcut.errors import ExportError, InputError
 from depcut.timing.bench import bench
 from depcut.timing.clock import Speedup, Timing, interleave, median_interval
+from depcut.timing.footprint import footprint
 from depcut.timing.measurements import BenchResult, Measurement, byte_size, rate
 from depcut.timing.pinning import pinned
 from depcut.timing.runtimes.modules import no_fallback
@@ -358,6 +359,16 @@ def test_peak_memory_is_that_of_the_candidate_alone():
     assert 0 < small < ballast.nbytes / 4
     assert "peak memory" in str(found)
     assert "no way to measure" not in found.conditions
+
+
+@needs_proc
+def test_the_footprint_of_a_file_grows_with_its_weights(tmp_path):
+    ids, found = torch.tensor([[1], [2]]), []
+    for rows in (100, 100_000):
+        export(Table(rows), tmp_path / f"{rows}.onnx", ids)
+        np.savez(tmp_path / f"{rows}.npz", ids=ids.numpy())
+        found.append(footprint(f"{tmp_path}/{rows}.onnx", f"{tmp_path}/{rows}.npz", 1))
+    assert 38e6 < found[1] - found[0] < 130e6
 
 
 def test_memory_that_cannot_be_told_is_not_measured():

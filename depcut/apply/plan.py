@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +23,11 @@ from depcut.calibration.self_made import Auto, given_data, given_or_made
 from depcut.capture.capture import capture
 from depcut.capture.inputs import Inputs
 from depcut.capture.part import Part, as_part, inside, shown_part, whole_of
-from depcut.capture.plain import origin_of, plain, spread_note
+from depcut.capture.plain import origin_of, plain, refuse_spread, spread_note
 from depcut.coupling.groups import Coupling, layer_of
 from depcut.coupling.infer import infer_coupling
 from depcut.errors import PlanError
+from depcut.masking.context import masked
 from depcut.options import ApplyKeywords, Options
 from depcut.pictures.plans import plan_records, plan_rows, plan_summary
 from depcut.pictures.plots import plot_widths
@@ -134,12 +136,7 @@ class Plan(PlanData, Shown):
         if optimizer is not None:
             check_optimizer(optimizer, origin)
         model, inputs = self._seen(model, inputs)
-        coupling = self.coupling
-        if coupling is None or model is not self.model or inputs is not None:
-            self.check(model)
-            coupling = self._analysed(model, inputs)
-        else:
-            check_unchanged(coupling.program, model)
+        coupling = self._of(model, inputs)
         keep = self.keep(coupling)
         calibration = None
         if repairs and data is not None:
@@ -173,6 +170,32 @@ class Plan(PlanData, Shown):
         if optimizer is not None:
             narrow_optimizer(optimizer, origin, slim.model, keep, stacks)
         return slim.model
+
+    @contextmanager
+    def masked(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Judge the plan without a smaller model: zeros in `model`, while the context lasts.
+
+            with plan.masked(model):
+                print(accuracy(model))
+
+        The model computes what `plan.apply(model, compensate=False)` would, as slowly as before.
+        Its parameters stay the same objects, what is zero gets no gradient, and in the end all
+        values are put back, bit for bit. A group over whose units a statistic runs (LayerNorm,
+        mean over channels) has no such zeros, since they do not express fewer indices.
+
+        Args:
+            model: The model the plan was made for, or another instance of its architecture.
+
+        Raises:
+            InputError: The tensors of the model are spread over processes, devices or files.
+            PlanError: The model has another architecture, or has changed since it was analysed; or
+                no zeros compute what the smaller model does, with the groups and the reasons.
+        """
+        refuse_spread(model)
+        seen, _ = self._seen(plain(model), None)
+        coupling = self._of(seen)
+        with masked(self.keep(coupling), seen):
+            yield model
 
     def _seen(self, model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
         """The model as it is captured, and its inputs: where the plan is of a part, of that."""
@@ -265,6 +288,14 @@ class Plan(PlanData, Shown):
         coupling = self._analysed(model, inputs)
         self.keep(coupling)
         return replace(self, coupling=coupling, model=model)
+
+    def _of(self, model: nn.Module, inputs: Inputs = None) -> Coupling:
+        """The analysis of a model that the plan is to be used on."""
+        if self.coupling is None or model is not self.model or inputs is not None:
+            self.check(model)
+            return self._analysed(model, inputs)
+        check_unchanged(self.coupling.program, model)
+        return self.coupling
 
     def _analysed(self, model: nn.Module, inputs: Inputs) -> Coupling:
         """A model analysed as the plan's was: the same outputs count."""

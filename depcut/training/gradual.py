@@ -28,6 +28,9 @@ from depcut.capture.inputs import Inputs
 from depcut.capture.plain import refuse_spread
 from depcut.errors import BudgetError, InputError, PlanError, listed
 from depcut.latency.alignment import alignment
+from depcut.masking.masks import Masks
+from depcut.masking.places import find_places
+from depcut.masking.probe import probed
 from depcut.options import GradualKeywords, Options
 from depcut.plan.cost import COSTS
 from depcut.plan.data import make_plan
@@ -37,9 +40,6 @@ from depcut.support.checks import check_integer, check_number
 from depcut.support.failures import first_line, reraise_fatal
 from depcut.support.keywords import settled, takes_options
 from depcut.support.unwrap import unwrapped
-from depcut.training.masks import Masks
-from depcut.training.places import find_places
-from depcut.training.probe import probed
 
 _MOST = 10**12  # steps
 _STEP, _MASKABLE, _KEPT, _VALUE = "step", "maskable", "kept.", "value."

@@ -13,17 +13,18 @@ from torch import nn
 
 from depcut.coupling.groups import Coupling
 from depcut.graph.interpreter import finished
+from depcut.masking.places import Place, Places, tied_to
 from depcut.plan.keep import Keep
 from depcut.reference.run import Reference, example
 from depcut.reference.slices import take
 from depcut.support.closeness import relative_error
 from depcut.support.torch_private import pytree
-from depcut.training.places import Place, Places, tied_to
 from depcut.verify.verify import TOLERANCE
 
 Flags = NDArray[np.bool_]
 
 _EXACT = 1e-5  # of the outputs' scale; what is not exact is off by far more at random weights
+_ALL = -1  # the key of what denies a whole tensor, beside its dimensions
 _NOISE = 0.1  # of a parameter's size, so that a zero at initialisation hides nothing
 
 
@@ -31,6 +32,8 @@ def staying(
     keep: Keep, places: Mapping[int, frozenset[Place]], aliases: Mapping[str, tuple[str, ...]]
 ) -> dict[str, dict[int, Flags]]:
     """What stays of the parameters to zero, by name and dimension; shared ones under their first.
+
+    Those of dropped branches are among them, without a dimension of their own.
 
     Args:
         keep: What stays.
@@ -46,6 +49,10 @@ def staying(
         stays = keep.stays(keep.coupling.dims[name], dim)
         dims = out.setdefault(aliases.get(name, (name,))[0], {})
         dims[dim] = dims[dim] & stays if dim in dims else stays
+    for name in keep.gone.tensors & set(keep.coupling.program.parameters):
+        # All of a dropped branch, so that what it adds is zero.
+        nothing = np.zeros((1,) * len(keep.coupling.dims[name]), dtype=bool)
+        out.setdefault(aliases.get(name, (name,))[0], {})[_ALL] = nothing
     return out
 
 
@@ -60,7 +67,7 @@ def probed(coupling: Coupling, model: nn.Module, places: Places) -> Places:
         model: Whose weights are read.
         places: What `find_places` returned.
     """
-    trial = _Trial(coupling, model, places)
+    trial = Trial(coupling, model, places)
     families: dict[object, list[int]] = {}
     for number in places.zeros:
         tie = coupling.groups[number].tied
@@ -74,7 +81,9 @@ def probed(coupling: Coupling, model: nn.Module, places: Places) -> Places:
     return places.without({**tied_to(coupling, wrong), **wrong})
 
 
-class _Trial:
+class Trial:
+    """A model's graph at weights with some noise, to run with zeros and narrowed."""
+
     def __init__(self, coupling: Coupling, model: nn.Module, places: Places) -> None:
         self.coupling, self.model, self.places = coupling, model, places
         generator = torch.Generator().manual_seed(0)
@@ -118,7 +127,10 @@ class _Trial:
                 order = rng.permuted(np.tile(np.arange(group.size), (rows, 1)), axis=1)
                 chosen = np.sort(order[:, :count])
                 units[number] = chosen[0] if group.row_axis is None else chosen
-        keep = Keep(self.coupling, units)
+        return self.holds(Keep(self.coupling, units))
+
+    def holds(self, keep: Keep) -> bool:
+        """Whether zeros compute what the graph narrowed to these units does, in every call."""
         with suppress(RuntimeError):  # the code may insist on its own precision
             return max(self._difference(k, torch.float64) for k in keep.calls) <= self.limit
         with suppress(RuntimeError):

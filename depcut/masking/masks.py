@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from depcut.masking.places import Place
+from depcut.masking.probe import Flags, staying
 from depcut.plan.keep import Keep
-from depcut.training.places import Place
-from depcut.training.probe import Flags, staying
 
 
 @dataclass(eq=False)

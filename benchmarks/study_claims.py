@@ -1,0 +1,220 @@
+"""Claims of the notes that the project grew from, each judged by the study's rows.
+
+A claim compares two methods at the points that both have (task, seed and ratio), in pairs. It is
+confirmed where the first is better in at least three quarters of the pairs and on the average of
+tasks, not confirmed where that holds the other way around, and else open: neither is.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean, median
+
+from measure import Row
+from study_plot import of
+
+Picks = Callable[[Row], bool]
+Point = tuple[str, int, float]
+
+SHARE = 0.75  # of the pairs
+ALIKE = 0.05  # of a task's range between dense and the worst: a difference that counts
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What is said, where, and what has to be better than what for it to hold.
+
+    Attributes:
+        text: The claim.
+        source: Who says it.
+        first: Rows of what is said to be better, or as good.
+        second: Rows of the other.
+        ratios: Shares removed that count; all if empty.
+        matches: Whether being level is enough.
+    """
+
+    text: str
+    source: str
+    first: Picks
+    second: Picks
+    ratios: tuple[float, ...] = ()
+    matches: bool = False
+
+
+CLAIMS: Sequence[Claim] = (
+    Claim(
+        "criteria that read data beat magnitudes (here: taylor, without repair)",
+        "Molchanov et al. 2017; the notes on scoring",
+        of("criteria", "taylor", False),
+        of("criteria", "magnitude", False),
+    ),
+    Claim(
+        "magnitudes beat a random choice of units",
+        "the notes; disputed by Rethinking",
+        of("criteria", "magnitude", False),
+        of("criteria", "random", False),
+    ),
+    Claim(
+        "SynFlow, which sees no data, does as well as criteria that do (taylor)",
+        "Tanaka et al. 2020",
+        of("criteria", "synflow", False),
+        of("criteria", "taylor", False),
+        matches=True,
+    ),
+    Claim(
+        "|weight| times its input's norm (Wanda) beats |weight| alone, unstructured",
+        "Sun et al. 2024",
+        of("unstructured", "Wanda"),
+        of("unstructured", "magnitude"),
+    ),
+    Claim(
+        "solving for what is left (SparseGPT) beats Wanda",
+        "Frantar & Alistarh 2023",
+        of("unstructured", "SparseGPT"),
+        of("unstructured", "Wanda"),
+    ),
+    Claim(
+        "unstructured zeros lose less than whole units of as many parameters (obs, repaired)",
+        "the notes: ShrinkBench, Blalock et al. 2020",
+        of("unstructured", "SparseGPT"),
+        of("criteria", "obs", True),
+    ),
+    Claim(
+        "large-sparse models beat small-dense ones of as many parameters",
+        "Zhu & Gupta 2017",
+        of("sparse_dense", "large-sparse, gradual"),
+        of("sparse_dense", "small-dense"),
+    ),
+    Claim(
+        "rewinding the learning rate matches or beats rewinding weights",
+        "Renda et al. 2020",
+        of("tickets", "rate rewound"),
+        of("tickets", "early ticket"),
+        matches=True,
+    ),
+    Claim(
+        "rewinding weights beats fine-tuning",
+        "Renda et al. 2020",
+        of("tickets", "early ticket"),
+        of("tickets", "fine-tuned"),
+    ),
+    Claim(
+        "a linear schedule from the peak does as well as the original one",
+        "Zimmer et al. 2023",
+        of("tickets", "linear"),
+        of("tickets", "rate rewound"),
+        matches=True,
+    ),
+    Claim(
+        "winning tickets (weights of step 0) beat new random weights",
+        "Frankle & Carbin 2019",
+        of("tickets", "ticket of step 0"),
+        of("tickets", "scratch-E"),
+    ),
+    Claim(
+        "training the small net from scratch (Scratch-B) does as well as fine-tuning it",
+        "Liu et al. 2019, Rethinking",
+        of("tickets", "scratch-B"),
+        of("tickets", "fine-tuned"),
+        matches=True,
+    ),
+    Claim(
+        "training from scratch (Scratch-B) does as well as retraining at the original rates",
+        "Liu et al. 2019, against Renda et al. 2020",
+        of("tickets", "scratch-B"),
+        of("tickets", "rate rewound"),
+        matches=True,
+    ),
+    Claim(
+        "distillation from the dense net beats the labels alone",
+        "Hinton et al. 2015",
+        of("tickets", "distilled"),
+        of("tickets", "rate rewound"),
+    ),
+    Claim(
+        "FLAP beats Wanda-sp",
+        "An et al. 2024",
+        of("papers", "FLAP"),
+        of("papers", "Wanda-sp"),
+    ),
+    Claim(
+        "re-solving what is left beats leaving it as it was (obs)",
+        "OBC, Tyr-the-Pruner, FANG",
+        of("criteria", "obs", True),
+        of("criteria", "obs", False),
+    ),
+)
+
+NOT_TESTABLE: Sequence[tuple[str, str, str]] = (
+    (
+        "unstructured zeros need special hardware or kernels to be faster",
+        "the notes",
+        "see the table of times: dense kernels gain nothing; kernels for zeros are cited, not run",
+    ),
+    (
+        "layer-collapse of pruning at initialisation on deep nets (VGG-19, ResNet-18)",
+        "Tanaka et al. 2020",
+        "not testable here: nets of this size do not collapse before 90 %",
+    ),
+    (
+        "the orders on 7-billion decoders (SliceGPT, SVD-LLM, OBC)",
+        "the notes",
+        "not testable here: no weights of that size",
+    ),
+)
+
+
+def table(good: Sequence[Row]) -> str:
+    """Markdown: a row a claim."""
+    ranges = ranges_of(good)
+    lines = ["| claim | source | here | figures |", "| --- | --- | --- | --- |"]
+    for claim in CLAIMS:
+        verdict, figures = judged(claim, good, ranges)
+        lines.append(f"| {claim.text} | {claim.source} | {verdict} | {figures} |")
+    lines += [f"| {text} | {source} | {how} | |" for text, source, how in NOT_TESTABLE]
+    return "\n".join(lines)
+
+
+def ranges_of(good: Iterable[Row]) -> dict[str, float]:
+    """How far a task can fall: the median loss of a random choice at the highest ratios."""
+    losses: dict[str, list[float]] = defaultdict(list)
+    for row in good:
+        if of("criteria", "random", False)(row) and row["removed"] >= 0.8:
+            losses[row["task"]].append(row["lost"])
+    return {task: max(median(found), 1e-9) for task, found in losses.items()}
+
+
+def judged(claim: Claim, good: Sequence[Row], ranges: Mapping[str, float]) -> tuple[str, str]:
+    """The verdict, and the figures that it rests on."""
+    first, second = losses(claim, good, claim.first), losses(claim, good, claim.second)
+    pairs = [p for p in sorted(first.keys() & second.keys()) if p[0] in ranges]
+    if not pairs:
+        return "not measured yet", ""
+    # positive: the second loses more, as a share of what the task can lose
+    gains = {p: (second[p] - first[p]) / ranges[p[0]] for p in pairs}
+    better = mean(gain > 0 for gain in gains.values())
+    level = mean(gain > -ALIKE for gain in gains.values())
+    by_task = [mean(g for p, g in gains.items() if p[0] == task) for task in {p[0] for p in pairs}]
+    tasks = f"{sum(gain > 0 for gain in by_task)} of {len(by_task)} tasks"
+    wins = level if claim.matches else better
+    if wins >= SHARE and (claim.matches or mean(by_task) > 0):
+        verdict = "confirmed"
+    elif 1 - better >= SHARE and mean(by_task) < 0:
+        verdict = "**not confirmed**"
+    else:
+        verdict = "open: neither"
+    figures = (
+        f"better in {better:.0%} of {len(pairs)} pairs and on {tasks}; "
+        f"{mean(by_task):+.1%} of what a task can lose"
+    )
+    return verdict, figures
+
+
+def losses(claim: Claim, good: Iterable[Row], picks: Picks) -> dict[Point, float]:
+    return {
+        (row["task"], row["seed"], row["removed"]): row["lost"]
+        for row in good
+        if picks(row) and "lost" in row and (not claim.ratios or row["removed"] in claim.ratios)
+    }

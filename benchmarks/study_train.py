@@ -1,0 +1,304 @@
+"""Jobs of the study that train: tickets and their controls, and large-sparse against small-dense.
+
+All that is compared trains for the same number of steps, on the same batches in the same order,
+with the dense training's optimizer. T is the number of steps of the dense training.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from accuracy_tasks import Hook, Objective, Task, one_cycle, optimizer_of, step_through, train
+from measure import Row
+from study_prune import Job, Subject
+from study_sparse import by_magnitude, matrices, nonzero
+from torch import Tensor, nn
+
+import depcut
+from depcut.training.gradual import cubic
+
+REMOVED = (0.5, 0.8, 0.9)
+EARLY = 0.05  # of T: the step of the early ticket
+ORDER = 20_000  # seeds of the batches that retraining sees, apart from those of the dense net
+FINE = 0.01  # fine-tuning's rate: the last of the dense schedule as papers use it, of the peak
+GROWS = 0.5  # share of gradual training in which zeros grow
+MASKS = 20  # times that they grow
+RAW_STD = 0.02  # of embeddings and positions, as their constructors draw them
+
+
+class Trained(Subject):
+    """A subject whose training can be repeated from its first and its early step."""
+
+    def __init__(self, task: Task, seed: int) -> None:
+        super().__init__(task, seed)
+        self.length = task.recipe.steps
+
+    @property
+    def early(self) -> int:
+        return round(EARLY * self.length)
+
+    @cached_property
+    def snapshots(self) -> depcut.training.Snapshots:
+        """Of the dense training, which is repeated for them.
+
+        Raises:
+            RuntimeError: Repeating gives other weights; the cached ones are from another machine.
+        """
+        taken = depcut.training.Snapshots((0, self.early))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            model = self.task.build()
+            train(self.task, model, self.seed, taken)
+        state = self.model.state_dict()
+        if not all(torch.equal(t, state[n]) for n, t in model.state_dict().items()):
+            path = self.task.path(self.seed)
+            raise RuntimeError(f"repeating the training gives other weights: remove {path}")
+        return taken
+
+    @cached_property
+    def rates(self) -> list[float]:
+        """Of the dense training, step by step."""
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], self.task.recipe.rate)
+        schedule = one_cycle(self.task, optimizer, self.length)
+        rates = []
+        for _ in range(self.length):
+            rates.append(float(schedule.get_last_lr()[0]))
+            optimizer.step()
+            schedule.step()
+        return rates
+
+    def plan(self, removed: float, of: str = "macs") -> depcut.Plan:
+        """By magnitude, the same share of every layer."""
+        return self.analysis.plan(removed, of=of, score="magnitude", align=1)
+
+    def drawn(self, plan: depcut.Plan) -> nn.Module:
+        """The plan's architecture with new weights, as its constructor draws them."""
+        return depcut.training.fresh(self.model, plan, init=_raw, seed=self.seed)
+
+    def retrained(
+        self,
+        model: nn.Module,
+        steps: int,
+        rates: list[float],
+        hook: Hook | None = None,
+        objective: Objective | None = None,
+    ) -> nn.Module:
+        """Train in place for a number of steps at these rates."""
+        optimizer = optimizer_of(self.task, model)
+        peak = self.task.recipe.rate
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: rates[min(step, len(rates) - 1)] / peak
+        )
+        step_through(
+            self.task, model, optimizer, schedule, steps, ORDER + self.seed, hook, objective
+        )
+        return model.eval()
+
+    def stretched(self, steps: int) -> list[float]:
+        """The dense training's rates over another number of steps."""
+        last = self.length - 1
+        return [self.rates[round(step * last / max(1, steps - 1))] for step in range(steps)]
+
+
+def _raw(module: nn.Module) -> None:
+    if isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=RAW_STD)
+    positions = getattr(module, "positions", None)
+    if isinstance(positions, nn.Parameter):
+        nn.init.normal_(positions, std=RAW_STD)
+
+
+def tickets(subject: Trained) -> Iterator[Job]:
+    """The same small architecture after the same steps, from different weights and rates."""
+    for name, run in TICKETS.items():
+        yield Job("tickets", name, partial(_rows, subject, run))
+
+
+def _rows(subject: Trained, run: Callable[[Trained, depcut.Plan], tuple[nn.Module, int]]) -> Any:
+    for removed in REMOVED:
+        plan = subject.plan(removed)
+        start = time.perf_counter()
+        model, steps = run(subject, plan)
+        seconds = round(time.perf_counter() - start, 1)
+        yield {
+            "removed": removed,
+            **subject.judged(model),
+            **subject.sized(model),
+            "steps": steps,
+            "seconds": seconds,
+        }
+
+
+Ran = tuple[nn.Module, int]
+
+
+def _pruned(subject: Trained, plan: depcut.Plan) -> nn.Module:
+    return plan.apply(subject.model, progress=False)
+
+
+def none(subject: Trained, plan: depcut.Plan) -> Ran:
+    """Cut, and not trained."""
+    return _pruned(subject, plan), 0
+
+
+def fine_tuned(subject: Trained, plan: depcut.Plan) -> Ran:
+    """Trained weights, at a hundredth of the peak rate."""
+    rates = [FINE * subject.task.recipe.rate]
+    return subject.retrained(_pruned(subject, plan), subject.length, rates), subject.length
+
+
+def rate_rewound(subject: Trained, plan: depcut.Plan) -> Ran:
+    """Trained weights, at the dense training's rates (Renda et al. 2020)."""
+    rates = subject.rates
+    return subject.retrained(_pruned(subject, plan), subject.length, rates), subject.length
+
+
+def linear(subject: Trained, plan: depcut.Plan) -> Ran:
+    """Trained weights, from the peak rate to zero (Zimmer et al. 2023)."""
+    steps = subject.length
+    peak = subject.task.recipe.rate
+    rates = [peak * (1 - step / steps) for step in range(steps)]
+    return subject.retrained(_pruned(subject, plan), steps, rates), steps
+
+
+def distilled(subject: Trained, plan: depcut.Plan) -> Ran:
+    """As rate_rewound, with the dense model's outputs as half of the loss."""
+    slim = _pruned(subject, plan)
+    with depcut.training.Distillation(subject.model, slim, plan) as distill:
+
+        def objective(outputs: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
+            own = subject.task.loss(outputs, targets)
+            return 0.5 * own + 0.5 * distill(outputs, inputs)
+
+        subject.retrained(slim, subject.length, subject.rates, objective=objective)
+    return slim, subject.length
+
+
+def ticket(subject: Trained, plan: depcut.Plan) -> Ran:
+    """The initial weights of what stays (Frankle & Carbin 2019)."""
+    slim = depcut.training.rewind(subject.model, plan, subject.snapshots, 0)
+    return subject.retrained(slim, subject.length, subject.rates), subject.length
+
+
+def early_ticket(subject: Trained, plan: depcut.Plan) -> Ran:
+    """The weights after 5 % of T of what stays, and the other 95 % of T again."""
+    slim = depcut.training.rewind(subject.model, plan, subject.snapshots, subject.early)
+    steps = subject.length - subject.early
+    return subject.retrained(slim, steps, subject.rates[subject.early :]), steps
+
+
+def scratch_e(subject: Trained, plan: depcut.Plan) -> Ran:
+    """New random weights, T steps: the ticket's control, and Scratch-E of Liu et al. 2019."""
+    return (
+        subject.retrained(subject.drawn(plan), subject.length, subject.rates),
+        subject.length,
+    )
+
+
+def scratch_b(subject: Trained, plan: depcut.Plan) -> Ran:
+    """New random weights, as much compute as the dense training, at most 2 T (Liu et al. 2019)."""
+    steps = depcut.training.scratch_epochs(plan, subject.length, "B")
+    return subject.retrained(subject.drawn(plan), steps, subject.stretched(steps)), steps
+
+
+def scratch_2t(subject: Trained, plan: depcut.Plan) -> Ran:
+    """New random weights, 2 T steps: as many as the dense net and its retraining had together."""
+    steps = 2 * subject.length
+    return subject.retrained(subject.drawn(plan), steps, subject.stretched(steps)), steps
+
+
+TICKETS: Mapping[str, Callable[[Trained, depcut.Plan], Ran]] = {
+    "none": none,
+    "fine-tuned": fine_tuned,
+    "rate rewound": rate_rewound,
+    "linear": linear,
+    "distilled": distilled,
+    "ticket of step 0": ticket,
+    "early ticket": early_ticket,
+    "scratch-E": scratch_e,
+    "scratch-B": scratch_b,
+    "scratch, 2 T": scratch_2t,
+}
+
+
+def sparse_dense(subject: Trained) -> Iterator[Job]:
+    """Equal numbers of parameters that are not zero, 2 T steps in all (Zhu & Gupta 2017)."""
+    for name, run in (
+        ("large-sparse, gradual", _gradual_sparse),
+        ("gradual, structured", _gradual_structured),
+        ("small-dense", _small_dense),
+    ):
+        yield Job("sparse_dense", name, partial(_at_equal_params, subject, run))
+
+
+def _at_equal_params(subject: Trained, run: Callable[[Trained, float], nn.Module]) -> Iterator[Row]:
+    for removed in REMOVED:
+        start = time.perf_counter()
+        try:
+            model = run(subject, removed)
+        except depcut.DepcutError as error:
+            yield {"removed": removed, "error": error.what}
+            continue
+        yield {
+            "removed": removed,
+            **subject.judged(model),
+            "params": round(nonzero(model) / subject.params, 5),
+            "steps": 2 * subject.length,
+            "seconds": round(time.perf_counter() - start, 1),
+        }
+
+
+def _gradual_sparse(subject: Trained, removed: float) -> nn.Module:
+    """The smallest weights of all matrices are zero, more of them as training goes on."""
+    model = copy.deepcopy(subject.model)
+    # Biases and norms stay whole: the matrices carry the whole of what goes.
+    share = removed * subject.params / sum(m.weight.numel() for m in matrices(model).values())
+    end = round(GROWS * subject.length)
+    every = max(1, end // MASKS)
+    masks: dict[str, Tensor] = {}
+
+    def hook(model: nn.Module, step: int) -> None:
+        if step == end or (step < end and step % every == 0):
+            by_magnitude(model, subject, min(1.0, cubic(step, 0, end, 0.0, share)))
+            masks.update({n: m.weight.data != 0 for n, m in matrices(model).items()})
+        _enforce(model, masks)
+
+    model = subject.retrained(model, subject.length, subject.rates, hook)
+    _enforce(model, masks)
+    return model
+
+
+def _enforce(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    for name, mask in masks.items():
+        model.get_submodule(name).weight.data *= mask
+
+
+def _gradual_structured(subject: Trained, removed: float) -> nn.Module:
+    """The same schedule for whole units."""
+    model, end = copy.deepcopy(subject.model), round(GROWS * subject.length)
+    masks = depcut.training.Gradual(
+        model,
+        removed,
+        subject.inputs,
+        start=0,
+        end=end,
+        every=max(1, end // MASKS),
+        of="params",
+        score="magnitude",
+        align=1,
+    )
+    subject.retrained(
+        model, subject.length, subject.rates, hook=lambda _, step: masks.step() if step else None
+    )
+    masks.step()  # the hook comes before a step, and so not after the last one
+    return masks.commit().eval()
+
+
+def _small_dense(subject: Trained, removed: float) -> nn.Module:
+    """A narrow net of its own, trained as long as the others in all."""
+    return scratch_2t(subject, subject.plan(removed, of="params"))[0]

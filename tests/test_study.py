@@ -1,0 +1,193 @@
+"""A small part of the study, on a net of seconds; and that its recipes are their formulas."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+pytest.importorskip("sklearn")
+pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")
+
+
+MODULES = "study study_prune study_sparse study_report study_claims accuracy_nets".split()
+
+
+@pytest.fixture
+def study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """The study's modules by name; nets and rows are kept in an empty folder."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    known = set(sys.modules)
+    modules = {name: import_module(name) for name in MODULES}
+    monkeypatch.setattr(modules["study_report"], "PATH", tmp_path / "study.jsonl.gz")
+    yield SimpleNamespace(**{n.removeprefix("study_"): m for n, m in modules.items()})
+    for name in set(sys.modules) - known:
+        if str(BENCHMARKS) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def subject(study: Any) -> Any:
+    """The perceptron on the table, trained for a few steps."""
+    task = study.study.STUDY["mlp_table"]
+    task = replace(task, recipe=replace(task.recipe, steps=12))
+    return study.study.Trained(task, 0)
+
+
+def jobs(study: Any, subject: Any, part: str, *methods: str) -> list[Any]:
+    found = [job for job in study.study.PARTS[part](subject) if job.method in methods]
+    assert {job.method for job in found} == set(methods)
+    return found
+
+
+def rows_of(study: Any, subject: Any, part: str, *methods: str) -> list[Any]:
+    return [
+        {**study.study.identity(subject, job), **row}
+        for job in jobs(study, subject, part, *methods)
+        for row in study.study.ran(job)
+    ]
+
+
+def test_masks_judge_what_a_smaller_model_does(study: Any, subject: Any) -> None:
+    rows = rows_of(study, subject, "criteria", "magnitude", "obs")
+    plain = [row for row in rows if row.get("compensated") is False]
+    assert len(plain) == 2 * len(study.prune.REMOVED)
+    assert [row["masked"] for row in plain] == [row["metric"] for row in plain]
+    assert all(abs(row["macs"] - (1 - row["removed"])) < 0.02 for row in plain)
+
+
+def test_every_way_to_train_has_its_steps(study: Any, subject: Any) -> None:
+    rows = rows_of(
+        study, subject, "tickets", "rate rewound", "early ticket", "scratch-B", "distilled"
+    )
+    assert not [row for row in rows if "error" in row]
+    steps = {(row["method"], row["removed"]): row["steps"] for row in rows}
+    assert {steps["rate rewound", r] for r in (0.5, 0.8, 0.9)} == {12}
+    assert {steps["early ticket", r] for r in (0.5, 0.8, 0.9)} == {11}
+    assert steps["scratch-B", 0.5] <= steps["scratch-B", 0.9] == 24
+
+
+def test_equal_numbers_of_parameters(study: Any, subject: Any) -> None:
+    rows = rows_of(
+        study, subject, "sparse_dense", "large-sparse, gradual", "gradual, structured",
+        "small-dense",
+    )  # fmt: skip
+    found = {(row["method"], row["removed"]): row["params"] for row in rows}
+    assert len(found) == 9
+    assert all(abs(params - (1 - removed)) < 0.03 for (_, removed), params in found.items())
+
+
+def test_jobs_that_are_done_are_not_run_again(
+    study: Any, subject: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = jobs(study, subject, "unstructured", "magnitude")[0]
+    results = study.study.Results()
+    facts = study.study.identity(subject, job)
+    assert not results.has(facts)
+    results.add([{**facts, **row} for row in study.study.ran(job)])
+    assert study.study.Results().has(facts)
+    before = study.report.rows()
+    assert [row["removed"] for row in before] == list(study.sparse.SPARSITIES)
+    study.report.append([{**before[0], "lost": 77.0}])  # measured again
+    study.report.repack()
+    assert [row["lost"] for row in study.report.rows()].count(77.0) == 1
+    assert len(study.report.rows()) == len(before)
+
+
+def test_a_failing_job_is_a_row(study: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def fails() -> Iterator[Any]:
+        yield {"removed": 0.5, "lost": 1.0}
+        raise ValueError("no such thing")
+
+    rows = study.study.ran(study.study.Job("part", "method", fails))
+    assert rows[0]["lost"] == 1.0
+    assert rows[1]["error"] == "ValueError: no such thing"
+    assert "no such thing" in capsys.readouterr().err
+
+
+def test_tables_and_claims_come_from_the_rows(study: Any, subject: Any) -> None:
+    rows = rows_of(study, subject, "criteria", "magnitude", "random", "obs")
+    rows += rows_of(study, subject, "unstructured", "magnitude", "Wanda", "SparseGPT")
+    good = [row for row in rows if "error" not in row]
+    tables = study.report.tables(good)
+    page = study.report.PAGE.read_text()
+    for name, table in tables.items():
+        assert f"<!-- study:{name} -->" in page
+        assert table in study.report.between(page, name, table)
+    assert "magnitude + repair" in tables["criteria"]
+    assert "tickets" in tables["claims"]
+    assert "not measured yet" in tables["claims"]
+    assert any(word in tables["claims"] for word in ("| confirmed |", "open", "not confirmed"))
+
+
+@pytest.mark.parametrize(("gain", "verdict"), [(1.0, "confirmed"), (-1.0, "**not confirmed**")])
+def test_a_claim_is_judged_in_pairs(study: Any, gain: float, verdict: str) -> None:
+    def row(method: str, lost: float, seed: int, compensated: bool | None = None) -> Any:
+        part = "criteria" if compensated is not None else "unstructured"
+        base = {"task": "t", "part": part, "method": method, "removed": 0.8, "seed": seed}
+        return {**base, "lost": lost, "compensated": compensated}
+
+    rows = [row("random", 10.0, seed, compensated=False) for seed in range(4)]
+    for seed in range(4):
+        rows += [row("Wanda", 5.0 - gain, seed), row("magnitude", 5.0, seed)]
+    claims = study.claims
+    claim = next(c for c in claims.CLAIMS if "Wanda" in c.text and "unstructured" in c.text)
+    found, figures = claims.judged(claim, rows, claims.ranges_of(rows))
+    assert found == verdict
+    assert f"{gain / 10:+.1%}" in figures
+
+
+def test_sparsegpt_without_correlations_is_magnitude(study: Any) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(6, 32)
+    solved = study.sparse._solved(weight, torch.eye(32).double(), 0.5, four=False)
+    limit = weight.abs().flatten().kthvalue(96).values
+    torch.testing.assert_close(solved, weight * (weight.abs() > limit))
+
+
+def test_sparsegpt_makes_up_for_what_goes(study: Any) -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(8, 48), torch.randn(400, 6) @ torch.randn(6, 48)
+    x += 0.1 * torch.randn(400, 48)
+    solved = study.sparse._solved(weight, (x.T @ x).double(), 0.5, four=False)
+    limit = weight.abs().flatten().kthvalue(192).values
+    plain = weight * (weight.abs() > limit)
+    lost = [float((x @ (w - weight).T).square().sum()) for w in (solved, plain)]
+    assert lost[0] < lost[1] / 4
+    assert float((solved == 0).float().mean()) == pytest.approx(0.5, abs=0.02)
+
+
+def test_two_of_four(study: Any) -> None:
+    torch.manual_seed(0)
+    solved = study.sparse._solved(torch.randn(5, 32), torch.eye(32).double(), 0.5, four=True)
+    assert (solved.view(5, 8, 4) != 0).sum(2).eq(2).all()
+
+
+def test_flap_and_wanda_sp_come_to_the_macs(study: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = study.study.STUDY["gpt_digits"]
+    build = study.study.STUDY["gpt_digits"].build
+    assert isinstance(build(), nn.Module)
+    monkeypatch.setattr(study.prune, "BATCHES", 1)
+    task = replace(
+        task,
+        recipe=replace(task.recipe, steps=2),
+        build=lambda: study.accuracy_nets.CharGPT(18, 64, width=16, heads=4, depth=2),
+    )
+    subject = study.study.Trained(task, 0)
+    rows = rows_of(study, subject, "papers", "ShortGPT", "Wanda-sp", "FLAP")
+    by = {row["removed"]: row["macs"] for row in rows if row["method"] == "FLAP" and "macs" in row}
+    assert by
+    assert all(abs(macs - (1 - removed)) < 0.06 for removed, macs in by.items())
+    shallow = [row for row in rows if row["method"] == "ShortGPT"]
+    assert [round(row["macs"] + row["removed"], 2) for row in shallow] == [1.0]
