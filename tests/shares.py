@@ -91,7 +91,8 @@ test_a_smaller_decoder_is_served_step_by_step
 test_real_calls_are_modelled_and_timed_one_after_the_other test_a_file_holds_a_workload
 test_milliseconds_are_of_the_sum test_a_candidate_that_is_close_by_chance_is_not_taken
 test_a_time_is_met_between_what_was_too_fast_and_what_was_too_slow
-test_a_process_that_timed_in_openvino_takes_signals
+test_a_process_that_timed_in_openvino_takes_signals test_demo_goes_through_without_training
+test_flap_and_wanda_sp_come_to_the_macs test_every_way_to_train_has_its_steps
 """.split()
 
 # Names of tests of every net, of whose sweep every sixth case runs: other nets for each test.
@@ -101,6 +102,7 @@ test_every_structure_has_finite_scores test_every_structure_starts_afresh_or_say
 test_contractions_of_weights_without_a_site_are_known test_outputs_come_closer
 test_sites_compute_what_their_nodes_compute test_structure_group_by_group
 test_the_masked_model_is_the_smaller_one test_two_plans_in_turn_are_one_plan
+test_a_masked_net_computes_what_the_smaller_one_does
 """.split()
 
 # Modules whose sweeps are the only tests of some lines: where coverage is measured, they count.
