@@ -29,12 +29,22 @@ from study_papers import papers
 from study_prune import Job, criteria, rivals, times
 from study_sparse import sparse_times, unstructured
 from study_tasks import STUDY
-from study_train import Trained, sparse_dense, tickets
+from study_train import Trained, before_training, sparse_dense, tickets
 
 SEEDS = (0, 1, 2)
 PARTS: Mapping[str, Callable[[Trained], Iterator[Job]]] = {
     part.__name__: part
-    for part in (criteria, unstructured, papers, tickets, sparse_dense, rivals, times, sparse_times)
+    for part in (
+        criteria,
+        unstructured,
+        papers,
+        tickets,
+        sparse_dense,
+        before_training,
+        rivals,
+        times,
+        sparse_times,
+    )
 }
 ALONE = ("times", "sparse_times")  # parts that time: to be run with nothing beside them
 VERSION = 1  # of the jobs' code; rows of another one are measured anew

@@ -92,6 +92,7 @@ def tables(good: Sequence[Row]) -> dict[str, str]:
         "times": times(good),
         "tickets": by_method(good, "tickets", (0.5, 0.8, 0.9)),
         "sparse_dense": by_method(good, "sparse_dense", (0.5, 0.8, 0.9)),
+        "before_training": by_method(good, "before_training", (0.5, 0.8, 0.9)),
         "papers": papers(good),
         "claims": study_claims.table(good),
         "cost": cost(good),
@@ -173,7 +174,7 @@ def by_method(good: Sequence[Row], kind: str, ratios: Sequence[float]) -> str:
 
 def unstructured(good: Sequence[Row]) -> str:
     """Loss and bytes of zeros anywhere, by sparsity."""
-    part = [row for row in good if row["part"] == "unstructured"]
+    part = [r for r in good if r["part"] == "unstructured" and "as many" not in r["method"]]
     by, names = grouped(part, "method", "removed", "task"), tasks_of(part)
     sizes = grouped(part, "method", "removed")
     body = []

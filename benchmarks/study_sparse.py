@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from measure import Row
 from safetensors.torch import save
-from study_prune import Job, Subject
+from study_prune import REMOVED, Job, Subject
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import prune
@@ -35,6 +35,22 @@ def unstructured(subject: Subject) -> Iterator[Job]:
     """Zeros anywhere in the matrices: by magnitude, two of four, and by SparseGPT."""
     for name, sparsify in METHODS.items():
         yield Job("unstructured", name, partial(_of_method, subject, name, sparsify))
+    yield Job("unstructured", "SparseGPT, as many as obs", partial(_as_many, subject))
+
+
+def _as_many(subject: Subject) -> Iterator[Row]:
+    """SparseGPT's zeros so that as many parameters are left as depcut's default leaves."""
+    weights = sum(m.weight.numel() for m in matrices(subject.model).values())
+    for removed in REMOVED:
+        plan = subject.analysis.plan(removed, data=subject.calibration, align=1, seed=subject.seed)
+        share = (subject.params - plan.params) / weights
+        if share >= 1:
+            yield {"removed": removed, "error": "the matrices hold fewer parameters than go"}
+            continue
+        sparse = copy.deepcopy(subject.model)
+        by_sparsegpt(sparse, subject, share)
+        params = round(nonzero(sparse) / subject.params, 5)
+        yield {"removed": removed, **subject.judged(sparse), "params": params, **sizes(sparse)}
 
 
 def sparse_times(subject: Subject) -> Iterator[Job]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import torch
 from accuracy_tasks import Hook, Objective, Task, one_cycle, optimizer_of, step_through, train
 from measure import Row
@@ -25,9 +26,12 @@ from depcut.training.gradual import cubic
 REMOVED = (0.5, 0.8, 0.9)
 EARLY = 0.05  # of T: the step of the early ticket
 ORDER = 20_000  # seeds of the batches that retraining sees, apart from those of the dense net
-FINE = 0.01  # fine-tuning's rate: the last of the dense schedule as papers use it, of the peak
+FINE, FINER = 0.1, 0.01  # fine-tuning's constant rates, of the peak
+SHORT = 0.25  # of T
+CYCLES = 3
 GROWS = 0.5  # share of gradual training in which zeros grow
 MASKS = 20  # times that they grow
+AT_START = ("random", "magnitude", "snip", "grasp", "synflow")
 RAW_STD = 0.02  # of embeddings and positions, as their constructors draw them
 
 
@@ -146,9 +150,9 @@ def none(subject: Trained, plan: depcut.Plan) -> Ran:
     return _pruned(subject, plan), 0
 
 
-def fine_tuned(subject: Trained, plan: depcut.Plan) -> Ran:
-    """Trained weights, at a hundredth of the peak rate."""
-    rates = [FINE * subject.task.recipe.rate]
+def _fine_tuned(share: float, subject: Trained, plan: depcut.Plan) -> Ran:
+    """Trained weights, at a constant share of the peak rate."""
+    rates = [share * subject.task.recipe.rate]
     return subject.retrained(_pruned(subject, plan), subject.length, rates), subject.length
 
 
@@ -158,12 +162,46 @@ def rate_rewound(subject: Trained, plan: depcut.Plan) -> Ran:
     return subject.retrained(_pruned(subject, plan), subject.length, rates), subject.length
 
 
-def linear(subject: Trained, plan: depcut.Plan) -> Ran:
+def _linear(share: float, subject: Trained, plan: depcut.Plan) -> Ran:
     """Trained weights, from the peak rate to zero (Zimmer et al. 2023)."""
-    steps = subject.length
-    peak = subject.task.recipe.rate
-    rates = [peak * (1 - step / steps) for step in range(steps)]
+    steps = round(share * subject.length)
+    rates = _falling(subject, steps)
     return subject.retrained(_pruned(subject, plan), steps, rates), steps
+
+
+def _falling(subject: Trained, steps: int) -> list[float]:
+    peak = subject.task.recipe.rate
+    return [peak * (1 - step / steps) for step in range(steps)]
+
+
+def _cycles(subject: Trained, plan: depcut.Plan) -> Ran:
+    """Part of the units at a time, each time with a linear schedule (Renda et al. 2020)."""
+    bounds = [subject.length * cycle // CYCLES for cycle in range(CYCLES + 1)]
+
+    def retrain(model: nn.Module, cycle: int) -> None:
+        steps = bounds[cycle + 1] - bounds[cycle]
+        subject.retrained(model, steps, _falling(subject, steps))
+
+    made = depcut.training.iterate(
+        subject.model,
+        plan.settings["ratio"],
+        subject.inputs,
+        steps=CYCLES,
+        retrain=retrain,
+        score="magnitude",
+        compensate=False,
+        align=1,
+        progress=False,
+    )
+    return made.model.eval(), subject.length
+
+
+def _random_units(subject: Trained, plan: depcut.Plan) -> Ran:
+    """Trained weights of units that were drawn, as many as the plan keeps; else rate_rewound."""
+    drawn = subject.analysis.plan(
+        plan.settings["ratio"], score="random", align=1, seed=subject.seed
+    )
+    return rate_rewound(subject, drawn)
 
 
 def distilled(subject: Trained, plan: depcut.Plan) -> Ran:
@@ -214,9 +252,13 @@ def scratch_2t(subject: Trained, plan: depcut.Plan) -> Ran:
 
 TICKETS: Mapping[str, Callable[[Trained, depcut.Plan], Ran]] = {
     "none": none,
-    "fine-tuned": fine_tuned,
+    "fine-tuned at 1 %": partial(_fine_tuned, FINER),
+    "fine-tuned": partial(_fine_tuned, FINE),
     "rate rewound": rate_rewound,
-    "linear": linear,
+    "random units, rate rewound": _random_units,
+    "linear": partial(_linear, 1.0),
+    "linear, T/4": partial(_linear, SHORT),
+    "linear, three cycles": _cycles,
     "distilled": distilled,
     "ticket of step 0": ticket,
     "early ticket": early_ticket,
@@ -226,10 +268,47 @@ TICKETS: Mapping[str, Callable[[Trained, depcut.Plan], Ran]] = {
 }
 
 
+def before_training(subject: Trained) -> Iterator[Job]:
+    """Units chosen by the initial weights, which are then trained for T steps."""
+    for name in AT_START:
+        yield Job("before_training", name, partial(_from_the_start, subject, name))
+
+
+def _from_the_start(subject: Trained, criterion: str) -> Iterator[Row]:
+    model = subject.snapshots.restore(subject.model, 0).eval()
+    analysis = depcut.analyze(model, subject.inputs)
+    data = analysis.calibrate(
+        subject.pairs, loss=subject.task.loss, batches=len(subject.pairs), progress=False
+    )
+    for removed in REMOVED:
+        start = time.perf_counter()
+        plan = analysis.plan(
+            removed, data=data, score=criterion, allocation="global", align=1, seed=subject.seed
+        )
+        slim = plan.apply(model, compensate=False, progress=False)
+        subject.retrained(slim, subject.length, subject.rates)
+        yield {
+            "removed": removed,
+            **subject.judged(slim),
+            **subject.sized(slim),
+            "least": _least_share(plan),
+            "steps": subject.length,
+            "seconds": round(time.perf_counter() - start, 1),
+        }
+
+
+def _least_share(plan: depcut.Plan) -> float:
+    """What is left of the group that lost most: near zero where layers collapse."""
+    shares = [np.shape(kept)[-1] / plan.sizes[name] for name, kept in plan.kept.items()]
+    return round(min(shares, default=1.0), 4)
+
+
 def sparse_dense(subject: Trained) -> Iterator[Job]:
     """Equal numbers of parameters that are not zero, 2 T steps in all (Zhu & Gupta 2017)."""
     for name, run in (
-        ("large-sparse, gradual", _gradual_sparse),
+        ("large-sparse, gradual", partial(_gradual_sparse, 1.0)),
+        ("large-sparse, a tenth of the rate", partial(_gradual_sparse, 0.1)),
+        ("large-sparse, three times the rate", partial(_gradual_sparse, 3.0)),
         ("gradual, structured", _gradual_structured),
         ("small-dense", _small_dense),
     ):
@@ -253,8 +332,11 @@ def _at_equal_params(subject: Trained, run: Callable[[Trained, float], nn.Module
         }
 
 
-def _gradual_sparse(subject: Trained, removed: float) -> nn.Module:
-    """The smallest weights of all matrices are zero, more of them as training goes on."""
+def _gradual_sparse(times: float, subject: Trained, removed: float) -> nn.Module:
+    """The smallest weights of all matrices are zero, more of them as training goes on.
+
+    The rates are those of the dense training times a factor.
+    """
     model = copy.deepcopy(subject.model)
     # Biases and norms stay whole: the matrices carry the whole of what goes.
     share = removed * subject.params / sum(m.weight.numel() for m in matrices(model).values())
@@ -268,7 +350,8 @@ def _gradual_sparse(subject: Trained, removed: float) -> nn.Module:
             masks.update({n: m.weight.data != 0 for n, m in matrices(model).items()})
         _enforce(model, masks)
 
-    model = subject.retrained(model, subject.length, subject.rates, hook)
+    rates = [times * rate for rate in subject.rates]
+    model = subject.retrained(model, subject.length, rates, hook)
     _enforce(model, masks)
     return model
 

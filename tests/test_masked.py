@@ -6,6 +6,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import depcut
-from depcut.errors import PlanError
+from depcut.errors import InputError, PlanError
 
 
 def bits(model: nn.Module) -> dict[str, bytes]:
@@ -195,6 +196,14 @@ def test_other_precisions(dtype: torch.dtype) -> None:
     slim = plan.apply(model, compensate=False)
     assert_close([slim(x)], [got], 1e-2 if dtype is torch.bfloat16 else 1e-9, "dtype")
     assert bits(model.float() if dtype is torch.bfloat16 else model) == before
+
+
+def test_offloaded_tensors_are_refused() -> None:
+    model = mlp()
+    plan = plan_of(model)
+    offloaded = accelerate.cpu_offload(mlp(), torch.device("cpu"))
+    with pytest.raises(InputError, match=r"spread by accelerate's device_map"):
+        plan.masked(offloaded).__enter__()
 
 
 def test_mistakes_are_named() -> None:

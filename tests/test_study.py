@@ -142,7 +142,7 @@ def test_a_claim_is_judged_in_pairs(study: Any, gain: float, verdict: str) -> No
     for seed in range(4):
         rows += [row("Wanda", 5.0 - gain, seed), row("magnitude", 5.0, seed)]
     claims = study.claims
-    claim = next(c for c in claims.CLAIMS if "Wanda" in c.text and "unstructured" in c.text)
+    claim = next(c for c in claims.CLAIMS if "(Wanda) beat" in c.text)
     found, figures = claims.judged(claim, rows, claims.ranges_of(rows))
     assert found == verdict
     assert f"{gain / 10:+.1%}" in figures

@@ -90,6 +90,17 @@ def test_a_plan_of_a_part_is_saved_and_applied(tmp_path: Path) -> None:
     assert "was not run, for want of inputs" in depcut.report(loaded.apply(net)).notes[1]
 
 
+def test_a_plan_of_a_part_is_judged_in_the_whole(tmp_path: Path) -> None:
+    net, inputs = detector(), images()
+    plan = depcut.analyze(net, inputs, part="backbone").plan(0.5)
+    slim, dense = plan.apply(net, compensate=False), net(*inputs)[0]["boxes"]
+    plan.save(tmp_path / "plan.json")
+    for judged in (plan, depcut.Plan.load(tmp_path / "plan.json")):
+        with judged.masked(net):
+            torch.testing.assert_close(net(*inputs)[0]["boxes"], slim(*inputs)[0]["boxes"])
+        assert torch.equal(net(*inputs)[0]["boxes"], dense)
+
+
 @pytest.mark.sweep
 def test_data_of_the_whole_repairs_the_part() -> None:
     net = detector()
