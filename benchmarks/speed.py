@@ -105,9 +105,9 @@ def added(name: str) -> str:
     def build() -> nn.Module:
         return timm.create_model(name, pretrained=False).eval()
 
-    def inputs(batch: int) -> Tensor:
+    def inputs(batch: int) -> tuple[Tensor]:
         size = timm.models.get_pretrained_cfg(name).input_size
-        return torch.randn(batch, *size, generator=zoo.generator())
+        return (torch.randn(batch, *size, generator=zoo.generator()),)
 
     zoo.ZOO[f"timm/{name}"] = zoo.Member(build, inputs)
     return f"timm/{name}"

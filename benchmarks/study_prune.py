@@ -114,28 +114,26 @@ def _of_criterion(subject: Subject, name: str) -> Iterator[Row]:
         yield {"removed": removed, "error": reason}
     for row in frontier:
         for compensated in (False, True):
-            fact = {"removed": row.ratio, "compensated": compensated}
             start = time.perf_counter()
-            slim = row.apply(
-                subject.model,
-                data=subject.calibration if compensated else None,
-                compensate=compensated,
-                progress=False,
-            )
-            seconds = scored + time.perf_counter() - start
-            fact |= {**subject.judged(slim), **subject.sized(slim), "seconds": round(seconds, 2)}
-            if not compensated:
-                fact["masked"] = _masked(subject, row.plan)
-            yield fact
+            if compensated:
+                slim = row.apply(subject.model, data=subject.calibration, progress=False)
+                facts = {**subject.judged(slim), **subject.sized(slim)}
+            else:
+                facts = _uncompensated(subject, row.plan)
+            seconds = round(scored + time.perf_counter() - start, 2)
+            yield {"removed": row.ratio, "compensated": compensated, **facts, "seconds": seconds}
 
 
-def _masked(subject: Subject, plan: depcut.Plan) -> float | None:
-    """The metric of the dense model under the plan's masks, where there are any."""
+def _uncompensated(subject: Subject, plan: depcut.Plan) -> Row:
+    """The plan judged by masks, or by a smaller model where no zeros express it."""
     try:
         with plan.masked(subject.model) as model:
-            return round(subject.task.metric(model), 5)
+            facts = subject.judged(model)
     except depcut.PlanError:
-        return None
+        slim = plan.apply(subject.model, compensate=False, progress=False)
+        return {**subject.judged(slim), **subject.sized(slim), "masked": False}
+    macs, params = plan.macs / subject.analysis.macs, plan.params / subject.params
+    return {**facts, "macs": round(macs, 5), "params": round(params, 5), "masked": True}
 
 
 def rivals(subject: Subject) -> Iterator[Job]:
