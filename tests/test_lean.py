@@ -17,7 +17,7 @@ from depcut.capture.capture import capture
 from depcut.capture.lean import lean
 from depcut.capture.program import Program
 from depcut.capture.provenance import call_of, literals_of
-from depcut.support.torch_private import proxy_tensor, replaced_to_be_lean
+from depcut.support.torch_private import FakeTensorMode, proxy_tensor, replaced_to_be_lean
 
 
 class Conv(nn.Module):
@@ -86,6 +86,19 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "squeezed": (Squeezed, (2, 3, 5, 5)),
     "data-dependent": (DataDependent, (3, 4)),
     "recurrent": (lambda: nn.LSTM(4, 6, batch_first=True), (2, 3, 4)),
+    "two directions": (
+        lambda: nn.LSTM(4, 6, num_layers=2, bidirectional=True, batch_first=True),
+        (2, 5, 4),
+    ),
+    "projected": (lambda: nn.LSTM(4, 6, num_layers=2, proj_size=3, batch_first=True), (2, 5, 4)),
+    "without gradients": (
+        lambda: nn.LSTM(4, 6, batch_first=True).requires_grad_(requires_grad=False),
+        (2, 5, 4),
+    ),
+    "time first": (lambda: nn.LSTM(4, 6, bias=False), (7, 2, 4)),
+    "gru": (lambda: nn.GRU(4, 6, num_layers=2, bidirectional=True, batch_first=True), (2, 5, 4)),
+    "rnn": (lambda: nn.RNN(4, 6, nonlinearity="relu", batch_first=True), (2, 5, 4)),
+    "of half precision": (lambda: nn.GRU(4, 6, batch_first=True).bfloat16(), (2, 5, 4)),
     "torch's own attention": (lambda: nn.TransformerEncoderLayer(8, 2, 16), (5, 2, 8)),
 }
 
@@ -128,10 +141,31 @@ def described(program: Program) -> list[Any]:
     return [*nodes, *calls, sorted(program.lines), program.notes, sorted(program.unused)]
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_steps_of_a_recurrent_layer_are_not_run(
+    kind: type[nn.RNNBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operators = []
+    plain = FakeTensorMode.dispatch
+
+    def dispatch(mode: Any, func: Any, *args: Any, **kwargs: Any) -> Any:
+        operators.append(func)
+        return plain(mode, func, *args, **kwargs)
+
+    monkeypatch.setattr(FakeTensorMode, "dispatch", dispatch)
+    counts = []
+    for length in (3, 60):
+        operators.clear()
+        capture(kind(4, 6, batch_first=True), torch.rand(2, length, 4))
+        counts.append(len(operators))
+    assert counts[1] == counts[0]
+
+
 @pytest.mark.parametrize("name", NETS)
 def test_the_graph_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     build, shape = NETS[name]
     model, x = build().eval(), torch.rand(shape)
+    x = x.to(next(model.parameters()).dtype)
     found = described(capture(model, x))
     monkeypatch.setattr(process_state, "lean", contextlib.nullcontext)
     wanted = described(capture(model, x))

@@ -9,6 +9,7 @@ While one thread captures, torch.export does not, for it:
     watch calls of the torch API               by which an operator becomes a node
     compute the shapes of a result             where it has that of its input
     cache results of operators                 of which the shapes of another one are computed
+    run recurrent layers step by step          all steps being alike
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 from depcut.capture.elementwise import shaped_as_input
+from depcut.capture.recurrence import of_one_step
 from depcut.support.torch_private import (
     OpOverload,
     lazy_graph_modules,
@@ -47,6 +49,8 @@ def lean() -> Iterator[None]:
         "dispatch": _dispatch,
         "shapes": _shapes,
         "computation": _computation,
+        "lstm": of_one_step,
+        "rnn": of_one_step,
     }
     thread = threading.get_ident()
     with contextlib.ExitStack() as stack:

@@ -26,6 +26,7 @@ one that goes or changes. No other module spells a private name of a library; th
 | `torch.export._trace`, `torch.fx._symbolic_trace` | what torch.export changes for all threads |
 | `_extract_tensor_metadata`, `_replace_unbacked_bindings` | work that no capture keeps |
 | `FakeTensorMode._dispatch_impl`, `torch._C.DisableTorchFunction` | shapes computed unseen |
+| `torch._decomp.decompositions.one_layer_lstm`, `one_layer_rnn` | steps that are all alike |
 | `torch.fx._lazy_graph_module` | graphs that are never run are never compiled |
 | `torch.fx.proxy._STACK_TRACE_ANCHORS` | frames that stay in the stacks of nodes |
 | `torch.compiler._is_compiling_flag`, `_is_exporting_flag` | they are to be on in one thread |
@@ -172,10 +173,13 @@ def replaced_by_export() -> dict[str, tuple[Any, str]]:
 
 def replaced_to_be_lean() -> dict[str, tuple[Any, str]]:
     """Functions of torch that do what a capture keeps nothing of: (owner, name)."""
+    from torch._decomp import decompositions
     from torch.export import _trace
     from torch.fx import proxy
 
     return {
+        "lstm": (decompositions, "one_layer_lstm"),
+        "rnn": (decompositions, "one_layer_rnn"),
         "description": (proxy_tensor, "_extract_tensor_metadata"),
         "bindings": (_trace, "_replace_unbacked_bindings"),
         "stacks": (proxy, "CapturedTraceback"),
