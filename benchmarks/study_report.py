@@ -24,15 +24,17 @@ AT = (0.5, 0.8)  # removed, of the tables
 
 
 def rows() -> list[Row]:
-    """All rows; of those of one point, the last."""
+    """All rows of the last dense net of each task and seed; of those of one point, the last."""
     if not PATH.exists():
         return []
     found: dict[tuple[Any, ...], Row] = {}
+    nets: dict[tuple[str, int], str] = {}
     with gzip.open(PATH, "rt", encoding="utf-8") as file:
         for line in file:
             row = json.loads(line)
             found[tuple(row.get(name) for name in POINT)] = row
-    return list(found.values())
+            nets[row["task"], row["seed"]] = row["key"]
+    return [row for row in found.values() if nets[row["task"], row["seed"]] == row["key"]]
 
 
 def append(found: Iterable[Row]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import sysconfig
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import accuracy_nets as nets
@@ -24,6 +25,7 @@ FEW = 400  # labelled digits
 COVERED = 8  # pixels of 16, in height and in width
 NOISE = 0.2  # standard deviation, of a range of 1
 SIDE = 16  # a window of text is a picture of so many rows of so many bytes
+BITS = 8  # of a byte
 CLASSES = 10
 LEVELS, PIXELS = 17, 64  # of the scans that the decoder reads pixel by pixel
 PATIENTS = 60  # whose diagnosis is known
@@ -67,7 +69,10 @@ def _worsened(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class Packages(Images):
-    """Which of ten packages of the standard library do 256 bytes, seen as a picture, stand in?"""
+    """Which of ten packages of the standard library do 256 bytes stand in?
+
+    They are seen as a picture of 16x16, with a channel for each of a byte's bits.
+    """
 
     unit = "test accuracy in % on packages"
 
@@ -78,7 +83,7 @@ class Packages(Images):
 
     @property
     def digest(self) -> str:
-        return digest(*(text.numpy().tobytes() for text in _packages()))
+        return digest(b"bits", *(text.numpy().tobytes() for text in _packages()))
 
     def draw(self, generator: torch.Generator, batch: int) -> Pair:
         """Windows of the first four fifths of each package."""
@@ -119,12 +124,13 @@ def _pictures(texts: tuple[Tensor, ...], labels: Tensor, starts: Tensor) -> Tens
         texts[label][start + places]
         for label, start in zip(labels.tolist(), starts.tolist(), strict=True)
     ]
-    return torch.stack(windows).float().view(-1, 1, SIDE, SIDE) / 128
+    pictures = torch.stack(windows).view(-1, 1, SIDE, SIDE)
+    return ((pictures >> torch.arange(BITS, dtype=torch.uint8)[:, None, None]) & 1).float() - 0.5
 
 
 @functools.cache
 def _package_windows() -> Digits:
-    texts, each = _packages(), 150
+    texts, each = _packages(), 300
     labels = torch.arange(CLASSES).repeat_interleave(each)
     starts = torch.cat(
         [torch.linspace(_split(t), len(t) - SIDE * SIDE - 1, each).long() for t in texts]
@@ -224,10 +230,12 @@ class Inverted(nn.Module):
 class Depthwise(nn.Module):
     """A small MobileNetV2 for pictures of 16x16."""
 
-    def __init__(self, widths: tuple[int, ...] = (24, 40, 64)) -> None:
+    def __init__(self, inputs: int, widths: tuple[int, ...] = (24, 40, 64)) -> None:
         super().__init__()
         self.stem = nn.Sequential(
-            nn.Conv2d(1, widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU6()
+            nn.Conv2d(inputs, widths[0], 3, padding=1, bias=False),
+            nn.BatchNorm2d(widths[0]),
+            nn.ReLU6(),
         )
         blocks, channels = [], widths[0]
         for stage, width in enumerate(widths):
@@ -255,30 +263,36 @@ class Perceptron(nn.Sequential):
         self.head = nn.Linear(width, 2)
 
 
-def _cnn() -> nn.Module:
-    return DigitNet((32, 64, 128))
+def _cnn(inputs: int) -> nn.Module:
+    net = DigitNet((32, 64, 128))
+    if inputs > 1:
+        net.stem[0] = nn.Conv2d(inputs, 32, 3, padding=1, bias=False)
+    return net
 
 
-def _vit() -> nn.Module:
-    return nets.ViT(width=64, depth=4)
+def _vit(inputs: int) -> nn.Module:
+    net = nets.ViT(width=64, depth=4)
+    if inputs > 1:
+        net.patches = nn.Conv2d(inputs, 64, 4, 4)
+    return net
 
 
-ARCHITECTURES: Mapping[str, tuple[Callable[[], nn.Module], Recipe, Recipe]] = {
-    # the net, how it is trained on digits, and how on text
+ARCHITECTURES: Mapping[str, tuple[Callable[[int], nn.Module], Recipe, Recipe]] = {
+    # the net of so many input channels, how it is trained on digits, and how on text
     "cnn": (
         _cnn,
         Recipe(steps=300, batch=64, rate=0.1, momentum=True, decay=5e-4, warmup=0.3),
-        Recipe(steps=600, batch=64, rate=0.1, momentum=True, decay=5e-4, warmup=0.3),
+        Recipe(steps=400, batch=64, rate=0.1, momentum=True, decay=5e-4, warmup=0.3),
     ),
     "depthwise": (
         Depthwise,
         Recipe(steps=400, batch=64, rate=0.1, momentum=True, decay=5e-4, warmup=0.3),
-        Recipe(steps=600, batch=64, rate=0.1, momentum=True, decay=5e-4, warmup=0.3),
+        Recipe(steps=400, batch=64, rate=0.1, momentum=True, decay=5e-4, warmup=0.3),
     ),
     "vit": (
         _vit,
         Recipe(steps=1000, batch=64, rate=1e-3),
-        Recipe(steps=1500, batch=64, rate=1e-3),
+        Recipe(steps=1000, batch=64, rate=1e-3),
     ),
 }
 
@@ -286,8 +300,8 @@ ARCHITECTURES: Mapping[str, tuple[Callable[[], nn.Module], Recipe, Recipe]] = {
 def _tasks() -> list[Task]:
     tasks = []
     for name, (build, digits, text) in ARCHITECTURES.items():
-        tasks.append(Task(f"{name}_digits", build, HardDigits(), digits))
-        tasks.append(Task(f"{name}_text", build, Packages(), text))
+        tasks.append(Task(f"{name}_digits", partial(build, 1), HardDigits(), digits))
+        tasks.append(Task(f"{name}_text", partial(build, BITS), Packages(), text))
     tasks += [
         Task(
             "gpt_digits",
