@@ -64,7 +64,14 @@ CLAIMS: Sequence[Claim] = (
         matches=True,
     ),
     Claim(
-        "weights times the norms of their inputs (Wanda) beat weights alone, unstructured",
+        "weights times the norms of their inputs (Wanda) beat weights, as unstructured zeros "
+        "of the same share in every layer",
+        "Sun et al. 2024",
+        of("unstructured", "Wanda"),
+        of("unstructured", "magnitude by layer"),
+    ),
+    Claim(
+        "and weights alone of all layers together",
         "Sun et al. 2024",
         of("unstructured", "Wanda"),
         of("unstructured", "magnitude"),
@@ -76,8 +83,15 @@ CLAIMS: Sequence[Claim] = (
         of("unstructured", "Wanda"),
     ),
     Claim(
-        "unstructured zeros lose less than whole units of as many parameters (obs, repaired)",
+        "unstructured zeros (magnitude) lose less than whole units of as many parameters (obs, "
+        "repaired; norms anew for both)",
         "the notes: ShrinkBench, Blalock et al. 2020",
+        of("unstructured", "magnitude, as many as obs"),
+        of("criteria", "obs", True),
+    ),
+    Claim(
+        "the same, by SparseGPT",
+        "the notes; Frantar & Alistarh 2023",
         of("unstructured", "SparseGPT, as many as obs"),
         of("criteria", "obs", True),
     ),

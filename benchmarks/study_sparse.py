@@ -25,6 +25,8 @@ import depcut
 
 SPARSITIES = (0.5, 0.65, 0.8, 0.9, 0.95)
 TIMED = 0.8
+RENORMED = ", norms anew"  # batch norms' statistics are estimated again behind the zeros
+AS_MANY = "as many as obs"
 DAMP = 0.01  # of the mean of the Hessian's diagonal, as in SparseGPT
 BLOCK = 32  # columns whose masks are chosen together (128 in the paper, whose layers are wider)
 
@@ -32,14 +34,16 @@ Sparsify = Callable[[nn.Module, Subject, float], None]
 
 
 def unstructured(subject: Subject) -> Iterator[Job]:
-    """Zeros anywhere in the matrices: by magnitude, two of four, and by SparseGPT."""
+    """Zeros anywhere in the matrices: by magnitude, two of four, by Wanda and by SparseGPT."""
     for name, sparsify in METHODS.items():
-        yield Job("unstructured", name, partial(_of_method, subject, name, sparsify))
-    yield Job("unstructured", "SparseGPT, as many as obs", partial(_as_many, subject))
+        if RENORMED not in name or batch_norms(subject.model):
+            yield Job("unstructured", name, partial(_of_method, subject, name, sparsify))
+    for name, sparsify in (("magnitude", by_magnitude), ("SparseGPT", by_sparsegpt)):
+        yield Job("unstructured", f"{name}, {AS_MANY}", partial(_as_many, subject, sparsify))
 
 
-def _as_many(subject: Subject) -> Iterator[Row]:
-    """SparseGPT's zeros so that as many parameters are left as depcut's default leaves."""
+def _as_many(subject: Subject, sparsify: Sparsify) -> Iterator[Row]:
+    """As many parameters are left as depcut's default leaves, whose repair renews norms, too."""
     weights = sum(m.weight.numel() for m in matrices(subject.model).values())
     for removed in REMOVED:
         plan = subject.analysis.plan(removed, data=subject.calibration, align=1, seed=subject.seed)
@@ -48,7 +52,7 @@ def _as_many(subject: Subject) -> Iterator[Row]:
             yield {"removed": removed, "error": "the matrices hold fewer parameters than go"}
             continue
         sparse = copy.deepcopy(subject.model)
-        by_sparsegpt(sparse, subject, share)
+        renormed(sparsify, sparse, subject, share)
         params = round(nonzero(sparse) / subject.params, 5)
         yield {"removed": removed, **subject.judged(sparse), "params": params, **sizes(sparse)}
 
@@ -125,6 +129,12 @@ def by_magnitude(model: nn.Module, _subject: Subject, sparsity: float) -> None:
     prune.global_unstructured(places, pruning_method=prune.L1Unstructured, amount=sparsity)
     for layer, name in places:
         prune.remove(layer, name)
+
+
+def by_magnitude_of_layer(model: nn.Module, _subject: Subject, sparsity: float) -> None:
+    """The smallest weights of each matrix."""
+    for layer in matrices(model).values():
+        _smallest_of_layer(layer, sparsity)
 
 
 def by_magnitude_2_of_4(model: nn.Module, _subject: Subject, _sparsity: float) -> None:
@@ -241,10 +251,36 @@ def _vectors(layer: nn.Module, inputs: Tensor) -> Tensor:
     return inputs.flatten(0, -2)
 
 
+@torch.no_grad()
+def renormed(sparsify: Sparsify, model: nn.Module, subject: Subject, sparsity: float) -> None:
+    """Zeros, and then batch norms' means and variances anew, from the calibration data."""
+    sparsify(model, subject, sparsity)
+    norms = batch_norms(model)
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean over batches
+        norm.train()
+    if norms:
+        for inputs, _ in subject.pairs:
+            model(inputs)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
+
+
+def batch_norms(model: nn.Module) -> list[Any]:
+    return [m for m in model.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
+
+
 METHODS: Mapping[str, Sparsify] = {
     "magnitude": by_magnitude,
+    f"magnitude{RENORMED}": partial(renormed, by_magnitude),
+    "magnitude by layer": by_magnitude_of_layer,
     "Wanda": by_wanda,
+    f"Wanda{RENORMED}": partial(renormed, by_wanda),
     "SparseGPT": by_sparsegpt,
+    f"SparseGPT{RENORMED}": partial(renormed, by_sparsegpt),
     "magnitude 2:4": by_magnitude_2_of_4,
     "SparseGPT 2:4": partial(by_sparsegpt, four=True),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,7 +21,9 @@ pytest.importorskip("sklearn")
 pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")
 
 
-MODULES = "study study_prune study_sparse study_report study_claims accuracy_nets".split()
+MODULES = (
+    "study study_prune study_sparse study_report study_tables study_claims accuracy_nets".split()
+)
 
 
 @pytest.fixture
@@ -123,17 +126,46 @@ def test_a_failing_job_is_a_row(study: Any, capsys: pytest.CaptureFixture[str]) 
 
 def test_tables_and_claims_come_from_the_rows(study: Any, subject: Any) -> None:
     rows = rows_of(study, subject, "criteria", "magnitude", "random", "obs")
-    rows += rows_of(study, subject, "unstructured", "magnitude", "Wanda", "SparseGPT")
+    rows += rows_of(study, subject, "unstructured", *study.sparse.METHODS)
+    rows += rows_of(study, subject, "unstructured", "magnitude, as many as obs")
+    assert not [row for row in rows if row.get("error") and "matrices hold" not in row["error"]]
     good = [row for row in rows if "error" not in row]
-    tables = study.report.tables(good)
-    page = study.report.PAGE.read_text()
-    for name, table in tables.items():
-        assert f"<!-- study:{name} -->" in page
-        assert table in study.report.between(page, name, table)
-    assert "magnitude + repair" in tables["criteria"]
+    tables = study.tables.tables(good)
+    marks = [m[2] for p in study.report.PAGES for m in study.report.MARKS.finditer(p.read_text())]
+    assert sorted(marks) == sorted(tables)
+    page = study.report.filled(study.report.PAGES[0].read_text(), tables)
+    assert tables["criteria"] in page
+    assert study.report.filled(page, tables) == page
+    obs = next(line for line in tables["criteria"].splitlines() if line.startswith("| obs |"))
+    lost = [
+        row["lost"] / study.claims.ranges_of(good)["mlp_table"]
+        for row in good
+        if (row["method"], row.get("compensated"), row["removed"]) == ("obs", True, 0.8)
+    ]
+    assert obs.split(" | ")[4] == f"{100 * lost[0]:.1f}"
     assert "tickets" in tables["claims"]
     assert "not measured yet" in tables["claims"]
     assert any(word in tables["claims"] for word in ("| confirmed |", "open", "not confirmed"))
+
+
+def test_rows_of_an_older_dense_net_do_not_count(study: Any) -> None:
+    row = {"task": "t", "seed": 0, "part": "criteria", "method": "obs", "key": "old", "lost": 1.0}
+    study.report.append([{**row, "removed": 0.2}, {**row, "removed": 0.5}])
+    study.report.append([{**row, "key": "new", "removed": 0.5, "lost": 2.0}, {**row, "seed": 1}])
+    found = {(r["seed"], r["key"], r.get("removed")) for r in study.report.rows()}
+    assert found == {(0, "new", 0.5), (1, "old", None)}
+
+
+def test_norms_are_estimated_anew_behind_zeros(study: Any, subject: Any) -> None:
+    sparse = copy.deepcopy(subject.model)
+    study.sparse.renormed(study.sparse.by_magnitude, sparse, subject, 0.5)
+    norm, wanted = sparse.norm1, []
+    for inputs, _ in subject.pairs:
+        wanted.append(sparse.layer1(inputs).mean(0))
+    torch.testing.assert_close(norm.running_mean, torch.stack(wanted).mean(0))
+    assert norm.momentum == subject.model.norm1.momentum
+    assert not sparse.training
+    assert not any(m.training for m in sparse.modules())
 
 
 @pytest.mark.parametrize(("gain", "verdict"), [(1.0, "confirmed"), (-1.0, "**not confirmed**")])
@@ -145,9 +177,9 @@ def test_a_claim_is_judged_in_pairs(study: Any, gain: float, verdict: str) -> No
 
     rows = [row("random", 10.0, seed, compensated=False) for seed in range(4)]
     for seed in range(4):
-        rows += [row("Wanda", 5.0 - gain, seed), row("magnitude", 5.0, seed)]
+        rows += [row("Wanda", 5.0 - gain, seed), row("magnitude by layer", 5.0, seed)]
     claims = study.claims
-    claim = next(c for c in claims.CLAIMS if "(Wanda) beat" in c.text)
+    claim = next(c for c in claims.CLAIMS if "(Wanda) beat weights, as" in c.text)
     found, figures = claims.judged(claim, rows, claims.ranges_of(rows))
     assert found == verdict
     assert f"{gain / 10:+.1%}" in figures
