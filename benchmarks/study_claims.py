@@ -96,6 +96,12 @@ CLAIMS: Sequence[Claim] = (
         of("criteria", "obs", True),
     ),
     Claim(
+        "the same, by SparseGPT with layers' shares by magnitude",
+        "not of a paper: to rule out that equal shares are why",
+        of("unstructured", "SparseGPT, shares by magnitude, as many as obs"),
+        of("criteria", "obs", True),
+    ),
+    Claim(
         "large-sparse models beat small-dense ones of as many parameters",
         "Zhu & Gupta 2017",
         of("sparse_dense", "large-sparse, gradual"),

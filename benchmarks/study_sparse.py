@@ -26,6 +26,7 @@ import depcut
 SPARSITIES = (0.5, 0.65, 0.8, 0.9, 0.95)
 TIMED = 0.8
 RENORMED = ", norms anew"  # batch norms' statistics are estimated again behind the zeros
+SHARES = ", shares by magnitude"  # of zeros in each layer
 AS_MANY = "as many as obs"
 DAMP = 0.01  # of the mean of the Hessian's diagonal, as in SparseGPT
 BLOCK = 32  # columns whose masks are chosen together (128 in the paper, whose layers are wider)
@@ -38,7 +39,11 @@ def unstructured(subject: Subject) -> Iterator[Job]:
     for name, sparsify in METHODS.items():
         if RENORMED not in name or batch_norms(subject.model):
             yield Job("unstructured", name, partial(_of_method, subject, name, sparsify))
-    for name, sparsify in (("magnitude", by_magnitude), ("SparseGPT", by_sparsegpt)):
+    for name, sparsify in (
+        ("magnitude", by_magnitude),
+        ("SparseGPT", by_sparsegpt),
+        (f"SparseGPT{SHARES}", by_sparsegpt_of_shares),
+    ):
         yield Job("unstructured", f"{name}, {AS_MANY}", partial(_as_many, subject, sparsify))
 
 
@@ -174,13 +179,30 @@ def by_sparsegpt(
     inputs of a layer are those behind the layers before it, with their zeros.
     """
     for name, layer in matrices(model).items():
-        if _grouped(layer):
-            if not four:
-                _smallest_of_layer(layer, sparsity)
-            continue
+        _solve(model, name, layer, subject, sparsity, four=four)
+
+
+def by_sparsegpt_of_shares(model: nn.Module, subject: Subject, sparsity: float) -> None:
+    """SparseGPT, in each layer the share that falls to it where all magnitudes are compared.
+
+    The paper's layers are alike and get the same share each; those of a CNN are not.
+    """
+    masked = copy.deepcopy(model)
+    by_magnitude(masked, subject, sparsity)
+    for name, layer in matrices(masked).items():
+        share = float((layer.weight == 0).float().mean())
+        _solve(model, name, model.get_submodule(name), subject, min(share, 0.999), four=False)
+
+
+def _solve(
+    model: nn.Module, name: str, layer: Any, subject: Subject, sparsity: float, *, four: bool
+) -> None:
+    if not _grouped(layer):
         layer.weight.data = _solved(
             layer.weight.data.flatten(1), hessian(model, name, subject), sparsity, four=four
         ).view_as(layer.weight)
+    elif not four:
+        _smallest_of_layer(layer, sparsity)
 
 
 def _solved(weight: Tensor, products: Tensor, sparsity: float, *, four: bool) -> Tensor:
@@ -253,14 +275,18 @@ def _vectors(layer: nn.Module, inputs: Tensor) -> Tensor:
 
 @torch.no_grad()
 def renormed(sparsify: Sparsify, model: nn.Module, subject: Subject, sparsity: float) -> None:
-    """Zeros, and then batch norms' means and variances anew, from the calibration data."""
-    sparsify(model, subject, sparsity)
+    """Zeros, with batch norms' means and variances estimated anew from the calibration data.
+
+    Meanwhile norms take each batch's own: what later layers are solved for is what they will read.
+    """
     norms = batch_norms(model)
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
+        norm.train()
+    sparsify(model, subject, sparsity)
+    for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # the plain mean over batches
-        norm.train()
     if norms:
         for inputs, _ in subject.pairs:
             model(inputs)
@@ -281,6 +307,8 @@ METHODS: Mapping[str, Sparsify] = {
     f"Wanda{RENORMED}": partial(renormed, by_wanda),
     "SparseGPT": by_sparsegpt,
     f"SparseGPT{RENORMED}": partial(renormed, by_sparsegpt),
+    f"SparseGPT{SHARES}": by_sparsegpt_of_shares,
+    f"SparseGPT{SHARES}{RENORMED}": partial(renormed, by_sparsegpt_of_shares),
     "magnitude 2:4": by_magnitude_2_of_4,
     "SparseGPT 2:4": partial(by_sparsegpt, four=True),
 }
