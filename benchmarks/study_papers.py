@@ -182,12 +182,18 @@ def _wanda_sp(subject: Subject, units: Units, removed: float) -> tuple[Flags, Fl
 
 
 def _flap(subject: Subject, units: Units, removed: float) -> tuple[Flags, Flags] | None:
-    """Fluctuations times squared norms, standardised by layer, over all layers (FLAP, eq. 3, 4)."""
+    """Fluctuations times squared norms, standardised by layer, over all layers (FLAP, eq. 3, 4).
+
+    As in its authors' code, dimensions are standardised before a head takes their mean.
+    """
     scores = [
-        tuple(v * m.weight.square().sum(0) for m, v in zip(_read(layer), found, strict=True))
+        tuple(
+            _standardised(v * m.weight.square().sum(0))
+            for m, v in zip(_read(layer), found, strict=True)
+        )
         for layer, found in zip(_layers(subject), units.variances, strict=True)
     ]
-    heads, neurons = (_standardised(s) for s in _by_head(subject, scores))
+    heads, neurons = _by_head(subject, scores)
     flat = np.concatenate([heads.ravel(), neurons.ravel()])
     macs = np.repeat([units.head_macs, units.neuron_macs], [heads.size, neurons.size])
     order = np.argsort(flat, kind="stable")
@@ -210,8 +216,8 @@ def _by_head(subject: Subject, scores: Any) -> tuple[NDArray[np.float64], NDArra
     return heads.double().numpy(), torch.stack([s[1].detach() for s in scores]).double().numpy()
 
 
-def _standardised(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    return (scores - scores.mean(1, keepdims=True)) / (scores.std(1, keepdims=True) + 1e-12)
+def _standardised(scores: Tensor) -> Tensor:
+    return (scores - scores.mean()) / (scores.std() + 1e-12)
 
 
 def _all_but_least(scores: NDArray[np.float64], share: float) -> Flags:

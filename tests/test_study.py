@@ -22,8 +22,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneD
 
 
 MODULES = (
-    "study study_prune study_sparse study_report study_tables study_claims accuracy_nets".split()
-)
+    "study study_prune study_sparse study_papers study_report study_tables study_claims "
+    "accuracy_nets"
+).split()
 
 
 @pytest.fixture
@@ -225,6 +226,7 @@ def test_flap_and_wanda_sp_come_to_the_macs(study: Any, monkeypatch: pytest.Monk
     rows = rows_of(study, subject, "papers", "ShortGPT", "Wanda-sp", "FLAP")
     by = {row["removed"]: row["macs"] for row in rows if row["method"] == "FLAP" and "macs" in row}
     assert by
-    assert all(abs(macs - (1 - removed)) < 0.06 for removed, macs in by.items())
+    head = study.papers._units(subject).head_macs / subject.macs  # what may go beyond
+    assert all(-1e-4 < 1 - removed - macs < head for removed, macs in by.items())
     shallow = [row for row in rows if row["method"] == "ShortGPT"]
     assert [round(row["macs"] + row["removed"], 2) for row in shallow] == [1.0]
