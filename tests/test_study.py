@@ -186,6 +186,25 @@ def test_a_claim_is_judged_in_pairs(study: Any, gain: float, verdict: str) -> No
     assert f"{gain / 10:+.1%}" in figures
 
 
+def test_wanda_heeds_the_norms_of_inputs(study: Any) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 32) * torch.logspace(-1, 1, 32)
+    dense, lost = nn.Sequential(nn.Linear(32, 8, bias=False)), []
+    for sparsify in (study.sparse.by_wanda, study.sparse.by_magnitude_of_layer):
+        sparse = copy.deepcopy(dense)
+        sparsify(sparse, SimpleNamespace(pairs=[(x, None)]), 0.5)
+        assert int((sparse[0].weight == 0).sum()) == 128
+        lost.append(float((sparse(x) - dense(x)).detach().square().sum()))
+    assert lost[0] < lost[1] / 4
+
+
+def test_what_a_convolution_multiplies_is_its_output(study: Any) -> None:
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(3, 4, 3, stride=2, padding=1, bias=False), torch.randn(2, 3, 8, 8)
+    made = study.sparse._vectors(conv, x) @ conv.weight.flatten(1).T
+    torch.testing.assert_close(made, conv(x).flatten(2).transpose(1, 2).flatten(0, 1))
+
+
 def test_sparsegpt_without_correlations_is_magnitude(study: Any) -> None:
     torch.manual_seed(0)
     weight = torch.randn(6, 32)
