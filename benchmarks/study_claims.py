@@ -2,7 +2,8 @@
 
 A claim compares two methods at the points that both have (task, seed and ratio), in pairs. It is
 confirmed where the first is better in at least three quarters of the pairs and on the average of
-tasks, not confirmed where that holds the other way around, and else open: neither is.
+tasks, not confirmed where that holds the other way around, and else open: neither is. Few pairs, or
+those of one net, leave it open, too.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ Picks = Callable[[Row], bool]
 Point = tuple[str, int, float]
 
 SHARE = 0.75  # of the pairs
+PAIRS, NETS = 6, 2  # at least, to judge a claim by
 ALIKE = 0.05  # of a task's range between dense and the worst: a difference that counts
 
 
@@ -299,7 +301,9 @@ def judged(claim: Claim, good: Sequence[Row], ranges: Mapping[str, float]) -> tu
     by_task = [mean(g for p, g in gains.items() if p[0] == task) for task in {p[0] for p in pairs}]
     tasks = f"{sum(gain > 0 for gain in by_task)} of {len(by_task)} tasks"
     wins = level if claim.matches else better
-    if wins >= SHARE and (claim.matches or mean(by_task) > 0):
+    if len(pairs) < PAIRS or len({(task, seed) for task, seed, _ in pairs}) < NETS:
+        verdict = "open: too few yet"
+    elif wins >= SHARE and (claim.matches or mean(by_task) > 0):
         verdict = "confirmed"
     elif 1 - better >= SHARE and mean(by_task) < 0:
         verdict = "**not confirmed**"

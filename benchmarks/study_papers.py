@@ -8,7 +8,7 @@ counted as if they were gone.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,6 +25,8 @@ import depcut
 
 Flags = NDArray[np.bool_]
 
+EQUAL = "FLAP, equal shares"  # of every layer, as one of its paper's ablations has it
+
 
 def papers(subject: Subject) -> Iterator[Job]:
     """Of the decoders: the recipes, and depcut's branches and widths beside them."""
@@ -33,6 +35,7 @@ def papers(subject: Subject) -> Iterator[Job]:
     yield Job("papers", "ShortGPT", partial(_shortgpt, subject))
     yield Job("papers", "Wanda-sp", partial(_by_units, subject, "Wanda-sp"))
     yield Job("papers", "FLAP", partial(_by_units, subject, "FLAP"))
+    yield Job("papers", EQUAL, partial(_by_units, subject, EQUAL))
     for name, depth in (("depcut, widths", False), ("depcut, widths and branches", True)):
         yield Job("papers", name, partial(_ours, subject, depth))
 
@@ -127,17 +130,13 @@ def _read(layer: Any) -> tuple[nn.Linear, nn.Linear]:
 def _by_units(subject: Subject, recipe: str) -> Iterator[Row]:
     units = _units(subject)
     for removed in REMOVED:
-        found = (
-            _wanda_sp(subject, units, removed)
-            if recipe == "Wanda-sp"
-            else _flap(subject, units, removed)
-        )
+        found = RECIPES[recipe](subject, units, removed)
         if found is None:
             yield {"removed": removed, "error": "heads and neurons hold fewer MACs than that"}
             continue
         heads, neurons = found
         gone = (~heads).sum() * units.head_macs + (~neurons).sum() * units.neuron_macs
-        slim = _without(subject, units, heads, neurons, compensate=recipe == "FLAP")
+        slim = _without(subject, units, heads, neurons, compensate=recipe != "Wanda-sp")
         yield {
             "removed": removed,
             **subject.judged(slim),
@@ -167,8 +166,16 @@ def _wanda_sp(subject: Subject, units: Units, removed: float) -> tuple[Flags, Fl
         tuple((m.weight.abs() * x).mean(0) for m, x in zip(_read(layer), norms, strict=True))
         for layer, norms in zip(_layers(subject), units.norms, strict=True)
     ]
-    heads, neurons = _by_head(subject, scores)
+    return _equal_shares(subject, units, removed, *_by_head(subject, scores))
 
+
+def _equal_shares(
+    subject: Subject,
+    units: Units,
+    removed: float,
+    heads: NDArray[np.float64],
+    neurons: NDArray[np.float64],
+) -> tuple[Flags, Flags] | None:
     def choice(share: float) -> tuple[Flags, Flags]:
         return _all_but_least(heads, share), _all_but_least(neurons, share)
 
@@ -181,8 +188,10 @@ def _wanda_sp(subject: Subject, units: Units, removed: float) -> tuple[Flags, Fl
     return choice(high) if high < 1 - 1e-6 else None
 
 
-def _flap(subject: Subject, units: Units, removed: float) -> tuple[Flags, Flags] | None:
-    """Fluctuations times squared norms, standardised by layer, over all layers (FLAP, eq. 3, 4).
+def _fluctuations(
+    subject: Subject, units: Units
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Variances times squared norms, standardised by layer (FLAP, eq. 3).
 
     As in its authors' code, dimensions are standardised before a head takes their mean.
     """
@@ -193,7 +202,12 @@ def _flap(subject: Subject, units: Units, removed: float) -> tuple[Flags, Flags]
         )
         for layer, found in zip(_layers(subject), units.variances, strict=True)
     ]
-    heads, neurons = _by_head(subject, scores)
+    return _by_head(subject, scores)
+
+
+def _flap(subject: Subject, units: Units, removed: float) -> tuple[Flags, Flags] | None:
+    """Heads and neurons of all layers compared with each other (FLAP, eq. 4)."""
+    heads, neurons = _fluctuations(subject, units)
     flat = np.concatenate([heads.ravel(), neurons.ravel()])
     macs = np.repeat([units.head_macs, units.neuron_macs], [heads.size, neurons.size])
     order = np.argsort(flat, kind="stable")
@@ -203,6 +217,17 @@ def _flap(subject: Subject, units: Units, removed: float) -> tuple[Flags, Flags]
     stays = np.ones(len(flat), dtype=bool)
     stays[order[:count]] = False
     return stays[: heads.size].reshape(heads.shape), stays[heads.size :].reshape(neurons.shape)
+
+
+def _flap_equal(subject: Subject, units: Units, removed: float) -> tuple[Flags, Flags] | None:
+    return _equal_shares(subject, units, removed, *_fluctuations(subject, units))
+
+
+RECIPES: Mapping[str, Callable[[Subject, Units, float], tuple[Flags, Flags] | None]] = {
+    "Wanda-sp": _wanda_sp,
+    "FLAP": _flap,
+    EQUAL: _flap_equal,
+}
 
 
 def _layers(subject: Subject) -> Any:

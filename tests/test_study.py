@@ -176,14 +176,16 @@ def test_a_claim_is_judged_in_pairs(study: Any, gain: float, verdict: str) -> No
         base = {"task": "t", "part": part, "method": method, "removed": 0.8, "seed": seed}
         return {**base, "lost": lost, "compensated": compensated}
 
-    rows = [row("random", 10.0, seed, compensated=False) for seed in range(4)]
-    for seed in range(4):
+    rows = [row("random", 10.0, seed, compensated=False) for seed in range(6)]
+    for seed in range(6):
         rows += [row("Wanda", 5.0 - gain, seed), row("magnitude by layer", 5.0, seed)]
     claims = study.claims
     claim = next(c for c in claims.CLAIMS if "(Wanda) beat weights, as" in c.text)
     found, figures = claims.judged(claim, rows, claims.ranges_of(rows))
     assert found == verdict
     assert f"{gain / 10:+.1%}" in figures
+    few = [row for row in rows if row["seed"] < 5]
+    assert claims.judged(claim, few, claims.ranges_of(few))[0] == "open: too few yet"
 
 
 def test_wanda_heeds_the_norms_of_inputs(study: Any) -> None:
@@ -242,7 +244,7 @@ def test_flap_and_wanda_sp_come_to_the_macs(study: Any, monkeypatch: pytest.Monk
         build=lambda: study.accuracy_nets.CharGPT(18, 64, width=16, heads=4, depth=2),
     )
     subject = study.study.Trained(task, 0)
-    rows = rows_of(study, subject, "papers", "ShortGPT", "Wanda-sp", "FLAP")
+    rows = rows_of(study, subject, "papers", "ShortGPT", "Wanda-sp", "FLAP", study.papers.EQUAL)
     by = {row["removed"]: row["macs"] for row in rows if row["method"] == "FLAP" and "macs" in row}
     assert by
     head = study.papers._units(subject).head_macs / subject.macs  # what may go beyond
