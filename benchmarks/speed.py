@@ -169,7 +169,8 @@ def shrunk(model: nn.Module, member: Any) -> nn.Module:
 
 
 def after_capture(model: nn.Module, program: Program) -> nn.Module:
-    return Analysis(model, infer_coupling(program)).plan(0.5, align=1).apply(model)
+    analysis = Analysis(model, infer_coupling(program))
+    return analysis.plan(0.5, align=1, rebuildable=False).apply(model)
 
 
 def itemised(run: Callable[[], Any]) -> dict[str, float]:

@@ -16,8 +16,53 @@ from depcut.support.failures import first_line, reraise_fatal
 from depcut.support.torch_private import FakeTensorMode, pytree
 
 
+class StandIns:
+    """Tensors without values, for several runs: one for each tensor that they share."""
+
+    def __init__(self) -> None:
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # the first keeps its number
+
+    def of(self, leaf: Any) -> Any:
+        """The one for a tensor; anything else as it is."""
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        if id(leaf) not in self._made:
+            self._made[id(leaf)] = leaf, self.mode.from_tensor(leaf)
+        return self._made[id(leaf)][1]
+
+
+def dry_result(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    stand_ins: StandIns | None = None,
+) -> tuple[Any] | None:
+    """What a forward returns, without values, in a tuple; None where it does not run so.
+
+    Args:
+        model: The model; a clone of it runs, in eval mode.
+        args: Positional inputs.
+        kwargs: Keyword inputs.
+        stand_ins: Those of other runs.
+    """
+    seen = clone(model)
+    made = stand_ins or StandIns()
+    try:
+        with capturing(), lean(), made.mode, torch.no_grad():
+            tensors = (*seen.named_parameters(), *seen.named_buffers())
+            held: dict[str, torch.Tensor] = {name: made.of(tensor) for name, tensor in tensors}
+            args, kwargs = pytree.tree_map(made.of, (args, kwargs))
+            return (torch.func.functional_call(seen, held, args, kwargs),)
+    except Exception:  # noqa: BLE001  any failure of the user's forward means: not these inputs
+        return None
+
+
 def result_shapes(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    stand_ins: StandIns | None = None,
 ) -> list[torch.Size] | None:
     """Shapes of the tensors that a forward returns; None where it does not run without values.
 
@@ -25,24 +70,12 @@ def result_shapes(
         model: The model; a clone of it runs, in eval mode.
         args: Positional inputs.
         kwargs: Keyword inputs.
+        stand_ins: Those of other runs.
     """
-    seen = clone(model)
-    try:
-        fakes = FakeTensorMode(allow_non_fake_inputs=True)
-        with capturing(), lean(), fakes as fake, torch.no_grad():
-
-            def stand_in(leaf: Any) -> Any:
-                return fake.from_tensor(leaf) if isinstance(leaf, torch.Tensor) else leaf
-
-            held: dict[str, torch.Tensor] = {
-                name: fake.from_tensor(tensor)
-                for name, tensor in (*seen.named_parameters(), *seen.named_buffers())
-            }
-            args, kwargs = pytree.tree_map(stand_in, (args, kwargs))
-            result = torch.func.functional_call(seen, held, args, kwargs)
-        return [leaf.shape for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-    except Exception:  # noqa: BLE001  any failure of the user's forward means: not these inputs
-        return None
+    found = dry_result(model, args, kwargs, stand_ins)
+    leaves = pytree.tree_leaves(found)
+    shapes = [leaf.shape for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    return None if found is None else shapes
 
 
 def failure(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

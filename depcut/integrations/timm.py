@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from depcut.axes import resolve
 from depcut.capture.clone import clone
-from depcut.capture.dry_run import result_shapes
+from depcut.capture.dry_run import StandIns, dry_result, result_shapes
 from depcut.capture.program import ModuleCall
 from depcut.capture.provenance import Traced, trace_attributes
 from depcut.capture.random_state import preserved
@@ -70,12 +70,14 @@ class _Model:
         slim: The smaller one.
         dense: The dense one.
         keep: What stays.
+        features: What `forward_features` of either returns, in a tuple; without values.
     """
 
     name: str
     slim: nn.Module
     dense: nn.Module
     keep: Keep
+    features: dict[nn.Module, tuple[Any]] = field(default_factory=dict)
 
     def finish(self) -> list[str]:
         """Set the attributes; what does not work then, in words."""
@@ -115,11 +117,26 @@ class _Model:
                     return args, kwargs
         return None
 
+    @cached_property
+    def _stand_ins(self) -> StandIns:
+        """Of the tensors of both models."""
+        return StandIns()
+
+    def _run(self, model: nn.Module, *first: Any) -> Shapes | None:
+        """Shapes of what a module returns that gets the model's inputs, behind others."""
+        args, kwargs = self._inputs or ((), {})
+        return result_shapes(model, (*first, *args), kwargs, self._stand_ins)
+
     def _shapes(self, model: nn.Module) -> Shapes | None:
         """Shapes of a model's features and of what its classifier reads."""
         args, kwargs = self._inputs or ((), {})
-        both = result_shapes(_Features(model, head=True), args, kwargs)
-        return both or result_shapes(_Features(model, head=False), args, kwargs)
+        for head in (True, False):
+            found = dry_result(_Features(model, head=head), args, kwargs, self._stand_ins)
+            if found is not None:
+                ((features, *widths),) = found
+                self.features[model] = pytree.tree_map(_empty, features)
+                return [width.shape for width in widths]
+        return None
 
     def _set_widths(self) -> None:
         """`num_features` and `head_hidden_size`, by what a run without values returns."""
@@ -171,13 +188,13 @@ class _Model:
 
     def _reset_fails(self) -> list[str]:
         """Whether a new classifier works on the smaller model where it does on the dense one."""
-        args, kwargs = self._inputs or ((), {})
         made = []
         for model in (self.slim, self.dense):
             seen = clone(model)
             try:
                 seen.reset_classifier(_CLASSES)  # type: ignore[operator]
-                shapes = result_shapes(seen, args, kwargs)
+                features = self.features.get(model)
+                shapes = self._run(_OnFeatures(seen), features) if features else self._run(seen)
             except Exception as error:  # noqa: BLE001  it is told as a note
                 reraise_fatal(error)
                 shapes, why = None, first_line(error)
@@ -225,9 +242,7 @@ class _Model:
         """Shapes of the dense and the smaller model's feature maps, where it returns any."""
         if not hasattr(self.dense, "forward_intermediates") or self._inputs is None:
             return None
-        args, kwargs = self._inputs
-        both = (result_shapes(_Maps(m), args, kwargs) for m in (self.dense, self.slim))
-        dense, slim = both
+        dense, slim = (self._run(_Maps(m)) for m in (self.dense, self.slim))
         return None if dense is None or slim is None else (dense, slim)
 
     def _renewed_by_call(self, module: str, width: int, *, inputs: bool) -> int | None:
@@ -249,18 +264,39 @@ class _Model:
 
 
 class _Features(nn.Module):
-    """Returns a model's features, and what its classifier reads."""
+    """Returns a model's features, and their sizes, and those of what its classifier reads."""
 
     def __init__(self, model: nn.Module, *, head: bool) -> None:
         super().__init__()
         self.model, self.head = model, head
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-        """A tensor with the sizes of each."""
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """The features in a tuple, and a tensor with the sizes of each."""
         features = self.model.forward_features(*args, **kwargs)  # type: ignore[operator]
         if not self.head:
-            return (_sized(features),)
-        return _sized(features), _sized(self.model.forward_head(features, pre_logits=True))  # type: ignore[operator]
+            return (features,), _sized(features)
+        read = self.model.forward_head(features, pre_logits=True)  # type: ignore[operator]
+        return (features,), _sized(features), _sized(read)
+
+
+class _OnFeatures(nn.Module):
+    """Runs a model on features that are known."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, features: tuple[Any], *args: Any, **kwargs: Any) -> Any:
+        """What the model returns where its `forward_features` returns the features."""
+        vars(self.model)["forward_features"] = lambda *_args, **_kwargs: features[0]
+        return self.model(*args, **kwargs)
+
+
+def _empty(leaf: Any) -> Any:
+    """A tensor of the same kind that belongs to no run."""
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    return torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device)
 
 
 class _Maps(nn.Module):

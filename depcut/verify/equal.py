@@ -46,7 +46,7 @@ def verify_equal(slim: nn.Module, keep: Keep, model: nn.Module) -> float:
     if drawn is not None:
         size = max(size, check.size(Trial(leaves=drawn)))
     for other in [] if check.draws else other_inputs(keep, model):
-        check.elsewhere(Trial(leaves=tuple(other)))
+        check.elsewhere(Trial(leaves=tuple(other.leaves)))
     return size
 
 

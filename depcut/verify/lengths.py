@@ -67,6 +67,19 @@ class Trace:
 
 
 @dataclass(frozen=True)
+class Other:
+    """Inputs of another length or image size.
+
+    Attributes:
+        leaves: The flat inputs.
+        dense: What the dense model executes on them.
+    """
+
+    leaves: list[Any]
+    dense: Trace
+
+
+@dataclass(frozen=True)
 class Difference:
     """Where a smaller model does not follow the dense one.
 
@@ -99,8 +112,8 @@ def changed_attributes(slim: Slim, model: nn.Module) -> list[tuple[int, int]]:
 
 def other_inputs(
     keep: Keep, model: nn.Module, changed: Sequence[tuple[int, int]] = ()
-) -> list[list[Any]]:
-    """Flat inputs of other lengths or image sizes, which the dense model takes.
+) -> list[Other]:
+    """Inputs of other lengths or image sizes, which the dense model takes.
 
     All dimensions of one size change together, in all inputs; never the batch.
 
@@ -119,26 +132,24 @@ def other_inputs(
     between = [(n, other) for other in middles for n in found if n != other]
     shorter = [(n, n // 2) for n in found if n >= 4]
     shorter += [(n, n - 1 if n > 2 else n + 1) for n in found]
-    seen = clone(model, buffers=True)
     out = []
     for tried in (between, shorter):
         for size, other in tried[:_TRIES]:
             changed_leaves = [_resized(leaf, size, other) for leaf in leaves]
-            if _takes(seen, keep, changed_leaves):
-                out.append(changed_leaves)
+            trace = _taken(model, keep, changed_leaves)
+            if trace is not None:
+                out.append(Other(changed_leaves, trace))
                 break
     return out
 
 
-def _takes(model: nn.Module, keep: Keep, leaves: Sequence[Any]) -> bool:
-    args, kwargs = example(keep, leaves=leaves)
+def _taken(model: nn.Module, keep: Keep, leaves: Sequence[Any]) -> Trace | None:
+    """What a model executes on inputs; None where it does not take them."""
     try:
-        with torch.no_grad(), as_captured():
-            model(*args, **kwargs)
+        return traced(model, keep, leaves)
     except Exception as error:  # noqa: BLE001  whatever the model's code raises: it does not
         reraise_fatal(error)
-        return False
-    return True
+        return None
 
 
 def _resized(leaf: Any, size: int, other: int) -> Any:
@@ -152,18 +163,21 @@ def _resized(leaf: Any, size: int, other: int) -> Any:
 
 
 def traced(
-    model: nn.Module, keep: Keep, leaves: Sequence[Any], trace: Trace | None = None
+    model: nn.Module,
+    keep: Keep,
+    leaves: Sequence[Any] | None = None,
+    trace: Trace | None = None,
 ) -> Trace:
     """Run a clone of a model as it is.
 
     Args:
         model: The model; it is only read.
         keep: Whose program's inputs.
-        leaves: Flat inputs.
+        leaves: Flat inputs; None: one row of the captured ones.
         trace: To write to, so that it can be read when the model raises.
     """
     trace = Trace() if trace is None else trace
-    args, kwargs = example(keep, leaves=leaves)
+    args, kwargs = example(keep, leaves=leaves, rows=1 if leaves is None else None)
     seen = clone(model, buffers=True)
     for name, module in seen.named_modules():
         follow(trace, name, module)
@@ -192,24 +206,21 @@ class _Tracer(TorchDispatchMode):
         return out
 
 
-def differs_at(slim: Slim, model: nn.Module, other: Sequence[Any]) -> Difference | None:
+def differs_at(slim: Slim, other: Other, dense: Trace, first: Trace) -> Difference | None:
     """Where the smaller model does not follow the dense one at another length, if anywhere.
 
     Args:
         slim: The smaller model, which is right at the captured sizes.
-        model: The dense model.
-        other: Flat inputs of that length.
+        other: Inputs of that length.
+        dense: What the dense model executes on one row of the captured inputs.
+        first: What the smaller one does.
 
     Returns:
         None where it does, and where it is a generated module that refuses the other length.
     """
-    keep = slim.keep
-    given = pytree.tree_leaves(example(keep, rows=1))
-    generated = {*slim.generated, *slim.inlined}
-    dense = traced(model, keep, given), traced(model, keep, other)
-    first, second = traced(slim.model, keep, given), Trace()
+    second = Trace()
     try:
-        traced(slim.model, keep, other, second)
+        traced(slim.model, slim.keep, other.leaves, second)
     except DepcutError:
         return None  # a generated module says that it does not take it
     except Exception as problem:  # noqa: BLE001  whatever the model's code raises
@@ -218,7 +229,8 @@ def differs_at(slim: Slim, model: nn.Module, other: Sequence[Any]) -> Difference
         if any(name in slim.generated for name in open_calls):
             return None
         return Difference(open_calls[-1], f"at another length, {first_line(problem)}")
-    return _difference(dense, (first, second), generated)
+    generated = {*slim.generated, *slim.inlined}
+    return _difference((dense, other.dense), (first, second), generated)
 
 
 def _difference(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -25,7 +25,15 @@ from depcut.verify.compare import CERTAIN, Expected, Found, compare
 from depcut.verify.culprit import RUNTIME_ERRORS, culprits
 from depcut.verify.equal import verify_equal
 from depcut.verify.exciting import exciting
-from depcut.verify.lengths import Difference, changed_attributes, differs_at, other_inputs
+from depcut.verify.lengths import (
+    Difference,
+    Other,
+    Trace,
+    changed_attributes,
+    differs_at,
+    other_inputs,
+    traced,
+)
 from depcut.verify.module_results import Trial, module_results, run_plain
 from depcut.verify.precision import TOLERANCE, is_half
 from depcut.verify.reference_values import reference_values
@@ -87,14 +95,14 @@ class _Verification:
         model: The dense model.
         suspect: The module that was wrong first.
         follows: Whether other lengths are tried; None: not known yet.
-        others: Flat inputs of other lengths.
+        others: Inputs of other lengths.
     """
 
     slim: Slim
     model: nn.Module
     suspect: str | None = None
     follows: bool | None = None
-    others: list[list[Any]] = field(default_factory=list)
+    others: list[Other] = field(default_factory=list)
     _expected: dict[Trial, Expected] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -162,8 +170,16 @@ class _Verification:
         return list(dict.fromkeys(m.call.module for m in wrong if m.call.module not in done))
 
     def _first_difference(self) -> Difference | None:
-        found = (differs_at(self.slim, self.model, other) for other in self.others)
+        if not self.others:
+            return None
+        dense, first = self._dense, traced(self.slim.model, self.keep)
+        found = (differs_at(self.slim, other, dense, first) for other in self.others)
         return next((difference for difference in found if difference is not None), None)
+
+    @cached_property
+    def _dense(self) -> Trace:
+        """What the dense model executes on one row of the captured inputs."""
+        return traced(self.model, self.keep)
 
     def _compared(self) -> Attempt:
         """What was wrong in the first trial that was; else the largest difference of all."""
