@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import subprocess
@@ -253,6 +254,43 @@ def test_other_inputs_may_be_given() -> None:
     model, plan = planned("residual")
     slim = plan.apply(model, torch.randn(3, 3, 12, 12))
     assert_same_tensors(slim, plan.apply(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", ["residual", "dict_inputs", "lstm"])
+def test_a_plan_fits_the_same_architecture_in_another_precision(
+    name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model, plan = planned(name)
+    other = copy.deepcopy(model).to(dtype)
+    plan.save(tmp_path / "plan.json")
+    slims = [p.apply(other) for p in (plan, depcut.Plan.load(tmp_path / "plan.json"))]
+    expected = plan.apply(model, compensate=False).to(dtype)
+    for slim in slims:
+        shapes = {n: (t.shape, t.dtype) for n, t in slim.state_dict().items()}
+        assert shapes == {n: (t.shape, t.dtype) for n, t in expected.state_dict().items()}
+    with plan.masked(other) as masked:
+        assert masked is other
+
+
+class Casts(nn.Module):
+    """Takes single precision alone, whatever its weights are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != torch.float32:
+            raise TypeError("single precision, please")
+        return self.layers(x.to(self.layers[0].weight.dtype))
+
+
+def test_inputs_keep_their_precision_where_a_model_takes_it() -> None:
+    model = randomise(Casts()).eval()
+    plan = depcut.analyze(model, torch.randn(2, 6)).plan(0.5)
+    slim = plan.apply(copy.deepcopy(model).to(torch.float64))
+    assert slim(torch.randn(3, 6)).dtype == torch.float64
 
 
 # What a plan says ---------------------------------------------------------------------------------

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from depcut.capture.eager import refuse_failing_call
 from depcut.capture.inputs import device_of
 from depcut.capture.results import EVERY, Names
 from depcut.coupling.groups import Coupling
-from depcut.errors import PlanError
+from depcut.errors import CallError, PlanError
 from depcut.support.failures import first_line, shown
 from depcut.support.torch_private import pytree
 
@@ -88,9 +89,11 @@ def outputs_of(inputs: Any) -> Names | None:
 def example_of(inputs: Any, model: nn.Module) -> Any:
     """Inputs of recorded shapes: small integers for ids, noise for the rest.
 
+    Floating-point ones are of the recorded precision, or of the model's where it takes that alone.
+
     Args:
         inputs: As `PlanData.inputs`.
-        model: Whose device they go to.
+        model: Whose device they go to; it is only read.
 
     Returns:
         What `capture` takes: one call, or a list of several.
@@ -98,6 +101,35 @@ def example_of(inputs: Any, model: nn.Module) -> Any:
     Raises:
         PlanError: They are too large to be made up, or of a data type that has no such values.
     """
+    calls = _examples(inputs, device_of(model))
+    own = _precision(model)
+    others = {t.dtype for t in pytree.tree_leaves(calls) if _is_floating(t)} - {own}
+    if own is not None and others and not all(_takes(model, call) for call in calls):
+        calls = pytree.tree_map(lambda leaf: leaf.to(own) if _is_floating(leaf) else leaf, calls)
+    return calls if len(calls) > 1 else calls[0]
+
+
+def _precision(model: nn.Module) -> torch.dtype | None:
+    """The one data type of all floating-point parameters."""
+    found = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return found.pop() if len(found) == 1 else None
+
+
+def _is_floating(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+
+
+def _takes(model: nn.Module, call: Any) -> bool:
+    args, kwargs = ((), call) if isinstance(call, dict) else (call, {})
+    try:
+        refuse_failing_call(model, ("", args, kwargs))
+    except CallError:
+        return False
+    return True
+
+
+def _examples(inputs: Any, device: torch.device) -> list[Any]:
+    """One call after the other, as recorded."""
     generator = torch.Generator().manual_seed(0)
 
     def example(leaf: Any) -> Any:
@@ -121,7 +153,7 @@ def example_of(inputs: Any, model: nn.Module) -> Any:
                 where="inputs=",
                 remedy="pass inputs=",
             ) from error
-        return tensor.to(device_of(model))
+        return tensor.to(device)
 
     calls = []
     for call in (inputs, *inputs.get("others", ())):
@@ -131,7 +163,7 @@ def example_of(inputs: Any, model: nn.Module) -> Any:
             is_leaf=_is_tensor,
         )
         calls.append(kwargs or tuple(args))
-    return calls if len(calls) > 1 else calls[0]
+    return calls
 
 
 def described(leaf: Any) -> Any:
