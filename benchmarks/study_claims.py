@@ -1,9 +1,9 @@
 """Claims of the notes that the project grew from, each judged by the study's rows.
 
 A claim compares two methods at the points that both have (task, seed and ratio), in pairs. It is
-confirmed where the first is better in at least three quarters of the pairs and on the average of
-tasks, not confirmed where that holds the other way around, and else open: neither is. Few pairs, or
-those of one net, leave it open, too.
+confirmed where the first is better (or as good, where the claim is only that) in at least three
+quarters of the pairs and on the average of tasks; else it is not, and where the second is better by
+that measure the reverse holds. Few pairs, or those of one net, are too few to say.
 """
 
 from __future__ import annotations
@@ -302,15 +302,16 @@ def judged(claim: Claim, good: Sequence[Row], ranges: Mapping[str, float]) -> tu
     tasks = f"{sum(gain > 0 for gain in by_task)} of {len(by_task)} tasks"
     wins = level if claim.matches else better
     if len(pairs) < PAIRS or len({(task, seed) for task, seed, _ in pairs}) < NETS:
-        verdict = "open: too few yet"
+        verdict = "too few yet"
     elif wins >= SHARE and (claim.matches or mean(by_task) > 0):
         verdict = "confirmed"
     elif 1 - better >= SHARE and mean(by_task) < 0:
-        verdict = "**not confirmed**"
+        verdict = "**not confirmed**, the reverse"
     else:
-        verdict = "open: neither"
+        verdict = "not confirmed, mixed"
+    as_good = f"as good in {level:.0%} and " if claim.matches else ""
     figures = (
-        f"better in {better:.0%} of {len(pairs)} pairs and on {tasks}; "
+        f"{as_good}better in {better:.0%} of {len(pairs)} pairs and on {tasks}; "
         f"{mean(by_task):+.1%} of what a task can lose"
     )
     return verdict, figures
