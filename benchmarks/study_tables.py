@@ -173,10 +173,12 @@ def summary(good: Sequence[Row], kind: str, ratios: Sequence[float]) -> str:
     part, ranges = part_of(good, kind), study_claims.ranges_of(good)
     by = grouped(part, "method", "removed")
     body = []
-    for (method,), rows in grouped(part, "method").items():
-        cells = [percent(share_lost(by[method, removed], ranges)) for removed in ratios]
+    for (method,), every in grouped(part, "method").items():
+        # A control of which nothing is removed stands beside every ratio.
+        found = [by[method, removed] or by[method, 0.0] for removed in ratios]
+        cells = [percent(share_lost(rows, ranges)) for rows in found]
         body.append(
-            (method, *cells, f"{median(row['seconds'] for row in rows):.0f}", seeds_of(rows))
+            (method, *cells, f"{median(row['seconds'] for row in every):.0f}", seeds_of(every))
         )
     return markdown(("method", *(f"{r:.0%}" for r in ratios), "median s", "nets"), body)
 
@@ -195,7 +197,7 @@ def by_task(good: Sequence[Row], kind: str, ratios: Sequence[float]) -> str:
                 *(spread(lost(by[method, compensated, removed, name])) for name in names),
             )
             for method, compensated in methods
-            for removed in ratios
+            for removed in (0.0, *ratios)
             if any(by[method, compensated, removed, name] for name in names)
         ],
     )

@@ -121,6 +121,20 @@ def tickets(subject: Trained) -> Iterator[Job]:
     """The same small architecture after the same steps, from different weights and rates."""
     for name, run in TICKETS.items():
         yield Job("tickets", name, partial(_rows, subject, run))
+    yield Job("tickets", "dense, rate rewound", partial(_dense_again, subject))
+
+
+def _dense_again(subject: Trained) -> Iterator[Row]:
+    """The control of what goes on from trained weights: all units, for as many steps more."""
+    start = time.process_time()
+    model = subject.retrained(copy.deepcopy(subject.model), subject.length, subject.rates)
+    yield {
+        "removed": 0.0,
+        **subject.judged(model),
+        **subject.sized(model),
+        "steps": subject.length,
+        "seconds": round(time.process_time() - start, 1),
+    }
 
 
 def _rows(subject: Trained, run: Callable[[Trained, depcut.Plan], tuple[nn.Module, int]]) -> Any:
@@ -232,10 +246,7 @@ def early_ticket(subject: Trained, plan: depcut.Plan) -> Ran:
 
 def scratch_e(subject: Trained, plan: depcut.Plan) -> Ran:
     """New random weights, T steps: the ticket's control, and Scratch-E of Liu et al. 2019."""
-    return (
-        subject.retrained(subject.drawn(plan), subject.length, subject.rates),
-        subject.length,
-    )
+    return subject.retrained(subject.drawn(plan), subject.length, subject.rates), subject.length
 
 
 def scratch_b(subject: Trained, plan: depcut.Plan) -> Ran:

@@ -77,14 +77,15 @@ def test_masks_judge_what_a_smaller_model_does(study: Any, subject: Any) -> None
 
 
 def test_every_way_to_train_has_its_steps(study: Any, subject: Any) -> None:
-    rows = rows_of(
-        study, subject, "tickets", "rate rewound", "early ticket", "scratch-B", "distilled"
-    )
+    names = ("rate rewound", "early ticket", "scratch-B", "distilled", "dense, rate rewound")
+    rows = rows_of(study, subject, "tickets", *names)
     assert not [row for row in rows if "error" in row]
     steps = {(row["method"], row["removed"]): row["steps"] for row in rows}
     assert {steps["rate rewound", r] for r in (0.5, 0.8, 0.9)} == {12}
     assert {steps["early ticket", r] for r in (0.5, 0.8, 0.9)} == {11}
     assert steps["scratch-B", 0.5] <= steps["scratch-B", 0.9] == 24
+    (control,) = [row for row in rows if row["method"] == "dense, rate rewound"]
+    assert (control["removed"], control["steps"], control["macs"]) == (0.0, 12, 1.0)
 
 
 def test_equal_numbers_of_parameters(study: Any, subject: Any) -> None:
