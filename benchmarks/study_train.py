@@ -250,14 +250,11 @@ def scratch_e(subject: Trained, plan: depcut.Plan) -> Ran:
 
 
 def scratch_b(subject: Trained, plan: depcut.Plan) -> Ran:
-    """New random weights, as much compute as the dense training, at most 2 T (Liu et al. 2019)."""
+    """New random weights, as much compute as the dense training, at most 2 T (Liu et al. 2019).
+
+    With half of the MACs or less: as many steps as the dense net and its retraining had together.
+    """
     steps = depcut.training.scratch_epochs(plan, subject.length, "B")
-    return subject.retrained(subject.drawn(plan), steps, subject.stretched(steps)), steps
-
-
-def scratch_2t(subject: Trained, plan: depcut.Plan) -> Ran:
-    """New random weights, 2 T steps: as many as the dense net and its retraining had together."""
-    steps = 2 * subject.length
     return subject.retrained(subject.drawn(plan), steps, subject.stretched(steps)), steps
 
 
@@ -275,7 +272,6 @@ TICKETS: Mapping[str, Callable[[Trained, depcut.Plan], Ran]] = {
     "early ticket": early_ticket,
     "scratch-E": scratch_e,
     "scratch-B": scratch_b,
-    "scratch, 2 T": scratch_2t,
 }
 
 
@@ -395,4 +391,5 @@ def _gradual_structured(subject: Trained, removed: float) -> nn.Module:
 
 def _small_dense(subject: Trained, removed: float) -> nn.Module:
     """A narrow net of its own, trained as long as the others in all."""
-    return scratch_2t(subject, subject.plan(removed, of="params"))[0]
+    drawn, steps = subject.drawn(subject.plan(removed, of="params")), 2 * subject.length
+    return subject.retrained(drawn, steps, subject.stretched(steps))
