@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from statistics import mean, median
 
 from measure import Row
-from study_plot import of
+from study_plot import of, zeros
 
 Picks = Callable[[Row], bool]
 Point = tuple[str, int, float]
@@ -75,14 +75,14 @@ CLAIMS: Sequence[Claim] = (
     Claim(
         "and weights alone of all layers together",
         "Sun et al. 2024",
-        of("unstructured", "Wanda"),
-        of("unstructured", "magnitude"),
+        zeros("Wanda"),
+        zeros("magnitude"),
     ),
     Claim(
         "solving for what is left (SparseGPT) beats Wanda",
         "Frantar & Alistarh 2023",
-        of("unstructured", "SparseGPT"),
-        of("unstructured", "Wanda"),
+        zeros("SparseGPT"),
+        zeros("Wanda"),
     ),
     Claim(
         "unstructured zeros (magnitude) lose less than whole units of as many parameters (obs, "
