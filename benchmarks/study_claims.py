@@ -21,6 +21,7 @@ Point = tuple[str, int, float]
 
 SHARE = 0.75  # of the pairs
 PAIRS, NETS = 6, 2  # at least, to judge a claim by
+ZEROS_AT = (0.5, 0.65, 0.8)  # shares of zeros that the papers on them claim something at
 ALIKE = 0.05  # of a task's range between dense and the worst: a difference that counts
 
 
@@ -71,18 +72,21 @@ CLAIMS: Sequence[Claim] = (
         "Sun et al. 2024",
         of("unstructured", "Wanda"),
         of("unstructured", "magnitude by layer"),
+        ZEROS_AT,
     ),
     Claim(
         "and weights alone of all layers together",
         "Sun et al. 2024",
         zeros("Wanda"),
         zeros("magnitude"),
+        ZEROS_AT,
     ),
     Claim(
         "solving for what is left (SparseGPT) beats Wanda",
         "Frantar & Alistarh 2023",
         zeros("SparseGPT"),
         zeros("Wanda"),
+        ZEROS_AT,
     ),
     Claim(
         "unstructured zeros (magnitude) lose less than whole units of as many parameters (obs, "
