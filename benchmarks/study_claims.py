@@ -309,7 +309,7 @@ def judged(claim: Claim, good: Sequence[Row], ranges: Mapping[str, float]) -> tu
         verdict = "too few yet"
     elif wins >= SHARE and (claim.matches or mean(by_task) > 0):
         verdict = "confirmed"
-    elif 1 - better >= SHARE and mean(by_task) < 0:
+    elif 1 - wins >= SHARE and mean(by_task) < 0:
         verdict = "**not confirmed**, the reverse"
     else:
         verdict = "not confirmed, mixed"
