@@ -29,7 +29,9 @@ from study_papers import papers
 from study_prune import Job, criteria, rivals, times
 from study_sparse import sparse_times, unstructured
 from study_tasks import STUDY
-from study_train import Trained, before_training, sparse_dense, tickets
+from study_tickets import before_training, tickets
+from study_train import Trained
+from study_zeros import sparse_dense, sparse_tickets
 
 SEEDS = (0, 1, 2)
 PARTS: Mapping[str, Callable[[Trained], Iterator[Job]]] = {
@@ -40,6 +42,7 @@ PARTS: Mapping[str, Callable[[Trained], Iterator[Job]]] = {
         papers,
         tickets,
         sparse_dense,
+        sparse_tickets,
         before_training,
         rivals,
         times,

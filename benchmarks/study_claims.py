@@ -1,28 +1,16 @@
-"""Claims of the notes that the project grew from, each judged by the study's rows.
-
-A claim compares two methods at the points that both have (task, seed and ratio), in pairs. It is
-confirmed where the first is better (or as good, where the claim is only that) in at least three
-quarters of the pairs and on the average of tasks; else it is not, and where the second is better by
-that measure the reverse holds. Few pairs, or those of one net, are too few to say.
-"""
+"""Claims of the notes that the project grew from: what is said, where, and which rows tell."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import mean, median
 
 from measure import Row
 from study_plot import of, zeros
 
 Picks = Callable[[Row], bool]
-Point = tuple[str, int, float]
 
-SHARE = 0.75  # of the pairs
-PAIRS, NETS = 6, 2  # at least, to judge a claim by
 ZEROS_AT = (0.5, 0.65, 0.8)  # shares of zeros that the papers on them claim something at
-ALIKE = 0.05  # of a task's range between dense and the worst: a difference that counts
 
 
 @dataclass(frozen=True)
@@ -89,6 +77,14 @@ CLAIMS: Sequence[Claim] = (
         ZEROS_AT,
     ),
     Claim(
+        "and Wanda comes close to it (as good)",
+        "Sun et al. 2024; the notes",
+        zeros("Wanda"),
+        zeros("SparseGPT"),
+        ZEROS_AT,
+        matches=True,
+    ),
+    Claim(
         "unstructured zeros (magnitude) lose less than whole units of as many parameters (obs, "
         "repaired; norms anew for both)",
         "the notes: ShrinkBench, Blalock et al. 2020",
@@ -148,6 +144,20 @@ CLAIMS: Sequence[Claim] = (
         matches=True,
     ),
     Claim(
+        "tickets of zeros anywhere, with half or a fifth of the weights, match the dense net",
+        "Frankle & Carbin 2019",
+        of("sparse_tickets", "ticket of step 0"),
+        None,
+        (0.5, 0.8),
+        matches=True,
+    ),
+    Claim(
+        "and beat the same zeros with new random weights",
+        "Frankle & Carbin 2019",
+        of("sparse_tickets", "ticket of step 0"),
+        of("sparse_tickets", "new weights"),
+    ),
+    Claim(
         "so does half of a net with new random weights",
         "Liu et al. 2019, Rethinking",
         of("tickets", "scratch-E"),
@@ -202,6 +212,14 @@ CLAIMS: Sequence[Claim] = (
         matches=True,
     ),
     Claim(
+        "and so chosen at once (snip), it does as well as a ticket, at moderate shares (half)",
+        "the notes; Tanaka et al. 2020",
+        of("before_training", "snip"),
+        of("tickets", "ticket of step 0"),
+        (0.5,),
+        matches=True,
+    ),
+    Claim(
         "at the start, synflow beats snip, which empties layers",
         "Tanaka et al. 2020",
         of("before_training", "synflow"),
@@ -228,6 +246,26 @@ CLAIMS: Sequence[Claim] = (
         matches=True,
     ),
     Claim(
+        "a moderately pruned net (half) generalises better than the dense one, trained on as long",
+        "the notes; Blalock et al. 2020",
+        of("tickets", "rate rewound"),
+        of("tickets", "dense, rate rewound"),
+        (0.5,),
+    ),
+    Claim(
+        "a budgeted dense training (T/2), pruned and retrained (T/2), beats pruning while training",
+        "Zimmer et al. 2023 (BIMP)",
+        of("tickets", "budgeted: T/2 dense, T/2 pruned"),
+        of("tickets", "pruned while trained, T in all"),
+    ),
+    Claim(
+        "and does as well as the dense training and as long a retraining (2 T, linear)",
+        "Zimmer et al. 2023 (BIMP)",
+        of("tickets", "budgeted: T/2 dense, T/2 pruned"),
+        of("tickets", "linear"),
+        matches=True,
+    ),
+    Claim(
         "distillation from the dense net beats the labels alone",
         "Hinton et al. 2015",
         of("tickets", "distilled"),
@@ -249,19 +287,9 @@ CLAIMS: Sequence[Claim] = (
 
 NOT_TESTABLE: Sequence[tuple[str, str, str]] = (
     (
-        "unstructured zeros need special hardware or kernels to be faster",
-        "the notes",
-        "see the table of times: dense kernels gain nothing; kernels for zeros are cited, not run",
-    ),
-    (
         "magnitudes are consistent across many hyperparameters and large models",
         "the notes",
         "not testable here: one recipe a net",
-    ),
-    (
-        "a budgeted dense training makes later pruning no worse (BIMP)",
-        "Zimmer et al. 2023",
-        "not measured: the dense nets were trained once, to the end of their schedule",
     ),
     (
         "the orders on 7-billion decoders (SliceGPT, SVD-LLM, OBC)",
@@ -269,61 +297,3 @@ NOT_TESTABLE: Sequence[tuple[str, str, str]] = (
         "not testable here: no weights of that size",
     ),
 )
-
-
-def table(good: Sequence[Row]) -> str:
-    """Markdown: a row a claim."""
-    ranges = ranges_of(good)
-    lines = ["| claim | source | here | figures |", "| --- | --- | --- | --- |"]
-    for claim in CLAIMS:
-        verdict, figures = judged(claim, good, ranges)
-        lines.append(f"| {claim.text} | {claim.source} | {verdict} | {figures} |")
-    lines += [f"| {text} | {source} | {how} | |" for text, source, how in NOT_TESTABLE]
-    return "\n".join(lines)
-
-
-def ranges_of(good: Iterable[Row]) -> dict[str, float]:
-    """How far a task can fall: the median loss of a random choice at the highest ratios."""
-    losses: dict[str, list[float]] = defaultdict(list)
-    for row in good:
-        if of("criteria", "random", False)(row) and row["removed"] >= 0.8:
-            losses[row["task"]].append(row["lost"])
-    return {task: max(median(found), 1e-9) for task, found in losses.items()}
-
-
-def judged(claim: Claim, good: Sequence[Row], ranges: Mapping[str, float]) -> tuple[str, str]:
-    """The verdict, and the figures that it rests on."""
-    first = losses(claim, good, claim.first)
-    second = losses(claim, good, claim.second) if claim.second else dict.fromkeys(first, 0.0)
-    pairs = [p for p in sorted(first.keys() & second.keys()) if p[0] in ranges]
-    if not pairs:
-        return "not measured yet", ""
-    # positive: the second loses more, as a share of what the task can lose
-    gains = {p: (second[p] - first[p]) / ranges[p[0]] for p in pairs}
-    better = mean(gain > 0 for gain in gains.values())
-    level = mean(gain > -ALIKE for gain in gains.values())
-    by_task = [mean(g for p, g in gains.items() if p[0] == task) for task in {p[0] for p in pairs}]
-    tasks = f"{sum(gain > 0 for gain in by_task)} of {len(by_task)} tasks"
-    wins = level if claim.matches else better
-    if len(pairs) < PAIRS or len({(task, seed) for task, seed, _ in pairs}) < NETS:
-        verdict = "too few yet"
-    elif wins >= SHARE and (claim.matches or mean(by_task) > 0):
-        verdict = "confirmed"
-    elif 1 - wins >= SHARE and mean(by_task) < 0:
-        verdict = "**not confirmed**, the reverse"
-    else:
-        verdict = "not confirmed, mixed"
-    as_good = f"as good in {level:.0%} and " if claim.matches else ""
-    figures = (
-        f"{as_good}better in {better:.0%} of {len(pairs)} pairs and on {tasks}; "
-        f"{mean(by_task):+.1%} of what a task can lose"
-    )
-    return verdict, figures
-
-
-def losses(claim: Claim, good: Iterable[Row], picks: Picks) -> dict[Point, float]:
-    return {
-        (row["task"], row["seed"], row["removed"]): row["lost"]
-        for row in good
-        if picks(row) and "lost" in row and (not claim.ratios or row["removed"] in claim.ratios)
-    }

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean, median, stdev
 from typing import Any
 
-import study_claims
+import study_verdicts
 from measure import Row
 from study_prune import DEFAULT
 
@@ -20,7 +20,7 @@ def tables(good: Sequence[Row]) -> dict[str, str]:
     """Markdown, by name."""
     return {
         "dense": dense(good),
-        "claims": study_claims.table(good),
+        "claims": study_verdicts.table(good),
         "criteria": criteria(good),
         "rivals": rivals(good),
         "unstructured": unstructured(good),
@@ -28,6 +28,7 @@ def tables(good: Sequence[Row]) -> dict[str, str]:
         "times": times(good),
         "tickets": summary(good, "tickets", TRAINED_AT),
         "sparse_dense": summary(good, "sparse_dense", TRAINED_AT),
+        "sparse_tickets": summary(good, "sparse_tickets", TRAINED_AT),
         "before_training": summary(good, "before_training", TRAINED_AT),
         "papers": papers(good),
         "cost": cost(good),
@@ -36,6 +37,7 @@ def tables(good: Sequence[Row]) -> dict[str, str]:
         "all_unstructured": by_task(good, "unstructured", (0.5, 0.65, 0.8, 0.9)),
         "all_tickets": by_task(good, "tickets", TRAINED_AT),
         "all_sparse_dense": by_task(good, "sparse_dense", TRAINED_AT),
+        "all_sparse_tickets": by_task(good, "sparse_tickets", TRAINED_AT),
         "all_before_training": by_task(good, "before_training", TRAINED_AT),
     }
 
@@ -93,7 +95,7 @@ def percent(share: float | None) -> str:
 def dense(good: Sequence[Row]) -> str:
     """The dense nets, and what one can lose."""
     seen = {(r["task"], r["seed"]): r["dense"] for r in good if "dense" in r}
-    ranges = study_claims.ranges_of(good)
+    ranges = study_verdicts.ranges_of(good)
     return markdown(
         ("task", "dense metric", "can lose"),
         [
@@ -109,7 +111,7 @@ def dense(good: Sequence[Row]) -> str:
 
 def criteria(good: Sequence[Row]) -> str:
     """Every criterion over all tasks, as it is and repaired, and what a plan takes."""
-    part, ranges = part_of(good, "criteria"), study_claims.ranges_of(good)
+    part, ranges = part_of(good, "criteria"), study_verdicts.ranges_of(good)
     by, every = grouped(part, "method", "compensated", "removed"), grouped(part, "method")
     body = []
     for (method,), rows in every.items():
@@ -170,7 +172,7 @@ def rivals(good: Sequence[Row]) -> str:
 
 def summary(good: Sequence[Row], kind: str, ratios: Sequence[float]) -> str:
     """A part's methods over all tasks: what is lost, of what can be; seconds beside steps."""
-    part, ranges = part_of(good, kind), study_claims.ranges_of(good)
+    part, ranges = part_of(good, kind), study_verdicts.ranges_of(good)
     by = grouped(part, "method", "removed")
     body = []
     for (method,), every in grouped(part, "method").items():
@@ -206,7 +208,7 @@ def by_task(good: Sequence[Row], kind: str, ratios: Sequence[float]) -> str:
 def unstructured(good: Sequence[Row]) -> str:
     """What zeros anywhere lose and save, by share, over all tasks."""
     part = [r for r in part_of(good, "unstructured") if "as many" not in r["method"]]
-    ranges, by = study_claims.ranges_of(good), grouped(part, "method", "removed")
+    ranges, by = study_verdicts.ranges_of(good), grouped(part, "method", "removed")
     body = []
     for (method, removed), rows in sorted(by.items()):
         shares = [geometric(r[k] / r["bytes"] for r in rows) for k in ("zip_bytes", "bitmap_bytes")]
@@ -217,7 +219,7 @@ def unstructured(good: Sequence[Row]) -> str:
 
 def as_many(good: Sequence[Row]) -> str:
     """Whole units, and zeros that leave as many parameters, at the points that both have."""
-    ranges, wanted = study_claims.ranges_of(good), (0.2, 0.35, *TRAINED_AT)
+    ranges, wanted = study_verdicts.ranges_of(good), (0.2, 0.35, *TRAINED_AT)
     units = [r for r in part_of(good, "criteria") if r["method"] == DEFAULT and r["compensated"]]
     zeros = [r for r in part_of(good, "unstructured") if "as many" in r["method"]]
     shared = set(grouped(units, "task", "seed", "removed"))

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneD
 
 MODULES = (
     "study study_prune study_sparse study_papers study_report study_tables study_claims "
-    "accuracy_nets"
+    "study_verdicts study_zeros accuracy_nets"
 ).split()
 
 
@@ -77,13 +77,19 @@ def test_masks_judge_what_a_smaller_model_does(study: Any, subject: Any) -> None
 
 
 def test_every_way_to_train_has_its_steps(study: Any, subject: Any) -> None:
-    names = ("rate rewound", "early ticket", "scratch-B", "distilled", "dense, rate rewound")
+    names = (
+        "rate rewound", "early ticket", "scratch-B", "distilled", "dense, rate rewound",
+        "budgeted: T/2 dense, T/2 pruned", "pruned while trained, T in all",
+    )  # fmt: skip
     rows = rows_of(study, subject, "tickets", *names)
     assert not [row for row in rows if "error" in row]
     steps = {(row["method"], row["removed"]): row["steps"] for row in rows}
     assert {steps["rate rewound", r] for r in (0.5, 0.8, 0.9)} == {12}
     assert {steps["early ticket", r] for r in (0.5, 0.8, 0.9)} == {11}
     assert steps["scratch-B", 0.5] <= steps["scratch-B", 0.9] == 24
+    assert {row["steps"] for row in rows if "T in all" in row["method"]} == {12}
+    shares = [row["macs"] + row["removed"] for row in rows if "scratch" not in row["method"]]
+    assert shares == pytest.approx([1.0] * len(shares), abs=0.05)
     (control,) = [row for row in rows if row["method"] == "dense, rate rewound"]
     assert (control["removed"], control["steps"], control["macs"]) == (0.0, 12, 1.0)
 
@@ -96,6 +102,20 @@ def test_equal_numbers_of_parameters(study: Any, subject: Any) -> None:
     found = {(row["method"], row["removed"]): row["params"] for row in rows}
     assert len(found) == 9
     assert all(abs(params - (1 - removed)) < 0.03 for (_, removed), params in found.items())
+
+
+def test_tickets_of_zeros_keep_the_trained_nets_zeros(study: Any, subject: Any) -> None:
+    rows = rows_of(study, subject, "sparse_tickets", "ticket of step 0", "new weights")
+    assert [row["steps"] for row in rows] == [12] * 6
+    # Biases that begin at zero behind units without weights stay there.
+    assert all(-0.03 < row["params"] - (1 - row["removed"]) <= 1e-4 for row in rows)
+    of_zeros = study.zeros._masks(study.zeros._sparse_ticket(subject, 0.8))
+    other = study.zeros._masks(study.zeros._sparse_scratch(subject, 0.8))
+    assert all(torch.equal(mask, other[name]) for name, mask in of_zeros.items())
+    trained = copy.deepcopy(subject.model)
+    study.sparse.by_magnitude(trained, subject, study.zeros._share(subject, 0.8))
+    kept = study.zeros._masks(trained)
+    assert all(torch.equal(mask, kept[name]) for name, mask in of_zeros.items())
 
 
 def test_jobs_that_are_done_are_not_run_again(
@@ -140,7 +160,7 @@ def test_tables_and_claims_come_from_the_rows(study: Any, subject: Any) -> None:
     assert study.report.filled(page, tables) == page
     obs = next(line for line in tables["criteria"].splitlines() if line.startswith("| obs |"))
     lost = [
-        row["lost"] / study.claims.ranges_of(good)["mlp_table"]
+        row["lost"] / study.verdicts.ranges_of(good)["mlp_table"]
         for row in good
         if (row["method"], row.get("compensated"), row["removed"]) == ("obs", True, 0.8)
     ]
@@ -182,13 +202,42 @@ def test_a_claim_is_judged_in_pairs(study: Any, gain: float, verdict: str) -> No
     rows = [row("random", 10.0, seed, compensated=False) for seed in range(6)]
     for seed in range(6):
         rows += [row("Wanda", 5.0 - gain, seed), row("magnitude by layer", 5.0, seed)]
-    claims = study.claims
-    claim = next(c for c in claims.CLAIMS if "(Wanda) beat weights, as" in c.text)
+    claims = study.verdicts
+    claim = next(c for c in study.claims.CLAIMS if "(Wanda) beat weights, as" in c.text)
     found, figures = claims.judged(claim, rows, claims.ranges_of(rows))
     assert found == verdict
     assert f"{gain / 10:+.1%}" in figures
     few = [row for row in rows if row["seed"] < 5]
     assert claims.judged(claim, few, claims.ranges_of(few))[0] == "too few yet"
+
+
+def test_pairs_of_which_one_works_and_controls_of_which_nothing_goes(study: Any) -> None:
+    def row(method: str, removed: float, lost: float, seed: int) -> Any:
+        base = {"task": "t", "part": "tickets", "method": method, "removed": removed}
+        return {**base, "seed": seed, "lost": lost}
+
+    rows = [
+        {**row("random", 0.8, 10.0, 0), "part": "criteria", "compensated": False},
+        *(row("rate rewound", 0.5, -2.0, seed) for seed in range(6)),
+        *(row("rate rewound", 0.9, 9.0, seed) for seed in range(6)),
+        *(row("dense, rate rewound", 0.0, -1.0, seed) for seed in range(6)),
+        *(row("early ticket", removed, 9.5, seed) for seed in range(6) for removed in (0.5, 0.9)),
+    ]
+    ranges = study.verdicts.ranges_of(rows)
+    by = {claim.text: claim for claim in study.claims.CLAIMS}
+    moderate = next(claim for text, claim in by.items() if text.startswith("a moderately"))
+    figures = study.verdicts.judged(moderate, rows, ranges)[1]
+    assert figures.startswith("better in 100% of 6 pairs")
+    rewinding = by["rewinding the learning rate matches or beats rewinding weights"]
+    figures = study.verdicts.judged(rewinding, rows, ranges)[1]
+    assert figures.endswith("holds in 100% of the 6 pairs of which one still works")
+    times = [
+        {"task": "t", "part": part, "removed": 0.8, "speedup": speedup}
+        for part, speedup in (("times", 2.0), ("sparse_times", 1.0))
+    ]
+    assert [how for _, _, how, _ in study.verdicts.timed(times)] == ["confirmed"] * 2
+    slower = [{**row, "speedup": 3.0 - row["speedup"]} for row in times]
+    assert {how for _, _, how, _ in study.verdicts.timed(slower)} == {"not confirmed, mixed"}
 
 
 def test_wanda_heeds_the_norms_of_inputs(study: Any) -> None:
