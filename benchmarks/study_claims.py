@@ -278,6 +278,12 @@ CLAIMS: Sequence[Claim] = (
         of("papers", "Wanda-sp"),
     ),
     Claim(
+        "widths chosen and re-solved with second-order terms (OBC; here obs) beat FLAP",
+        "the notes: FANG's table of Llama-2-7B",
+        of("papers", "depcut, widths"),
+        of("papers", "FLAP"),
+    ),
+    Claim(
         "re-solving what is left beats leaving it as it was (obs)",
         "OBC, Tyr-the-Pruner, FANG",
         of("criteria", "obs", True),

@@ -8,7 +8,7 @@ that measure the reverse holds. Few pairs, or those of one net, are too few to s
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import mean, median
 
@@ -25,16 +25,18 @@ HALF = 0.5  # of that range: what loses less still works
 
 
 def table(good: Sequence[Row]) -> str:
-    """Markdown: a row a claim."""
+    """Markdown: how many claims came out how, and a row a claim."""
     ranges = ranges_of(good)
-    lines = ["| claim | source | here | figures |", "| --- | --- | --- | --- |"]
-    for claim in CLAIMS:
-        verdict, figures = judged(claim, good, ranges)
-        lines.append(f"| {claim.text} | {claim.source} | {verdict} | {figures} |")
-    lines += [
-        f"| {text} | {source} | {how} | {figures} |" for text, source, how, figures in timed(good)
+    found = [(claim.text, claim.source, *judged(claim, good, ranges)) for claim in CLAIMS]
+    found += [*timed(good), *((*what, "") for what in NOT_TESTABLE)]
+    counts = Counter(verdict.partition(":")[0].replace("*", "") for _, _, verdict, _ in found)
+    lines = [
+        "; ".join(f"{verdict}: {count}" for verdict, count in counts.most_common()) + ".",
+        "",
+        "| claim | source | here | figures |",
+        "| --- | --- | --- | --- |",
+        *("| " + " | ".join(row) + " |" for row in found),
     ]
-    lines += [f"| {text} | {source} | {how} | |" for text, source, how in NOT_TESTABLE]
     return "\n".join(lines)
 
 
