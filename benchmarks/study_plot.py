@@ -56,6 +56,7 @@ SPARSE: Sequence[Curve] = (
     ("zeros by magnitude", zeros("magnitude"), "tab:orange"),
 )
 TRAINED: Sequence[Curve] = (
+    ("dense, rate rewound", of("tickets", "dense, rate rewound"), "black"),
     ("rate rewound", of("tickets", "rate rewound"), "tab:blue"),
     ("distilled", of("tickets", "distilled"), "tab:cyan"),
     ("fine-tuned", of("tickets", "fine-tuned"), "tab:orange"),
@@ -119,6 +120,10 @@ def panel(axes: Any, task: str, shown: Sequence[Row], curves: Sequence[Curve], a
         points = sorted({row["removed"] for row in own})
         if not points:
             continue
+        if points == [0.0]:  # a control of which nothing is removed stands beside every ratio
+            middle = mean(row["metric"] for row in own)
+            axes.axhline(middle, color=colour, label=label, lw=0.9, linestyle="--")
+            continue
         at = [[row for row in own if row["removed"] == point] for point in points]
         kept = [1.0] + [mean(row[along] for row in found) for found in at]
         metrics = [np.array(dense)] + [np.array([row["metric"] for row in found]) for found in at]
@@ -130,5 +135,5 @@ def panel(axes: Any, task: str, shown: Sequence[Row], curves: Sequence[Curve], a
     axes.set_title(task)
     axes.set_ylabel(STUDY[task].unit, fontsize=7)
     if not STUDY[task].higher_is_better:
-        axes.set_ylim(top=3 * mean(dense), bottom=0.9 * mean(dense))
+        axes.set_ylim(top=min(axes.get_ylim()[1], 3 * mean(dense)))
     axes.invert_xaxis()
