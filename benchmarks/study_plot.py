@@ -122,7 +122,7 @@ def panel(axes: Any, task: str, shown: Sequence[Row], curves: Sequence[Curve], a
             continue
         if points == [0.0]:  # a control of which nothing is removed stands beside every ratio
             middle = mean(row["metric"] for row in own)
-            axes.axhline(middle, color=colour, label=label, lw=0.9, linestyle="--")
+            axes.axhline(middle, color=colour, label=label, lw=1.2, linestyle="--")
             continue
         at = [[row for row in own if row["removed"] == point] for point in points]
         kept = [1.0] + [mean(row[along] for row in found) for found in at]

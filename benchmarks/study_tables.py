@@ -10,6 +10,7 @@ from typing import Any
 
 import study_verdicts
 from measure import Row
+from study_equal import equal_accuracy
 from study_prune import DEFAULT
 
 AT = (0.5, 0.8)  # removed, of the tables
@@ -25,6 +26,7 @@ def tables(good: Sequence[Row]) -> dict[str, str]:
         "rivals": rivals(good),
         "unstructured": unstructured(good),
         "as_many": as_many(good),
+        "equal_accuracy": equal_accuracy(good),
         "times": times(good),
         "tickets": summary(good, "tickets", TRAINED_AT),
         "sparse_dense": summary(good, "sparse_dense", TRAINED_AT),

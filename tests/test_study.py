@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneD
 
 MODULES = (
     "study study_prune study_sparse study_papers study_report study_tables study_claims "
-    "study_verdicts study_zeros accuracy_nets"
+    "study_verdicts study_zeros study_equal accuracy_nets"
 ).split()
 
 
@@ -238,6 +238,17 @@ def test_pairs_of_which_one_works_and_controls_of_which_nothing_goes(study: Any)
     assert [how for _, _, how, _ in study.verdicts.timed(times)] == ["confirmed"] * 2
     slower = [{**row, "speedup": 3.0 - row["speedup"]} for row in times]
     assert {how for _, _, how, _ in study.verdicts.timed(slower)} == {"not confirmed, mixed"}
+
+
+def test_a_curve_is_followed_to_where_it_loses_what_is_allowed(study: Any) -> None:
+    point = study.equal.Point
+    curve = [study.equal.DENSE, point(0.0, 0.8, 0.7, 1.2), point(4.0, 0.4, 0.3, 2.0)]
+    assert study.equal.where(curve, 1.0) == pytest.approx((1.0, 0.7, 0.6, 1.4))
+    assert study.equal.where([*curve, point(0.5, 0.1, 0.1, 9.0)], 1.0) == pytest.approx(
+        (1.0, 0.7, 0.6, 1.4)
+    )  # it is not entered again
+    assert study.equal.where(curve, 5.0) == curve[-1]
+    assert study.equal.where([study.equal.DENSE, point(2.0, 0.5, 0.5, 1.0)], 1.0).params == 0.75
 
 
 def test_wanda_heeds_the_norms_of_inputs(study: Any) -> None:
