@@ -359,8 +359,9 @@ def _fixed(coupling: Coupling, request: Request, held: set[int]) -> dict[int, in
         if ratio != 0:
             check_ratio(ratio, f"ratios[{pattern!r}]")
         for index in matching(coupling, pattern, "ratios="):
-            size = coupling.groups[index].size
-            fixed[index] = max(1, size - round(size * ratio))
+            group = coupling.groups[index]
+            kept = max(1, group.size - round(group.size * ratio))
+            fixed[index] = -(-kept // group.multiple) * group.multiple
     by_tie: dict[int, int] = {}
     for index, count in fixed.items():
         tie = coupling.groups[index].tied

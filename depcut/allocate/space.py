@@ -133,7 +133,10 @@ def space(
         sizes.append(size)
         step = step if size % step == 0 else max(own)
         # Of few steps, such as one a head, none is left out for the sake of an alignment.
-        steps.append(step if not given or size >= _FEWEST * step else 1)
+        step = step if not given or size >= _FEWEST * step else 1
+        demanded = (coupling.groups[m].multiple for m in members)
+        hard = [m // math.gcd(m, int(u)) for m, u in zip(demanded, units[members], strict=True)]
+        steps.append(math.lcm(step, *hard))
         floors.append(max(-(-coupling.groups[m].floor // int(units[m])) for m in members))
         uneven = len(given) > 1 or (dense != units[members] * size).any()
         uneven |= not given and (dense != size).any()

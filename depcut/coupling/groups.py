@@ -44,6 +44,7 @@ class Group:
         row_axis: The axis in each of whose rows it may keep other units, equally many; None: it
             keeps the same ones everywhere.
         alone: Why there is no row axis.
+        multiple: What the number of units that stay is a multiple of.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Group:
     floor: int = 1
     row_axis: Axis | None = None
     alone: str = ""
+    multiple: int = 1
 
     @property
     def rows(self) -> int:

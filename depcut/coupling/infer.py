@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -240,6 +242,7 @@ def _groups(
         for count, term in e.floors
         for leaf in axes.leaves(axes.resolve(term))
     }
+    multiples = _multiples(effects.values(), classes)
     names: dict[str, int] = {}
     out: list[Group] = []
     for leaf, occurrences in members.items():
@@ -252,5 +255,18 @@ def _groups(
         ordered = tuple(sorted(occurrences, key=lambda m: m.role == "consumer"))
         tied = numbers.get(find(classes, leaf))
         floor = min(floors.get(leaf, 1), leaf.size)
-        out.append(Group(label, leaf.size, ordered, leaf, tied, len(out), floor))
+        multiple = multiples.get(find(classes, leaf), 1)
+        group = Group(label, leaf.size, ordered, leaf, tied, len(out), floor, multiple=multiple)
+        out.append(group)
     return tuple(out)
+
+
+def _multiples(effects: Iterable[Effects], classes: dict[Axis, Axis]) -> dict[Axis, int]:
+    """What the counts of each class of tied axes must be multiples of, by its root."""
+    out: dict[Axis, int] = {}
+    for effect in effects:
+        for count, term in effect.multiples:
+            for leaf in axes.leaves(axes.resolve(term)):
+                root = find(classes, leaf)
+                out[root] = math.lcm(out.get(root, 1), math.gcd(count, leaf.size))
+    return out

@@ -21,6 +21,9 @@ from depcut.ops.taint import TaintedOp, multilinear, taints, varying
 
 _MATMULS = aten("matmul mm bmm mv dot vdot")
 _ADDED = aten("addmm baddbmm addmv")
+# Rows of matrices begin at multiples of 16 bytes, in half precision as well, or the kernel raises
+# (pytorch/aten/src/ATen/native/GroupedMMUtils.h).
+_GROUPED_MULTIPLE = 8
 
 MATRIX_PRODUCTS.add(*aten("matmul mm bmm baddbmm"))
 PRODUCTS.add(*aten("matmul mm bmm mv dot inner bilinear outer"))
@@ -289,6 +292,8 @@ def grouped_mm(op: Op) -> Output:
         for term in op.dims(node):
             op.freeze(term, "boundaries between experts")
     op.freeze(w[0], "experts: rows are routed to them by number")
+    for term in w[1:]:
+        op.multiple_of(_GROUPED_MULTIPLE, term)
     op.unify(x[-1], w[-2])
     op.contract(weights, -2)
     op.macs(*x, w[-1])

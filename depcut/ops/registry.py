@@ -129,6 +129,7 @@ class Effects:
     macs: list[tuple[float, Dims]] = field(default_factory=list)
     ties: list[list[Term]] = field(default_factory=list)
     floors: list[tuple[int, Term]] = field(default_factory=list)
+    multiples: list[tuple[int, Term]] = field(default_factory=list)
     rescales: list[tuple[fx.Node, fx.Node, int]] = field(default_factory=list)
 
 
@@ -253,6 +254,13 @@ class Op:
     def at_least(self, count: int, term: Term) -> None:
         """Demand that every axis of a term keeps at least so many indices."""
         self.effects.floors.append((count, term))
+
+    def multiple_of(self, count: int, term: Term) -> None:
+        """Demand that what every axis of a term keeps is a multiple of a count.
+
+        Where its size is none, of the greatest common divisor of both.
+        """
+        self.effects.multiples.append((count, term))
 
     def tie(self, terms: Sequence[Term]) -> None:
         """Demand that all terms keep equally many indices (not the same ones)."""

@@ -250,6 +250,12 @@ def _check_counts(coupling: Coupling, units: Mapping[str, Indices]) -> None:
                 where=f"group {group.name!r}",
                 remedy="keep more: its code squeezes a dimension of size 1 away",
             )
+        if counts[group.name] % group.multiple:
+            raise PlanError(
+                f"{counts[group.name]} units are kept, no multiple of {group.multiple}",
+                where=f"group {group.name!r}",
+                remedy=f"keep a multiple of {group.multiple}: an operator takes no other widths",
+            )
 
 
 def make_plan(

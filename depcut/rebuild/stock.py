@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from depcut.capture.random_state import preserved
-from depcut.errors import VerificationError
+from depcut.errors import VerificationError, listed
 from depcut.plan.keep import Keep
 from depcut.plan.stacks import Stack
 from depcut.rebuild.numbering import leave_out, numbered_anew
@@ -158,16 +159,28 @@ def _prove(slim: nn.Module, keep: Keep) -> None:
             torch.manual_seed(0)
             results.append(run_plain(model, keep, Trial()))
     mine, theirs = results
-    if len(mine) != len(theirs) or not all(map(_equal_outputs, mine, theirs)):
+    paths = keep.coupling.program.results.paths
+    absent = [
+        p for p, m, t in zip(paths, mine, theirs, strict=False) if m is not None and t is None
+    ]
+    both = [(m, t) for m, t in zip(mine, theirs, strict=False) if m is None or t is not None]
+    if len(mine) != len(theirs) or not both or not all(_equal_outputs(m, t) for m, t in both):
         raise VerificationError(
             "the class that is built from the new config computes other outputs",
             where=type(slim).__name__,
             remedy=_FREELY,
         )
+    if absent:
+        named = listed(list(dict.fromkeys(path.partition(".")[0] for path in absent)))
+        warnings.warn(
+            f"{type(slim).__name__} returns {named}, and when it is built from its config it will "
+            "not: the config was changed after the model was built",
+            stacklevel=2,
+        )
 
 
 def _equal_outputs(mine: Any, theirs: Any) -> bool:
-    if not isinstance(mine, torch.Tensor):
+    if not isinstance(mine, torch.Tensor) or not isinstance(theirs, torch.Tensor):
         return type(mine) is type(theirs)
     return mine.shape == theirs.shape and torch.equal(mine.nan_to_num(), theirs.nan_to_num())
 

@@ -169,18 +169,25 @@ def _back(coupling: Coupling, state: _Liveness) -> list[tuple[Group, Indices, st
         families.setdefault(key, []).append(group)
     out = []
     for family in families.values():
-        most = [min(int(state.gone[g.axis].sum()), g.size - g.floor) for g in family]
+        most = [_most(group, int(state.gone[group.axis].sum())) for group in family]
         for group, own in zip(family, most, strict=True):
             dead = np.flatnonzero(state.gone[group.axis])
             if len(dead) == min(most):
                 continue
             if own < len(dead):
-                reason = f"{group.floor} must stay"
+                several = f"a multiple of {group.multiple}" if group.multiple > 1 else group.floor
+                reason = f"{several} must stay"
             else:
                 fewest = family[most.index(min(most))].name
                 reason = f"as many must stay as of {fewest!r}"
             out.append((group, dead[: len(dead) - min(most)], reason))
     return out
+
+
+def _most(group: Group, dead: int) -> int:
+    """Units of a group that can go, of so many that are dead."""
+    kept = max(group.size - dead, group.floor)
+    return group.size - -(-kept // group.multiple) * group.multiple
 
 
 def _held(coupling: Coupling, state: _Liveness, known: set[tuple[int, int]]) -> list[Stuck]:

@@ -215,3 +215,41 @@ def test_steps_of_groups_of_several_sizes() -> None:
 def test_other_families(name: str, tmp_path: Path) -> None:
     assert_comes_back(Cut(FAMILIES[name], 0.27), tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())
+
+
+def test_a_config_that_was_changed_after_the_model_was_built(tmp_path: Path) -> None:
+    """The decoder has a config of its own, and goes on to return its cache."""
+    import transformers
+
+    config = transformers.T5Config(
+        vocab_size=40, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4
+    )
+    torch.manual_seed(0)
+    model = transformers.T5Model(config).eval()
+    model.config.use_cache = False
+    tokens = torch.randint(2, 40, (2, 6))
+    inputs = {"input_ids": tokens, "decoder_input_ids": tokens}
+    with pytest.warns(UserWarning, match="returns past_key_values, and when it is built from its"):
+        slim = depcut.shrink(model, 0.4, inputs, progress=False)
+    slim.save_pretrained(tmp_path)
+    loaded = transformers.T5Model.from_pretrained(tmp_path)
+    assert loaded(**inputs).past_key_values is None
+    torch.testing.assert_close(loaded(**inputs)[0], slim(**inputs)[0])
+
+
+def test_experts_keep_widths_that_their_kernel_takes() -> None:
+    """Torch's grouped product takes rows of multiples of 16 bytes, whatever the alignment."""
+    import transformers
+
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=4, moe_intermediate_size=40, num_experts=4,
+        num_experts_per_tok=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Qwen3MoeModel(config).eval()
+    tokens = torch.randint(0, 40, (2, 6))
+    slim = depcut.shrink(model, 0.4, tokens, align=1, progress=False)
+    assert slim.config.moe_intermediate_size in (8, 16, 24, 32)
+    assert type(slim.layers[0].mlp.experts) is type(model.layers[0].mlp.experts)
+    assert slim(tokens)[0].shape == (2, 6, 16)
