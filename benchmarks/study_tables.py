@@ -91,7 +91,7 @@ def share_lost(found: Iterable[Row], ranges: Mapping[str, float]) -> float | Non
 
 
 def percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f}"
+    return "-" if share is None else f"{round(100 * share, 1) + 0.0:.1f}"  # no -0.0
 
 
 def dense(good: Sequence[Row]) -> str:

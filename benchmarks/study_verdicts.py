@@ -3,7 +3,7 @@
 A claim compares two methods at the points that both have (task, seed and ratio), in pairs. It is
 confirmed where the first is better (or as good, where the claim is only that) in at least three
 quarters of the pairs and on the average of tasks; else it is not, and where the second is better by
-that measure the reverse holds. Few pairs, or those of one net, are too few to say.
+that measure the reverse holds. Few pairs, or those of one task, are too few to say.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from study_plot import of
 Point = tuple[str, int, float]
 
 SHARE = 0.75  # of the pairs
-PAIRS, NETS = 6, 2  # at least, to judge a claim by
+PAIRS, TASKS = 6, 2  # at least, to judge a claim by
 ALIKE = 0.05  # of a task's range between dense and the worst: a difference that counts
 HALF = 0.5  # of that range: what loses less still works
 
@@ -88,7 +88,7 @@ def judged(claim: Claim, good: Sequence[Row], ranges: Mapping[str, float]) -> tu
     by_task = [mean(g for p, g in gains.items() if p[0] == task) for task in {p[0] for p in pairs}]
     tasks = f"{sum(gain > 0 for gain in by_task)} of {len(by_task)} tasks"
     wins = level if claim.matches else better
-    if len(pairs) < PAIRS or len({(task, seed) for task, seed, _ in pairs}) < NETS:
+    if len(pairs) < PAIRS or len(by_task) < TASKS:
         verdict = "too few yet"
     elif wins >= SHARE and (claim.matches or mean(by_task) > 0):
         verdict = "confirmed"

@@ -196,8 +196,8 @@ def test_norms_are_estimated_anew_behind_zeros(study: Any, subject: Any) -> None
 def test_a_claim_is_judged_in_pairs(study: Any, gain: float, verdict: str) -> None:
     def row(method: str, lost: float, seed: int, compensated: bool | None = None) -> Any:
         part = "criteria" if compensated is not None else "unstructured"
-        base = {"task": "t", "part": part, "method": method, "removed": 0.8, "seed": seed}
-        return {**base, "lost": lost, "compensated": compensated}
+        base = {"task": "tu"[seed % 2], "part": part, "method": method, "removed": 0.8}
+        return {**base, "seed": seed, "lost": lost, "compensated": compensated}
 
     rows = [row("random", 10.0, seed, compensated=False) for seed in range(6)]
     for seed in range(6):
@@ -209,6 +209,8 @@ def test_a_claim_is_judged_in_pairs(study: Any, gain: float, verdict: str) -> No
     assert f"{gain / 10:+.1%}" in figures
     few = [row for row in rows if row["seed"] < 5]
     assert claims.judged(claim, few, claims.ranges_of(few))[0] == "too few yet"
+    alike = [{**row, "task": "t"} for row in rows]
+    assert claims.judged(claim, alike, claims.ranges_of(alike))[0] == "too few yet"
 
 
 def test_pairs_of_which_one_works_and_controls_of_which_nothing_goes(study: Any) -> None:
