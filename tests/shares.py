@@ -98,7 +98,7 @@ test_equal_numbers_of_parameters test_the_footprint_of_a_file_grows_with_its_wei
 test_tables_and_claims_come_from_the_rows test_the_trainer_resumes_with_its_masks
 """.split()
 
-# Names of tests of every net, of whose sweep every sixth case runs: other nets for each test.
+# Names of tests of every net, of whose sweep every twelfth case runs: other nets for each test.
 THINNED = """
 test_every_criterion_scores_every_net test_every_net_is_untouched
 test_every_structure_has_finite_scores test_every_structure_starts_afresh_or_says_why_not
@@ -106,6 +106,16 @@ test_contractions_of_weights_without_a_site_are_known test_outputs_come_closer
 test_sites_compute_what_their_nodes_compute test_structure_group_by_group
 test_the_masked_model_is_the_smaller_one test_two_plans_in_turn_are_one_plan
 test_a_masked_net_computes_what_the_smaller_one_does
+""".split()
+
+# Names of tests of many nets or files, of whose sweep every second case runs.
+HALVED = """
+test_a_budget_is_met_where_any_widths_meet_it test_a_dropped_branch_is_a_branch_of_zeros
+test_a_later_call_with_any_masks_and_lengths test_a_model_that_caches_is_untouched
+test_a_tampered_plan test_a_wrong_command_ends_with_a_message test_every_unaligned_budget_is_spent
+test_form test_gradient_criteria_are_their_formulas test_nothing_is_generated_for_transformers
+test_odd_places_are_refused test_predictions_for_a_plan_are_what_the_slim_model_has
+test_rows_of_heads_and_groups test_structures_with_dead_units_compute_the_same
 """.split()
 
 # Modules whose sweeps are the only tests of some lines: where coverage is measured, they count.
@@ -126,6 +136,7 @@ test_a_large_vocabulary_takes_a_few_times_its_weights_in_single_precision
 _LONG = 277  # of those that run no line of their own, left to the sweep by default
 
 EVERY = dict.fromkeys(SIXTH, 6) | dict.fromkeys(THIRD, 3)
+OF_SWEEP = dict.fromkeys(THINNED, 12) | dict.fromkeys(HALVED, 2)
 
 
 def share_out(items: Sequence[pytest.Item]) -> None:
@@ -145,7 +156,7 @@ def share_out(items: Sequence[pytest.Item]) -> None:
             item.add_marker(pytest.mark.no_cover)
         if whole and item.path.stem in COVERING and name not in LONG:
             item.own_markers[:] = [mark for mark in item.own_markers if mark.name != "sweep"]
-        if item.get_closest_marker("sweep") and name in THINNED:
+        if item.get_closest_marker("sweep") and name in OF_SWEEP:
             thinned[item.nodeid.partition("::")[0], name].append(item)
         if any(item.get_closest_marker(mark) for mark in ("sweep", "exhaustive")):
             continue
@@ -154,8 +165,9 @@ def share_out(items: Sequence[pytest.Item]) -> None:
         elif name in EVERY:
             cases[item.nodeid.partition("::")[0], name].append(item)
     for (_, name), found in thinned.items():
-        first = zlib.crc32(name.encode()) % 6
-        for item in (item for number, item in enumerate(found) if number % 6 != first):
+        share = OF_SWEEP[name]
+        first = zlib.crc32(name.encode()) % share
+        for item in (item for number, item in enumerate(found) if number % share != first):
             item.own_markers[:] = [mark for mark in item.own_markers if mark.name != "sweep"]
             item.add_marker(pytest.mark.exhaustive)
     for (_, name), found in cases.items():
