@@ -108,8 +108,11 @@ test_the_masked_model_is_the_smaller_one test_two_plans_in_turn_are_one_plan
 test_a_masked_net_computes_what_the_smaller_one_does
 """.split()
 
-# Names of tests of many nets or files, of whose sweep every second case runs.
+# Names of tests of many nets, models or files, of whose sweep every second case runs.
 HALVED = """
+test_a_large_vocabulary_takes_a_few_times_its_weights_in_single_precision
+test_attention_at_other_ratios test_branches_of_every_public_architecture test_every_place
+test_every_public_architecture test_other_families test_rows_of_public_architectures
 test_a_budget_is_met_where_any_widths_meet_it test_a_dropped_branch_is_a_branch_of_zeros
 test_a_later_call_with_any_masks_and_lengths test_a_model_that_caches_is_untouched
 test_a_tampered_plan test_a_wrong_command_ends_with_a_message test_every_unaligned_budget_is_spent
