@@ -25,8 +25,11 @@ REFERENCE = "\n".join(p.read_text() for p in (DOCS / "reference").glob("*.md"))
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("page", PAGES)
-def test_the_code_of_a_page_runs(page: str, tmp_path: Path) -> None:
+def test_the_code_of_a_page_runs(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     zoo.libraries()
+    monkeypatch.chdir(tmp_path)  # some pages write files
     script = tmp_path / "page.py"  # a file, so that classes have a source
     script.write_text("\n".join(BLOCK.findall(PAGES[page].read_text())))
     try:
