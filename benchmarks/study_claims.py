@@ -104,6 +104,12 @@ CLAIMS: Sequence[Claim] = (
         of("criteria", "obs", True),
     ),
     Claim(
+        "the same, by SparseGPT with layers' shares as obs leaves them",
+        "not of a paper: to rule out that the shares are why",
+        of("unstructured", "SparseGPT, shares of obs, as many as obs"),
+        of("criteria", "obs", True),
+    ),
+    Claim(
         "large-sparse models beat small-dense ones of as many parameters",
         "Zhu & Gupta 2017",
         of("sparse_dense", "large-sparse, gradual"),

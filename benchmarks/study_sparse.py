@@ -27,6 +27,7 @@ SPARSITIES = (0.5, 0.65, 0.8, 0.9, 0.95)
 TIMED = 0.8
 RENORMED = ", norms anew"  # batch norms' statistics are estimated again behind the zeros
 SHARES = ", shares by magnitude"  # of zeros in each layer
+OBS_SHARES = ", shares of obs"  # of parameters in each layer, as depcut's default leaves them
 AS_MANY = "as many as obs"
 DAMP = 0.01  # of the mean of the Hessian's diagonal, as in SparseGPT
 BLOCK = 32  # columns whose masks are chosen together (128 in the paper, whose layers are wider)
@@ -43,11 +44,12 @@ def unstructured(subject: Subject) -> Iterator[Job]:
         ("magnitude", by_magnitude),
         ("SparseGPT", by_sparsegpt),
         (f"SparseGPT{SHARES}", by_sparsegpt_of_shares),
+        (f"SparseGPT{OBS_SHARES}", None),
     ):
         yield Job("unstructured", f"{name}, {AS_MANY}", partial(_as_many, subject, sparsify))
 
 
-def _as_many(subject: Subject, sparsify: Sparsify) -> Iterator[Row]:
+def _as_many(subject: Subject, sparsify: Sparsify | None) -> Iterator[Row]:
     """As many parameters are left as depcut's default leaves, whose repair renews norms, too."""
     weights = sum(m.weight.numel() for m in matrices(subject.model).values())
     for removed in REMOVED:
@@ -57,7 +59,7 @@ def _as_many(subject: Subject, sparsify: Sparsify) -> Iterator[Row]:
             yield {"removed": removed, "error": "the matrices hold fewer parameters than go"}
             continue
         sparse = copy.deepcopy(subject.model)
-        renormed(sparsify, sparse, subject, share)
+        renormed(sparsify or of_layers(_slim(subject, plan)), sparse, subject, share)
         params = round(nonzero(sparse) / subject.params, 5)
         yield {"removed": removed, **subject.judged(sparse), "params": params, **sizes(sparse)}
 
@@ -192,6 +194,29 @@ def by_sparsegpt_of_shares(model: nn.Module, subject: Subject, sparsity: float) 
     for name, layer in matrices(masked).items():
         share = float((layer.weight == 0).float().mean())
         _solve(model, name, model.get_submodule(name), subject, min(share, 0.999), four=False)
+
+
+def of_layers(slim: nn.Module) -> Sparsify:
+    """SparseGPT that leaves each layer the share of what is left that it has in a smaller model.
+
+    Were the best zeros found, nothing could be lost by it: the smaller model is one of its choices.
+    """
+    left = {name: layer.weight.numel() for name, layer in matrices(slim).items()}
+
+    def sparsify(model: nn.Module, subject: Subject, sparsity: float) -> None:
+        layers: dict[str, Any] = matrices(model)
+        weights = sum(layer.weight.numel() for layer in layers.values())
+        times = (1 - sparsity) * weights / sum(left.values())
+        for name, layer in layers.items():
+            share = 1 - min(1.0, times * left.get(name, 0) / layer.weight.numel())
+            if share > 0:
+                _solve(model, name, layer, subject, min(share, 0.999), four=False)
+
+    return sparsify
+
+
+def _slim(subject: Subject, plan: depcut.Plan) -> nn.Module:
+    return plan.apply(subject.model, compensate=False, progress=False)
 
 
 def _solve(

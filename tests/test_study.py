@@ -55,6 +55,9 @@ def jobs(study: Any, subject: Any, part: str, *methods: str) -> list[Any]:
     return found
 
 
+AS_MANY = ("magnitude", "SparseGPT, shares of obs")
+
+
 def rows_of(study: Any, subject: Any, part: str, *methods: str) -> list[Any]:
     return [
         {**study.study.identity(subject, job), **row}
@@ -149,7 +152,9 @@ def test_a_failing_job_is_a_row(study: Any, capsys: pytest.CaptureFixture[str]) 
 def test_tables_and_claims_come_from_the_rows(study: Any, subject: Any) -> None:
     rows = rows_of(study, subject, "criteria", "magnitude", "random", "obs")
     rows += rows_of(study, subject, "unstructured", *study.sparse.METHODS)
-    rows += rows_of(study, subject, "unstructured", "magnitude, as many as obs")
+    rows += rows_of(
+        study, subject, "unstructured", *(f"{name}, as many as obs" for name in AS_MANY)
+    )
     assert not [row for row in rows if row.get("error") and "matrices hold" not in row["error"]]
     good = [row for row in rows if "error" not in row]
     tables = study.tables.tables(good)
@@ -290,6 +295,17 @@ def test_sparsegpt_makes_up_for_what_goes(study: Any) -> None:
     lost = [float((x @ (w - weight).T).square().sum()) for w in (solved, plain)]
     assert lost[0] < lost[1] / 4
     assert float((solved == 0).float().mean()) == pytest.approx(0.5, abs=0.02)
+
+
+def test_layers_keep_the_shares_of_a_smaller_model(study: Any) -> None:
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)).eval()
+    slim = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 32))
+    sparse = copy.deepcopy(dense)
+    subject = SimpleNamespace(pairs=[(torch.randn(256, 32), None)])
+    study.sparse.of_layers(slim)(sparse, subject, 0.75)
+    left = [int(sparse[i].weight.count_nonzero()) for i in (0, 2)]
+    assert left == pytest.approx([512, 512], abs=8)
 
 
 def test_two_of_four(study: Any) -> None:
