@@ -1,10 +1,10 @@
 """Which share of a test's cases runs by default: the others run with `-m sweep`.
 
 The default set has five minutes, the sweep a quarter of an hour. What is shown of many nets or
-options alike is shown of some of them by default, evenly spread, of as many again in the sweep
-(none more where other tests run the same lines of depcut, see untraced.py), and of all of them
-with `-m exhaustive`. With DEPCUT_TESTS=whole the sweep's cases run by default, as they do where
-coverage is measured.
+options alike is shown of some of them by default, evenly spread, of as many again or twice as many
+in the sweep (none more where other tests run the same lines of depcut, see untraced.py), and of all
+of them with `-m exhaustive`. With DEPCUT_TESTS=whole the sweep's cases run by default, as they do
+where coverage is measured.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def share_out(items: Sequence[pytest.Item]) -> None:
         for number, item in enumerate(found):
             turn = number % EVERY[name]
             others_run_it = f"{item.path.name}::{name}" in without
-            if turn and (others_run_it or turn != EVERY[name] // 2):
+            if turn and (others_run_it or (turn != 3 and name in SIXTH)):
                 item.add_marker(pytest.mark.exhaustive)
             elif turn and not whole:
                 item.add_marker(pytest.mark.sweep)
