@@ -110,8 +110,10 @@ test_a_masked_net_computes_what_the_smaller_one_does
 
 # Names of tests of many nets, models or files, of whose sweep every second case runs.
 HALVED = """
-test_a_large_vocabulary_takes_a_few_times_its_weights_in_single_precision
-test_attention_at_other_ratios test_branches_of_every_public_architecture test_every_place
+test_architectures_as_their_libraries_draw_them_are_fresh test_attention_at_other_ratios
+test_branches_of_a_public_architecture test_branches_of_every_public_architecture test_every_place
+test_half_of_every_public_architecture
+test_random_transformers_with_several_lengths_and_masks
 test_every_public_architecture test_other_families test_rows_of_public_architectures
 test_a_budget_is_met_where_any_widths_meet_it test_a_dropped_branch_is_a_branch_of_zeros
 test_a_later_call_with_any_masks_and_lengths test_a_model_that_caches_is_untouched
@@ -119,6 +121,12 @@ test_a_tampered_plan test_a_wrong_command_ends_with_a_message test_every_unalign
 test_form test_gradient_criteria_are_their_formulas test_nothing_is_generated_for_transformers
 test_odd_places_are_refused test_predictions_for_a_plan_are_what_the_slim_model_has
 test_rows_of_heads_and_groups test_structures_with_dead_units_compute_the_same
+""".split()
+
+# Long tests of what a shorter one shows, too: fewer blocks, other architectures, less memory.
+SELDOM = """
+test_a_large_vocabulary_takes_a_few_times_its_weights_in_single_precision
+test_work_grows_linearly_to_100_blocks
 """.split()
 
 # Modules whose sweeps are the only tests of some lines: where coverage is measured, they count.
@@ -133,7 +141,6 @@ test_synthetic_texts test_synthetic_vision test_frontier test_branch_losses test
 LONG = """
 test_other_families test_a_run_that_is_killed_goes_on_and_ends_with_the_same_bytes
 test_a_sharded_model_is_shrunk_and_trained_on
-test_a_large_vocabulary_takes_a_few_times_its_weights_in_single_precision
 """.split()
 
 _LONG = 277  # of those that run no line of their own, left to the sweep by default
@@ -157,8 +164,10 @@ def share_out(items: Sequence[pytest.Item]) -> None:
         name = getattr(item, "originalname", item.name)
         if f"{item.path.name}::{name}" in without:
             item.add_marker(pytest.mark.no_cover)
-        if whole and item.path.stem in COVERING and name not in LONG:
-            item.own_markers[:] = [mark for mark in item.own_markers if mark.name != "sweep"]
+        if name in SELDOM:
+            _leave_to_exhaustive(item)
+        elif whole and item.path.stem in COVERING and name not in LONG:
+            _run_by_default(item)
         if item.get_closest_marker("sweep") and name in OF_SWEEP:
             thinned[item.nodeid.partition("::")[0], name].append(item)
         if any(item.get_closest_marker(mark) for mark in ("sweep", "exhaustive")):
@@ -171,8 +180,7 @@ def share_out(items: Sequence[pytest.Item]) -> None:
         share = OF_SWEEP[name]
         first = zlib.crc32(name.encode()) % share
         for item in (item for number, item in enumerate(found) if number % share != first):
-            item.own_markers[:] = [mark for mark in item.own_markers if mark.name != "sweep"]
-            item.add_marker(pytest.mark.exhaustive)
+            _leave_to_exhaustive(item)
     for (_, name), found in cases.items():
         for number, item in enumerate(found):
             turn = number % EVERY[name]
@@ -181,3 +189,12 @@ def share_out(items: Sequence[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.exhaustive)
             elif turn and not whole:
                 item.add_marker(pytest.mark.sweep)
+
+
+def _run_by_default(item: pytest.Item) -> None:
+    item.own_markers[:] = [mark for mark in item.own_markers if mark.name != "sweep"]
+
+
+def _leave_to_exhaustive(item: pytest.Item) -> None:
+    _run_by_default(item)
+    item.add_marker(pytest.mark.exhaustive)
