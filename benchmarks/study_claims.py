@@ -110,6 +110,13 @@ CLAIMS: Sequence[Claim] = (
         of("criteria", "obs", True),
     ),
     Claim(
+        "and up to as many parameters as half of the MACs hold",
+        "not of a paper: its zeros are half of the weights",
+        of("unstructured", "SparseGPT, shares of obs, as many as obs"),
+        of("criteria", "obs", True),
+        (0.2, 0.35, 0.5),
+    ),
+    Claim(
         "large-sparse models beat small-dense ones of as many parameters",
         "Zhu & Gupta 2017",
         of("sparse_dense", "large-sparse, gradual"),

@@ -52,6 +52,11 @@ SPARSE: Sequence[Curve] = (
     ("obs, repaired: whole units", of("criteria", "obs", True), "tab:blue"),
     ("zeros by SparseGPT", zeros("SparseGPT"), "tab:green"),
     ("SparseGPT, shares by magnitude", zeros("SparseGPT, shares by magnitude"), "tab:cyan"),
+    (
+        "SparseGPT, shares of obs",
+        of("unstructured", "SparseGPT, shares of obs, as many as obs"),
+        "tab:red",
+    ),
     ("zeros by Wanda", zeros("Wanda"), "tab:purple"),
     ("zeros by magnitude", zeros("magnitude"), "tab:orange"),
 )
