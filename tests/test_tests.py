@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+import coverage
 import pytest
 import untraced
 
@@ -125,8 +126,23 @@ def test_names_of_untraced_tests_are_those_of_tests() -> None:
 
 
 def test_what_no_other_test_runs_stays_traced() -> None:
-    lines = {"a": {("f", 1, 2)}, "b": {("f", 1, 2), ("f", 2, 3)}, "c": {("f", 1, 2)}, "": set()}
+    lines = {"a": {(0, 1, 2)}, "b": {(0, 1, 2), (0, 2, 3)}, "c": {(0, 1, 2)}, "": set()}
     assert untraced.needless(lines, {"a": 3.0, "b": 9.0, "c": 2.0}) == ["a", "c"]
     assert untraced.needless(lines, {"a": 3.0, "c": 0.5}) == ["a"]
-    without = {"a": {("f", 1, 2)}, "c": {("f", 1, 2)}}
+    without = {"a": {(0, 1, 2)}, "c": {(0, 1, 2)}}
     assert untraced.needless(without, {"a": 3.0, "c": 4.0}) == ["c"]
+
+
+def test_arcs_are_those_of_each_test_function(tmp_path: Path) -> None:
+    data = coverage.CoverageData(str(tmp_path / "data"))
+    for context, arcs in (
+        ("tests/field/test_a.py::test_one[x]|run", [(1, 2)]),
+        ("tests/field/test_a.py::test_one[y]|run", [(2, 3)]),
+        ("tests/field/test_a.py::test_one[y]|setup", [(7, 8)]),
+        ("", [(8, 9)]),
+    ):
+        data.set_context(context)
+        data.add_arcs({"f.py": arcs})
+    data.write()
+    found = untraced.arcs(tmp_path / "data")
+    assert found == {"test_a.py::test_one": {(1, 1, 2), (1, 2, 3)}, "": {(1, 7, 8), (1, 8, 9)}}

@@ -12,8 +12,10 @@ writes the names to untraced.txt, the longest first, as long as what is left run
 from __future__ import annotations
 
 import re
+import sqlite3
 import sys
 from collections import Counter, defaultdict
+from contextlib import closing
 from pathlib import Path
 
 FILE = Path(__file__).parent / "untraced.txt"
@@ -41,25 +43,26 @@ def _function(place: str) -> str:
     return place.partition("[")[0].rpartition("/")[2]
 
 
-def arcs(data: Path) -> dict[str, set[tuple[str, int, int]]]:
+def arcs(data: Path) -> dict[str, set[tuple[int, int, int]]]:
     """By test function, the (file, line, next line) that it runs; "" for what is no test.
+
+    Read by one query of the schema that coverage documents: its own methods take one for each test
+    and file, a million.
 
     Args:
         data: The file of coverage.
     """
-    import coverage
-
-    read, out = coverage.CoverageData(str(data)), defaultdict[str, set[tuple[str, int, int]]](set)
-    read.read()
-    for context in read.measured_contexts():
-        test = _function(context.removesuffix("|run")) if context.endswith("|run") else ""
-        read.set_query_context(context)
-        for file in read.measured_files():
-            out[test] |= {(file, *arc) for arc in read.arcs(file) or ()}
+    out = defaultdict[str, set[tuple[int, int, int]]](set)
+    with closing(sqlite3.connect(f"file:{data}?mode=ro", uri=True)) as read:
+        names = dict(read.execute("select id, context from context"))
+        for context, *arc in read.execute("select context_id, file_id, fromno, tono from arc"):
+            name = names[context]
+            test = _function(name.removesuffix("|run")) if name.endswith("|run") else ""
+            out[test].add((arc[0], arc[1], arc[2]))
     return out
 
 
-def needless(lines: dict[str, set[tuple[str, int, int]]], took: dict[str, float]) -> list[str]:
+def needless(lines: dict[str, set[tuple[int, int, int]]], took: dict[str, float]) -> list[str]:
     """Tests, the longest first, without which the others run the same lines.
 
     Args:
