@@ -200,19 +200,15 @@ def of_layers(slim: nn.Module) -> Sparsify:
     """SparseGPT that leaves each layer the share of what is left that it has in a smaller model.
 
     Were the best zeros found, nothing could be lost by it: the smaller model is one of its choices.
-    Grouped convolutions, few weights on which all channels hang, stay whole (Zhu & Gupta 2017 leave
-    out MobileNet's depthwise ones, too).
     """
     left = {name: layer.weight.numel() for name, layer in matrices(slim).items()}
 
     def sparsify(model: nn.Module, subject: Subject, sparsity: float) -> None:
         layers: dict[str, Any] = matrices(model)
-        solved = {name: layer for name, layer in layers.items() if not _grouped(layer)}
-        zeros = sparsity * sum(layer.weight.numel() for layer in layers.values())
-        whole = sum(layer.weight.numel() for layer in solved.values())
-        times = (whole - zeros) / sum(left[name] for name in solved)
-        for name, layer in solved.items():
-            share = 1 - min(1.0, times * left[name] / layer.weight.numel())
+        weights = sum(layer.weight.numel() for layer in layers.values())
+        times = (1 - sparsity) * weights / sum(left.values())
+        for name, layer in layers.items():
+            share = 1 - min(1.0, times * left.get(name, 0) / layer.weight.numel())
             if share > 0:
                 _solve(model, name, layer, subject, min(share, 0.999), four=False)
 
