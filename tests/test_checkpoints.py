@@ -306,10 +306,26 @@ def test_tied_weights_stay_tied_and_one_file_stays_one(tmp_path):
     assert "lm_head.weight" not in tensors(tmp_path / "slim")
 
 
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        ("synflow", "criterion 'synflow' does not read weights one by one"),
+        (lambda coupling, model, seed: {}, "does not read weights one by one"),
+        ("wanda", "criterion 'wanda' needs data"),
+        (depcut.Score("obs", normalize="mean"), "criterion 'obs' has no option normalize"),
+    ],
+    ids=["synflow", "function", "wanda", "options"],
+)
+def test_criteria_that_read_a_whole_model_are_refused_before_any_file(tmp_path, score, message):
+    data = [torch.zeros(1)] if "option" in message else None
+    with pytest.raises(InputError, match=message):
+        depcut.shrink_checkpoint(tmp_path / "none", tmp_path / "slim", 0.3, score=score, data=data)
+    with pytest.raises(InputError, match="none"):
+        depcut.shrink_checkpoint(tmp_path / "none", tmp_path / "slim", 0.3, score="l1")
+
+
 @pytest.mark.sweep
-def test_criteria_that_read_a_whole_model_are_refused(small, tmp_path):
-    with pytest.raises(InputError, match="does not read weights one by one"):
-        depcut.shrink_checkpoint(small, tmp_path / "slim", 0.3, score="synflow", progress=False)
+def test_a_share_that_no_config_says_is_refused(small, tmp_path):
     with pytest.raises(BudgetError):
         depcut.shrink_checkpoint(small, tmp_path / "slim", 0.999, progress=False)
     assert not (tmp_path / "slim").exists()

@@ -62,18 +62,15 @@ class _Chosen(Mapping[str, torch.Tensor]):
         return name in self._names
 
 
-def streamed(
-    criterion: str | Score | Criterion, weights: Weights, calibration: Calibration | None
-) -> Criterion:
-    """A criterion that reads a checkpoint in place of the model's own weights.
+def streamable(criterion: str | Score | Criterion, *, has_data: bool) -> Score:
+    """A criterion that a checkpoint can be ranked by, refused before any work otherwise.
 
     Args:
         criterion: One of `STREAMED` or that needs data alone, by name or with options.
-        weights: The checkpoint's.
-        calibration: Data, for those that need it.
+        has_data: Whether there is data.
 
     Raises:
-        InputError: It is another one, or needs data and there is none.
+        InputError: It is another one, has no such option, or needs data and there is none.
     """
     wanted = Score(criterion) if isinstance(criterion, str) else criterion
     known = [*STREAMED, *(name for name, method in CRITERIA.items() if method.needs == "data")]
@@ -83,7 +80,27 @@ def streamed(
             where="score=",
             remedy=f"use one of {', '.join(known)}",
         )
-    check_criterion(wanted, calibration)
+    if has_data:
+        CRITERIA[wanted.name].settle(wanted)
+    else:
+        check_criterion(wanted, None)
+    return wanted
+
+
+def streamed(
+    criterion: str | Score | Criterion, weights: Weights, calibration: Calibration | None
+) -> Criterion:
+    """A criterion that reads a checkpoint in place of the model's own weights.
+
+    Args:
+        criterion: One that is `streamable`.
+        weights: The checkpoint's.
+        calibration: Data, for those that need it.
+
+    Raises:
+        InputError: It is another one.
+    """
+    wanted = streamable(criterion, has_data=calibration is not None)
     method = CRITERIA[wanted.name]
     settled = method.settle(wanted)
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from typing_extensions import Unpack
 
-from depcut.allocate.choose import check_budget
+from depcut.allocate.choose import check_budget, criterion_or_default
 from depcut.analysis import Analysis
 from depcut.apply.report import Report
 from depcut.calibration.data import Calibration, Data, calibrate, read_with_inputs
@@ -21,6 +21,7 @@ from depcut.errors import InputError
 from depcut.integrations.pretrained_folder import model_of
 from depcut.options import CheckpointKeywords, Options
 from depcut.repair.after_rewrite import wants_repair
+from depcut.streaming.criteria import streamable
 from depcut.streaming.job import planned, report_of
 from depcut.streaming.journal import TRAIL, Journal, digest, journal
 from depcut.streaming.progress import Progress
@@ -70,14 +71,16 @@ def shrink_checkpoint(
     Raises:
         InputError: The folder lacks something or is damaged, its weights are pickled, quantized or
             of other shapes than the config says, `dst` holds something else, or an option has a
-            wrong value.
+            wrong value: a criterion that reads a whole model, too.
         BudgetError: The ratio cannot be reached.
         VerificationError: What was written does not compute what it should.
         DepcutError: The model cannot be captured, or a file not be written.
     """
     chosen = settled(Options, options, given, CheckpointKeywords, "shrink_checkpoint")
     check_budget(ratio, chosen.of, chosen.latency_ms)
-    repairs = wants_repair(chosen.compensate, data is not None)
+    has_data = data is not None
+    repairs = wants_repair(chosen.compensate, has_data)
+    streamable(criterion_or_default(chosen.score, has_data=has_data), has_data=has_data)
     source = Source(check_path(src, "src"))
     _check_apart(source.folder, check_path(dst, "dst"))
     dense = model_of(source.folder)
