@@ -150,7 +150,7 @@ def test_what_the_package_imports_is_declared_and_the_other_way_round() -> None:
     optional = names([*extras["train"], *extras["demo"], *extras["plot"], *extras["openvino"]])
     used = third_party(PACKAGE)
     assert used - needed - optional == set()
-    assert (needed | optional) - used == {"onnxscript"}  # torch.onnx imports it
+    assert (needed | optional) - used == set()
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ from torch import nn
 from torch.nn.utils import prune
 
 import depcut
-from depcut.support import accelerate_private, torch_private
+from depcut.support import accelerate_private, onnx_private, torch_private
 
 PACKAGE = Path(depcut.__file__).parent
-HOMES = {f"support/{name}_private.py" for name in ("torch", "accelerate", "fsdp")}
+HOMES = {f"support/{name}_private.py" for name in ("torch", "accelerate", "fsdp", "onnx")}
 
 # What each of them does ---------------------------------------------------------------------------
 
@@ -312,6 +312,22 @@ def test_the_state_and_the_traces_of_accelerate() -> None:
         if not existed:
             accelerate_private.reset_state()
     assert state.is_initialized() == existed
+
+
+@pytest.mark.parametrize("what", ["translations", "signature", "composites"])
+def test_what_a_conversion_looks_up_once(what: str) -> None:
+    owner, name = onnx_private.replaced_to_translate()[what]
+    assert name in vars(owner), f"{owner.__name__} has no {name} any more"
+
+
+def test_translations_are_those_that_torch_lists_and_takes_note_of() -> None:
+    from torch.onnx._internal.exporter import _registration
+
+    place = onnx_private.replaced_to_translate()["translations"]
+    assert {meta.function for meta in getattr(*place)()} <= {*onnx_private.translations()}
+    known = _registration.ONNXRegistry.from_torchlib().functions.values()
+    read = [d for several in known for d in several if not d.skip_signature_inference]
+    assert all(hasattr(d.onnx_function, onnx_private.SIGNATURE) for d in read)
 
 
 # Where they are spelled ---------------------------------------------------------------------------

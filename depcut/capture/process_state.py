@@ -10,6 +10,7 @@ either acts in the capturing thread alone, or does not alter a result:
     oneDNN, NNPACK, cuDNN         stay on; torch.export switches them off for all
     nn.Module.__call__            torch.export's tracer sees the calls of the capturing thread only
     torch.export                  leaves out in the capturing thread what a capture keeps nothing of
+    torch.onnx                    leaves out in the converting thread what it knows (`deploy`)
     logging, stderr, warnings     of the capturing thread are dropped
     garbage collection            off during captures and conversions, and while time is measured
     the environment               without what torch adds to it

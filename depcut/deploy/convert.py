@@ -21,6 +21,7 @@ from depcut.capture.process_state import converting
 from depcut.capture.results import EVERY, Viewer
 from depcut.capture.signature import name_keywords
 from depcut.deploy.runtime import batch_size, bind_inputs
+from depcut.deploy.translations import translating
 from depcut.errors import ExportError, InputError
 from depcut.support.checks import check_integer
 from depcut.support.failures import first_line, reraise_fatal, shown
@@ -164,9 +165,10 @@ def _convert(
 ) -> None:
     """Write the program as ONNX to `path`, with its metadata."""
     try:
-        converted = torch.onnx.export(
-            program, dynamo=True, optimize=True, verbose=False, opset_version=opset
-        )
+        with translating():
+            converted = torch.onnx.export(
+                program, dynamo=True, optimize=True, verbose=False, opset_version=opset
+            )
         if converted is None:
             raise ExportError("torch.onnx.export returned nothing", where=path.name)
         model = converted.model
