@@ -59,11 +59,19 @@ def lean() -> Iterator[None]:
             plain = getattr(owner, name)
             stack.callback(setattr, owner, name, plain)
             here = instead[what](plain)
-            setattr(owner, name, here if what == "stacks" else _by_thread(thread, here, plain))
+            setattr(owner, name, here if what == "stacks" else by_thread(thread, here, plain))
         yield
 
 
-def _by_thread(thread: int, here: Callable[..., Any], plain: Callable[..., Any]) -> Any:
+def by_thread(thread: int, here: Callable[..., Any], plain: Callable[..., Any]) -> Any:
+    """What stands for a function: another one in one thread, itself in all others.
+
+    Args:
+        thread: Its number.
+        here: What is called there.
+        plain: The function.
+    """
+
     def chosen(*args: Any, **kwargs: Any) -> Any:
         return (here if threading.get_ident() == thread else plain)(*args, **kwargs)
 

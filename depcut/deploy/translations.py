@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from depcut.capture.lean import by_thread
 from depcut.support.onnx_private import SIGNATURE, replaced_to_translate, translations
 
 _Function = Callable[..., Any]
@@ -36,15 +37,8 @@ def translating() -> Iterator[None]:
         for what, (owner, name) in replaced_to_translate().items():
             plain = getattr(owner, name)
             stack.callback(setattr, owner, name, plain)
-            setattr(owner, name, _by_thread(thread, instead[what](plain), plain))
+            setattr(owner, name, by_thread(thread, instead[what](plain), plain))
         yield
-
-
-def _by_thread(thread: int, here: _Function, plain: _Function) -> _Function:
-    def chosen(*args: Any, **kwargs: Any) -> Any:
-        return (here if threading.get_ident() == thread else plain)(*args, **kwargs)
-
-    return chosen
 
 
 def _listed(plain: Callable[[], list[Any]]) -> Callable[[], list[Any]]:
