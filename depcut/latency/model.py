@@ -145,15 +145,7 @@ def latency_model(
         LatencyError: The model cannot be measured.
         ExportError: The model cannot be exported or run.
     """
-    check_runtime(runtime, None)
-    for flag, given in (("refresh", refresh), ("progress", progress)):
-        check_flag(given, flag)
-    limits = (
-        ("threads", threads, 1, THREADS, f"pass 1 to {THREADS}"),
-        ("samples", samples, 6, _MOST_SAMPLES, "pass 6 or more: fewer explain nothing"),
-    )
-    for name, value, least, most, remedy in limits:
-        check_integer(value, name, least, most, what=f"{name}={shown(value)}", remedy=remedy)
+    _check_request(runtime, threads, samples, refresh=refresh, progress=progress)
     steps = space(coupling, _GRID, set(), preferences(coupling).ties)
     described = f"{RUNTIMES[runtime].version()}, CPU"
     key = {
@@ -192,6 +184,21 @@ def latency_model(
         machine=processor(),
         engine=runtime,
     )
+
+
+def _check_request(
+    runtime: str, threads: int, samples: int, *, refresh: bool, progress: bool
+) -> None:
+    """Refuse arguments of `latency_model` that are out of their range."""
+    check_runtime(runtime, None)
+    for flag, given in (("refresh", refresh), ("progress", progress)):
+        check_flag(given, flag)
+    limits = (
+        ("threads", threads, 1, THREADS, f"pass 1 to {THREADS}"),
+        ("samples", samples, 6, _MOST_SAMPLES, "pass 6 or more: fewer explain nothing"),
+    )
+    for name, value, least, most, remedy in limits:
+        check_integer(value, name, least, most, what=f"{name}={shown(value)}", remedy=remedy)
 
 
 def _warn_if_unsure(typical: float) -> None:
