@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "depcut"
@@ -41,6 +42,18 @@ depcut cli __main__
 """.split()
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    """A file's syntax tree, parsed once."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    """All nodes of a file's syntax tree, walked once."""
+    return tuple(ast.walk(parsed(path)))
+
+
 def module_name(path: Path) -> str:
     """Dotted name below the package; a package's __init__ is the package."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
@@ -58,7 +71,7 @@ MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 def imports(path: Path) -> set[str]:
     """Modules of the package that a file imports, wherever in the file."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -80,7 +93,7 @@ def between_stages() -> Counter[tuple[str, str]]:
 def purpose(name: str) -> str:
     """The first sentence of a stage's docstring."""
     path = MODULES["" if name == "depcut" else name]
-    text = ast.get_docstring(ast.parse(path.read_text())) or ""
+    text = ast.get_docstring(parsed(path)) or ""
     return text.partition("\n")[0]
 
 

@@ -79,7 +79,7 @@ test_the_distance_counts_every_removed_element_once test_tied_parameters_stay_ti
 test_units_of_each_row_are_masked_and_come_back_from_a_state
 test_vectors_of_wrong_shapes_are_refused
 test_what_a_class_cannot_express_is_generated_and_the_reason_recorded
-test_what_scripts_import_is_declared test_what_was_cached_before_stays
+test_what_was_cached_before_stays
 test_whenever_an_export_is_killed_a_whole_pair_is_there test_wrong_calls
 """.split()
 NONE = """
@@ -147,6 +147,15 @@ test_a_full_disk_is_named_and_the_run_goes_on_once_there_is_space
 test_a_shrunk_llama_comes_back_in_a_process_without_depcut
 """.split()
 
+# Tests of the source tree, which any change may break: they run by default, untraced as they are.
+ALWAYS = """
+test_every_test_asserts_on_every_path test_functions_import_heavy_libraries_and_nothing_else
+test_one_module_writes test_private_names_stand_in_one_module_a_library
+test_the_picture_and_the_table_of_folders_are_up_to_date
+test_what_scripts_import_is_declared
+test_what_the_package_imports_is_declared_and_the_other_way_round
+""".split()
+
 _LONG = 277  # of those that run no line of their own, left to the sweep by default
 
 EVERY = dict.fromkeys(SIXTH, 6) | dict.fromkeys(THIRD, 3)
@@ -174,7 +183,8 @@ def share_out(items: Sequence[pytest.Item]) -> None:
             _run_by_default(item)
         if item.get_closest_marker("sweep") and name in OF_SWEEP:
             thinned[item.nodeid.partition("::")[0], name].append(item)
-        if any(item.get_closest_marker(mark) for mark in ("sweep", "exhaustive")):
+        left = any(item.get_closest_marker(mark) for mark in ("sweep", "exhaustive"))
+        if left or name in ALWAYS:
             continue
         if not whole and (name in NONE or f"{item.path.name}::{name}" in long):
             item.add_marker(pytest.mark.sweep)

@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from layers import PACKAGE, nodes
 
-import depcut
 from depcut.errors import DepcutError, ExportError
 from depcut.support import files
-
-PACKAGE = Path(depcut.__file__).parent
 
 
 def names(folder: Path) -> list[str]:
@@ -319,7 +317,7 @@ CALLS = {
 def test_one_module_writes() -> None:
     found = set()
     for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             if isinstance(node, ast.Call):
                 owner, _, name = ast.unparse(node.func).rpartition(".")
                 if owner == "files":

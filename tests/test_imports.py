@@ -6,12 +6,12 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
+from layers import PACKAGE, nodes
 
-import depcut
 from depcut.errors import TorchVersionError
 from depcut.support import torch_floor
 
@@ -21,7 +21,6 @@ else:
     tomllib = pytest.importorskip("tomli")
 
 ROOT = Path(__file__).parent.parent
-PACKAGE = Path(depcut.__file__).parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 # Libraries that take long to import: functions that use them import them.
@@ -30,7 +29,10 @@ HEAVY = {
     "onnxscript", "openvino", "pandas", "platformdirs", "rich", "safetensors", "scipy", "sklearn",
     "sympy", "torch._dynamo", "torch._inductor", "torch.onnx", "transformers",
 }  # fmt: skip
-TORCH_WITHIN = {"torch_private.py", "fsdp_private.py", "sharded.py", "sharding.py"}
+# Files whose functions import what loads the compiler, sympy or ONNX with it.
+TORCH_WITHIN = {
+    "fsdp_private.py", "onnx_private.py", "sharded.py", "sharding.py", "torch_private.py",
+}  # fmt: skip
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml", "PIL": "pillow"}
 
 
@@ -106,9 +108,9 @@ def test_the_floor_is_the_declared_one() -> None:
     assert f"Any torch from {floor} on" in (ROOT / "README.md").read_text()
 
 
-def imported(tree: ast.AST) -> Iterator[tuple[ast.stmt, str]]:
-    """Import statements with the top-level modules that they name."""
-    for node in ast.walk(tree):
+def imported(found: Iterable[ast.AST]) -> Iterator[tuple[ast.stmt, str]]:
+    """Import statements among nodes with the top-level modules that they name."""
+    for node in found:
         if isinstance(node, ast.Import):
             yield from ((node, alias.name.partition(".")[0]) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and not node.level:
@@ -118,12 +120,11 @@ def imported(tree: ast.AST) -> Iterator[tuple[ast.stmt, str]]:
 def test_functions_import_heavy_libraries_and_nothing_else() -> None:
     wrong = []
     for path in sorted(PACKAGE.rglob("*.py")):
-        tree = ast.parse(path.read_text())
-        functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
-        local = {id(node) for function in functions for node, _ in imported(function)}
-        for node, module in imported(tree):
+        functions = [n for n in nodes(path) if isinstance(n, ast.FunctionDef)]
+        local = {id(node) for f in functions for node, _ in imported(ast.walk(f))}
+        for node, module in imported(nodes(path)):
             if path.name in TORCH_WITHIN and module == "torch":
-                continue  # torch.export and fully_shard import sympy and the compiler
+                continue
             if id(node) in local and module not in {*HEAVY, "depcut"}:
                 wrong.append(f"{path.name}:{node.lineno}: {module} in a function")
     assert wrong == []
@@ -138,8 +139,8 @@ def third_party(folder: Path) -> set[str]:
     scripts = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
     scripts += (ROOT / "docs").glob("*.py")
     ours = {path.stem for path in scripts} | {"depcut", "my_models"}  # a test writes my_models.py
-    trees = [ast.parse(path.read_text()) for path in folder.rglob("*.py")]
-    modules = {module for tree in trees for _, module in imported(tree)}
+    files = [*folder.rglob("*.py")]
+    modules = {module for path in files for _, module in imported(nodes(path))}
     found = modules - ours - set(sys.stdlib_module_names)
     return {DISTRIBUTIONS.get(module, module).replace("-", "_") for module in found}
 

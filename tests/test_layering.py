@@ -11,7 +11,7 @@ from typing import Any
 import draw_imports
 import networkx as nx
 import pytest
-from layers import MODULES, ORDER, PACKAGE, between_stages, folders, imports, stage
+from layers import MODULES, ORDER, PACKAGE, between_stages, folders, imports, nodes, stage
 
 import depcut
 
@@ -63,7 +63,7 @@ def test_the_algebra_knows_no_torch() -> None:
         name.partition(".")[0]
         for module, path in MODULES.items()
         if stage(module) == "axes"
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in nodes(path)
         for name in (
             [alias.name for alias in node.names]
             if isinstance(node, ast.Import)

@@ -5,18 +5,18 @@ from __future__ import annotations
 import ast
 import copy
 import warnings
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
+from layers import MODULES, PACKAGE, nodes
 from torch import nn
 from torch.nn.utils import prune
 
 import depcut
 from depcut.support import accelerate_private, onnx_private, torch_private
 
-PACKAGE = Path(depcut.__file__).parent
 HOMES = {f"support/{name}_private.py" for name in ("torch", "accelerate", "fsdp", "onnx")}
 
 # What each of them does ---------------------------------------------------------------------------
@@ -337,11 +337,11 @@ def private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__") and name != "_"
 
 
-def own_names(trees: list[ast.Module]) -> set[str]:
+def own_names(trees: Iterable[Iterable[ast.AST]]) -> set[str]:
     """Private names that the package itself gives to attributes and methods."""
     named: set[str] = set()
     for tree in trees:
-        for node in ast.walk(tree):
+        for node in tree:
             if isinstance(node, ast.ClassDef):
                 for item in node.body:
                     if isinstance(item, ast.FunctionDef):
@@ -357,10 +357,10 @@ def own_names(trees: list[ast.Module]) -> set[str]:
     return named
 
 
-def foreign_names(tree: ast.Module, own: set[str]) -> set[str]:
+def foreign_names(tree: Iterable[ast.AST], own: set[str]) -> set[str]:
     """Private names of other libraries in a file: attributes, imports, names in getattr."""
     found: set[str] = set()
-    for node in ast.walk(tree):
+    for node in tree:
         if isinstance(node, ast.Attribute) and private(node.attr):
             mine = node.attr in own and ast.unparse(node.value).partition(".")[0] != "torch"
             found |= set() if mine else {node.attr}
@@ -376,10 +376,7 @@ def foreign_names(tree: ast.Module, own: set[str]) -> set[str]:
 
 
 def test_private_names_stand_in_one_module_a_library() -> None:
-    trees = {
-        path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text())
-        for path in PACKAGE.rglob("*.py")
-    }
+    trees = {path.relative_to(PACKAGE).as_posix(): nodes(path) for path in MODULES.values()}
     own = own_names([tree for file, tree in trees.items() if file not in HOMES])
     spelled = {
         (file, name)
@@ -399,7 +396,7 @@ x = node.target._schema
 y = getattr(module, "_buffers", None) or hasattr(module, "_modules")
 z = self._mine + other._mine + torch._mine
 """
-    assert foreign_names(ast.parse(text), {"_mine"}) == {
+    assert foreign_names(ast.walk(ast.parse(text)), {"_mine"}) == {
         "_dynamo", "_subclasses", "_pytree", "_schema", "_buffers", "_modules", "_mine"
     }  # fmt: skip
-    assert foreign_names(ast.parse("z = self._mine"), {"_mine"}) == set()
+    assert foreign_names(ast.walk(ast.parse("z = self._mine")), {"_mine"}) == set()

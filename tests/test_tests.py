@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import coverage
@@ -10,21 +11,27 @@ import pytest
 import untraced
 
 HERE = Path(__file__).parent
-HELPERS = ("oracle.py", "selection.py", "depth_nets.py", "random_nets.py")
+HELPERS = [path for path in sorted(HERE.rglob("*.py")) if not path.name.startswith("test_")]
 # Calls and context managers that fail by themselves.
-FAIL = {"raises", "warns", "assert_close", "assert_allclose", "assert_array_equal", "fail"}
+FAIL = {
+    "raises", "warns", "assert_close", "assert_allclose", "assert_array_equal", "fail",
+    "check=True",  # of subprocess.run
+}  # fmt: skip
 
 
+@cache
 def functions(tree: ast.AST) -> list[ast.FunctionDef]:
     return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
 
 
+@cache
 def called(node: ast.AST) -> set[str]:
     """Names, without what they belong to, of all that is called below a node for certain."""
     if isinstance(node, ast.comprehension | ast.ListComp | ast.GeneratorExp | ast.Lambda):
         return set()
     names = {name for child in ast.iter_child_nodes(node) for name in called(child)}
     if isinstance(node, ast.Call):
+        names |= {f"{k.arg}={ast.unparse(k.value)}" for k in node.keywords}
         names.add(getattr(node.func, "attr", getattr(node.func, "id", "")))
     return names
 
@@ -36,6 +43,8 @@ def surely_runs(iterated: ast.expr) -> bool:
         if name == "range":
             return all(isinstance(a, ast.Constant) for a in iterated.args)
         return name in ("enumerate", "zip") and any(surely_runs(a) for a in iterated.args)
+    if isinstance(iterated, ast.IfExp):
+        return surely_runs(iterated.body) and surely_runs(iterated.orelse)
     return bool(getattr(iterated, "elts", ()) or getattr(iterated, "keys", ()))
 
 
@@ -51,7 +60,7 @@ def asserts(body: list[ast.stmt], failing: set[str]) -> bool:
                 if asserts(inner, failing) or any(called(item) & failing for item in items):
                     return True
             case ast.If(body=then, orelse=otherwise):
-                if leaves(then):
+                if leaves(then) and not asserts(then, failing):
                     return False
                 if asserts(then, failing) and asserts(otherwise, failing):
                     return True
@@ -71,29 +80,29 @@ def leaves(body: list[ast.stmt]) -> bool:
     return any(isinstance(statement, ast.Return) for statement in body)
 
 
-def failing_functions(trees: list[ast.AST]) -> set[str]:
-    """Functions that fail by themselves, those that call one of them included."""
-    failing, known = set(FAIL), [f for tree in trees for f in functions(tree)]
+def failing_functions(trees: list[ast.AST], named: set[str]) -> set[str]:
+    """Functions that fail by themselves, those that call one of them or of the named included."""
+    failing, known = named, [f for tree in trees for f in functions(tree)]
     while True:
         more = {f.name for f in known if asserts(f.body, failing)} - failing
         if not more:
             return failing
-        failing |= more
+        failing = failing | more
 
 
-SHARED = [ast.parse((HERE / name).read_text()) for name in HELPERS]
+SHARED = failing_functions([ast.parse(path.read_text()) for path in HELPERS], FAIL)
 
 
 def silent(tree: ast.AST) -> list[str]:
     """Tests of a module that may pass without having asserted anything."""
     tests = [f for f in functions(tree) if f.name.startswith("test_")]
-    failing = failing_functions([*SHARED, tree]) - {f.name for f in tests}
+    failing = failing_functions([tree], SHARED) - {f.name for f in tests}
     return [f"{f.name}, line {f.lineno}" for f in tests if not asserts(f.body, failing)]
 
 
 def test_every_test_asserts_on_every_path() -> None:
-    files = sorted(HERE.glob("test_*.py"))
-    assert len(files) > 40
+    files = sorted(HERE.rglob("test_*.py"))
+    assert len(files) > 100
     found = {f.name: silent(ast.parse(f.read_text())) for f in files}
     assert {name: tests for name, tests in found.items() if tests} == {}
 
@@ -101,7 +110,8 @@ def test_every_test_asserts_on_every_path() -> None:
 @pytest.mark.parametrize(
     "body",
     ["f()", "for x in found(): assert x", "if a: assert b", "if a: return\n  assert b",
-     "with opened(): pass", "try: f()\n  except ValueError: assert a", "[helper(x) for x in a]"],
+     "with opened(): pass", "run(a, check=b)", "for x in (1,) if a else (): assert x",
+     "try: f()\n  except ValueError: assert a", "[helper(x) for x in a]"],
 )  # fmt: skip
 def test_what_may_assert_nothing_is_found(body: str) -> None:
     code = f"def helper(x):\n  assert x\ndef test_a():\n  {body}\n"
@@ -111,7 +121,9 @@ def test_what_may_assert_nothing_is_found(body: str) -> None:
 @pytest.mark.parametrize(
     "body",
     ["assert a", "for x in (1, 2): assert x", "with pytest.raises(E): f()", "helper(1)",
-     "if a: assert b\n  else: assert c", "for i in range(3):\n    helper(i)"],
+     "if a: assert b\n  else: assert c", "for i in range(3):\n    helper(i)",
+     "if a:\n    assert b\n    return\n  assert c", "subprocess.run(a, check=True)",
+     "for i in (1,) if a else (2, 3): assert i"],
 )  # fmt: skip
 def test_what_asserts_is_not(body: str) -> None:
     code = f"def helper(x):\n  assert x\ndef test_a():\n  {body}\n"

@@ -324,6 +324,7 @@ def test_torch_save_keeps_two_instances_apart() -> None:
     torch.save([slim for slim, _ in pairs], file)
     file.seek(0)
     loaded = torch.load(file, weights_only=False)
+    assert len(loaded) == 2
     for made, (_, dense) in zip(loaded, pairs, strict=True):
         assert_same(made, dense, drawn(3, 8))
 

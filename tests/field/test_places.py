@@ -239,5 +239,6 @@ def test_a_file_system_without_locks_is_used_all_the_same(
         raise OSError(errno.ENOTSUP, "no locks")
 
     monkeypatch.setattr("fcntl.flock", unsupported)
-    with files.claimed(tmp_path, "checkpoint="):
-        pass
+    with files.claimed(tmp_path, "checkpoint="), files.claimed(tmp_path, "checkpoint="):
+        retrained(tmp_path)
+    assert list(tmp_path.iterdir()) != []

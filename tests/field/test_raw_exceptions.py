@@ -22,14 +22,14 @@ import torch
 from fuzz_calls import Net, inputs, loss, net, pairs, plan
 from fuzz_models import EXCEPTIONS, OddError, OutsideError, RaisesWhenNarrow
 from fuzz_pool import Hostile
-from nets import normal, seeded
+from nets import NETS, normal, seeded
 from oracle import assert_untouched, snapshot
 from torch import Tensor, nn
 
 import depcut
 from depcut import training
 from depcut.cli.main import main
-from depcut.errors import CallError, DepcutError, InputError, PlanError, VerificationError
+from depcut.errors import CallError, DepcutError, InputError, PlanError
 
 X = inputs(3)
 
@@ -491,27 +491,17 @@ def test_a_plan_is_read_from_files_only(tmp_path: Path) -> None:
             depcut.Plan.load(path)
 
 
-@pytest.mark.sweep
 def test_a_plan_with_unequal_counts_where_they_are_tied(tmp_path: Path) -> None:
-    class Halves(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.wide, self.last = nn.Linear(6, 16), nn.Linear(8, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            a, b = self.wide(x).chunk(2, -1)
-            return self.last(a * b.sigmoid())
-
-    model = seeded(Halves, 0)
-    analysis = depcut.analyze(model, X)
-    path = tmp_path / "plan.json"
-    analysis.plan(0.5, align=1).save(path)
+    found, path = NETS["chunk_and_chain"], tmp_path / "plan.json"
+    model = found.build()
+    analysis = depcut.analyze(model, found.inputs(2))
+    first, second, *_ = [g.name for g in analysis.groups if g.tied is not None]
+    analysis.plan_keeping({first: [0], second: [1]}).save(path)
     data = json.loads(path.read_text(encoding="utf-8"))
-    for name in data["sizes"]:
-        data["kept"] = {name: [0]}
-        path.write_text(json.dumps(data), encoding="utf-8")
-        with contextlib.suppress(PlanError, VerificationError):
-            assert depcut.Plan.load(path).apply(model)(X).shape == (3, 4)
+    data["kept"][second] = [0, 1]
+    path.write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(PlanError, match="evenly"):
+        depcut.Plan.load(path).apply(model)
 
 
 @pytest.mark.parametrize("what", few(["empty", "a list", "deep", "no UTF-8", "truncated"], "deep"))
